@@ -1,0 +1,8 @@
+"""`python -m kd_plugins` is the command `kd-plugins`."""
+
+import sys
+
+from kd_plugins.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

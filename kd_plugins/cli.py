@@ -1,0 +1,148 @@
+"""The command `kd-plugins`: which distillers there are, and what each one is."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from kd_plugins.errors import DistillError
+from kd_plugins.options import options_table
+from kd_plugins.registry import Description, describe, distribution_of, list_distillers
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["main"]
+
+# Commands with a command line of their own, imported only when asked for.
+_MODULES = {
+    "demo": ("kd_plugins.demo", "distil small networks and show what comes of it"),
+    "report": ("kd_plugins.report", "tables and curves of finished runs"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `kd-plugins`; returns the exit code: 0, or 2 after an error that a user can mend."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments and arguments[0] in _MODULES:
+            return import_module(_MODULES[arguments[0]][0]).main(arguments[1:]) or 0
+        options = _parser().parse_args(arguments)
+        if options.command == "info":
+            return _info(options.names)
+        return _list()
+    except DistillError as error:
+        print(f"kd-plugins: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kd-plugins", description="Knowledge distillation that plugs into HuggingFace Trainer and timm."
+    )
+    parser.add_argument("--version", action="version", version=f"kd-plugins {_version()}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands.add_parser("list", help="all installed distillers (the default)")
+    info = commands.add_parser("info", help="a distiller's paper, options, parameter groups and BibTeX")
+    info.add_argument("names", nargs="+", metavar="NAME", help='such as nst; "kd+nst" shows both')
+    for name, (_, text) in _MODULES.items():
+        commands.add_parser(name, help=text, add_help=False)
+    return parser
+
+
+def _version() -> str:
+    try:
+        return version("kd-plugins")
+    except PackageNotFoundError:
+        return "(not installed: run `pip install -e .`)"
+
+
+def _list() -> int:
+    from rich import box
+    from rich.table import Table
+
+    names = list_distillers()
+    if not names:
+        raise DistillError("expected installed distillers, got none — run `pip install -e .` in a source checkout")
+    console = _console()
+    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, pad_edge=False)
+    for column in ("name", "year", "kind", "hosts", "distribution", "paper"):
+        table.add_column(column, overflow="fold")
+    for name in names:
+        table.add_row(*_row(name))
+    _print(console, table)
+    return 0
+
+
+def _row(name: str) -> tuple[str, ...]:
+    try:
+        about = describe(name)
+    except DistillError as error:
+        return name, "", "", "", _distribution(name), f"broken: {str(error).splitlines()[0]}"
+    paper = about.paper
+    year = str(paper.year) if paper else ""
+    cited = f"{paper}: {paper.title}" if paper else about.summary
+    return name, year, about.kind, ", ".join(about.hosts), _distribution(name), cited
+
+
+def _distribution(name: str) -> str:
+    try:
+        return str(distribution_of(name) or "")
+    except DistillError:
+        return "several"
+
+
+def _info(names: Sequence[str]) -> int:
+    console = _console()
+    parts = [part.strip() for name in names for part in name.split("+")]
+    for i, about in enumerate([describe(part) for part in parts]):
+        text = _about(about, prefix=f"{about.name}." if any("+" in name for name in names) else "")
+        _print(console, ("\n\n" if i else "") + text)
+    return 0
+
+
+def _about(about: Description, prefix: str) -> str:
+    paper = about.paper
+    lines = [f"{about.name}: {about.summary}" if about.summary else about.name, ""]
+    facts = {
+        "paper": f"{paper.title} ({paper})" if paper else "",
+        "url": paper.url if paper else "",
+        "kind": about.kind,
+        "tasks": ", ".join(about.tasks),
+        "hosts": ", ".join(about.hosts),
+        "class": f"{about.cls.__module__}:{about.cls.__qualname__}",
+        "distribution": str(about.source or ""),
+    }
+    lines += [f"{key + ':':<14}{value}" for key, value in facts.items() if value]
+    lines += ["", "Options (--distill-args name=value ...):", options_table(about.options, prefix)]
+    if about.groups:
+        lines += [
+            "",
+            f"Groups with an optimizer of their own (--distill-args {prefix}{next(iter(about.groups))}.lr=...):",
+        ]
+        lines += [f"  {name}: {spec}" for name, spec in about.groups.items()]
+    if paper:
+        lines += ["", paper.bibtex]
+    return "\n".join(lines)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    console = Console(markup=False, highlight=False, emoji=False)
+    # A pipe or a file has no width: nothing is wrapped or cut for it.
+    return console if console.is_terminal else Console(markup=False, highlight=False, emoji=False, width=10_000)
+
+
+def _print(console: Console, what: object) -> None:
+    with console.capture() as capture:
+        console.print(what)
+    print("\n".join(line.rstrip() for line in capture.get().rstrip().splitlines()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

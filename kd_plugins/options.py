@@ -1,0 +1,400 @@
+"""A distiller's options, read off its constructor: the signature is the command line, the config file and the help.
+
+Every option of a distiller is a keyword-only, annotated, defaulted argument of `__init__`; its help is its entry under
+`Args:` in the docstring. So a new method needs no argument parser and no config class.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+import torch
+from torch import nn
+
+from kd_plugins.errors import DistillError, did_you_mean
+from kd_plugins.values import as_text, choices_of, convert, label
+
+if TYPE_CHECKING:
+    from kd_plugins.distiller import Distiller
+
+__all__ = [
+    "Option",
+    "Resolved",
+    "check",
+    "config_of",
+    "from_json",
+    "options_from_strings",
+    "options_of",
+    "options_table",
+    "parse",
+    "resolve",
+    "to_json",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One option of a distiller.
+
+    Args:
+        name: Of the constructor's argument.
+        annotation: Its resolved type.
+        default: Its default value.
+        help: From the docstring, in one line.
+        choices: The values of a `Literal`; empty for other types.
+    """
+
+    name: str
+    annotation: Any
+    default: Any
+    help: str = ""
+    choices: tuple[Any, ...] = ()
+
+    @property
+    def type(self) -> str:
+        """The type, as a reader of `--help` wants it."""
+        return label(self.annotation)
+
+    @property
+    def default_text(self) -> str:
+        """The default, as it is written on the command line."""
+        return as_text(self.default)
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """What one distiller of a (composed) name is made of: its class, its options, its groups' optimizer settings."""
+
+    cls: type
+    options: dict[str, Any]
+    optim: dict[str, dict[str, Any]]
+
+
+def options_of(cls: type) -> dict[str, Option]:
+    """The options of a distiller class, in the order of its constructor.
+
+    A constructor that takes `**kwargs` passes them to its base class, whose options follow.
+
+    >>> from typing import Literal
+    >>> class Example:
+    ...     '''Args:
+    ...         weight: Of the loss,
+    ...             in front of everything.
+    ...     '''
+    ...     def __init__(self, *, weight: float = 1.0, kernel: Literal["poly", "linear"] = "poly"): ...
+    >>> options_of(Example)["weight"].help, options_of(Example)["kernel"].choices
+    ('Of the loss, in front of everything.', ('poly', 'linear'))
+    """
+    options: dict[str, Option] = {}
+    for base in cls.__mro__:
+        init = base.__dict__.get("__init__")
+        if base in (nn.Module, object):
+            break
+        if init is None:
+            continue
+        hints = _hints(init, cls)
+        helps = {**_argument_help(base.__doc__), **_argument_help(init.__doc__)}
+        parameters = list(inspect.signature(init).parameters.values())[1:]
+        for parameter in parameters:
+            if parameter.kind is parameter.VAR_KEYWORD or parameter.name in options:
+                continue
+            if (
+                parameter.kind is not parameter.KEYWORD_ONLY
+                or parameter.default is parameter.empty
+                or parameter.name not in hints
+            ):
+                raise DistillError(
+                    f"expected every argument of {cls.__name__}.__init__ to be keyword-only, annotated and defaulted, "
+                    f"got {str(parameter)!r} — write `*, {parameter.name}: float = ...`"
+                )
+            options[parameter.name] = Option(
+                name=parameter.name,
+                annotation=hints[parameter.name],
+                default=parameter.default,
+                help=helps.get(parameter.name, ""),
+                choices=choices_of(hints[parameter.name]),
+            )
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return options
+
+
+def parse(cls: type, strings: Iterable[str]) -> dict[str, Any]:
+    """The options written as `name=value` on a command line, as the values that the constructor takes.
+
+    Numbers, `true` and `false`, `none`, comma-separated lists and, for mappings and nested lists, JSON.
+
+    >>> class Example:
+    ...     def __init__(self, *, layers: tuple[str, ...] = (), weight: float | None = None): ...
+    >>> parse(Example, ["layers=layer3,layer4", "weight=50"])
+    {'layers': ('layer3', 'layer4'), 'weight': 50.0}
+    """
+    return _checked(cls, _split(strings), text=True)
+
+
+def check(cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The same options with types checked, converted where nothing is lost (an int for a float, a list for a tuple).
+
+    A string stands for what it spells, as JSON and YAML files and hyper-parameter searches may quote numbers; where the
+    option itself may be a string, it stays one.
+    """
+    return _checked(cls, options, text=False)
+
+
+def options_table(options: Mapping[str, Option], prefix: str = "") -> str:
+    """The options with types, defaults and help, one a line.
+
+    >>> print(options_table({"weight": Option("weight", float, 1.0, "Of the loss.")}))
+      weight: float = 1.0    Of the loss.
+    """
+    heads = [f"  {prefix}{option.name}: {option.type} = {option.default_text}" for option in options.values()]
+    width = max((len(head) for head in heads if len(head) <= 60), default=0)
+    lines = [f"{head:<{width}}    {option.help}".rstrip() for head, option in zip(heads, options.values(), strict=True)]
+    return "\n".join(lines) or "  (no options)"
+
+
+# --- names with dots: compositions and optimizer groups ---------------------------------------------------------------
+
+
+def resolve(classes: Mapping[str, type], options: Mapping[str, Any], *, text: bool = False) -> dict[str, Resolved]:
+    """Sorts the options of a composition to its parts and checks them.
+
+    Args:
+        classes: The parts' classes by name; a single distiller is a composition of one.
+        options: `weight` goes to the only part that has it, `nst.weight` to the part nst. `critic.lr` is the learning
+            rate of the group `critic` of a single distiller, `afd.critic.lr` the one of the part afd.
+        text: Whether the values are strings from a command line.
+    """
+    given: dict[str, dict[str, Any]] = {name: {} for name in classes}
+    optim: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in classes}
+    for key, value in options.items():
+        owner, rest = _owner(classes, key)
+        if "." in rest:
+            group, field = rest.split(".", 1)
+            target, name = optim[owner].setdefault(group, {}), field
+            value = _optim_setting(classes, key, field, value, text)
+        else:
+            target, name = given[owner], rest
+        if name in target:
+            raise DistillError(f"expected every option once, got {rest!r} of {owner} twice — drop one of them")
+        target[name] = value
+    single = len(classes) == 1
+    return {
+        name: Resolved(cls, _checked(cls, given[name], text, "" if single else f"{name}."), optim[name])
+        for name, cls in classes.items()
+    }
+
+
+def options_from_strings(name: str, strings: Iterable[str]) -> dict[str, Any]:
+    """What follows `--distill-args`, as the keyword arguments of `create_distiller(name, ...)`.
+
+    Args:
+        name: Of the distiller; several are joined with "+".
+        strings: `option=value` each; also `part.option=value`, `group.lr=value` and `part.group.lr=value`.
+    """
+    from kd_plugins.registry import distiller_classes
+
+    return _flat(resolve(distiller_classes(name), _split(strings), text=True))
+
+
+def _flat(parts: Mapping[str, Resolved]) -> dict[str, Any]:
+    single = len(parts) == 1
+    flat: dict[str, Any] = {}
+    for name, part in parts.items():
+        prefix = "" if single else f"{name}."
+        flat |= {f"{prefix}{key}": value for key, value in part.options.items()}
+        for group, settings in part.optim.items():
+            flat |= {f"{prefix}{group}.{key}": value for key, value in settings.items()}
+    return flat
+
+
+def _owner(classes: Mapping[str, type], key: str) -> tuple[str, str]:
+    """The part that an option belongs to, and the option's name within it."""
+    prefix, dot, rest = key.partition(".")
+    if dot and prefix in classes:
+        return prefix, rest
+    if len(classes) == 1:
+        return next(iter(classes)), key
+    names = "+".join(classes)
+    if dot:
+        raise DistillError(
+            f"expected a part of {names} before the first dot, got {key!r}.{did_you_mean(prefix, classes)} "
+            f"An optimizer setting of a group is written {next(iter(classes))}.{key}"
+        )
+    owners = [name for name, cls in classes.items() if key in options_of(cls)]
+    if len(owners) > 1:
+        ways = " or ".join(f"{owner}.{key}" for owner in owners)
+        raise DistillError(f"expected an option of one part of {names}, got {key!r}, which several have — write {ways}")
+    if not owners:
+        known = [option for cls in classes.values() for option in options_of(cls)]
+        tables = "\n".join(options_table(options_of(cls), f"{name}.") for name, cls in classes.items())
+        raise DistillError(f"{names} has no option {key!r}.{did_you_mean(key, known)} Its options:\n{tables}")
+    return owners[0], key
+
+
+def _optim_setting(classes: Mapping[str, type], key: str, field: str, value: Any, text: bool) -> Any:
+    from kd_plugins.distiller import OptimSpec
+
+    hints = get_type_hints(OptimSpec)
+    if field not in hints:
+        what = f"part of {'+'.join(classes)} or " if len(classes) > 1 else ""
+        raise DistillError(
+            f"expected {key!r} to name a {what}setting of an optimizer group ({', '.join(hints)}), "
+            f"got {field!r}.{did_you_mean(field, hints)}"
+        )
+    return _convert_option(key, value, hints[field], text)
+
+
+# --- configs as JSON --------------------------------------------------------------------------------------------------
+
+
+def config_of(distiller: Distiller) -> dict[str, Any]:
+    """The distiller as a JSON-able dict: its name, every option, and the versions of what made it.
+
+    `from_json` makes the same distiller again, with fresh weights; its `state_dict()` belongs beside it.
+    """
+    from kd_plugins.compose import Composite
+    from kd_plugins.registry import distribution_of, name_of
+
+    parts = dict(distiller.parts.items()) if isinstance(distiller, Composite) else {name_of(type(distiller)): distiller}
+    names = [name_of(type(part)) for part in parts.values()]
+    resolved = {
+        key: Resolved(type(part), part.config, getattr(part, "optim_overrides", None) or {})
+        for key, part in parts.items()
+    }
+    owners = {owner.name: owner.version for name in names if (owner := distribution_of(name))}
+    config = {
+        "distiller": "+".join(names),
+        "options": _flat(resolved),
+        "versions": {"kd-plugins": _version("kd-plugins"), "torch": str(torch.__version__), **owners},
+    }
+    try:
+        return json.loads(json.dumps(config))
+    except (TypeError, ValueError) as error:
+        raise DistillError(
+            f"expected options of {'+'.join(names)} that JSON can hold, got {config['options']}"
+        ) from error
+
+
+def to_json(distiller: Distiller, path: str | Path | None = None) -> str:
+    """`config_of` as JSON text, also written to `path` if there is one."""
+    text = json.dumps(config_of(distiller), indent=2) + "\n"
+    if path is not None:
+        Path(path).write_text(text, encoding="utf-8")
+    return text
+
+
+def from_json(source: str | Path | Mapping[str, Any]) -> Distiller:
+    """The distiller that `to_json` or `config_of` described.
+
+    Args:
+        source: A path to a JSON file, or the dict.
+    """
+    from kd_plugins.registry import create_distiller
+
+    config = source if isinstance(source, Mapping) else json.loads(Path(source).read_text(encoding="utf-8"))
+    if "distiller" not in config:
+        raise DistillError(f"expected a config with the key 'distiller', got the keys {list(config)} — see config_of()")
+    try:
+        return create_distiller(config["distiller"], **config.get("options", {}))
+    except DistillError as error:
+        if not config.get("versions"):
+            raise
+        made = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
+        raise DistillError(f"{error}\n(The config was written by {made}.)") from error
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:  # a source tree on PYTHONPATH
+        return "unknown"
+
+
+# --- reading what was given -------------------------------------------------------------------------------------------
+
+
+def _split(strings: Iterable[str]) -> dict[str, str]:
+    given: dict[str, str] = {}
+    for string in strings:
+        name, equals, value = string.partition("=")
+        name = name.strip()
+        if not equals or not name:
+            raise DistillError(f"expected option=value, got {string!r}")
+        if name in given:
+            raise DistillError(f"expected every option once, got {name!r} twice — drop one of them")
+        given[name] = value.strip()
+    return given
+
+
+def _checked(cls: type, given: Mapping[str, Any], text: bool, prefix: str = "") -> dict[str, Any]:
+    options = options_of(cls)
+    checked = {}
+    for name, value in given.items():
+        if name not in options:
+            raise DistillError(
+                f"{cls.__name__} has no option {name!r}.{did_you_mean(name, options)} "
+                f"Its options:\n{options_table(options, prefix)}"
+            )
+        checked[name] = _convert_option(f"{prefix}{name}", value, options[name].annotation, text)
+    return checked
+
+
+def _convert_option(name: str, value: Any, hint: Any, text: bool) -> Any:
+    try:
+        return convert(value, hint, text)
+    except ValueError as error:
+        detail = f" ({error})" if str(error) else ""
+        close = did_you_mean(value, map(str, choices_of(hint))) if isinstance(value, str) else ""
+        raise DistillError(f"expected {name} to be {label(hint)}, got {value!r}{detail}.{close}") from None
+
+
+# --- signatures and docstrings ----------------------------------------------------------------------------------------
+
+
+def _hints(init: Callable[..., Any], cls: type) -> dict[str, Any]:
+    try:
+        return get_type_hints(init)
+    except (NameError, AttributeError, TypeError) as error:
+        raise DistillError(
+            f"expected annotations of {cls.__name__}.__init__ that can be resolved at run time, got: {error} — "
+            "import the type outside TYPE_CHECKING"
+        ) from error
+
+
+def _argument_help(doc: str | None) -> dict[str, str]:
+    """The entries under `Args:` of a Google docstring, each joined into one line."""
+    lines = inspect.cleandoc(doc or "").splitlines()
+    start = next((i for i, line in enumerate(lines) if re.fullmatch(r"\s*(Args|Arguments|Parameters):\s*", line)), None)
+    if start is None:
+        return {}
+    # cleandoc() takes the indentation of a section that opens the docstring.
+    outer = _indent(lines[start]) if start else -1
+    entries: dict[str, list[str]] = {}
+    names: list[str] = []
+    level: int | None = None
+    for line in lines[start + 1 :]:
+        if not line.strip():
+            continue
+        if _indent(line) <= outer:
+            break
+        level = _indent(line) if level is None else level
+        entry = re.match(r"\s*\*{0,2}(\w+(?:, \w+)*)(?: \(.*?\))?:(?:\s+(.*)|$)", line)
+        if _indent(line) <= level and entry:
+            names = entry[1].split(", ")
+            entries |= {name: [entry[2] or ""] for name in names}
+        else:
+            for name in names:
+                entries[name].append(line.strip())
+    return {name: " ".join(filter(None, text)) for name, text in entries.items()}
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())

@@ -1,0 +1,209 @@
+"""From a name to a distiller, through the entry-point group `kd_plugins.distillers`.
+
+Built-in methods and those of other distributions come through the same door; a method is imported when it is asked
+for, so a broken one harms nobody else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import sys
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from kd_plugins.errors import DistillError, did_you_mean
+from kd_plugins.options import Option, options_of, resolve
+from kd_plugins.paper import Paper
+
+if TYPE_CHECKING:
+    from kd_plugins.distiller import Distiller, OptimSpec
+
+__all__ = [
+    "GROUP",
+    "Description",
+    "Source",
+    "create_distiller",
+    "describe",
+    "distiller_classes",
+    "distribution_of",
+    "get_distiller",
+    "list_distillers",
+    "name_of",
+]
+
+GROUP = "kd_plugins.distillers"
+
+
+class Source(NamedTuple):
+    """The installed distribution that a distiller comes from."""
+
+    name: str
+    version: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.version}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What is known of a distiller without training it: the data of `kd-plugins info`."""
+
+    name: str
+    cls: type[Distiller]
+    source: Source | None
+    summary: str
+    paper: Paper | None
+    kind: str
+    tasks: tuple[str, ...]
+    hosts: tuple[str, ...]
+    options: dict[str, Option]
+    groups: dict[str, OptimSpec]
+
+
+def list_distillers() -> list[str]:
+    """The names of all installed distillers, sorted. Imports none of them."""
+    return sorted(_entries())
+
+
+def get_distiller(name: str) -> type[Distiller]:
+    """The class behind a name.
+
+    Args:
+        name: Of an installed distiller, such as "nst"; or "package.module:Class" for one that is not installed.
+    """
+    if "+" in name:
+        raise DistillError(f"expected the name of one distiller, got {name!r} — create_distiller() makes compositions")
+    if ":" in name:
+        return _import(EntryPoint(name=name, value=name, group=GROUP))
+    entries = _entries()
+    if not entries:
+        raise DistillError(
+            f"expected the distiller {name!r}, got no distillers installed at all — run `pip install -e .` in a source "
+            "checkout, or install kd-plugins"
+        )
+    if name not in entries:
+        raise DistillError(
+            f"expected an installed distiller, got {name!r}.{did_you_mean(name, entries)} "
+            f"Installed: {', '.join(sorted(entries))} — or give module:Class"
+        )
+    return _import(_only(entries[name]))
+
+
+def create_distiller(name: str, /, **options: Any) -> Distiller:
+    """Makes a distiller by name.
+
+    Args:
+        name: "nst"; "kd+nst" for the sum of both; "package.module:Class" for one that is not installed.
+        options: Of the constructor. In a composition `kd.temperature` (through `**{"kd.temperature": 4.0}`) is the
+            option of one part; without a prefix it goes to the only part that has it. `critic.lr` (`afd.critic.lr`)
+            overrides a setting of the optimizer of the distiller's group `critic`.
+    """
+    made = {}
+    for part, resolved in resolve(distiller_classes(name), options).items():
+        made[part] = resolved.cls(**resolved.options)
+        if resolved.optim:
+            made[part].optim_overrides = resolved.optim
+    if len(made) == 1:
+        return next(iter(made.values()))
+    from kd_plugins.compose import Composite
+
+    return Composite(made)
+
+
+def distiller_classes(name: str) -> dict[str, type[Distiller]]:
+    """The classes of a name's parts, by the prefix of their options: the name, or of module:Class the class."""
+    classes: dict[str, type[Distiller]] = {}
+    for part in name.split("+"):
+        part = part.strip()
+        prefix = part.rpartition(":")[2].rpartition(".")[2] if ":" in part else part
+        if prefix in classes:
+            raise DistillError(f"expected every distiller once, got {prefix!r} twice in {name!r} — drop one of them")
+        classes[prefix] = get_distiller(part)
+    return classes
+
+
+def distribution_of(name: str) -> Source | None:
+    """The distribution that a distiller comes from; None for module:Class."""
+    entries = _entries().get(name)
+    return _source(_only(entries)) if entries else None
+
+
+def name_of(cls: type) -> str:
+    """The name that makes this class: of its entry point if it has one, or module:Class."""
+    for name, entries in sorted(_entries().items()):
+        for entry in entries:
+            if entry.module in sys.modules:
+                try:
+                    if entry.load() is cls:
+                        return name
+                except (ImportError, AttributeError):
+                    continue
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def describe(name: str) -> Description:
+    """What a distiller is: its paper, options, hosts and, where they are known before setup, its parameter groups."""
+    cls = get_distiller(name)
+    summary = (inspect.getdoc(cls) or "").strip().partition("\n\n")[0]
+    return Description(
+        name=name,
+        cls=cls,
+        source=distribution_of(name),
+        summary=" ".join(summary.split()),
+        paper=getattr(cls, "paper", None),
+        kind=getattr(cls, "kind", ""),
+        tasks=tuple(getattr(cls, "tasks", ())),
+        hosts=tuple(getattr(cls, "hosts", ())),
+        options=options_of(cls),
+        groups=_static_groups(cls),
+    )
+
+
+def _static_groups(cls: type[Distiller]) -> dict[str, OptimSpec]:
+    try:
+        return dict(cls().optimizers())
+    except Exception:  # groups that only setup() knows, by whatever way a method fails before it
+        return {}
+
+
+def _entries() -> dict[str, list[EntryPoint]]:
+    """Entry points by name; one each distribution, however often sys.path leads to it."""
+    found: dict[str, dict[str, EntryPoint]] = {}
+    for entry in entry_points(group=GROUP):
+        distribution = re.sub(r"[-_.]+", "-", entry.dist.name).lower() if entry.dist else ""
+        found.setdefault(entry.name, {}).setdefault(distribution, entry)
+    return {name: list(entries.values()) for name, entries in found.items()}
+
+
+def _only(entries: list[EntryPoint]) -> EntryPoint:
+    if len(entries) > 1:
+        sources = " and ".join(f"{_source(entry)} ({entry.value})" for entry in entries)
+        raise DistillError(
+            f"expected one distiller named {entries[0].name!r}, got several, from {sources} — uninstall one of them, "
+            "or give module:Class"
+        )
+    return entries[0]
+
+
+def _import(entry: EntryPoint) -> type[Distiller]:
+    from kd_plugins.distiller import Distiller
+
+    source = _source(entry)
+    what = f"distiller {entry.name!r} of {source} ({entry.value})" if source else f"distiller {entry.value!r}"
+    try:
+        cls: Any = import_module(entry.module)
+        for attribute in entry.attr.split("."):
+            cls = getattr(cls, attribute)
+    except (Exception, SystemExit) as error:  # another distribution's module may fail in any way
+        remedy = "is it mended by an update of its distribution?" if source else "is the module on PYTHONPATH?"
+        raise DistillError(f"cannot load {what}: {type(error).__name__}: {error} — {remedy}") from error
+    if not (isinstance(cls, type) and issubclass(cls, Distiller)):
+        raise DistillError(f"expected {what} to be a subclass of kd_plugins.Distiller, got {cls!r}")
+    return cls
+
+
+def _source(entry: EntryPoint) -> Source | None:
+    return Source(entry.dist.name, entry.dist.version) if entry.dist else None

@@ -1,0 +1,184 @@
+"""Values by their annotations: what a command line, a JSON file or a caller gave, as the type that was asked for."""
+
+from __future__ import annotations
+
+import json
+import re
+import types
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, Literal, Union, get_args, get_origin
+
+__all__ = ["as_text", "choices_of", "convert", "label"]
+
+
+def convert(value: Any, hint: Any, text: bool = False) -> Any:
+    """The value as an annotation wants it; a ValueError, with a text where there is more to say, if it cannot be had.
+
+    Args:
+        value: Anything; a string is read where the annotation is no string.
+        hint: A resolved annotation.
+        text: Whether the value comes from a command line, where everything is a string: then `str` is the last type of
+            a union to be tried, while a value from Python or JSON stays what it is.
+
+    >>> convert("3,layer4", tuple[str | int, ...], text=True)
+    (3, 'layer4')
+    >>> convert(("3",), tuple[str | int, ...])
+    ('3',)
+    """
+    origin = get_origin(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _convert_union(value, get_args(hint), text)
+    if origin is Literal:
+        for choice in get_args(hint):
+            if value == choice and type(value) is type(choice) or isinstance(value, str) and value == str(choice):
+                return choice
+        raise ValueError
+    if hint in (None, types.NoneType):
+        if value is None or isinstance(value, str) and value.lower() in ("none", "null"):
+            return None
+        raise ValueError
+    if hint in _SCALARS:
+        return _SCALARS[hint](value)
+    kind = origin or hint
+    if kind in (tuple, list, Sequence, Collection, Iterable):
+        return _convert_list(value, kind, get_args(hint), text)
+    if kind in (dict, Mapping):
+        return _convert_mapping(value, get_args(hint))
+    if kind is Callable:
+        if callable(value):
+            return value
+    elif isinstance(kind, type) and isinstance(value, kind):
+        return value
+    raise ValueError
+
+
+def _convert_union(value: Any, members: Sequence[Any], text: bool) -> Any:
+    if not text and type(value) in members:
+        return value
+    # Every text is a str, so str comes last; a literal "none" goes before None, and both before the rest.
+    ranks: dict[Any, int] = {types.NoneType: 1, str: 3}
+    for member in sorted(members, key=lambda member: 0 if get_origin(member) is Literal else ranks.get(member, 2)):
+        try:
+            return convert(value, member, text)
+        except ValueError:
+            continue
+    raise ValueError
+
+
+def _convert_list(value: Any, kind: Any, items: tuple[Any, ...], text: bool) -> Any:
+    if isinstance(value, str):
+        if value.startswith("["):
+            value, text = _json(value), False
+        else:
+            inner = value[1:-1] if value.startswith("(") and value.endswith(")") else value
+            value = [item.strip() for item in inner.split(",") if item.strip()]
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+        raise ValueError
+    if kind is tuple and items and items[-1] is not Ellipsis:
+        items = () if items == ((),) else items
+        if len(items) != len(value):
+            raise ValueError(f"{len(items)} values expected")
+    else:
+        items = (items[0] if items else Any,) * len(value)
+    converted = [convert(item, hint, text) for item, hint in zip(value, items, strict=True)]
+    return converted if kind is list else tuple(converted)
+
+
+def _convert_mapping(value: Any, items: tuple[Any, ...]) -> dict[Any, Any]:
+    if isinstance(value, str):
+        value = _json(value)
+    if not isinstance(value, Mapping):
+        raise ValueError
+    key_hint, value_hint = items or (Any, Any)
+    # JSON has string keys only, so keys are read as on a command line.
+    return {convert(key, key_hint, True): convert(item, value_hint, False) for key, item in value.items()}
+
+
+def _json(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from error
+
+
+def _bool(value: Any) -> bool:
+    if isinstance(value, str):
+        if value.lower() in ("true", "yes", "on", "1"):
+            return True
+        if value.lower() in ("false", "no", "off", "0"):
+            return False
+        raise ValueError
+    return _exactly(bool, value)
+
+
+def _int(value: Any) -> int:
+    return int(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d+", value) else _exactly(int, value)
+
+
+def _float(value: Any) -> float:
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            raise ValueError from None
+    if isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return _exactly(float, value)
+
+
+def _exactly(kind: type, value: Any) -> Any:
+    if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:
+        raise ValueError
+    return kind(value)
+
+
+_SCALARS: dict[Any, Callable[[Any], Any]] = {
+    bool: _bool,
+    int: _int,
+    float: _float,
+    str: lambda value: _exactly(str, value),
+}
+
+
+def choices_of(hint: Any) -> tuple[Any, ...]:
+    """The values of a `Literal`, also within a union."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    if get_origin(hint) in (Union, types.UnionType):
+        return tuple(choice for member in get_args(hint) for choice in choices_of(member))
+    return ()
+
+
+def label(hint: Any) -> str:
+    """The annotation as a reader of `--help` wants it.
+
+    >>> label(float | Literal["auto"] | None)
+    'float | auto | none'
+    """
+    origin, args = get_origin(hint), get_args(hint)
+    if hint in (None, types.NoneType):
+        return "none"
+    if origin is Literal:
+        return " | ".join(map(str, args))
+    if origin in (Union, types.UnionType):
+        return " | ".join(label(arg) for arg in args)
+    if hint is Ellipsis:
+        return "..."
+    if isinstance(hint, list):
+        return f"[{', '.join(map(label, hint))}]"
+    name = getattr(origin or hint, "__name__", str(hint))
+    return f"{name}[{', '.join(map(label, args))}]" if args else name
+
+
+def as_text(value: Any) -> str:
+    """The value as it is written on a command line."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (tuple, list)):
+        nested = any(isinstance(item, (tuple, list, dict)) for item in value)
+        return json.dumps(value) if nested else ",".join(map(as_text, value)) or "()"
+    if isinstance(value, dict):
+        return json.dumps(value, default=str)
+    return str(value) if value != "" else "''"
