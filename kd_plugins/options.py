@@ -112,7 +112,7 @@ def options_of(cls: type) -> dict[str, Option]:
             ):
                 raise DistillError(
                     f"expected every argument of {cls.__name__}.__init__ to be keyword-only, annotated and defaulted, "
-                    f"got {str(parameter)!r} — write `*, {parameter.name}: float = ...`"
+                    f"got {parameter.name!r} — write `*, {parameter.name}: float = ...`"
                 )
             options[parameter.name] = Option(
                 name=parameter.name,
@@ -233,7 +233,7 @@ def _owner(classes: Mapping[str, type], key: str) -> tuple[str, str]:
         ways = " or ".join(f"{owner}.{key}" for owner in owners)
         raise DistillError(f"expected an option of one part of {names}, got {key!r}, which several have — write {ways}")
     if not owners:
-        known = [option for cls in classes.values() for option in options_of(cls)]
+        known = dict.fromkeys(option for cls in classes.values() for option in options_of(cls))
         tables = "\n".join(options_table(options_of(cls), f"{name}.") for name, cls in classes.items())
         raise DistillError(f"{names} has no option {key!r}.{did_you_mean(key, known)} Its options:\n{tables}")
     return owners[0], key
@@ -263,12 +263,9 @@ def config_of(distiller: Distiller) -> dict[str, Any]:
     from kd_plugins.compose import Composite
     from kd_plugins.registry import distribution_of, name_of
 
-    parts = dict(distiller.parts.items()) if isinstance(distiller, Composite) else {name_of(type(distiller)): distiller}
+    parts = distiller.methods if isinstance(distiller, Composite) else {name_of(type(distiller)): distiller}
     names = [name_of(type(part)) for part in parts.values()]
-    resolved = {
-        key: Resolved(type(part), part.config, getattr(part, "optim_overrides", None) or {})
-        for key, part in parts.items()
-    }
+    resolved = {key: Resolved(type(part), _constructed_with(part), part.optim_overrides) for key, part in parts.items()}
     owners = {owner.name: owner.version for name in names if (owner := distribution_of(name))}
     config = {
         "distiller": "+".join(names),
@@ -309,6 +306,19 @@ def from_json(source: str | Path | Mapping[str, Any]) -> Distiller:
             raise
         made = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
         raise DistillError(f"{error}\n(The config was written by {made}.)") from error
+
+
+def _constructed_with(distiller: Distiller) -> dict[str, Any]:
+    """Every option with its value, those that the constructor passed on to its base class too."""
+    passed_on = (
+        parameter.name
+        for parameter in inspect.signature(type(distiller)).parameters.values()
+        if parameter.kind is parameter.VAR_KEYWORD
+    )
+    given = dict(distiller.config)
+    for name in passed_on:
+        given |= given.pop(name, {})
+    return {name: given.get(name, option.default) for name, option in options_of(type(distiller)).items()}
 
 
 def _version(distribution: str) -> str:

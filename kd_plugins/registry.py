@@ -101,16 +101,17 @@ def create_distiller(name: str, /, **options: Any) -> Distiller:
             option of one part; without a prefix it goes to the only part that has it. `critic.lr` (`afd.critic.lr`)
             overrides a setting of the optimizer of the distiller's group `critic`.
     """
-    made = {}
-    for part, resolved in resolve(distiller_classes(name), options).items():
-        made[part] = resolved.cls(**resolved.options)
-        if resolved.optim:
-            made[part].optim_overrides = resolved.optim
+    resolved = resolve(distiller_classes(name), options)
+    made: dict[str, Distiller] = {part: it.cls(**it.options) for part, it in resolved.items()}
+    for part, it in resolved.items():
+        made[part].optim_overrides = it.optim
     if len(made) == 1:
         return next(iter(made.values()))
     from kd_plugins.compose import Composite
 
-    return Composite(made)
+    distiller = Composite(made)
+    distiller.optim_overrides = {group: settings for it in resolved.values() for group, settings in it.optim.items()}
+    return distiller
 
 
 def distiller_classes(name: str) -> dict[str, type[Distiller]]:
@@ -135,19 +136,19 @@ def name_of(cls: type) -> str:
     """The name that makes this class: of its entry point if it has one, or module:Class."""
     for name, entries in sorted(_entries().items()):
         for entry in entries:
-            if entry.module in sys.modules:
-                try:
-                    if entry.load() is cls:
-                        return name
-                except (ImportError, AttributeError):
-                    continue
+            try:
+                # A class that exists has been imported; nothing else needs to be for its name.
+                if entry.module in sys.modules and entry.load() is cls:
+                    return name
+            except (ImportError, AttributeError):
+                continue
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
 def describe(name: str) -> Description:
     """What a distiller is: its paper, options, hosts and, where they are known before setup, its parameter groups."""
     cls = get_distiller(name)
-    summary = (inspect.getdoc(cls) or "").strip().partition("\n\n")[0]
+    summary = inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[0]
     return Description(
         name=name,
         cls=cls,

@@ -1,0 +1,157 @@
+"""The command `kd-plugins`, as a terminal and as a pipe see it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+from importlib.metadata import EntryPoint, entry_points, version
+
+import pytest
+
+from kd_plugins.cli import main
+from kd_plugins.distiller import Distiller, OptimSpec
+from kd_plugins.errors import DistillError
+from kd_plugins.paper import Paper
+from kd_plugins.registry import GROUP, describe, list_distillers
+
+
+class Shown(Distiller):
+    """A method [for show].
+
+    Args:
+        shape: Of maps `[B, C, H, W]`.
+    """
+
+    paper = Paper("A [bold]Title", ("Jörg Müller", "Aaron van den Oord"), "ICML", 2021, arxiv="2101.00001")
+    kind = "online"
+    hosts = ("timm",)
+    tasks = ("classification", "segmentation")
+
+    def __init__(self, *, shape: int = 4) -> None:
+        super().__init__()
+
+    def optimizers(self) -> dict[str, OptimSpec]:
+        return {"critic": OptimSpec(lr=3e-5)}
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """Shown under a name of its own, and an entry that cannot be imported, beside what is installed."""
+    module = types.ModuleType("shown_by_test")
+    module.Shown = Shown
+    monkeypatch.setitem(sys.modules, "shown_by_test", module)
+    extra = [
+        EntryPoint("shown", "shown_by_test:Shown", GROUP),
+        EntryPoint("shattered", "no_such_module_here:Nothing", GROUP),
+    ]
+    monkeypatch.setattr("kd_plugins.registry.entry_points", lambda group: [*entry_points(group=group), *extra])
+
+
+def test_the_list_has_one_line_for_each_and_says_what_is_broken(shown, capsys):
+    assert main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line for line in lines[1:]}
+    assert list(rows) == list_distillers()
+    assert "online" in rows["shown"]
+    assert "2021" in rows["shown"]
+    assert "Müller & van den Oord, ICML 2021: A [bold]Title" in rows["shown"]
+    assert "broken: " in rows["shattered"]
+    assert "No module named 'no_such_module_here'" in rows["shattered"]
+    assert f"kd-plugins {version('kd-plugins')}" in rows["kd"]
+    for name in ("kd", "nst", "internal"):
+        assert "broken" not in rows[name]
+        assert str(describe(name).paper.year) in rows[name]
+
+
+def test_without_a_command_it_lists(capsys):
+    assert main([]) == 0
+    bare = capsys.readouterr().out
+    main(["list"])
+    assert bare == capsys.readouterr().out
+
+
+def test_a_terminal_of_80_columns_loses_no_text(shown, capsys, monkeypatch):
+    from rich.console import Console
+
+    monkeypatch.setattr("kd_plugins.cli._console", lambda: Console(force_terminal=True, width=80, color_system=None))
+    main(["list"])
+    out = capsys.readouterr().out
+    assert "…" not in out
+    assert max(len(line) for line in out.splitlines()) <= 80
+    assert "no_such_module_here" in "".join(line[line.rfind("  ") :].strip() for line in out.splitlines())
+
+
+def test_info_shows_paper_options_groups_and_bibtex(shown, capsys):
+    assert main(["info", "shown"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("shown: A method [for show].\n")
+    for text in (
+        "A [bold]Title (Müller & van den Oord, ICML 2021)",
+        "https://arxiv.org/abs/2101.00001",
+        "classification, segmentation",
+        "shape: int = 4    Of maps `[B, C, H, W]`.",
+        "critic: OptimSpec(optimizer='Adam', lr=3e-05",
+        "@inproceedings{muller2021bold,",
+        "author = {Jörg Müller and Aaron van den Oord},",
+    ):
+        assert text in out
+
+
+@pytest.mark.parametrize("name", ["kd", "nst", "internal"])
+def test_info_explains_every_option_of_a_method(name, capsys):
+    assert main(["info", name]) == 0
+    out = capsys.readouterr().out
+    assert describe(name).paper.bibtex in out
+    for option in describe(name).options.values():
+        assert f"  {option.name}: {option.type} = " in out
+        assert option.help, f"{name} does not document {option.name}"
+        assert option.help in out
+
+
+def test_info_of_a_composition_shows_its_parts_with_their_prefixes(capsys):
+    assert main(["info", "kd+nst"]) == 0
+    out = capsys.readouterr().out
+    assert "  kd.temperature: float" in out
+    assert "  nst.weight: float" in out
+
+
+def test_errors_are_plain_and_exit_with_2(shown, capsys):
+    assert main(["info", "internl"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("kd-plugins: ")
+    assert "Did you mean internal?" in captured.err
+    assert len(captured.err.splitlines()) == 1
+    assert main(["info", "shattered"]) == 2
+    with pytest.raises(SystemExit) as stopped:
+        main(["frobnicate"])
+    assert stopped.value.code == 2
+
+
+def test_demo_and_report_get_the_rest_of_the_command_line(monkeypatch):
+    given = {}
+    for command in ("demo", "report"):
+        module = types.ModuleType(f"kd_plugins.{command}")
+        module.main = lambda argv, command=command: given.update({command: argv})
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert main(["demo", "--epochs", "1"]) == 0
+    assert main(["report", "runs/a", "--help"]) == 0
+    assert given == {"demo": ["--epochs", "1"], "report": ["runs/a", "--help"]}
+
+    def fail(argv: list[str]) -> int:
+        raise DistillError("expected a run, got nothing")
+
+    monkeypatch.setattr(sys.modules["kd_plugins.report"], "main", fail)
+    assert main(["report"]) == 2
+
+
+def test_the_module_is_the_command():
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "kd_plugins", *arguments]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    assert run("--version").stdout == f"kd-plugins {version('kd-plugins')}\n"
+    failed = run("info", "nothing_like_it")
+    assert failed.returncode == 2
+    assert failed.stderr.startswith("kd-plugins: expected an installed distiller, got 'nothing_like_it'")
