@@ -1,0 +1,172 @@
+"""The student, its loss, optimizer and schedule, as timm's script makes them."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_input_data_config
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.models import parse_model_name, resolve_model_input_args
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler_factory import scheduler_kwargs
+from torch import nn
+
+from kd_plugins.errors import DistillError, did_you_mean
+
+__all__ = [
+    "check_model_name",
+    "create_criterion",
+    "create_optimizer",
+    "create_scheduler",
+    "create_student",
+    "resolve_learning_rate",
+]
+
+_logger = logging.getLogger(__name__)
+
+
+def check_model_name(name: str, flag: str) -> None:
+    """Refuses a model name that timm does not know, with a hint.
+
+    Args:
+        name: A name of timm's registry, or `hf-hub:...` or `local-dir:...`.
+        flag: The flag it came from.
+    """
+    try:
+        source, model = parse_model_name(name)
+    except ValueError as error:
+        raise DistillError(f"{flag} {name}: {error}") from error
+    if source is None and not timm.is_model(model.split(".")[0]):
+        hint = did_you_mean(model, timm.list_models())
+        raise DistillError(f"{flag}: timm has no model named {name!r}.{hint} timm.list_models() names them all.")
+
+
+def create_student(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
+    """Makes the model to train and resolves its data configuration; fills in `args.num_classes`.
+
+    Args:
+        args: Parsed arguments, after `apply_data_defaults`.
+
+    Returns:
+        The model, on the CPU, and the data configuration (input size, mean, std, interpolation, crop).
+    """
+    check_model_name(args.model, "--model")
+    for flag, path in (("--initial-checkpoint", args.initial_checkpoint), ("--pretrained-path", args.pretrained_path)):
+        if path and not os.path.exists(path):
+            raise DistillError(f"{flag} {path} does not exist: mend the path.")
+    overlay = dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else None
+    channels = args.in_chans if args.in_chans is not None else (args.input_size or (None,))[0]
+    try:
+        resolved = resolve_model_input_args(
+            args.model,
+            vars(args),
+            in_chans=channels,
+            num_classes=args.num_classes,
+            pretrained_cfg_overlay=overlay,
+            **args.model_kwargs,
+        )
+        model = timm.create_model(
+            pretrained=args.pretrained or bool(args.pretrained_path),
+            drop_rate=args.drop,
+            drop_path_rate=args.drop_path,
+            drop_block_rate=args.drop_block,
+            global_pool=args.gp,
+            bn_momentum=args.bn_momentum,
+            bn_eps=args.bn_eps,
+            checkpoint_path=args.initial_checkpoint,
+            **resolved,
+        )
+        config = resolve_input_data_config(model, vars(args))
+    except (ValueError, TypeError) as error:
+        raise DistillError(f"--model {args.model} cannot be made with these arguments: {error}") from error
+    with torch.no_grad():
+        head: Any = (
+            model.get_classifier() if args.head_init_scale is not None or args.head_init_bias is not None else None
+        )
+        if args.head_init_scale is not None:
+            head.weight.mul_(args.head_init_scale)
+            head.bias.mul_(args.head_init_scale)
+        if args.head_init_bias is not None:
+            head.bias.fill_(args.head_init_bias)
+    if args.num_classes is None:
+        args.num_classes = model.num_classes
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing(enable=True)
+    return model, config
+
+
+def create_criterion(args: argparse.Namespace) -> nn.Module:
+    """The training loss that timm's script selects for these arguments.
+
+    Departures: `--bce-loss --smoothing 0` without Mixup is the binary loss, where timm's script falls back to softmax
+    cross entropy.
+    """
+    mixup = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    if args.bce_loss:
+        return BinaryCrossEntropy(
+            # It reaches class indices only: Mixup's targets are smoothed already.
+            smoothing=args.smoothing,
+            target_threshold=args.bce_target_thresh,
+            sum_classes=args.bce_sum,
+            pos_weight=args.bce_pos_weight,
+        )
+    if mixup:
+        return SoftTargetCrossEntropy()
+    if args.smoothing:
+        return LabelSmoothingCrossEntropy(smoothing=args.smoothing)
+    return nn.CrossEntropyLoss()
+
+
+def resolve_learning_rate(args: argparse.Namespace, processes: int) -> None:
+    """Derives `args.lr` from `--lr-base` and the global batch size where no rate is given."""
+    if args.lr:
+        return
+    batch = args.batch_size * processes * args.grad_accum_steps
+    if not args.lr_base_scale:
+        args.lr_base_scale = "sqrt" if any(o in args.opt.lower() for o in ("ada", "lamb")) else "linear"
+    ratio = batch / args.lr_base_size
+    args.lr = args.lr_base * (ratio**0.5 if args.lr_base_scale == "sqrt" else ratio)
+    _logger.info(
+        f"Learning rate ({args.lr}) calculated from base learning rate ({args.lr_base}) and global batch size ({batch})"
+        f" with {args.lr_base_scale} scaling."
+    )
+
+
+def create_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    """timm's optimizer for the model's parameters."""
+    try:
+        optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise DistillError(f"--opt {args.opt} cannot be made with these arguments: {error}") from error
+    if getattr(optimizer, "is_second_order", False):
+        raise DistillError(f"--opt {args.opt} needs second-order gradients, which are not supported: choose another.")
+    return optimizer
+
+
+def create_scheduler(
+    args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int, epochs: int | None = None
+) -> tuple[Any, int]:
+    """timm's learning-rate schedule.
+
+    Args:
+        args: Parsed arguments.
+        optimizer: The optimizer that it steers.
+        updates_per_epoch: Optimizer steps in one epoch.
+        epochs: Length of the schedule in place of `--epochs`.
+
+    Returns:
+        The scheduler (None for `--sched none`) and the number of epochs with warmup prefix and cooldown.
+    """
+    options = scheduler_kwargs(args, decreasing_metric=args.eval_metric == "loss")
+    if epochs is not None:
+        options["num_epochs"] = epochs
+    try:
+        return create_scheduler_v2(optimizer, **options, updates_per_epoch=updates_per_epoch)
+    except (ValueError, AssertionError) as error:
+        raise DistillError(f"--sched {args.sched} cannot be made with these arguments: {error}") from error

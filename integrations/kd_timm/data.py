@@ -1,0 +1,302 @@
+"""Data sets and loaders of timm from the command line, with held-out streams and row numbers for distillers."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from timm.data import FastCollateMixup, create_dataset, create_loader
+from timm.data.loader import fast_collate
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from kd_plugins.errors import DistillError
+from kd_timm.digits import DIGITS_DEFAULTS, Digits
+
+__all__ = ["Data", "Targets", "apply_data_defaults", "create_data", "create_datasets"]
+
+
+class Targets(NamedTuple):
+    """Labels with the row numbers of their examples, where a distiller asks for them."""
+
+    labels: Tensor
+    index: Tensor
+
+    def to(self, *args: Any, **kwargs: Any) -> Targets:
+        """Both on another device, as timm's prefetcher asks of a target."""
+        return Targets(self.labels.to(*args, **kwargs), self.index.to(*args, **kwargs))
+
+
+class Rows(Dataset[Any]):
+    """Some rows of a data set, optionally with their numbers in the whole of it.
+
+    Args:
+        dataset: The whole data set; its `transform` is shared.
+        rows: Row numbers.
+        index: Whether an item carries its row number.
+    """
+
+    def __init__(self, dataset: Any, rows: Sequence[int], index: bool = False) -> None:
+        self.dataset, self.rows, self.index = dataset, rows, index
+
+    @property
+    def transform(self) -> Any:
+        """The transform of the whole data set, which timm's loader sets."""
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, transform: Any) -> None:
+        self.dataset.transform = transform
+
+    def __getitem__(self, item: int) -> tuple[Any, ...]:
+        row = self.rows[item]
+        image, target = self.dataset[row]
+        return (image, target, row) if self.index else (image, target)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+class CollateIndex:
+    """Collates `(image, target, row)` with timm's collate function for the first two."""
+
+    def __init__(self, collate: Callable[[Any], tuple[Tensor, Tensor]]) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: Sequence[tuple[Any, Any, int]]) -> tuple[Tensor, Targets]:
+        images, labels = self.collate([sample[:2] for sample in samples])
+        return images, Targets(labels, torch.tensor([sample[2] for sample in samples]))
+
+
+@dataclass
+class Data:
+    """The loaders of a run.
+
+    Attributes:
+        train: Loader of the training rows.
+        evaluation: Loader of the evaluation split; None without one.
+        config: timm's resolved data configuration (input size, mean, std, interpolation, crop).
+        classes: Class names by label, where the data set has them.
+        streams: Loaders of training rows that are held out for a distiller, by stream name.
+        mixup: The Mixup collate function, when mixup or cutmix is on.
+    """
+
+    train: Any
+    evaluation: Any
+    config: dict[str, Any]
+    classes: tuple[str, ...] | None = None
+    streams: dict[str, Any] = field(default_factory=dict)
+    mixup: FastCollateMixup | None = None
+
+    def set_epoch(self, epoch: int, mixup_off_epoch: int = 0) -> None:
+        """Reshuffles distributed samplers and ends mixup when its time has come."""
+        for loader in (self.train, *self.streams.values()):
+            for part in (loader.dataset, loader.sampler):
+                if hasattr(part, "set_epoch"):
+                    part.set_epoch(epoch)
+        if self.mixup is not None:
+            self.mixup.mixup_enabled = not (mixup_off_epoch and epoch >= mixup_off_epoch)
+
+    def stream_iterators(self) -> dict[str, Iterator[Any]]:
+        """Endless iterators over the streams; a new set for every epoch, so that a resumed run sees the same rows."""
+        return {name: _endless(loader) for name, loader in self.streams.items()}
+
+
+def _endless(loader: Any) -> Iterator[Any]:
+    while True:
+        yield from loader
+
+
+def apply_data_defaults(args: argparse.Namespace) -> None:
+    """Resolves which data set is meant and, for the embedded one, the defaults that belong to it."""
+    args.data_dir = args.data_dir or args.data
+    if not args.dataset and not args.data_dir:
+        args.dataset = "digits"
+    if args.dataset != "digits":
+        return
+    size_given = args.img_size is not None or args.input_size is not None or "img_size" in args.model_kwargs
+    for name, value in DIGITS_DEFAULTS.items():
+        if getattr(args, name) is None and not (name == "img_size" and size_given):
+            setattr(args, name, value)
+
+
+def create_datasets(args: argparse.Namespace, channels: int) -> tuple[Any, Any, tuple[str, ...] | None]:
+    """Makes the training and the evaluation data set.
+
+    Args:
+        args: Parsed arguments, after `apply_data_defaults`.
+        channels: Image channels of the model.
+
+    Returns:
+        Training set, evaluation set (None without `--val-split`), class names where they are known.
+    """
+    mode = args.input_img_mode or ("RGB" if channels == 3 else "L")
+    if args.dataset == "digits":
+        train: Any = Digits(args.train_split, mode)
+        return train, Digits(args.val_split, mode) if args.val_split else None, train.classes
+    if not args.dataset and not os.path.exists(args.data_dir):
+        raise DistillError(f"Expected a folder or tar of images, but {args.data_dir} does not exist: mend --data-dir.")
+    common: dict[str, Any] = dict(
+        root=args.data_dir,
+        class_map=args.class_map,
+        download=args.dataset_download,
+        batch_size=args.batch_size,
+        input_img_mode=mode,
+        input_key=args.input_key,
+        target_key=args.target_key,
+        trust_remote_code=args.dataset_trust_remote_code,
+    )
+    train = create_dataset(args.dataset, split=args.train_split, is_training=True, seed=args.seed, **common)
+    evaluation = create_dataset(args.dataset, split=args.val_split, **common) if args.val_split else None
+    classes = _class_names(train, args.target_key)
+    if evaluation is not None and classes is not None:
+        theirs = _class_names(evaluation, args.target_key)
+        if theirs is not None and theirs != classes:
+            raise DistillError(
+                f"The training split has the classes {_few(classes)} and the evaluation split {_few(theirs)}: the same"
+                " folders, in the same order, must be in both (--class-map fixes the order)."
+            )
+    return train, evaluation, classes
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f", ... ({len(names)})" if len(names) > 4 else "")
+
+
+def _class_names(dataset: Any, target_key: str | None) -> tuple[str, ...] | None:
+    classes = getattr(dataset, "classes", None)
+    if classes:
+        return tuple(map(str, classes))
+    reader = getattr(dataset, "reader", None)
+    order = getattr(reader, "class_to_idx", None)
+    if isinstance(order, Mapping) and sorted(order.values()) == list(range(len(order))):
+        return tuple(str(name) for name in sorted(order, key=order.__getitem__))
+    features = getattr(getattr(reader, "dataset", None), "features", None) or {}
+    names = getattr(features.get(target_key or "label"), "names", None)
+    return tuple(names) if names else None
+
+
+def _split_streams(size: int, streams: Mapping[str, float], seed: int) -> dict[str, list[int]]:
+    """Shares the training rows out: `""` for the main stream, one entry for each other stream."""
+    if sum(streams.values()) >= 1 or any(share <= 0 for share in streams.values()):
+        raise DistillError(f"Expected stream shares above 0 that leave rows for training, got {dict(streams)}.")
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
+    rows, start = {}, 0
+    for name, share in streams.items():
+        stop = start + math.floor(share * size)
+        rows[name] = sorted(order[start:stop])
+        start = stop
+    rows[""] = sorted(order[start:])
+    return rows
+
+
+def create_data(
+    args: argparse.Namespace,
+    config: dict[str, Any],
+    datasets: tuple[Any, Any, tuple[str, ...] | None],
+    device: torch.device,
+    *,
+    distributed: bool = False,
+    streams: Mapping[str, float] | None = None,
+    index: bool = False,
+) -> Data:
+    """Makes the loaders as timm's script makes them.
+
+    Departures: worker processes start anew in each epoch, because the random state of one that lives on cannot be saved
+    (timm keeps them: with workers, later epochs draw other augmentations than timm's script at the same seed).
+
+    Args:
+        args: Parsed arguments.
+        config: Resolved data configuration.
+        datasets: What `create_datasets` returned.
+        device: Where batches go.
+        distributed: Whether several processes share the data.
+        streams: Shares of the training rows that are held out, by stream name.
+        index: Whether batches carry the row numbers.
+    """
+    train, evaluation, classes = datasets
+    mixup = None
+    if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None:
+        mixup = FastCollateMixup(
+            mixup_alpha=args.mixup,
+            cutmix_alpha=args.cutmix,
+            cutmix_minmax=args.cutmix_minmax,
+            prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob,
+            mode=args.mixup_mode,
+            label_smoothing=args.smoothing,
+            num_classes=args.num_classes,
+        )
+    collate: Any = mixup or fast_collate
+    rows: dict[str, list[int]] = {}
+    if streams or index:
+        if isinstance(train, IterableDataset):
+            raise DistillError("This distiller needs rows by number, and the data set is a stream: use another form.")
+        rows = _split_streams(len(train), streams or {}, args.seed)
+    common: dict[str, Any] = dict(
+        input_size=config["input_size"],
+        mean=config["mean"],
+        std=config["std"],
+        num_workers=args.workers,
+        pin_memory=args.pin_mem,
+        device=device,
+        distributed=distributed,
+    )
+    training: dict[str, Any] = dict(
+        is_training=True,
+        batch_size=args.batch_size,
+        no_aug=args.no_aug,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+        train_crop_mode=args.train_crop_mode,
+        scale=args.scale,
+        ratio=args.ratio,
+        hflip=args.hflip,
+        vflip=args.vflip,
+        color_jitter=args.color_jitter,
+        color_jitter_prob=args.color_jitter_prob,
+        grayscale_prob=args.grayscale_prob,
+        gaussian_blur_prob=args.gaussian_blur_prob,
+        auto_augment=args.aa,
+        interpolation=config["interpolation"]
+        if args.no_aug or not args.train_interpolation
+        else args.train_interpolation,
+        worker_seeding=args.worker_seeding,
+        persistent_workers=False,
+        **common,
+    )
+
+    def loader(part: list[int] | None) -> Any:
+        # A run without streams and row numbers reads the data set itself.
+        dataset = train if part is None else Rows(train, part, index)
+        made = create_loader(dataset, collate_fn=CollateIndex(collate) if index else collate, **training)
+        if len(made) == 0:
+            raise DistillError(
+                f"The {len(dataset)} training rows do not fill one batch of {args.batch_size}: lower --batch-size."
+            )
+        return made
+
+    return Data(
+        train=loader(rows[""] if rows else None),
+        evaluation=None
+        if evaluation is None
+        else create_loader(
+            evaluation,
+            batch_size=args.validation_batch_size or args.batch_size,
+            is_training=False,
+            interpolation=config["interpolation"],
+            crop_pct=config["crop_pct"],
+            crop_mode=config["crop_mode"],
+            **common,
+        ),
+        config=config,
+        classes=classes,
+        streams={name: loader(rows[name]) for name in streams or {}},
+        mixup=mixup,
+    )

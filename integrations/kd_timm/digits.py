@@ -1,0 +1,58 @@
+"""Scikit-learn's handwritten digits as an image data set: real images that are on every machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from kd_plugins.errors import DistillError
+
+__all__ = ["DIGITS_DEFAULTS", "Digits"]
+
+# What timm's flags default to for this data set; timm itself would take the size and the classes of ImageNet.
+DIGITS_DEFAULTS: dict[str, Any] = {"num_classes": 10, "img_size": 32, "crop_pct": 1.0}
+
+_SPLITS = {"train": "train", "training": "train"} | dict.fromkeys(("validation", "val", "valid", "eval", "test"), "val")
+
+
+class Digits(Dataset[tuple[Any, int]]):
+    """The 1,797 digits of the UCI test set (8 x 8, 16 grey levels), split once and for all into 1,297 and 500.
+
+    Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998. The split
+    is stratified by class and does not depend on any seed. Images are enlarged to 32 x 32 so that networks with strides
+    and timm's random crops have something to work on.
+
+    Args:
+        split: `"train"` or `"validation"` (`"val"`, `"test"`).
+        mode: PIL mode of the images, `"RGB"` or `"L"`.
+        transform: Applied to the PIL image; timm's loader sets it.
+    """
+
+    classes: tuple[str, ...] = tuple(str(digit) for digit in range(10))
+
+    def __init__(self, split: str = "train", mode: str = "RGB", transform: Callable[[Any], Any] | None = None) -> None:
+        if split not in _SPLITS:
+            raise DistillError(f"Expected the digits' split train or validation, got {split!r}: name one of the two.")
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        images, targets = load_digits(return_X_y=True)
+        train, held_out = train_test_split(np.arange(len(targets)), test_size=500, stratify=targets, random_state=0)
+        rows = train if _SPLITS[split] == "train" else held_out
+        grey = (images[rows].reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
+        self.images = [Image.fromarray(i).resize((32, 32), Image.Resampling.BICUBIC).convert(mode) for i in grey]
+        self.targets = targets[rows].tolist()
+        self.transform = transform
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image: Any = self.images[index]
+        if self.transform is not None:
+            image = self.transform(image)
+        return image, self.targets[index]
+
+    def __len__(self) -> int:
+        return len(self.targets)

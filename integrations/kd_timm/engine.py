@@ -1,0 +1,228 @@
+"""One epoch of training and one pass of evaluation."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from timm.task.evaluator import ClassificationEvaluator, evaluation_sample_limit
+from timm.utils import ModelEmaV3, dispatch_clip_grad
+from torch import Tensor, nn
+
+from kd_timm.data import Data
+from kd_timm.progress import Reporter
+
+__all__ = ["PlainStep", "Run", "Step", "evaluate", "train_one_epoch"]
+
+
+class Step(Protocol):
+    """A micro-step of training: forward, backward, and at the accumulation boundary the update."""
+
+    def __call__(self, inputs: Tensor, targets: Any, accumulate: int, update: bool) -> Tensor:
+        """Plays one batch and returns its unscaled loss.
+
+        Args:
+            inputs: Normalised images `[B, C, H, W]`.
+            targets: Labels `[B]`, or soft targets `[B, K]` of Mixup.
+            accumulate: Micro-batches in this update.
+            update: Whether this one completes the update.
+        """
+        ...
+
+    def logs(self) -> dict[str, float]:
+        """Mean loss terms since the last call, by name; must be called on every process."""
+        ...
+
+    def end_epoch(self) -> None:
+        """Called after the last update of an epoch."""
+        ...
+
+
+@dataclass
+class Run:
+    """What training and evaluation share.
+
+    Attributes:
+        args: Parsed arguments.
+        accelerator: Device, precision, processes.
+        student: The bare student.
+        model: The student as Accelerate wrapped it.
+        optimizer: The prepared optimizer.
+        scheduler: timm's learning-rate schedule; None for none.
+        criterion: Training loss of scores and targets.
+        data: The loaders.
+        ema: Moving average of the student.
+        step: How a batch is played.
+        updates_per_epoch: Optimizer steps in one epoch.
+    """
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    student: nn.Module
+    model: Any
+    optimizer: Any
+    scheduler: Any
+    criterion: nn.Module
+    data: Data
+    updates_per_epoch: int
+    ema: ModelEmaV3 | None = None
+    step: Step = field(default=None)  # type: ignore[assignment]
+
+    @property
+    def rate(self) -> float:
+        """Mean learning rate over the parameter groups."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        return sum(rates) / len(rates)
+
+    def clip(self) -> None:
+        """Clips the student's gradients as `--clip-grad` and `--clip-mode` say."""
+        args = self.args
+        if args.clip_grad is None:
+            return
+        self.accelerator.unscale_gradients(self.optimizer)
+        parameters = list(self.model.parameters())
+        # Adaptive clipping leaves the classifier alone, as in timm's script.
+        parameters = parameters[:-2] if args.clip_mode == "agc" else parameters
+        dispatch_clip_grad(parameters, value=args.clip_grad, mode=args.clip_mode)
+
+
+class PlainStep:
+    """Training without a distiller: what timm's ClassificationTask and loop do."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def __call__(self, inputs: Tensor, targets: Any, accumulate: int, update: bool) -> Tensor:
+        run = self.run
+        with nullcontext() if update else run.accelerator.no_sync(run.model):
+            output = run.model(inputs)
+            with run.accelerator.autocast():
+                loss = run.criterion(output, targets)
+            run.accelerator.backward(loss / accumulate if accumulate > 1 else loss)
+        if update:
+            run.clip()
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+        return loss.detach()
+
+    def logs(self) -> dict[str, float]:
+        return {}
+
+    def end_epoch(self) -> None:
+        pass
+
+
+def train_one_epoch(run: Run, epoch: int, reporter: Reporter, *, first_update: int) -> dict[str, float]:
+    """Trains for one epoch.
+
+    Args:
+        run: The run.
+        epoch: Number of the epoch.
+        reporter: Where progress goes.
+        first_update: Update number, in the current learning-rate schedule, that the epoch begins with.
+
+    Returns:
+        Mean loss and loss terms over the epoch and all processes.
+    """
+    args, loader = run.args, run.data.train
+    run.data.set_epoch(epoch, args.mixup_off_epoch)
+    run.model.train()
+    run.optimizer.zero_grad()
+    total = torch.zeros((), device=run.accelerator.device)
+    count, updates, started = 0, 0, time.monotonic()
+    terms: dict[str, tuple[float, int]] = {}
+    accumulate, batches = args.grad_accum_steps, len(loader)
+    remainder = batches % accumulate
+    window = 0
+    reporter.begin(f"epoch {epoch}", run.updates_per_epoch)
+    for number, (inputs, targets) in enumerate(loader):
+        last = number == batches - 1
+        update = last or (number + 1) % accumulate == 0
+        # The last update of an epoch may hold fewer micro-batches; each counts for more then.
+        current = remainder if remainder and number >= batches - remainder else accumulate
+        if args.channels_last:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        loss = run.step(inputs, targets, current, update)
+        # The sum stays on the device: reading it would wait for the step.
+        total += loss * len(inputs)
+        count += len(inputs)
+        if not update:
+            continue
+        updates += 1
+        window += 1
+        reporter.advance(updates)
+        if run.ema is not None:
+            run.ema.update(run.student, step=first_update + updates)
+        if run.scheduler is not None:
+            run.scheduler.step_update(num_updates=first_update + updates)
+        if (updates - 1) % args.log_interval == 0 or last:
+            means = run.step.logs()
+            for name, value in means.items():
+                sum_, weight = terms.get(name, (0.0, 0))
+                terms[name] = (sum_ + value * window, weight + window)
+            window = 0
+            shown = {"loss": (_mean(run, total) / count)} | means | {"lr": run.rate}
+            speed = count * run.accelerator.num_processes / max(time.monotonic() - started, 1e-9)
+            reporter.update(updates, shown, speed)
+    optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
+    if hasattr(optimizer, "sync_lookahead"):
+        optimizer.sync_lookahead()
+    run.step.end_epoch()
+    reporter.end()
+    return {"loss": _mean(run, total) / max(count, 1)} | {name: s / w for name, (s, w) in terms.items()}
+
+
+def _mean(run: Run, value: Tensor) -> float:
+    """A number, averaged over processes."""
+    return float(run.accelerator.reduce(value.detach().clone(), reduction="mean"))
+
+
+@torch.inference_mode()
+def evaluate(
+    run: Run,
+    model: nn.Module,
+    *,
+    others: Sequence[Callable[[Tensor], Tensor]] = (),
+) -> dict[str, float]:
+    """Evaluates a model on the evaluation split.
+
+    Args:
+        run: The run.
+        model: What to evaluate, called with normalised images.
+        others: Teachers; the share of images on which the model and the i-th of them choose the same class is reported
+            as `agreement` (`agreement1`, ... from the second on).
+
+    Returns:
+        Loss, top-1 and top-5 accuracy in percent over all processes, and the agreements.
+    """
+    accelerator, loader = run.accelerator, run.data.evaluation
+    limit = evaluation_sample_limit(loader)
+    evaluator = ClassificationEvaluator(device=accelerator.device, max_samples=limit)
+    agree = torch.zeros(len(others) + 1, dtype=torch.float64, device=accelerator.device)
+    model.eval()
+    for inputs, targets in loader:
+        if run.args.channels_last:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        with accelerator.autocast():
+            output = model(inputs)
+            output = output[0] if isinstance(output, (tuple, list)) else output
+            known = None if limit is None else max(0, limit - evaluator.num_samples)
+            for i, other in enumerate(others):
+                agree[i] += (other(inputs).argmax(-1) == output.argmax(-1))[:known].sum()
+        agree[-1] += len(output[:known])
+        evaluator.update(output, targets)
+    distributed = accelerator.num_processes > 1
+    metrics = dict(evaluator.compute(distributed=distributed))
+    if others:
+        if distributed:
+            dist.all_reduce(agree)
+        shares = (100 * agree[:-1] / agree[-1].clamp(min=1)).tolist()
+        metrics |= {f"agreement{i or ''}": share for i, share in enumerate(shares)}
+    return metrics

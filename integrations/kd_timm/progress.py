@@ -1,0 +1,79 @@
+"""Progress of a run: a bar on a terminal, plain log lines elsewhere."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+__all__ = ["Reporter"]
+
+_logger = logging.getLogger("kd_timm.train")
+
+
+class Reporter:
+    """Shows how far an epoch is.
+
+    Args:
+        primary: False on all processes but the first, which stay silent.
+    """
+
+    def __init__(self, primary: bool) -> None:
+        self.primary = primary
+        console = Console(stderr=True)
+        self.console = console if primary and console.is_terminal else None
+        self.bar: Progress | None = None
+        self.task: Any = None
+        self.title, self.total = "", 0
+
+    def begin(self, title: str, total: int) -> None:
+        """Starts an epoch of `total` updates."""
+        self.title, self.total = title, total
+        if self.console is not None:
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[values]}"),
+                console=self.console,
+                transient=True,
+            )
+            self.bar.start()
+            self.task = self.bar.add_task(title, total=total, values="")
+
+    def advance(self, updates: int) -> None:
+        """Moves the bar to a number of updates."""
+        if self.bar is not None:
+            self.bar.update(self.task, completed=updates)
+
+    def update(self, updates: int, values: Mapping[str, float], speed: float) -> None:
+        """Reports running means.
+
+        Args:
+            updates: Updates of this epoch so far.
+            values: Numbers by name.
+            speed: Images a second.
+        """
+        if not self.primary:
+            return
+        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        if self.bar is not None:
+            self.bar.update(self.task, completed=updates, values=text)
+        else:
+            _logger.info(f"{self.title} [{updates}/{self.total}]  {text}  {speed:.0f} images/s")
+
+    def end(self) -> None:
+        """Ends an epoch."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+    def line(self, text: str) -> None:
+        """Writes a line of text."""
+        if self.primary:
+            _logger.info(text)

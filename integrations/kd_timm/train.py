@@ -1,0 +1,354 @@
+"""kd-timm-train: timm's training recipe on Accelerate, alone or with knowledge distillation."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
+from timm.layers import convert_sync_batchnorm
+from timm.models import safe_model_name
+from timm.utils import ModelEmaV3, distribute_bn, random_seed, setup_default_logging
+from torch import nn
+
+from kd_plugins.errors import DistillError
+from kd_timm.arguments import parse_args
+from kd_timm.build import create_criterion, create_optimizer, create_scheduler, create_student, resolve_learning_rate
+from kd_timm.checkpoint import (
+    Checkpoints,
+    Summary,
+    find_state,
+    load_random_state,
+    load_weights,
+    random_state,
+    read_json,
+    save_weights,
+    write_json,
+)
+from kd_timm.data import apply_data_defaults, create_data, create_datasets
+from kd_timm.engine import PlainStep, Run, evaluate, train_one_epoch
+from kd_timm.progress import Reporter
+
+__all__ = ["Session", "main", "train"]
+
+_logger = logging.getLogger("kd_timm.train")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: parses, trains, and turns what a user can mend into one line on stderr.
+
+    Args:
+        argv: Arguments; None takes those of the process.
+
+    Returns:
+        Exit status.
+    """
+    setup_default_logging()
+    args = parse_args(argv)
+    try:
+        train(args)
+    except DistillError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"kd-timm-train: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def train(args: argparse.Namespace) -> dict[str, Any]:
+    """Trains as the arguments say.
+
+    Args:
+        args: What `parse_args` returned.
+
+    Returns:
+        What `results.json` holds: best metric and epoch, the final evaluation, time and size.
+    """
+    return Session(args).fit()
+
+
+def create_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Device, precision and processes, from `--device`, `--amp`, `--amp-dtype` and the launcher's environment."""
+    kind, _, index = args.device.partition(":")
+    if kind not in ("cuda", "cpu"):
+        raise DistillError(f"--device: expected cuda, cuda:N or cpu, got {args.device}.")
+    if kind == "cuda" and not torch.cuda.is_available():
+        _logger.info("No GPU is available: training on the CPU (say so with --device cpu).")
+        kind = "cpu"
+    if kind == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+        if index:
+            torch.cuda.set_device(int(index))
+    precision = "no"
+    if args.amp:
+        names = {"float16": "fp16", "bfloat16": "bf16"}
+        if args.amp_dtype not in names:
+            raise DistillError(f"--amp-dtype: expected float16 or bfloat16, got {args.amp_dtype}.")
+        precision = names[args.amp_dtype]
+        if precision == "fp16" and kind == "cpu":
+            raise DistillError("--amp in float16 needs a GPU to scale the loss on: add --amp-dtype bfloat16.")
+    return Accelerator(
+        cpu=kind == "cpu",
+        mixed_precision=precision,
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=not args.no_ddp_bb)],
+    )
+
+
+class Session:
+    """One run from its arguments to its results.
+
+    Args:
+        args: Parsed arguments; what is derived from them (learning rate, number of classes) is filled in.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        _check(args)
+        self.accelerator = accelerator = create_accelerator(args)
+        self.primary, self.processes = accelerator.is_main_process, accelerator.num_processes
+        self.state = find_state(args.resume) if args.resume else None
+        self.given = copy.deepcopy(vars(args))
+        apply_data_defaults(args)
+        random_seed(args.seed, accelerator.process_index)
+        self.student, config = create_student(args)
+        self.student.to(accelerator.device)
+        if args.channels_last:
+            self.student.to(memory_format=torch.channels_last)
+        if args.sync_bn and self.processes > 1:
+            args.dist_bn = ""
+            self.student = convert_sync_batchnorm(self.student)
+        datasets = create_datasets(args, config["input_size"][0])
+        classes = datasets[2]
+        if classes is not None and args.num_classes < len(classes):
+            raise DistillError(
+                f"The data set has {len(classes)} classes and the model {args.num_classes}: add --num-classes"
+                f" {len(classes)}."
+            )
+        self.data = create_data(args, config, datasets, accelerator.device, distributed=self.processes > 1)
+        resolve_learning_rate(args, self.processes)
+        self.updates_per_epoch = -(-len(self.data.train) // args.grad_accum_steps)
+        self.metric = args.eval_metric if self.data.evaluation is not None else "loss"
+        self.reporter = Reporter(self.primary)
+        self.seconds, self.updates = 0.0, 0
+        self._begin(create_optimizer(args, self.student))
+        self._open_output()
+
+    def _begin(self, optimizer: torch.optim.Optimizer) -> None:
+        """Builds what the training loop works with."""
+        args, accelerator = self.args, self.accelerator
+        ema = None
+        if args.model_ema:
+            # Before wrapping, so that the copy has neither hooks nor wrappers.
+            ema = ModelEmaV3(self.student, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
+        scheduler, self.epochs = create_scheduler(args, optimizer, self.updates_per_epoch)
+        model: Any = self.student
+        if args.torchcompile:
+            model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
+        model, prepared = accelerator.prepare(model, optimizer)
+        self.run = Run(
+            args=args,
+            accelerator=accelerator,
+            student=self.student,
+            model=model,
+            optimizer=prepared,
+            scheduler=scheduler,
+            criterion=create_criterion(args).to(accelerator.device),
+            data=self.data,
+            updates_per_epoch=self.updates_per_epoch,
+            ema=ema,
+        )
+        self.run.step = PlainStep(self.run)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The bare model that is evaluated and exported: the moving average where there is one."""
+        return self.student if self.run.ema is None else self.run.ema.module
+
+    def _open_output(self) -> None:
+        args, folder = self.args, None
+        if self.primary:
+            if args.resume and not args.output and not args.experiment and self.state is not None:
+                folder = self.state.parent
+            else:
+                size = self.data.config["input_size"][-1]
+                stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+                name = args.experiment or f"{stamp}-{safe_model_name(args.model)}-{size}"
+                folder = Path(args.output or "output/train") / name
+            folder.mkdir(parents=True, exist_ok=True)
+        self.folder: Path = broadcast_object_list([folder])[0]
+        self.checkpoints = Checkpoints(self.folder, args.checkpoint_hist, self.metric == "loss")
+        if self.primary:
+            (self.folder / "args.yaml").write_text(yaml.safe_dump(self.given), encoding="utf-8")
+            self.checkpoints.describe(self.student, self.data.config, self.data.classes)
+
+    def fit(self) -> dict[str, Any]:
+        """Trains to the end, or to an interrupt, and evaluates the best student."""
+        start = self._load_state() if self.state is not None else 0
+        self.summary = Summary(self.folder / "summary.csv", start)
+        self.reporter.line(
+            f"{self.args.model}: {sum(p.numel() for p in self.student.parameters()):,} parameters,"
+            f" {self.epochs} epochs of {self.updates_per_epoch} updates, output in {self.folder}"
+        )
+        try:
+            for epoch in range(start, self.epochs):
+                self._epoch(epoch)
+        except KeyboardInterrupt:
+            self.reporter.end()
+            self.reporter.line(f"Interrupted; continue with --resume {self.folder}")
+            return {}
+        results = self._finish()
+        self.accelerator.wait_for_everyone()
+        return results
+
+    def _epoch(self, epoch: int) -> None:
+        args, run = self.args, self.run
+        began = time.monotonic()
+        training = train_one_epoch(run, epoch, self.reporter, first_update=epoch * self.updates_per_epoch)
+        self.seconds += time.monotonic() - began
+        self.updates += self.updates_per_epoch
+        rate = run.rate
+        if self.processes > 1 and args.dist_bn in ("broadcast", "reduce"):
+            for model in filter(None, (self.student, run.ema)):
+                distribute_bn(model, self.processes, args.dist_bn == "reduce")
+        if (epoch + 1) % args.val_interval and epoch + 1 != self.epochs:
+            if run.scheduler is not None:
+                run.scheduler.step(epoch + 1, None)
+            return
+        evaluation = {} if self.data.evaluation is None else self._evaluate()
+        metric = (evaluation or training)[self.metric]
+        if run.scheduler is not None:
+            run.scheduler.step(epoch + 1, metric)
+        if self.primary:
+            self.summary.add(epoch, training, evaluation, rate)
+            self.checkpoints.save(self.evaluated, epoch, metric)
+        shown = "  ".join(f"{key} {value:.4g}" for key, value in evaluation.items())
+        self.reporter.line(f"epoch {epoch}: train loss {training['loss']:.4g}  {shown}")
+        self._save_state(epoch + 1)
+
+    def _evaluate(self) -> dict[str, float]:
+        """Evaluates what is exported, through the compiled model where there is one."""
+        if self.run.ema is not None:
+            return evaluate(self.run, self.run.ema.module)
+        return evaluate(self.run, self.accelerator.unwrap_model(self.run.model, keep_torch_compile=True))
+
+    def _finish(self) -> dict[str, Any]:
+        args = self.args
+        results: dict[str, Any] = {"model": args.model, "epochs": self.epochs}
+        best = broadcast_object_list([self.checkpoints.best])[0]
+        if best is None:
+            raise DistillError(f"--epochs {self.epochs} leaves nothing to train: raise it.")
+        results |= {"metric": self.metric, "best_metric": best[0], "best_epoch": best[1]}
+        exported = self.folder / "model_best.safetensors"
+        if self.data.evaluation is not None:
+            load_weights(self.evaluated, exported)
+            results["evaluation"] = evaluate(self.run, self.evaluated)
+        results |= {
+            "parameters": sum(p.numel() for p in self.student.parameters()),
+            "bytes": exported.stat().st_size,
+            "seconds_per_step": self.seconds / max(self.updates, 1),
+        }
+        if self.primary:
+            write_json(self.folder / "results.json", results)
+        final = "  ".join(f"{key} {value:.4g}" for key, value in results.get("evaluation", {}).items())
+        self.reporter.line(f"best {self.metric} {best[0]:.4g} (epoch {best[1]})  {final}  {exported}")
+        return results
+
+    def _save_state(self, epoch: int) -> None:
+        """Writes what `--resume` needs to go on with `epoch`."""
+        states = gather_object([random_state()])
+        if self.primary:
+            with self.checkpoints.state_folder() as folder:
+                save_weights(self.student, folder / "model.safetensors")
+                if self.run.ema is not None:
+                    save_weights(self.run.ema.module, folder / "ema.safetensors")
+                torch.save(
+                    {
+                        "optimizer": self.run.optimizer.state_dict(),
+                        "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+                        "scheduler": _plateau_state(self.run.scheduler),
+                    },
+                    folder / "optimizer.pt",
+                )
+                for rank, state in enumerate(states):
+                    torch.save(state, folder / f"random-{rank}.pt")
+                content = {
+                    "epoch": epoch,
+                    "processes": self.processes,
+                    "kept": self.checkpoints.kept,
+                    "seconds": self.seconds,
+                    "updates": self.updates,
+                    "arguments": self.given,
+                }
+                write_json(folder / "state.json", content)
+        self.accelerator.wait_for_everyone()
+
+    def _load_state(self) -> int:
+        """Takes up the state of `--resume`; returns the epoch to go on with."""
+        folder = self.state
+        assert folder is not None
+        saved = read_json(folder / "state.json")
+        if saved["processes"] != self.processes:
+            raise DistillError(
+                f"--resume: the run had {saved['processes']} processes, this one has {self.processes}: start as many."
+            )
+        changed = [k for k, v in saved["arguments"].items() if k not in _FREE and self.given.get(k) != v]
+        if changed:
+            raise DistillError(
+                f"--resume continues a run exactly, but these arguments differ from it: {', '.join(changed)}. Give"
+                f" those of {folder.parent / 'args.yaml'} (--config reads that file)."
+            )
+        load_weights(self.student, folder / "model.safetensors")
+        if self.run.ema is not None:
+            load_weights(self.run.ema.module, folder / "ema.safetensors")
+        state = torch.load(folder / "optimizer.pt", map_location=self.accelerator.device, weights_only=True)
+        self.run.optimizer.load_state_dict(state["optimizer"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if state["scheduler"] is not None:
+            self.run.scheduler.lr_scheduler.load_state_dict(state["scheduler"]["inner"])
+            self.run.scheduler.restore_lr = state["scheduler"]["restore_lr"]
+        self.seconds, self.updates = saved["seconds"], saved["updates"]
+        self.checkpoints.kept = [(metric, epoch) for metric, epoch in saved["kept"]]
+        random = torch.load(folder / f"random-{self.accelerator.process_index}.pt", weights_only=True)
+        load_random_state(random)
+        self.reporter.line(f"Continuing with epoch {saved['epoch']} from {folder}")
+        return saved["epoch"]
+
+
+# Arguments that may change on resume without changing the numbers.
+_FREE = {"resume", "config", "output", "experiment", "log_interval", "device", "checkpoint_hist", "pin_mem"}
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuses values that would fail late or silently."""
+    for name in ("batch_size", "grad_accum_steps", "log_interval", "val_interval", "checkpoint_hist", "epochs"):
+        if getattr(args, name) < 1:
+            raise DistillError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}.")
+    if args.eval_metric not in ("top1", "top5", "loss"):
+        raise DistillError(f"--eval-metric: expected top1, top5 or loss, got {args.eval_metric}.")
+    if args.clip_mode not in ("norm", "value", "agc"):
+        raise DistillError(f"--clip-mode: expected norm, value or agc, got {args.clip_mode}.")
+    if args.dist_bn not in ("broadcast", "reduce", ""):
+        raise DistillError(f"--dist-bn: expected broadcast, reduce or nothing, got {args.dist_bn}.")
+
+
+def _plateau_state(scheduler: Any) -> dict[str, Any] | None:
+    """The only schedule whose state is more than the epoch and the rate."""
+    inner = getattr(scheduler, "lr_scheduler", None)
+    return None if inner is None else {"inner": inner.state_dict(), "restore_lr": scheduler.restore_lr}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
