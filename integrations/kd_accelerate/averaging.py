@@ -1,0 +1,64 @@
+"""Averaging over processes by hand: gradients of any group, batch statistics, and what was made on one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+__all__ = ["average_buffers", "average_gradients", "broadcast", "distributed"]
+
+
+def distributed() -> bool:
+    """Whether there is more than one process."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def average_gradients(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
+    """The mean of each gradient over the processes.
+
+    The processes first agree which gradients are None everywhere: sets of different sizes would hang or mix up tensors.
+
+    Args:
+        gradients: This process's gradients.
+        like: The parameters, for the shapes of gradients that only other processes have.
+    """
+    if not distributed() or not gradients:
+        return list(gradients)
+    present = torch.tensor([g is not None for g in gradients], dtype=torch.uint8, device=like[0].device)
+    dist.all_reduce(present, op=dist.ReduceOp.MAX)
+    averaged: list[Tensor | None] = [
+        (torch.zeros_like(p) if g is None else g.contiguous()) if here else None
+        for g, p, here in zip(gradients, like, present.tolist(), strict=True)
+    ]
+    _mean([g for g in averaged if g is not None])
+    return averaged
+
+
+def average_buffers(module: nn.Module) -> None:
+    """Averages batch statistics, which each process collects on its own batches, as timm's `--dist-bn reduce` does."""
+    if distributed():
+        names = ("running_mean", "running_var")
+        _mean([b for name, b in module.named_buffers() if name.rpartition(".")[2] in names])
+
+
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Gives every process what process 0 holds."""
+    if distributed():
+        for tensor in tensors:
+            dist.broadcast(tensor.data, src=0)
+
+
+def _mean(tensors: Sequence[Tensor]) -> None:
+    """Replaces tensors by their means over the processes, one message for each kind of tensor."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for same in kinds.values():
+        flat = torch.cat([t.detach().reshape(-1) for t in same])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for tensor, part in zip(same, flat.split([t.numel() for t in same]), strict=True):
+            tensor.detach().copy_(part.view_as(tensor))

@@ -1,0 +1,125 @@
+"""Further streams of training batches, drawn from rows that are held out of the training stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from kd_accelerate.averaging import distributed
+from kd_plugins import DistillError, Distiller
+
+__all__ = ["StagedDataset", "Stream", "split"]
+
+
+def split(rows: int, shares: Mapping[str, float], seed: int) -> dict[str, list[int]]:
+    """Splits the rows of a training set into the streams' shares and, under the name `""`, the rest.
+
+    >>> {name: len(rows) for name, rows in split(10, {"search": 0.5}, seed=0).items()}
+    {'search': 5, '': 5}
+    """
+    if sum(shares.values()) >= 1:
+        raise DistillError(f"Expected the streams' shares to leave rows to train on, got {dict(shares)}.")
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()
+    parts: dict[str, list[int]] = {}
+    start = 0
+    for name, share in shares.items():
+        size = round(rows * share)
+        if size == 0:
+            raise DistillError(
+                f"The stream {name!r} gets a share of {share} of {rows} rows, which is none: use more data."
+            )
+        parts[name] = sorted(order[start : start + size])
+        start += size
+    parts[""] = sorted(order[start:])
+    return parts
+
+
+class StagedDataset(Dataset):
+    """A training set of which some stages of a distillation leave rows to other streams.
+
+    It keeps its length; in a stage with streams, positions count through the rows that are left. The host's sampler,
+    shuffling and epochs so stay as they are.
+
+    Args:
+        dataset: The training set.
+        distiller: Its schedule tells the stage of an epoch.
+        epoch_steps: Updates in an epoch.
+        seed: Of the split.
+        wrap: Makes the item of a row: `wrap(item, row)`.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        distiller: Distiller,
+        epoch_steps: int,
+        seed: int,
+        wrap: Callable[[Any, int], Any] | None = None,
+    ) -> None:
+        self.dataset, self.distiller, self.epoch_steps, self.seed, self.wrap = (
+            dataset,
+            distiller,
+            epoch_steps,
+            seed,
+            wrap,
+        )
+        self.rows: list[int] | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Takes the rows of the stage that an epoch belongs to; loaders call it before every epoch."""
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+        table = self.distiller.table
+        stage = table.index(epoch * self.epoch_steps) if table else 0
+        shares = self.distiller.needs_in(stage).streams
+        self.rows = split(len(self.dataset), shares, self.seed)[""] if shares else None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, position: int) -> Any:
+        row = int(position) if self.rows is None else self.rows[int(position) % len(self.rows)]
+        item = self.dataset[row]
+        return item if self.wrap is None else self.wrap(item, row)
+
+
+class Stream:
+    """An endless stream of batches over some rows, shuffled anew in every pass and sharded over the processes.
+
+    Args:
+        dataset: The training set.
+        rows: The rows of this stream.
+        batch_size: Examples in a batch of one process.
+        collate: Makes a batch of items.
+        seed: Of the shuffling.
+    """
+
+    def __init__(
+        self, dataset: Any, rows: Sequence[int], batch_size: int, collate: Callable[[list[Any]], Any], seed: int
+    ) -> None:
+        self.dataset, self.rows, self.batch_size, self.collate, self.seed = (
+            dataset,
+            list(rows),
+            batch_size,
+            collate,
+            seed,
+        )
+        self.drawn = 0
+
+    def __next__(self) -> Any:
+        world = torch.distributed.get_world_size() if distributed() else 1
+        rank = torch.distributed.get_rank() if distributed() else 0
+        whole = self.batch_size * world
+        first = self.drawn * whole + rank * self.batch_size
+        self.drawn += 1
+        return self.collate([self.dataset[self._row(first + i)] for i in range(self.batch_size)])
+
+    def _row(self, position: int) -> int:
+        passes, place = divmod(position, len(self.rows))
+        if getattr(self, "_pass", None) != passes:
+            generator = torch.Generator().manual_seed(self.seed + passes)
+            self._pass, self._order = passes, torch.randperm(len(self.rows), generator=generator).tolist()
+        return self.rows[self._order[place]]

@@ -1,0 +1,163 @@
+"""Several methods at once: `kd+nst`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, cast
+
+from torch import nn
+
+from kd_plugins.distiller import Distiller, OptimSpec, Terms, Turn, overrides_turns
+from kd_plugins.errors import DistillError
+from kd_plugins.nets import Net, Nets
+from kd_plugins.stages import Stage
+from kd_plugins.view import Batch, Needs, View
+
+__all__ = ["Composite"]
+
+
+class Composite(Distiller):
+    """The sum of several methods' terms over one task loss.
+
+    At most one part plays turns of its own; the terms of the others join its student turn, computed on the views that it
+    took. The weight of the task loss is the product of the parts' weights.
+
+    Args:
+        parts: The methods by name, in the order they were written.
+
+    Raises:
+        DistillError: Parts that cannot share a training: two that play turns of their own or have stages, peers beside a
+            method that knows no peers.
+    """
+
+    def __init__(self, parts: Mapping[str, Distiller] | None = None) -> None:
+        super().__init__()
+        parts = dict(parts or {})
+        self.parts = nn.ModuleDict(parts)
+        self.name = "+".join(parts)
+        leads = [name for name, part in parts.items() if overrides_turns(part) or part.peers or not part.data]
+        staged = [name for name, part in parts.items() if len(part.stages()) > 1]
+        for found, what in ((leads, "play turns of their own"), (staged, "have stages")):
+            if len(found) > 1:
+                raise DistillError(f"{' and '.join(found)} both {what} and cannot be combined: take one of them.")
+        if leads and staged and leads != staged:
+            raise DistillError(f"{leads[0]} plays turns of its own and cannot follow the stages of {staged[0]}.")
+        self._lead = leads[0] if leads else None
+        self._staged = staged[0] if staged else None
+        counts = [part.teachers for part in parts.values()]
+        self.teachers = "many" if "many" in counts else max((int(c) for c in counts), default=0)
+        self.peers = any(part.peers for part in parts.values())
+        self.data = all(part.data for part in parts.values())
+        self.accumulation = all(part.accumulation for part in parts.values())
+        tasks = [part.tasks for part in parts.values()]
+        self.tasks = tuple(t for t in tasks[0] if all(t in other for other in tasks)) if tasks else ()
+        self.progress = self.progress
+
+    @property
+    def methods(self) -> dict[str, Distiller]:
+        """The parts by name."""
+        return {name: part for name, part in self.parts.items() if isinstance(part, Distiller)}
+
+    def needs(self) -> Needs:
+        first, *others = self.methods.values()
+        needs = first.needs()
+        for part in others:
+            needs = needs | part.needs()
+        return needs
+
+    def extras(self) -> dict[str, nn.Module]:
+        return self._merge("extra group", {name: part.extras() for name, part in self.methods.items()})
+
+    def shared(self, nets: Nets) -> dict[str, list[nn.Parameter]]:
+        return self._merge("shared group", {name: part.shared(nets) for name, part in self.methods.items()})
+
+    def optimizers(self) -> dict[str, OptimSpec]:
+        return self._merge("optimizer", {name: part.optimizers() for name, part in self.methods.items()})
+
+    @staticmethod
+    def _merge(what: str, given: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        merged: dict[str, Any] = {}
+        owner: dict[str, str] = {}
+        for part, items in given.items():
+            for name, item in items.items():
+                if name in merged:
+                    raise DistillError(
+                        f"{owner[name]} and {part} both have the {what} {name!r} and cannot be combined: take one of them."
+                    )
+                merged[name], owner[name] = item, part
+        return merged
+
+    def stages(self) -> list[Stage]:
+        return self.methods[self._staged].stages() if self._staged else super().stages()
+
+    def setup(self, nets: Nets, batch: Batch) -> None:
+        for part in self.methods.values():
+            part.setup(nets, batch)
+            part.ready = True
+
+    def prepare(self, nets: Nets, batches: Iterable[Batch]) -> None:
+        for part in self.methods.values():
+            if type(part).prepare is not Distiller.prepare:
+                part.prepare(nets, batches)
+
+    def check(self, nets: Nets) -> None:
+        for part in self.methods.values():
+            part.check(nets)
+
+    def loss(self, student: View, teacher: View, batch: Batch) -> Terms:
+        return self._terms(self.methods, student, teacher, batch)
+
+    def _terms(self, parts: Mapping[str, Distiller], student: View, teacher: View, batch: Batch) -> Terms:
+        terms: Terms = {}
+        for name, part in parts.items():
+            for term, value in part.loss(student, teacher, batch).items():
+                terms[term if term not in terms else f"{name}_{term}"] = value
+        return terms
+
+    def turns(self, nets: Nets, batch: Batch) -> Iterator[Turn]:
+        weight = 1.0
+        for name, part in self.methods.items():
+            weight *= 1.0 if name == self._lead else part.task_weight
+        if self._lead is None:
+            self.task_weight = weight
+            yield from super().turns(nets, batch)
+            return
+        others = {name: part for name, part in self.methods.items() if name != self._lead}
+        student, teachers = _Recorder(nets.student), [_Recorder(t) for t in nets.teachers]
+        recorded = Nets(cast(Net, student), cast(list[Net], teachers), nets.peers[1:])
+        for turn in self.methods[self._lead].turns(recorded, batch):
+            if "student" not in turn:
+                yield turn
+                continue
+            s = student.last or student(batch)
+            t = s if not teachers else teachers[0].last or teachers[0](batch)
+            own = {k: weight * v if k == "task" else v for k, v in turn["student"].items() if k != "task" or weight}
+            yield {**turn, "student": {**own, **self._terms(others, s, t, batch)}}
+
+    def after_update(self) -> None:
+        for part in self.methods.values():
+            part.after_update()
+
+    def begin_stage(self, stage: Stage) -> None:
+        for part in self.methods.values():
+            part.begin_stage(stage)
+
+    def stage_done(self) -> bool:
+        return self._staged is not None and self.methods[self._staged].stage_done()
+
+
+class _Recorder:
+    """A network whose last view is kept, so that further terms need no further forward."""
+
+    def __init__(self, net: Net) -> None:
+        self.net = net
+        self.last: View | None = None
+
+    def __call__(self, batch: Batch, **options: Any) -> View:
+        if options.get("reads") is not None:
+            options["reads"] = options["reads"] | self.net.reads
+        self.last = self.net(batch, **options)
+        return self.last
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.net, name)

@@ -1,0 +1,304 @@
+"""Reading, and replacing, what passes between the modules of a network, by module path."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kd_plugins.errors import DistillError, did_you_mean
+
+__all__ = ["Reached", "Seen", "Tap"]
+
+
+class Reached(BaseException):
+    """Raised inside a forward once everything wanted has been read; caught by whoever started the forward.
+
+    A BaseException, so that no `except Exception` in a network can swallow it.
+    """
+
+
+class Seen(Mapping[str, Tensor]):
+    """Activations captured in one forward, by module path."""
+
+    def __init__(self, network: str, wanted: Collection[str]) -> None:
+        self._network = network
+        self._wanted = tuple(wanted)
+        self._captured: dict[str, list[Tensor]] = {}
+        self._versions: dict[str, list[int]] = {}
+        self._remedies: dict[str, str] = {}
+
+    def add(self, key: str, value: Tensor, remedy: str) -> None:
+        """Keeps one activation, with the version counter that tells whether somebody overwrites it later."""
+        self._captured.setdefault(key, []).append(value)
+        self._versions.setdefault(key, []).append(-1 if value.is_inference() else value._version)
+        self._remedies[key] = remedy
+
+    def all(self, key: str) -> list[Tensor]:
+        """What every call of a module gave, for modules that are called several times in one forward."""
+        if key not in self._captured:
+            if key not in self._wanted:
+                raise DistillError(f"{key!r} is not tapped; tapped are {list(self._wanted)}.")
+            raise DistillError(
+                f"Nothing was captured at {key!r} of {self._network}: the module was not called in this forward, or the"
+                " network was compiled before it was tapped (hooks that come after the first compiled call are ignored)."
+                " Tap a module that runs, before torch.compile."
+            )
+        for value, version in zip(self._captured[key], self._versions[key], strict=True):
+            if version >= 0 and value._version != version:
+                raise DistillError(
+                    f"The activation at {key!r} of {self._network} was modified in place after it was captured, so it"
+                    f" is no longer that module's output: {self._remedies[key]}, or Tap(..., clone=True)."
+                )
+        return self._captured[key]
+
+    def __getitem__(self, key: str) -> Tensor:
+        values = self.all(key)
+        if len(values) != 1:
+            raise DistillError(
+                f"{key!r} of {self._network} was called {len(values)} times in one forward, so there is no single"
+                f" activation: tap a module that is called once, or use .all({key!r})."
+            )
+        return values[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._wanted)
+
+    def __len__(self) -> int:
+        return len(self._wanted)
+
+    def count(self, key: str) -> int:
+        """How often a module has been called so far."""
+        return len(self._captured.get(key, ()))
+
+
+def _ignore(*_: Any) -> None:
+    """What a hook becomes in a copy of the network: an EMA model must not write into the original's taps."""
+
+
+class _Hook:
+    """One hook on one side of one module; it acts only while its tap records."""
+
+    def __init__(self, tap: Tap, key: str) -> None:
+        self.tap, self.key = tap, key
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], rest: Any) -> Any:
+        if self.key.endswith(":in"):
+            self.tap._fire(self.key, module, (*args, *rest.values()))
+            return None
+        return self.tap._fire(self.key, module, rest)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return _ignore
+
+    def __reduce__(self) -> Any:
+        return (_ignored, ())
+
+
+def _ignored() -> Any:
+    return _ignore
+
+
+def _first_tensor(value: Any) -> Tensor | None:
+    """The activation in what a module takes or returns: the tensor, or the first tensor of a tuple or mapping."""
+    if isinstance(value, Tensor):
+        return value
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+    return next((found for found in map(_first_tensor, items) if found is not None), None)
+
+
+def _put(value: Any, tensor: Tensor) -> Any:
+    """`value` with its activation replaced."""
+    if isinstance(value, Tensor):
+        return tensor
+    if isinstance(value, tuple) and value and isinstance(value[0], Tensor):
+        return (tensor, *value[1:])
+    raise DistillError(f"Expected a module that returns a tensor or a tuple to replace its output, got {type(value)}.")
+
+
+def module_at(root: nn.Module, path: str) -> nn.Module:
+    """The module at a dotted path, or an error with suggestions and the children of the deepest valid prefix."""
+    try:
+        return root.get_submodule(path)
+    except AttributeError:
+        pass
+    here, valid = root, []
+    for name in path.split("."):
+        child = dict(here.named_children()).get(name)
+        if child is None:
+            break
+        here = child
+        valid.append(name)
+    prefix = ".".join(valid)
+    names = [name for name, _ in root.named_modules() if name]
+    children = [name for name, _ in here.named_children()]
+    raise DistillError(
+        f"{type(root).__name__} has no module {path!r}.{did_you_mean(path, names)}"
+        f" Under {prefix or 'the network'!r} there are: {', '.join(children) or 'no modules'}."
+    )
+
+
+class Tap:
+    """Reads activations of a network by module path.
+
+    Hooks are installed once for each path and do nothing until a forward is recorded: installing and removing them
+    around every step would recompile a compiled network each time.
+
+    Args:
+        root: The network, unwrapped (without DDP or torch.compile around it).
+        paths: Module paths, globs (`"blocks.*.norm1"`), with `:in` for a module's input (`"layer3:in"`).
+        clone: Copy what is captured, for modules whose output is overwritten in place.
+
+    Raises:
+        DistillError: A path that is not in the network, with suggestions; nothing captured (not called, or compiled
+            before); an activation that was overwritten in place, with the module to tap instead; an activation
+            without gradient in a network that is being trained (reentrant activation checkpointing).
+
+    >>> net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    >>> with Tap(net, ["0", "2:in"]) as seen:
+    ...     _ = net(torch.ones(5, 4))
+    >>> seen["0"].shape, bool((seen["0"].tanh() == seen["2:in"]).all())
+    (torch.Size([5, 3]), True)
+    """
+
+    def __init__(self, root: nn.Module, paths: Sequence[str] = (), *, clone: bool = False) -> None:
+        self.root = root
+        self.clone = clone
+        self._handles: dict[str, torch.utils.hooks.RemovableHandle] = {}
+        self._seen: Seen | None = None
+        self._expected: dict[str, int] = {}
+        self._missing = 0
+        self._stop = False
+        self._cut: frozenset[str] = frozenset()
+        self._replace: dict[str, Tensor] = {}
+        self._context: Any = None
+        self.paths = tuple(key for path in paths for key in self.install(path))
+
+    def expand(self, path: str) -> list[str]:
+        """The module paths that a path or glob stands for, in the order of the network."""
+        name, _, side = path.partition(":")
+        if side not in ("", "in"):
+            raise DistillError(f"Expected a module path, or a path with ':in' for its input, got {path!r}.")
+        suffix = ":in" if side else ""
+        if not any(c in name for c in "*?["):
+            module_at(self.root, name)
+            return [path]
+        depth = name.count(".")
+        found = [n for n, _ in self.root.named_modules() if n.count(".") == depth and fnmatch.fnmatch(n, name)]
+        if not found:
+            raise DistillError(f"No module of {type(self.root).__name__} matches {path!r}.")
+        return [n + suffix for n in found]
+
+    def install(self, path: str) -> list[str]:
+        """Makes a path readable; does nothing when it is already."""
+        keys = self.expand(path)
+        for key in keys:
+            if key not in self._handles:
+                module = module_at(self.root, key.removesuffix(":in"))
+                hook = _Hook(self, key)
+                self._handles[key] = (
+                    module.register_forward_pre_hook(hook, with_kwargs=True)
+                    if key.endswith(":in")
+                    else module.register_forward_hook(hook)
+                )
+        return keys
+
+    @contextmanager
+    def record(
+        self,
+        keys: Collection[str],
+        *,
+        stop: bool = False,
+        calls: Mapping[str, int] | None = None,
+        replace: Mapping[str, Tensor] | None = None,
+        cut: Collection[str] = (),
+    ) -> Iterator[Seen]:
+        """Captures `keys` in the forward that runs inside.
+
+        Args:
+            keys: Installed paths.
+            stop: Raise `Reached` as soon as all keys are captured; the caller catches it around the forward.
+            calls: How often a key's module must have been called before stopping, where that is not once.
+            replace: Tensors to put in place of modules' outputs, by path.
+            cut: Installed paths through whose output no gradient flows back.
+        """
+        if self._seen is not None:
+            raise DistillError(f"{type(self.root).__name__} is already being recorded: taps do not nest.")
+        seen = Seen(type(self.root).__name__, keys)
+        self._expected = {key: (calls or {}).get(key, 1) for key in keys}
+        self._missing = sum(self._expected.values())
+        self._replace = {}
+        for path, tensor in (replace or {}).items():
+            if path.endswith(":in"):
+                raise DistillError(f"Only a module's output can be replaced, got {path!r}: name the module before it.")
+            self._replace.update({key: tensor for key in self.install(path)})
+        self._seen, self._stop, self._cut = seen, stop, frozenset(cut)
+        try:
+            yield seen
+        finally:
+            self._seen, self._replace = None, {}
+
+    def _fire(self, key: str, module: nn.Module, value: Any) -> Any:
+        seen = self._seen
+        if seen is None:
+            return None
+        replaced = key in self._replace
+        if replaced:
+            value = _put(value, self._replace[key])
+        expected = self._expected.get(key)
+        if expected is not None:
+            tensor = _first_tensor(value)
+            if tensor is None:
+                raise DistillError(f"Expected a tensor at {key!r}, got {type(value).__name__}: tap another module.")
+            if not replaced:
+                self._check_gradient(key, module, tensor)
+            if seen.count(key) < expected:
+                self._missing -= 1
+            seen.add(key, tensor.clone() if self.clone else tensor, self._remedy(key))
+            if self._stop and self._missing == 0:
+                raise Reached
+        if key in self._cut:
+            tensor = _first_tensor(value)
+            return value if tensor is None else _put(value, tensor.detach())
+        return value if replaced else None
+
+    def _check_gradient(self, key: str, module: nn.Module, tensor: Tensor) -> None:
+        if (
+            torch.is_grad_enabled()
+            and self.root.training
+            and not tensor.requires_grad
+            and tensor.is_floating_point()
+            and not key.endswith(":in")
+            and any(p.requires_grad for p in module.parameters())
+        ):
+            raise DistillError(
+                f"The activation at {key!r} of {type(self.root).__name__} has no gradient although its module is being"
+                " trained: reentrant activation checkpointing hides it. Use use_reentrant=False"
+                " (gradient_checkpointing_kwargs={'use_reentrant': False})."
+            )
+
+    def _remedy(self, key: str) -> str:
+        """Where to tap instead when an in-place module overwrites what was captured."""
+        parent = key.removesuffix(":in").rpartition(".")[0]
+        scope = self.root.get_submodule(parent)
+        prefix = parent + "." if parent else ""
+        names = [prefix + name for name, m in scope.named_children() if getattr(m, "inplace", False)]
+        return f"tap {' or '.join(map(repr, names))} instead" if names else "tap the module that overwrites it instead"
+
+    def close(self) -> None:
+        """Removes all hooks."""
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles.clear()
+
+    def __enter__(self) -> Seen:
+        self._context = self.record(self.paths)
+        return self._context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._context.__exit__(*error)
+        self.close()

@@ -1,0 +1,272 @@
+"""What goes into a network and what is read of it: Batch, View, and the declarations Reads and Needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kd_plugins.errors import DistillError, did_you_mean
+
+__all__ = ["Attention", "Batch", "Features", "Needs", "Reads", "View"]
+
+
+class Attention(NamedTuple):
+    """The attention of one layer, before dropout.
+
+    Attributes:
+        scores: Scaled and masked pre-softmax scores `[B, heads, Lq, Lk]`, float32; masked keys hold a very negative
+            number.
+        probs: `softmax(scores)`, where the layer computed it anyway.
+    """
+
+    scores: Tensor
+    probs: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What a method reads of one network in one forward; the network runs no deeper than this needs.
+
+    Attributes:
+        logits: Whether the network's own output is wanted.
+        features: Module paths (`"layer4"`, `"layer3:in"`, globs such as `"blocks.*.norm1"`) or stage numbers
+            (`-1` is the last stage of a staged network).
+        hidden: Layer outputs of a transformer by number, 0 for the embeddings, 1 to n for the layers.
+        attentions: Attention distributions of a transformer by layer number, 1 to n.
+        cut: Transformer layers, 0 for the embeddings, through whose output no gradient flows back.
+    """
+
+    logits: bool = True
+    features: tuple[str | int, ...] = ()
+    hidden: tuple[int, ...] = ()
+    attentions: tuple[int, ...] = ()
+    cut: tuple[int, ...] = ()
+
+    def __or__(self, other: Reads) -> Reads:
+        def union(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...]:
+            return tuple(dict.fromkeys((*a, *b)))
+
+        return Reads(
+            self.logits or other.logits,
+            union(self.features, other.features),
+            union(self.hidden, other.hidden),
+            union(self.attentions, other.attentions),
+            union(self.cut, other.cut),
+        )
+
+    @property
+    def taps(self) -> bool:
+        """Whether anything but the network's own output is read."""
+        return bool(self.features or self.hidden or self.attentions)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method needs now; it may change with the distiller's progress.
+
+    Attributes:
+        student: Reads of the student, and of every other peer.
+        teacher: Reads of each teacher.
+        streams: Extra streams of batches by name, with the share of the training set that is held out for each:
+            `{"search": 0.5}` gives `batch.stream("search")` half of the training set and `batch` the other half.
+        index: Whether `batch.index`, the row numbers in the data set, is needed.
+    """
+
+    student: Reads = Reads()
+    teacher: Reads = Reads()
+    streams: Mapping[str, float] = field(default_factory=dict)
+    index: bool = False
+
+    def __or__(self, other: Needs) -> Needs:
+        return Needs(
+            self.student | other.student,
+            self.teacher | other.teacher,
+            {**self.streams, **other.streams},
+            self.index or other.index,
+        )
+
+
+def _move(value: Any, device: torch.device | str) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {k: _move(v, device) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_move(v, device) for v in value)
+    return value
+
+
+_MAIN_INPUTS = ("input_ids", "pixel_values", "inputs_embeds", "input_values", "input_features")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch as every host hands it to a method.
+
+    Attributes:
+        inputs: The main input: images `[B, C, H, W]` (normalised), token ids `[B, L]`; None for a method that makes
+            its own data.
+        labels: Targets, as the host's task loss takes them.
+        kwargs: The networks' other inputs by name (`attention_mask`, ...).
+        name: Keyword of the main input; None passes it by position.
+        teacher_kwargs: Inputs that a teacher gets in place of the student's.
+        mask: `[B, L]`, 1 for a real token, 0 for padding; None when nothing is padded.
+        mean: Per-channel mean that the images were normalised with.
+        std: Per-channel standard deviation that the images were normalised with.
+        index: Row numbers in the data set `[B]`.
+        size: Number of examples.
+        task: What the logits are: `"classification"`, `"multilabel"`, `"token"` (labels per token, -100 ignored),
+            `"causal-lm"` (labels one token ahead), `"regression"`, `"segmentation"`.
+        criterion: The host's task loss of a view and the labels.
+        streams: Batches of the other streams that the method asked for.
+    """
+
+    inputs: Tensor | None = None
+    labels: Any = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    name: str | None = None
+    teacher_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    mask: Tensor | None = None
+    mean: Any = None
+    std: Any = None
+    index: Tensor | None = None
+    size: int = 0
+    task: str = "classification"
+    criterion: Callable[[View, Any], Tensor] | None = None
+    streams: Mapping[str, Batch] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, inputs: Tensor | Mapping[str, Any] | None = None, labels: Any = None, **fields: Any) -> Batch:
+        """Makes a batch of a tensor, or of the mapping that a tokenizer or an image processor returns.
+
+        Args:
+            inputs: The main input, or all inputs by keyword; `labels` in a mapping are the labels.
+            labels: Targets.
+            **fields: Any other attribute of `Batch`.
+
+        >>> batch = Batch.of({"input_ids": torch.ones(2, 3), "attention_mask": torch.ones(2, 3)}, torch.tensor([0, 1]))
+        >>> batch.name, batch.size, sorted(batch.kwargs)
+        ('input_ids', 2, ['attention_mask'])
+        """
+        if isinstance(inputs, Mapping):
+            given = dict(inputs)
+            if labels is None:
+                labels = given.pop("labels", None)
+            name = next((n for n in (fields.pop("name", None), *_MAIN_INPUTS) if n in given), None) or next(
+                iter(given), None
+            )
+            if name is None:
+                raise DistillError("Expected a mapping with at least one input, got an empty one.")
+            inputs = given.pop(name)
+            kwargs = {**given, **fields.pop("kwargs", {})}
+            fields.update(name=name, kwargs=kwargs)
+        if fields.get("mask") is None:
+            mask = fields.get("kwargs", {}).get("attention_mask")
+            if isinstance(mask, Tensor) and mask.dim() == 2:
+                fields["mask"] = mask
+        if "size" not in fields:
+            source = inputs if isinstance(inputs, Tensor) else labels
+            fields["size"] = len(source) if isinstance(source, Tensor) else 0
+        return cls(inputs=inputs, labels=labels, **fields)
+
+    def with_inputs(self, inputs: Tensor) -> Batch:
+        """The same batch with another main input."""
+        return dataclasses.replace(self, inputs=inputs, size=len(inputs))
+
+    def with_labels(self, labels: Any) -> Batch:
+        """The same batch with other targets; ask the network with this batch where the host's loss is in its forward."""
+        return dataclasses.replace(self, labels=labels)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        moved = {f.name: _move(getattr(self, f.name), device) for f in dataclasses.fields(self) if f.name != "streams"}
+        return Batch(**moved, streams={k: b.to(device) for k, b in self.streams.items()})
+
+    def stream(self, name: str) -> Batch:
+        """The batch of another stream, drawn from training rows that are held out for it."""
+        if name not in self.streams:
+            raise DistillError(
+                f"This method reads the stream {name!r} but the host gave {sorted(self.streams) or 'no streams'}: declare"
+                f" it in needs().streams, or in a bare loop pass Batch.of(..., streams={{{name!r}: batch}})."
+            )
+        return self.streams[name]
+
+    def task_loss(self, view: View) -> Tensor:
+        """The host's own loss of a view: with its label smoothing, mixup, class weights and ignored labels."""
+        if view.loss is not None:
+            if view.labels is not self.labels:
+                raise DistillError(
+                    "The host computes its loss inside the network's forward, which saw other labels: ask the network"
+                    " with the relabelled batch, nets.student(batch.with_labels(labels))."
+                )
+            return view.loss
+        if self.labels is None:
+            raise DistillError("The task loss needs labels, but the batch has none: give labels or drop the task term.")
+        if self.criterion is not None:
+            return self.criterion(view, self.labels)
+        return F.cross_entropy(view.logits, self.labels)
+
+    def pixels(self, noise: Tensor) -> Tensor:
+        """Turns noise in pixel units (images in [0, 1]) into noise of the normalised inputs, `noise / std`."""
+        if self.std is None:
+            raise DistillError(
+                "Noise in pixel space needs the mean and std that the inputs were normalised with, and the batch has"
+                " none: pass Batch.of(..., mean=..., std=...), one number per channel."
+            )
+        std = torch.as_tensor(self.std, dtype=noise.dtype, device=noise.device)
+        return noise / std.view(1, -1, *[1] * (noise.dim() - 2))
+
+
+class Features(dict[Any, Tensor]):
+    """Activations by the name they were asked for, in the order of the network for a glob."""
+
+    def __missing__(self, key: Any) -> Tensor:
+        raise DistillError(
+            f"Nothing was read at {key!r}; this forward read {list(self)}.{did_you_mean(str(key), map(str, self))}"
+            " Declare it in needs()."
+        )
+
+    def select(self, name: str | int) -> list[Tensor]:
+        """All activations that a name or a glob stands for."""
+        if name in self:
+            return [self[name]]
+        found = [v for k, v in self.items() if isinstance(k, str) and fnmatch.fnmatch(k, str(name))]
+        return found or [self[name]]
+
+
+@dataclass
+class View:
+    """What one forward of one network gave.
+
+    Attributes:
+        features: Activations by the name in `Reads.features`.
+        hidden: Layer outputs `[B, L, H]` by number.
+        attentions: Attention by layer number.
+        output: The network's raw output; None when the forward stopped early.
+        loss: The task loss, where the host's forward computes it.
+        labels: The labels of the batch that was asked with.
+    """
+
+    _logits: Tensor | None = None
+    features: Features = field(default_factory=Features)
+    hidden: Features = field(default_factory=Features)
+    attentions: Mapping[int, Attention] = field(default_factory=dict)
+    output: Any = None
+    loss: Tensor | None = None
+    labels: Any = None
+
+    @property
+    def logits(self) -> Tensor:
+        """The network's output scores: `[B, K]`, `[B, L, K]` per token, `[B, K, H, W]` per pixel."""
+        if self._logits is None:
+            raise DistillError(
+                "The logits were not asked for (Reads(logits=False)), so the network did not run so far."
+            )
+        return self._logits
