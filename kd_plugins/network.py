@@ -69,11 +69,16 @@ class Network:
 
     def call(self, forward: Forward, batch: Batch) -> Any:
         """Calls the network."""
+        inputs, kwargs = self.arguments(batch)
+        return forward(*inputs, **kwargs)
+
+    def arguments(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The network's arguments, by position and by keyword."""
         if batch.inputs is None:
             raise DistillError(f"{type(self.module).__name__} was asked with a batch that has no inputs.")
         if batch.name is not None:
-            return forward(**{batch.name: batch.inputs}, **batch.kwargs)
-        return forward(batch.inputs, **batch.kwargs)
+            return (), {batch.name: batch.inputs, **batch.kwargs}
+        return (batch.inputs,), dict(batch.kwargs)
 
     def logits(self, output: Any) -> Tensor:
         """The scores in what the network returned."""

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kd_accelerate.averaging import average_buffers, average_gradients, broadcast, distributed
-from kd_plugins import Batch, DistillError, Distiller, Groups, Nets
+from kd_plugins import Batch, Distiller, DistillError, Groups, Nets
 from kd_plugins.distiller import Turn, overrides_turns
 from kd_plugins.groups import total
 

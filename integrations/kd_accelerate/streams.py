@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import Dataset
 
 from kd_accelerate.averaging import distributed
-from kd_plugins import DistillError, Distiller
+from kd_plugins import Distiller, DistillError
 
-__all__ = ["StagedDataset", "Stream", "split"]
+__all__ = ["StagedDataset", "Streams", "split"]
 
 
 def split(rows: int, shares: Mapping[str, float], seed: int) -> dict[str, list[int]]:
@@ -86,40 +89,45 @@ class StagedDataset(Dataset):
         return item if self.wrap is None else self.wrap(item, row)
 
 
-class Stream:
-    """An endless stream of batches over some rows, shuffled anew in every pass and sharded over the processes.
+class Streams:
+    """Endless streams of batches over held-out rows, shuffled anew in every pass and sharded over the processes.
 
     Args:
-        dataset: The training set.
-        rows: The rows of this stream.
+        dataset: The training set; its items are made where they are drawn, without workers.
+        shares: Share of the training set of each stream.
         batch_size: Examples in a batch of one process.
         collate: Makes a batch of items.
-        seed: Of the shuffling.
+        seed: Of the split and the shuffling.
     """
 
     def __init__(
-        self, dataset: Any, rows: Sequence[int], batch_size: int, collate: Callable[[list[Any]], Any], seed: int
+        self, dataset: Any, shares: Mapping[str, float], batch_size: int, collate: Callable[[list[Any]], Any], seed: int
     ) -> None:
-        self.dataset, self.rows, self.batch_size, self.collate, self.seed = (
-            dataset,
-            list(rows),
-            batch_size,
-            collate,
-            seed,
-        )
-        self.drawn = 0
+        self.dataset, self.batch_size, self.collate, self.seed = dataset, batch_size, collate, seed
+        self.rows = split(len(dataset), shares, seed)
+        self.drawn = dict.fromkeys(shares, 0)
+        self._orders: dict[str, tuple[int, list[int]]] = {}
 
-    def __next__(self) -> Any:
-        world = torch.distributed.get_world_size() if distributed() else 1
-        rank = torch.distributed.get_rank() if distributed() else 0
-        whole = self.batch_size * world
-        first = self.drawn * whole + rank * self.batch_size
-        self.drawn += 1
-        return self.collate([self.dataset[self._row(first + i)] for i in range(self.batch_size)])
+    def draw(self, name: str) -> Any:
+        """This process's next batch of a stream."""
+        world = dist.get_world_size() if distributed() else 1
+        rank = dist.get_rank() if distributed() else 0
+        first = (self.drawn[name] * world + rank) * self.batch_size
+        self.drawn[name] += 1
+        return self.collate([self.dataset[self._row(name, first + i)] for i in range(self.batch_size)])
 
-    def _row(self, position: int) -> int:
-        passes, place = divmod(position, len(self.rows))
-        if getattr(self, "_pass", None) != passes:
-            generator = torch.Generator().manual_seed(self.seed + passes)
-            self._pass, self._order = passes, torch.randperm(len(self.rows), generator=generator).tolist()
-        return self.rows[self._order[place]]
+    def _row(self, name: str, position: int) -> int:
+        rows = self.rows[name]
+        turn, place = divmod(position, len(rows))
+        if self._orders.get(name, (-1, []))[0] != turn:
+            generator = torch.Generator().manual_seed(self.seed + 1 + turn)
+            self._orders[name] = turn, torch.randperm(len(rows), generator=generator).tolist()
+        return rows[self._orders[name][1][place]]
+
+    def save(self, folder: str | Path) -> None:
+        """Writes how far every stream has been drawn."""
+        (Path(folder) / "streams.json").write_text(json.dumps(self.drawn) + "\n")
+
+    def load(self, folder: str | Path) -> None:
+        """Takes up what `save` wrote."""
+        self.drawn = json.loads((Path(folder) / "streams.json").read_text())

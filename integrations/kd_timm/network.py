@@ -1,0 +1,103 @@
+"""How a timm model is called and read: its stages through forward_intermediates, in one forward with the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+
+from kd_plugins.errors import DistillError
+from kd_plugins.layered import LayeredNetwork
+from kd_plugins.network import Forward
+from kd_plugins.view import Batch, Features, Reads, View
+from kd_timm.attention import AttentionTaps
+
+__all__ = ["StagedModel", "TimmNetwork"]
+
+
+class StagedModel(nn.Module):
+    """A timm model whose forward gives stage outputs beside the logits.
+
+    One module is what DDP wraps and torch.compile compiles: calling `forward_intermediates` of the model inside a wrapper
+    would leave gradients unreduced, and run uncompiled.
+
+    Args:
+        model: The timm model; the exported student.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, stages: tuple[int, ...] = (), logits: bool = True, **kwargs: Any) -> Any:
+        """The logits; with `stages`, the pair of the logits (None where not asked for) and the stages' maps.
+
+        Args:
+            x: Images `[B, C, H, W]`.
+            stages: Stage numbers, counted as `feature_info` does.
+            logits: Whether the head runs; without it the model stops after the last stage.
+            **kwargs: Further inputs of the model.
+        """
+        if not stages:
+            return self.model(x, **kwargs)
+        if not logits:
+            return None, self.model.forward_intermediates(
+                x, indices=list(stages), intermediates_only=True, stop_early=True, **kwargs
+            )
+        final, maps = self.model.forward_intermediates(x, indices=list(stages), **kwargs)
+        return self.model.forward_head(final), maps
+
+
+class TimmNetwork(LayeredNetwork):
+    """A timm model: stages by number (maps `[B, C, H, W]`, also of transformers), layers and attention of transformers.
+
+    A stage number in `Reads.features` counts the entries of `feature_info`; anything else is a module path.
+    """
+
+    attention_taps = AttentionTaps
+
+    def __init__(self, module: nn.Module) -> None:
+        self.staged = module if isinstance(module, StagedModel) else StagedModel(module)
+        super().__init__(self.staged.model)
+
+    def stages(self) -> list[str]:
+        info = getattr(self.module, "feature_info", None)
+        if not info or not hasattr(self.module, "forward_intermediates"):
+            return super().stages()
+        return [str(entry["module"]) for entry in info]
+
+    def read(
+        self,
+        batch: Batch,
+        reads: Reads,
+        *,
+        forward: Forward | None = None,
+        replace: Mapping[str, Tensor] | None = None,
+    ) -> View:
+        numbers = {i: self._number(i) for i in reads.features if isinstance(i, int)}
+        if not numbers:
+            return super().read(batch, reads, forward=forward or self.staged, replace=replace)
+        if reads.hidden or reads.attentions or reads.cut:
+            raise DistillError("Stage numbers and transformer layers cannot be read in one forward: read one kind.")
+        stages = tuple(sorted(set(numbers.values())))
+        paths = self._paths(Reads(features=tuple(f for f in reads.features if not isinstance(f, int))))
+        keys = [key for expanded in paths.values() for key in expanded]
+        with self.tap.record(keys, replace=replace) if keys or replace else nullcontext({}) as seen:
+            logits, maps = (forward or self.staged)(batch.inputs, stages=stages, logits=reads.logits, **batch.kwargs)
+            features = Features(self._features(paths, seen) if keys else {})
+        for name, number in numbers.items():
+            features[name] = maps[stages.index(number)]
+        return View(_logits=logits, features=features, output=logits, labels=batch.labels)
+
+    def install(self, reads: Reads) -> None:
+        for name in reads.features:
+            if isinstance(name, int):
+                self._number(name)
+        super().install(Reads(features=tuple(f for f in reads.features if not isinstance(f, int))))
+
+    def _number(self, stage: int) -> int:
+        """A stage counted from 0; raises for one that does not exist."""
+        self.stage(stage)
+        return stage % len(self.stages())

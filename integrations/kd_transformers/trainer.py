@@ -1,0 +1,380 @@
+"""DistillationTrainer: HuggingFace Trainer with a teacher."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import Trainer, TrainerCallback
+from transformers.utils import logging
+
+from kd_accelerate import TurnPlayer
+from kd_accelerate.streams import StagedDataset, Streams
+from kd_plugins import Batch, Distiller, DistillError, Net, Nets, View, create_distiller
+from kd_plugins.nets import connect, needs_pass, prepare, set_up
+from kd_plugins.network import adapt
+from kd_plugins.options import to_json
+from kd_transformers.checks import check_fit, check_vocabulary, class_order, task_of
+from kd_transformers.schedule import staged_scheduler
+
+__all__ = ["DistillationTrainer"]
+
+logger = logging.get_logger(__name__)
+
+_INDEX = "kd_index"
+
+
+class DistillationTrainer(Trainer):
+    """A drop-in for `Trainer` that distils.
+
+    It takes everything that `Trainer` takes, in the same places, and four keyword arguments more. Without them it is
+    `Trainer`, to the last bit.
+
+    With a distiller, the loss of every micro-batch is its mean, divided by the number of accumulation steps: `Trainer`
+    itself inflates the loss of several models under accumulation. Evaluation computes the task loss alone, without the
+    teacher, so that it compares across the phases of a schedule. Loss terms are logged as `distill/<term>`, averaged since
+    the last log. What is saved is the bare student; the distiller's own parts are saved beside it
+    (`distiller.safetensors`, `distiller.json`).
+
+    Args:
+        *args: As for `Trainer`.
+        teacher_model: The frozen network, or several.
+        peer_models: Networks that are trained together with the student (online methods).
+        distiller: A distiller, or the name of one (`"kd"`, `"kd+nst"`, `"module:Class"`).
+        distiller_args: Its options, where it is given by name: `{"schedule": "stacked"}`.
+        **kwargs: As for `Trainer`.
+
+    Raises:
+        DistillError: A combination that cannot work, in one sentence, before any training: a task that the method does not
+            fit, other classes or tokens in teacher and student, no teacher, DataParallel, FSDP or DeepSpeed.
+    """
+
+    @wraps(Trainer.__init__)
+    def __init__(
+        self,
+        *args: Any,
+        teacher_model: nn.Module | Sequence[nn.Module] | None = None,
+        peer_models: Sequence[nn.Module] = (),
+        distiller: Distiller | str | None = None,
+        distiller_args: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        teachers = [] if teacher_model is None else teacher_model
+        self.teachers = [teachers] if isinstance(teachers, nn.Module) else list(teachers)
+        self.peer_models = list(peer_models or ())
+        self.distiller = self._distiller(distiller, distiller_args)
+        self.player: TurnPlayer | None = None
+        self._nets: Nets | None = None
+        self._bound_to: nn.Module | None = None
+        self._playing = self._resuming = False
+        self._epoch_steps: int | None = None
+        self._resumed_from: str | None = None
+        self._staged: StagedDataset | None = None
+        self._streams: Streams | None = None
+        if self.distiller is None:
+            return
+        if self.args.n_gpu > 1:
+            raise DistillError(
+                "DataParallel replicates the student in every step, which taps do not survive: start one process for each"
+                " GPU (torchrun, accelerate launch) or make one GPU visible."
+            )
+        if not self.distiller.data:
+            raise DistillError(
+                f"{self.distiller.name} makes its own data and Trainer needs a data set: use kd-timm-train or a bare loop."
+            )
+        # Per-batch means, divided by Trainer: models that ignore num_items_in_batch would be counted once per micro-batch.
+        self.model_accepts_loss_kwargs = False
+        self.loss_is_scaled_for_ga = False
+        if self.model_init is None:
+            self._check()
+        self.data_collator = _IndexCollator(self.data_collator)
+        self.add_callback(_Updates(self))
+
+    def _distiller(self, distiller: Distiller | str | None, options: Mapping[str, Any] | None) -> Distiller | None:
+        if isinstance(distiller, str):
+            return create_distiller(distiller, **(options or {}))
+        if options:
+            raise DistillError("distiller_args are the options of a distiller given by name: set them on the object.")
+        if distiller is None and (self.teachers or self.peer_models):
+            raise DistillError("A teacher or peers were given without a distiller: say which, distiller='kd'.")
+        if distiller is not None and not isinstance(distiller, Distiller):
+            raise DistillError(f"Expected a distiller or the name of one, got {type(distiller).__name__}.")
+        return distiller
+
+    # Networks
+
+    def _check(self) -> None:
+        """Refuses what cannot work, before any training time is spent."""
+        assert self.distiller is not None  # noqa: S101
+        connect(self.distiller, adapt(self.model), [adapt(t) for t in self.teachers], [adapt(p) for p in self.peer_models])
+        check_fit(self.distiller, task_of(self.model), self.model)
+        columns = getattr(self.train_dataset, "column_names", None) or ()
+        own_columns = any(str(c).startswith("teacher_") for c in columns)
+        for teacher in [*self.teachers, *self.peer_models]:
+            class_order(self.model, teacher)
+            if not own_columns:
+                check_vocabulary(self.model, teacher)
+
+    def _set_up(self) -> None:
+        """Binds the distiller to the model that is about to be trained; model_init makes a new one in every run."""
+        distiller = self.distiller
+        if distiller is None or self._bound_to is self.model:
+            return
+        self._check()
+        device = self.args.device
+        for module in [*self.teachers, *self.peer_models]:
+            module.to(device)
+        nets = connect(
+            distiller,
+            adapt(self.model),
+            [adapt(t) for t in self.teachers],
+            [adapt(p) for p in self.peer_models],
+            orders=[class_order(self.model, t) for t in self.teachers],
+        )
+        nets = Nets(_Student(self, nets.student), nets.teachers, nets.peers[1:])
+        set_up(distiller, nets, next(self._pass()))
+        distiller.to(device)
+        if needs_pass(distiller) and not self._resuming and self.args.process_index == 0:
+            prepare(distiller, nets, self._pass())
+        self._nets, self._bound_to = nets, self.model
+
+    def _pass(self) -> Iterator[Batch]:
+        """Batches of the training set in its order, outside of the training's random state."""
+        dataset, collate = self.train_dataset, self.data_collator
+        if hasattr(dataset, "column_names"):
+            dataset = self._remove_unused_columns(dataset, description="Training")
+        else:
+            collate = self._get_collator_with_removed_columns(collate, description="Training")
+        loader = DataLoader(dataset, batch_size=self._train_batch_size, collate_fn=collate)
+        iterator = iter(loader)
+        while True:
+            with torch.random.fork_rng():
+                inputs = next(iterator, None)
+            if inputs is None:
+                return
+            yield self._batch(self._prepare_inputs(inputs))
+
+    def _batch(self, inputs: Mapping[str, Any]) -> Batch:
+        own = dict(inputs)
+        fields: dict[str, Any] = {"index": own.pop(_INDEX, None)}
+        fields["teacher_kwargs"] = {k.removeprefix("teacher_"): own.pop(k) for k in list(own) if k.startswith("teacher_")}
+        return Batch.of(own, name=getattr(self.model, "main_input_name", None), task=task_of(self.model), **fields)
+
+    def _with_streams(self, batch: Batch) -> Batch:
+        """The batch with one of each other stream that the method reads now."""
+        assert self.distiller is not None  # noqa: S101
+        shares = self.distiller.needs().streams
+        if not shares:
+            return batch
+        if self._streams is None:
+            rows, collate = _Rows(self._staged.dataset if self._staged else self.train_dataset), self.data_collator
+            self._streams = Streams(rows, shares, self._train_batch_size, collate, self.args.seed)
+            if self._resumed_from is not None and (Path(self._resumed_from) / "streams.json").is_file():
+                self._streams.load(self._resumed_from)
+        drawn = {name: self._batch(self._prepare_inputs(self._streams.draw(name))) for name in shares}
+        return dataclasses.replace(batch, streams=drawn)
+
+    def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
+        if is_training and self.distiller is not None and not isinstance(dataset, IterableDataset):
+            self._set_signature_columns_if_needed()
+            stages = range(len(self.distiller.stages()))
+            needs = [self.distiller.needs_in(i) for i in stages]
+            if any(n.index or n.streams for n in needs):
+                if hasattr(dataset, "column_names"):
+                    dataset = self._remove_unused_columns(dataset, description="training")
+                steps, seed = self._epoch_steps or 1, self.args.seed
+                dataset = self._staged = StagedDataset(dataset, self.distiller, steps, seed, _with_index)
+        return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        known = self._signature_columns is not None
+        super()._set_signature_columns_if_needed()
+        if self.distiller is not None and not known:
+            columns = self._signature_columns
+            self._signature_columns = [*columns, *(f"teacher_{name}" for name in columns), _INDEX]
+
+    # Training
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        self._resuming = bool(resume_from_checkpoint)
+        self._bound_to = None if self.model_init is not None else self._bound_to
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> Any:
+        values = super().set_initial_training_values(args, dataloader)
+        self._epoch_steps = values[1]
+        if self._staged is not None:
+            self._staged.epoch_steps = values[1]
+        return values
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        self._set_up()
+        return super().create_optimizer(model) if model is not None else super().create_optimizer()
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        distiller = self.distiller
+        if distiller is None or self._nets is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        table = distiller.schedule(num_training_steps, epoch=self._epoch_steps)
+        if len(table.stages) > 1 and self.lr_scheduler is None:
+            self.lr_scheduler = staged_scheduler(self.args, optimizer or self.optimizer, table)
+            self._created_lr_scheduler = True
+        else:
+            super().create_scheduler(num_training_steps, optimizer)
+        self.player = TurnPlayer(self.accelerator, distiller, self._nets, optimizer or self.optimizer)
+        return self.lr_scheduler
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        if self.distiller is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        assert self.player is not None  # noqa: S101
+        self.model_wrapped = self.player.model = model
+        self._playing = True
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            self._playing = False
+        self.player.after_backward()
+        return loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The distillation's loss in training, and `Trainer`'s own in evaluation."""
+        if not self._playing or self.player is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self.player.accumulation = self.current_gradient_accumulation_steps
+        peers = self._nets.peers[1:] if self._nets is not None else ()
+        for peer in peers:
+            peer.module.train()
+        loss = self.player.forward(self._with_streams(self._batch(inputs)))
+        return (loss, None) if return_outputs else loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        own = self.player.clip_parameters if self.player is not None else []
+        if not own:
+            return super()._clip_grad_norm(model)
+        return self.accelerator.clip_grad_norm_([*model.parameters(), *own], self.args.max_grad_norm)
+
+    # Logs and checkpoints
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.player is not None and "loss" in logs:
+            logs = {**logs, **self.player.logs()}
+        super().log(logs, start_time)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.player is not None:
+            self.player.save(output_dir)
+            if self._streams is not None and self.args.should_save:
+                self._streams.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.player is None or checkpoint is None:
+            return
+        if self.player.load(checkpoint):
+            logger.warning(
+                "The length of the training differs from the run that is resumed; its stages are kept as the checkpoint"
+                " has them."
+            )
+        self._streams, self._resumed_from = None, checkpoint
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if self.distiller is not None and self.distiller.ready and self.args.should_save and not _internal_call:
+            folder = Path(output_dir or self.args.output_dir)
+            to_json(self.distiller, folder / "distiller.json")
+            from safetensors.torch import save_file
+
+            state = {k: v.detach().clone().contiguous() for k, v in self.distiller.state_dict().items()}
+            save_file(state, folder / "distiller.safetensors")
+
+
+class _Student(Net):
+    """The student under Trainer: its view holds the task loss that Trainer computes in its forward."""
+
+    def __init__(self, trainer: DistillationTrainer, net: Net) -> None:
+        super().__init__(net.network, lambda: net.reads, forward=self._call)
+        self.trainer = trainer
+        self._labels: Any = None
+        self._loss: Tensor | None = None
+
+    def __call__(self, batch: Batch, **options: Any) -> View:
+        reads = options.get("reads") or self.reads
+        self._labels, self._loss = batch.labels if reads.logits else None, None
+        view = super().__call__(batch, **options)
+        view.loss = self._loss
+        return view
+
+    def _call(self, **inputs: Any) -> Any:
+        trainer = self.trainer
+        if not trainer._playing:
+            return trainer.model(**inputs)
+        if self._labels is not None:
+            inputs["labels"] = self._labels
+        elif not any(name in inputs for name in trainer.label_names):
+            return trainer.model_wrapped(**inputs)
+        self._loss, outputs = Trainer.compute_loss(trainer, trainer.model_wrapped, inputs, return_outputs=True)
+        return outputs
+
+
+class _Updates(TrainerCallback):
+    """Steps the distiller's own parts with the student's optimizer, and tells it of the end of an epoch."""
+
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.player is not None:
+            self.trainer.player.after_update()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.player is not None and (control.should_evaluate or control.should_save):
+            self.trainer.player.average_buffers()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.player is not None:
+            self.trainer.player.end_epoch(state.epoch)
+            self.trainer.player.average_buffers()
+
+
+class _IndexCollator:
+    """A collator that carries row numbers past the user's own."""
+
+    def __init__(self, collate: Any) -> None:
+        self.collate = collate
+
+    def __call__(self, items: list[Any]) -> Any:
+        if not (items and isinstance(items[0], Mapping) and _INDEX in items[0]):
+            return self.collate(items)
+        index = torch.tensor([item[_INDEX] for item in items])
+        batch = self.collate([{k: v for k, v in item.items() if k != _INDEX} for item in items])
+        return {**batch, _INDEX: index}
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "collate":
+            raise AttributeError(name)
+        return getattr(self.collate, name)
+
+
+def _with_index(item: Any, row: int) -> Any:
+    return {**item, _INDEX: row}
+
+
+class _Rows:
+    """Items with their row numbers."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, row: int) -> Any:
+        return _with_index(self.dataset[row], row)
