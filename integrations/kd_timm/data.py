@@ -246,6 +246,7 @@ def create_data(
         pin_memory=args.pin_mem,
         device=device,
         distributed=distributed,
+        persistent_workers=False,
     )
     training: dict[str, Any] = dict(
         is_training=True,
@@ -268,7 +269,6 @@ def create_data(
         if args.no_aug or not args.train_interpolation
         else args.train_interpolation,
         worker_seeding=args.worker_seeding,
-        persistent_workers=False,
         **common,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import copy
+import json
 import logging
 import os
 import sys
@@ -119,7 +119,8 @@ class Session:
         self.accelerator = accelerator = create_accelerator(args)
         self.primary, self.processes = accelerator.is_main_process, accelerator.num_processes
         self.state = find_state(args.resume) if args.resume else None
-        self.given = copy.deepcopy(vars(args))
+        # As it comes back from a file: JSON has no tuples.
+        self.given = json.loads(json.dumps(vars(args)))
         apply_data_defaults(args)
         random_seed(args.seed, accelerator.process_index)
         self.student, config = create_student(args)

@@ -1,0 +1,61 @@
+"""Runs kd-timm-train in this process on small pieces of the digits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+TINY = [
+    *"--model resnet10t --model-kwargs channels=(8,8,16,16) stem_width=8".split(),
+    *"--device cpu -b 64 --workers 0 --epochs 2".split(),
+    *"--warmup-epochs 0 --lr 0.02 --hflip 0 --color-jitter 0 --scale 0.8 1 --img-size 16 --log-interval 10".split(),
+]
+
+
+@pytest.fixture
+def tiny() -> list[str]:
+    """Flags of a run that takes a second."""
+    return list(TINY)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    """Accelerate keeps one state for a process; a run with another precision needs a fresh one."""
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state.clear()
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def few_digits(monkeypatch):
+    """Leaves 256 training and 100 evaluation images, so that an epoch takes four steps of 64."""
+    from kd_timm import data
+    from kd_timm.digits import Digits
+
+    class Few(Digits):
+        def __init__(self, split: str = "train", mode: str = "RGB", transform=None) -> None:
+            super().__init__(split, mode, transform)
+            rows = 256 if split == "train" else 100
+            self.images, self.targets = self.images[:rows], self.targets[:rows]
+
+    monkeypatch.setattr(data, "Digits", Few)
+
+
+@pytest.fixture
+def run(tmp_path: Path, few_digits):
+    """Trains with the tiny settings and returns the session; later flags win."""
+    from kd_timm.arguments import parse_args
+    from kd_timm.train import Session
+
+    def go(*extra: str, name: str = "run"):
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._shared_state.clear()
+        session = Session(parse_args([*TINY, "--output", str(tmp_path), "--experiment", name, *extra]))
+        session.results = session.fit()
+        return session
+
+    return go

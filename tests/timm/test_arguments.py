@@ -1,0 +1,120 @@
+"""The command line: timm's defaults, and clear errors for what is not accepted."""
+
+from __future__ import annotations
+
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+import yaml
+from timm.optim import optimizer_kwargs
+from timm.scheduler.scheduler_factory import scheduler_kwargs
+
+import kd_timm
+from kd_timm.arguments import build_parser, parse_args
+from kd_timm.unsupported import UNSUPPORTED
+
+_spec = spec_from_file_location("timm_defaults", Path(__file__).with_name("timm_defaults.py"))
+_module = module_from_spec(_spec)
+_spec.loader.exec_module(_module)
+DEFAULTS = _module.DEFAULTS
+
+OURS = {"help", "distill", "distill_args", "teacher", "teacher_checkpoint", "teacher_kwargs", "peer"}
+
+
+def test_every_flag_of_timms_has_timms_default():
+    actions = {a.dest: a for a in build_parser()._actions}
+    assert {name: actions[name].default for name in DEFAULTS} == DEFAULTS
+
+
+def test_flags_are_timms_or_ours_and_none_is_both_taken_and_refused():
+    names = {a.dest for a in build_parser()._actions}
+    assert names - OURS == set(DEFAULTS)
+    assert not names & set(UNSUPPORTED)
+
+
+class Recorder:
+    """Stands for the arguments and notes which of them are read."""
+
+    def __init__(self, args):
+        self.args, self.read = args, set()
+
+    def __getattr__(self, name):
+        self.read.add(name)
+        return getattr(self.args, name)
+
+
+def test_every_flag_is_read_somewhere():
+    recorder = Recorder(parse_args([]))
+    optimizer_kwargs(cfg=recorder)
+    scheduler_kwargs(recorder)
+    # Read by resolve_input_data_config out of vars(args).
+    read = recorder.read | {"mean", "std", "interpolation", "crop_pct"}
+    package = Path(kd_timm.__path__[0])
+    text = "\n".join(p.read_text() for p in package.glob("*.py") if p.name not in ("arguments.py", "unsupported.py"))
+    flags = {a.dest for a in build_parser()._actions} - {"help", "config"}
+    assert [flag for flag in flags if flag not in read and f"args.{flag}" not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--naflex-loader"], "does not support yet"),
+        (["--kd-temperature=3"], "does not support yet"),
+        (["--modle", "resnet18"], "Did you mean --model"),
+        (["--teacher-checkpoint", "x"], "--teacher"),
+        (["--model-kwargs", "depth"], "key=value"),
+    ],
+)
+def test_refused(argv, words, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(argv)
+    assert words in capsys.readouterr().err
+
+
+def test_prefixes_are_not_flags(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--epoch", "3"])
+    assert "--epochs" in capsys.readouterr().err
+
+
+def test_config_sits_between_defaults_and_command_line(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("model: resnet18\nlr: 1e-3\nepochs: 7\nscale: [0.5, 1]\nteacher: [resnet34]\n")
+    args = parse_args(["-c", str(path), "--epochs", "9"])
+    assert (args.model, args.lr, args.epochs, args.scale, args.teacher) == (
+        "resnet18",
+        1e-3,
+        9,
+        [0.5, 1.0],
+        ["resnet34"],
+    )
+
+
+def test_config_may_be_a_file_that_timms_script_wrote(tmp_path):
+    path = tmp_path / "args.yaml"
+    path.write_text(yaml.safe_dump({**DEFAULTS, **UNSUPPORTED, "epochs": 3}))
+    assert parse_args(["-c", str(path)]).epochs == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("epoch: 3", "Did you mean epochs"),
+        ("epochs: [1]", "epochs"),
+        ("amp: 1", "amp"),
+        ("jsd_loss: true", "not supported"),
+    ],
+)
+def test_config_refused(tmp_path, text, words, capsys):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(SystemExit):
+        parse_args(["-c", str(path)])
+    assert words in capsys.readouterr().err
+
+
+def test_keyword_values_are_literals_or_text():
+    args = parse_args("--model-kwargs depth=3 name=ab w=(1,2) --teacher a --teacher b --teacher-kwargs x=1".split())
+    assert args.model_kwargs == {"depth": 3, "name": "ab", "w": (1, 2)}
+    assert args.teacher_kwargs == [{"x": 1}]

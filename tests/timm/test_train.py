@@ -1,0 +1,276 @@
+"""kd-timm-train without a distiller: timm's recipe to the bit, exact resume, clean exports, clear errors."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.data import FastCollateMixup, create_loader
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.task import ClassificationTask
+from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
+
+from kd_plugins import DistillError
+from kd_timm import data, train
+from kd_timm.arguments import parse_args
+from kd_timm.data import create_data, create_datasets
+from kd_timm.digits import Digits
+
+MODEL = dict(num_classes=10, channels=(8, 8, 16, 16), stem_width=8)
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def timm_loop(*, accumulate=1, clip=None, mixup=False, ema=False, amp=False, opt="sgd", epochs=2, on_updates=False):
+    """What timm's train.py does with its ClassificationTask, written out."""
+    random_seed(42, 0)
+    device = torch.device("cpu")
+    model = timm.create_model("resnet10t", **MODEL)
+    collate = None
+    if mixup:
+        collate = FastCollateMixup(mixup_alpha=0.3, cutmix_alpha=0.0, label_smoothing=0.1, num_classes=10)
+    loader = create_loader(
+        data.Digits("train"),
+        input_size=(3, 16, 16),
+        batch_size=64,
+        is_training=True,
+        scale=(0.8, 1.0),
+        ratio=(3 / 4, 4 / 3),
+        hflip=0.0,
+        color_jitter=0.0,
+        interpolation="random",
+        num_workers=0,
+        collate_fn=collate,
+        device=device,
+    )
+    evaluation = create_loader(data.Digits("val"), (3, 16, 16), 64, num_workers=0, device=device)
+    criterion = SoftTargetCrossEntropy() if mixup else LabelSmoothingCrossEntropy(0.1)
+    task = ClassificationTask(model, criterion, verbose=False)
+    optimizer = create_optimizer_v2(model, opt=opt, lr=0.02, weight_decay=2e-5, momentum=0.9)
+    average = ModelEmaV3(model, decay=0.9) if ema else None
+    updates = -(-len(loader) // accumulate)
+    scheduler, total = create_scheduler_v2(
+        optimizer,
+        "cosine",
+        num_epochs=epochs,
+        warmup_epochs=0,
+        step_on_epochs=not on_updates,
+        updates_per_epoch=updates,
+    )
+    assert total == epochs
+    step = 0
+    for epoch in range(epochs):
+        task.get_trainable_module().train()
+        remainder = len(loader) % accumulate
+        for i, (inputs, targets) in enumerate(loader):
+            need = i == len(loader) - 1 or (i + 1) % accumulate == 0
+            share = remainder if remainder and i >= len(loader) - remainder else accumulate
+            with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                if amp:
+                    # Accelerate hands the loss float32 scores; timm's loss works in bfloat16 on the CPU alone.
+                    loss = criterion(model(inputs).float(), targets) / share
+                else:
+                    loss = task(inputs, targets)["loss"] / share
+            loss.backward()
+            if need:
+                if clip is not None:
+                    dispatch_clip_grad(task.get_clip_parameters(), value=clip, mode="norm")
+                optimizer.step()
+                optimizer.zero_grad()
+                step += 1
+                if average is not None:
+                    average.update(model, step=step)
+                scheduler.step_update(num_updates=step)
+        # Starting to read a loader takes a number from the random stream.
+        next(iter(evaluation))
+        scheduler.step(epoch + 1)
+    return model, average
+
+
+@pytest.mark.parametrize(
+    ("flags", "options"),
+    [
+        ("", {}),
+        ("--grad-accum-steps 3 --clip-grad 0.5", {"accumulate": 3, "clip": 0.5}),
+        ("--mixup 0.3 --opt adamw --model-ema --model-ema-decay 0.9", {"mixup": True, "opt": "adamw", "ema": True}),
+        ("--sched-on-updates", {"on_updates": True}),
+        ("--amp --amp-dtype bfloat16", {"amp": True}),
+    ],
+)
+def test_equals_a_loop_around_timms_task(run, flags, options):
+    session = run(*flags.split())
+    model, average = timm_loop(**options)
+    trained = load_file(session.folder / "state" / "model.safetensors")
+    assert same(trained, model.state_dict())
+    exported = load_file(session.folder / "last.safetensors")
+    assert same(exported, (average.module if average else model).state_dict())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--epochs 4",
+        "--epochs 4 --mixup 0.2 --reprob 0.3 --opt adamw --model-ema --drop 0.2 --workers 1",
+        "--epochs 4 --sched plateau --patience-epochs 0 --lr-noise 0.1 1",
+    ],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_resume_is_exact(run, flags, monkeypatch):
+    whole = run(*flags.split(), name="whole")
+    evaluate, calls = train.evaluate, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(train, "evaluate", interrupted)
+    assert run(*flags.split(), name="parts").results == {}
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    parts = run(*flags.split(), "--resume", str(whole.folder.parent / "parts"), name="parts")
+    for name in ("last.safetensors", "model_best.safetensors", "state/model.safetensors"):
+        assert same(load_file(whole.folder / name), load_file(parts.folder / name))
+    assert (whole.folder / "summary.csv").read_text() == (parts.folder / "summary.csv").read_text()
+    rows = list(csv.DictReader((parts.folder / "summary.csv").open()))
+    assert [row["epoch"] for row in rows] == ["0", "1", "2", "3"]
+    assert whole.checkpoints.kept == parts.checkpoints.kept
+
+
+def test_resume_refuses_other_settings(run):
+    first = run()
+    with pytest.raises(DistillError, match="lr"):
+        run("--lr", "0.5", "--resume", str(first.folder))
+    with pytest.raises(DistillError, match="no state to continue from"):
+        run("--resume", str(first.folder.parent / "nothing"))
+
+
+def test_the_export_is_a_timm_checkpoint(run):
+    session = run("--checkpoint-hist", "1")
+    path = session.folder / "model_best.safetensors"
+    model = timm.create_model("resnet10t", checkpoint_path=path, **MODEL).eval()
+    images = torch.randn(4, 3, 16, 16)
+    session.student.eval()
+    best = load_file(path)
+    session.student.load_state_dict(best)
+    assert torch.equal(model(images), session.student(images))
+    assert len(list(session.folder.glob("checkpoint-*.safetensors"))) == 1
+    config = json.loads((session.folder / "config.json").read_text())
+    assert config["architecture"] == "resnet10t"
+    assert config["label_names"] == list("0123456789")
+    assert config["pretrained_cfg"]["input_size"] == [3, 16, 16]
+    results = json.loads((session.folder / "results.json").read_text())
+    assert results["evaluation"]["top1"] == pytest.approx(results["best_metric"])
+    assert results["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def test_evaluation_counts_every_image(run):
+    session = run("-vb", "32")
+    session.student.eval()
+    with torch.no_grad():
+        right = [(session.student(images).argmax(-1) == targets).float() for images, targets in session.data.evaluation]
+    assert session.results["evaluation"]["top1"] == pytest.approx(100 * torch.cat(right).mean().item())
+
+
+def test_digits_are_split_once_and_for_all():
+    train_set, held_out = Digits("train"), Digits("validation")
+    assert (len(train_set), len(held_out)) == (1297, 500)
+    assert not {i.tobytes() for i in train_set.images} & {i.tobytes() for i in held_out.images}
+    assert set(held_out.targets) == set(range(10))
+    with pytest.raises(DistillError, match="train or validation"):
+        Digits("tets")
+
+
+def test_streams_share_the_training_rows_out(few_digits, tiny):
+    args = parse_args([*tiny, "--num-classes", "10", "--no-aug"])
+    args.dataset = "digits"
+    config = dict(input_size=(3, 16, 16), mean=(0, 0, 0), std=(1, 1, 1), interpolation="bilinear", crop_pct=1.0)
+    made = create_data(
+        args,
+        config | {"crop_mode": "center"},
+        create_datasets(args, 3),
+        torch.device("cpu"),
+        streams={"search": 0.5},
+        index=True,
+    )
+    rows = {"": [], "search": []}
+    for name, loader in (("", made.train), ("search", made.streams["search"])):
+        for images, targets in loader:
+            rows[name] += targets.index.tolist()
+            label = torch.tensor([made.train.dataset.dataset.targets[i] for i in targets.index.tolist()])
+            assert torch.equal(label, targets.labels)
+            assert len(images) == 64
+    assert len(rows[""]) == len(rows["search"]) == 128
+    assert not set(rows[""]) & set(rows["search"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--model resnet81", "Did you mean"),
+        ("--num-classes 4", "--num-classes 10"),
+        ("--amp", "--amp-dtype bfloat16"),
+        ("--device tpu", "--device"),
+        ("--opt nothing", "--opt nothing"),
+        ("--sched nothing", "--sched nothing"),
+        ("-b 4096", "--batch-size"),
+        ("--data-dir /does/not/exist --dataset=", "does not exist"),
+        ("--initial-checkpoint /does/not/exist", "does not exist"),
+        ("--eval-metric f1", "--eval-metric"),
+        ("--epochs 0", "--epochs"),
+    ],
+)
+def test_bad_input_is_refused_before_training(tiny, few_digits, tmp_path, flags, words, capsys):
+    status = train.main([*tiny, "--output", str(tmp_path), *flags.split()])
+    message = capsys.readouterr().err
+    assert status == 2
+    assert message.startswith("kd-timm-train: error: ")
+    assert words in message
+
+
+@pytest.mark.distributed
+def test_two_processes(tiny, tmp_path):
+    """Two processes, with an odd number of evaluation images: every process counts its own, none counts twice."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "kd_timm.train", *tiny, "--epochs", "1", "-vb", "33", "--output", str(tmp_path)]
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    done = subprocess.run(
+        [*command, "--experiment", "two"],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = Path(tmp_path) / "two"
+    results = json.loads((folder / "results.json").read_text())
+    assert json.loads((folder / "state" / "state.json").read_text())["processes"] == 2
+    # 1,297 rows in two shares of 649, in batches of 64.
+    assert "of 10 updates" in done.stderr + done.stdout
+    model = timm.create_model("resnet10t", checkpoint_path=folder / "model_best.safetensors", **MODEL).eval()
+    args = parse_args([*tiny])
+    args.dataset = "digits"
+    loader = create_loader(
+        Digits("val"),
+        (3, 16, 16),
+        50,
+        interpolation="bicubic",
+        crop_pct=1.0,
+        device=torch.device("cpu"),
+        num_workers=0,
+    )
+    with torch.no_grad():
+        right = torch.cat([(model(images).argmax(-1) == targets).float() for images, targets in loader])
+    assert results["evaluation"]["top1"] == pytest.approx(100 * right.mean().item(), abs=1e-4)
