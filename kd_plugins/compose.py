@@ -19,15 +19,15 @@ __all__ = ["Composite"]
 class Composite(Distiller):
     """The sum of several methods' terms over one task loss.
 
-    At most one part plays turns of its own; the terms of the others join its student turn, computed on the views that it
-    took. The weight of the task loss is the product of the parts' weights.
+    At most one part plays turns of its own; the terms of the others join its student turn, computed on the views that
+    it took. The weight of the task loss is the product of the parts' weights.
 
     Args:
         parts: The methods by name, in the order they were written.
 
     Raises:
-        DistillError: Parts that cannot share a training: two that play turns of their own or have stages, peers beside a
-            method that knows no peers.
+        DistillError: Parts that cannot share a training: two that play turns of their own or have stages, peers beside
+            a method that knows no peers.
     """
 
     def __init__(self, parts: Mapping[str, Distiller] | None = None) -> None:
@@ -82,7 +82,7 @@ class Composite(Distiller):
             for name, item in items.items():
                 if name in merged:
                     raise DistillError(
-                        f"{owner[name]} and {part} both have the {what} {name!r} and cannot be combined: take one of them."
+                        f"{owner[name]} and {part} both have the {what} {name!r} and cannot be combined: take one."
                     )
                 merged[name], owner[name] = item, part
         return merged

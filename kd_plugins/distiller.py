@@ -50,10 +50,10 @@ class OptimSpec:
 class Distiller(nn.Module):
     """A distillation method.
 
-    It holds its own parts only (connectors, critics, codebooks) and never stores a network, so that its `state_dict()` is
-    small and the exported student clean. Plain methods override `loss`; methods that need more than one update a step
-    override `turns`. The keyword-only, annotated and defaulted arguments of the constructor are the method's options, on
-    the command line and in configurations; the `Args` section of the docstring is their help.
+    It holds its own parts only (connectors, critics, codebooks) and never stores a network, so that its `state_dict()`
+    is small and the exported student clean. Plain methods override `loss`; methods that need more than one update a
+    step override `turns`. The keyword-only, annotated and defaulted arguments of the constructor are the method's
+    options, on the command line and in configurations; the `Args` section of the docstring is their help.
 
     Class attributes:
         paper: What to cite.

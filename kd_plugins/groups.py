@@ -70,8 +70,8 @@ class Groups:
     """The optimizers of a distillation: the student's, which the user made, and ours beside it.
 
     Ours are made when they are first asked for, after the method has built its parts. `"own"` and the peers get an
-    optimizer of the student's class, hyper-parameters and learning-rate curve; extra and shared groups get what the method
-    and the user's overrides say.
+    optimizer of the student's class, hyper-parameters and learning-rate curve; extra and shared groups get what the
+    method and the user's overrides say.
 
     Args:
         distiller: The method.
@@ -184,9 +184,8 @@ def make(spec: OptimSpec, parameters: Sequence[nn.Parameter]) -> Optimizer:
     cls = getattr(torch.optim, spec.optimizer, None)
     if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
         known = [n for n, c in vars(torch.optim).items() if isinstance(c, type) and issubclass(c, Optimizer)]
-        raise DistillError(
-            f"Expected the name of an optimizer in torch.optim, got {spec.optimizer!r}.{did_you_mean(spec.optimizer, known)}"
-        )
+        hint = did_you_mean(spec.optimizer, known)
+        raise DistillError(f"Expected the name of an optimizer in torch.optim, got {spec.optimizer!r}.{hint}")
     return cls(list(parameters), lr=spec.lr, weight_decay=spec.weight_decay, **spec.options)
 
 

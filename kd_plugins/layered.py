@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -58,7 +58,7 @@ class LayeredNetwork(Network):
         for number in dict.fromkeys((*reads.hidden, *reads.attentions)):
             key, call = self._output(number)
             calls[key] = max(calls.get(key, 1), call + 1)
-        capture = self.attention.capture(reads.attentions) if reads.attentions else nullcontext({})
+        capture: Any = self.attention.capture(reads.attentions) if reads.attentions else nullcontext({})
         attentions: Mapping[int, Attention]
         output = None
         record = self.tap.record(

@@ -123,8 +123,8 @@ class Network:
         """Installed module paths behind each name in `reads.features`."""
         if reads.hidden or reads.attentions:
             raise DistillError(
-                f"{type(self.module).__name__} is read by module path only: it gives no numbered hidden states or attention."
-                " Use a transformers model or a timm vision transformer, or taps (features) instead."
+                f"{type(self.module).__name__} is read by module path only: it gives no numbered hidden states or"
+                " attention. Use a transformers model or a timm vision transformer, or taps (features) instead."
             )
         return {
             name: self.tap.install(self.stage(name) if isinstance(name, int) else name)

@@ -148,16 +148,16 @@ def _shares(stages: Sequence[Stage], total: int, epoch: int | None) -> list[floa
         return [stage.share for stage in stages]
     if not epoch:
         raise DistillError(
-            "The stages have lengths in epochs, but the length of an epoch is unknown here: give shares instead, or call"
-            " distiller.schedule(total, epoch=steps_per_epoch)."
+            "The stages have lengths in epochs, but the length of an epoch is unknown here: give shares instead, or"
+            " call distiller.schedule(total, epoch=steps_per_epoch)."
         )
     fixed = {i: stage.epochs * epoch for i, stage in enumerate(stages) if stage.epochs is not None}
     left = total - sum(fixed.values())
     shared = sum(stage.share for stage in stages if stage.epochs is None)
     if left < 0 or (shared and left <= 0):
         raise DistillError(
-            f"The stages of a fixed length take {sum(fixed.values()) / epoch:g} epochs of {total / epoch:g}, which leaves"
-            " nothing for the others: train longer or give them fewer epochs."
+            f"The stages of a fixed length take {sum(fixed.values()) / epoch:g} epochs of {total / epoch:g}, which"
+            " leaves nothing for the others: train longer or give them fewer epochs."
         )
     return [fixed.get(i, left * stage.share / shared if shared else 0.0) for i, stage in enumerate(stages)]
 
@@ -166,7 +166,8 @@ def _spread(shares: Sequence[float], units: int) -> list[int]:
     """Starts of consecutive parts with the given shares, each at least one unit long."""
     if any(share <= 0 for share in shares):
         raise DistillError(f"Expected positive shares for the stages, got {list(shares)}.")
-    whole, start, starts = sum(shares), 0.0, []
+    whole, start = sum(shares), 0.0
+    starts: list[int] = []
     for i, share in enumerate(shares):
         low = starts[-1] + 1 if starts else 0
         starts.append(min(max(round(start / whole * units), low), units - (len(shares) - i)))

@@ -45,8 +45,8 @@ class Seen(Mapping[str, Tensor]):
                 raise DistillError(f"{key!r} is not tapped; tapped are {list(self._wanted)}.")
             raise DistillError(
                 f"Nothing was captured at {key!r} of {self._network}: the module was not called in this forward, or the"
-                " network was compiled before it was tapped (hooks that come after the first compiled call are ignored)."
-                " Tap a module that runs, before torch.compile."
+                " network was compiled before it was tapped (hooks that come after the first compiled call are"
+                " ignored). Tap a module that runs, before torch.compile."
             )
         for value, version in zip(self._captured[key], self._versions[key], strict=True):
             if version >= 0 and value._version != version:

@@ -181,7 +181,7 @@ class Batch:
         return dataclasses.replace(self, inputs=inputs, size=len(inputs))
 
     def with_labels(self, labels: Any) -> Batch:
-        """The same batch with other targets; ask the network with this batch where the host's loss is in its forward."""
+        """The same batch with other targets; where the host's loss is in its forward, ask with this one."""
         return dataclasses.replace(self, labels=labels)
 
     def to(self, device: torch.device | str) -> Batch:
@@ -193,8 +193,8 @@ class Batch:
         """The batch of another stream, drawn from training rows that are held out for it."""
         if name not in self.streams:
             raise DistillError(
-                f"This method reads the stream {name!r} but the host gave {sorted(self.streams) or 'no streams'}: declare"
-                f" it in needs().streams, or in a bare loop pass Batch.of(..., streams={{{name!r}: batch}})."
+                f"This method reads the stream {name!r} but the host gave {sorted(self.streams) or 'no streams'}:"
+                f" declare it in needs().streams, or in a bare loop pass Batch.of(..., streams={{{name!r}: batch}})."
             )
         return self.streams[name]
 

@@ -68,8 +68,8 @@ class TurnPlayer:
     ) -> None:
         if accelerator.distributed_type in _SHARDED:
             raise DistillError(
-                f"Distillation under {accelerator.distributed_type.value} is not supported yet: taps and turns need whole"
-                " parameters. Use DDP (torchrun, accelerate launch), or train without a distiller."
+                f"Distillation under {accelerator.distributed_type.value} is not supported yet: taps and turns need"
+                " whole parameters. Use DDP (torchrun, accelerate launch), or train without a distiller."
             )
         self.accelerator = accelerator
         self.distiller = distiller
@@ -280,7 +280,7 @@ class TurnPlayer:
                 self._sums[key] = (new if old is None else old + new, n + 1)
 
     def logs(self) -> dict[str, float]:
-        """Means of the loss terms since the last call, over steps and processes; the only place that waits for values."""
+        """Means of the loss terms since the last call, over steps and processes; nothing else waits for them."""
         if not self._sums:
             return {}
         keys = sorted(self._sums)

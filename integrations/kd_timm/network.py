@@ -20,8 +20,8 @@ __all__ = ["StagedModel", "TimmNetwork"]
 class StagedModel(nn.Module):
     """A timm model whose forward gives stage outputs beside the logits.
 
-    One module is what DDP wraps and torch.compile compiles: calling `forward_intermediates` of the model inside a wrapper
-    would leave gradients unreduced, and run uncompiled.
+    One module is what DDP wraps and torch.compile compiles: calling `forward_intermediates` of the model inside a
+    wrapper would leave gradients unreduced, and run uncompiled.
 
     Args:
         model: The timm model; the exported student.
@@ -84,7 +84,8 @@ class TimmNetwork(LayeredNetwork):
         stages = tuple(sorted(set(numbers.values())))
         paths = self._paths(Reads(features=tuple(f for f in reads.features if not isinstance(f, int))))
         keys = [key for expanded in paths.values() for key in expanded]
-        with self.tap.record(keys, replace=replace) if keys or replace else nullcontext({}) as seen:
+        record: Any = self.tap.record(keys, replace=replace) if keys or replace else nullcontext({})
+        with record as seen:
             logits, maps = (forward or self.staged)(batch.inputs, stages=stages, logits=reads.logits, **batch.kwargs)
             features = Features(self._features(paths, seen) if keys else {})
         for name, number in numbers.items():

@@ -34,11 +34,8 @@ def task_of(model: nn.Module) -> str:
     if config is None or not hasattr(config, "to_dict"):
         return "classification"
     names = {cls.__name__ for cls in type(model).__mro__}
-    for task, mappings in _TASKS.items():
-        if any(names & _flat(mapping.values()) for mapping in mappings):
-            break
-    else:
-        return "other"
+    found = (task for task, mappings in _TASKS.items() if any(names & _flat(m.values()) for m in mappings))
+    task = next(found, "other")
     if task != "classification":
         return task
     kind = getattr(config, "problem_type", None)
@@ -55,8 +52,8 @@ def check_fit(distiller: Distiller, task: str, model: nn.Module) -> None:
     """Refuses a method that does not fit the task."""
     if task not in distiller.tasks:
         raise DistillError(
-            f"{distiller.name} fits {', '.join(distiller.tasks)}, and {type(model).__name__} is a model for {task}: choose a"
-            " method that fits (kd-plugins list)."
+            f"{distiller.name} fits {', '.join(distiller.tasks)}, and {type(model).__name__} is a model for {task}:"
+            " choose a method that fits (kd-plugins list)."
         )
 
 
@@ -65,8 +62,8 @@ def check_vocabulary(student: nn.Module, teacher: nn.Module) -> None:
     ours, theirs = (getattr(getattr(m, "config", None), "vocab_size", None) for m in (student, teacher))
     if ours is not None and theirs is not None and ours != theirs:
         raise DistillError(
-            f"The student reads {ours} token ids and the teacher {theirs}, so they do not share a tokenizer: use a teacher"
-            " with the student's tokenizer, or give the teacher columns of its own (teacher_input_ids,"
+            f"The student reads {ours} token ids and the teacher {theirs}, so they do not share a tokenizer: use a"
+            " teacher with the student's tokenizer, or give the teacher columns of its own (teacher_input_ids,"
             " teacher_attention_mask)."
         )
 
@@ -79,7 +76,8 @@ def class_order(student: nn.Module, teacher: nn.Module) -> Sequence[int] | None:
     """
     ours, theirs = getattr(student, "config", None), getattr(teacher, "config", None)
     n_s, n_t = (getattr(config, "num_labels", None) for config in (ours, theirs))
-    if task_of(student) in ("token", "causal-lm") and getattr(ours, "vocab_size", 0) == getattr(theirs, "vocab_size", 1):
+    vocabularies = [getattr(config, "vocab_size", None) for config in (ours, theirs)]
+    if task_of(student) in ("token", "causal-lm") and vocabularies[0] == vocabularies[1] is not None:
         return None
     if n_s is None or n_t is None:
         return None
@@ -92,8 +90,8 @@ def class_order(student: nn.Module, teacher: nn.Module) -> Sequence[int] | None:
         return None
     if sorted(names_s) != sorted(names_t):
         raise DistillError(
-            f"Student and teacher name their {n_s} classes differently, {names_s} and {names_t}, so they cannot be matched:"
-            " give both configurations the same label2id."
+            f"Student and teacher name their {n_s} classes differently, {names_s} and {names_t}, so they cannot be"
+            " matched: give both configurations the same label2id."
         )
     return [names_t.index(name) for name in names_s]
 

@@ -22,6 +22,6 @@ class TransformersNetwork(LayeredNetwork):
             if path.rpartition(".")[2] in ("stages", "stage") and isinstance(module, (nn.ModuleList, nn.Sequential)):
                 return [f"{path}.{name}" for name, _ in module.named_children()]
         raise DistillError(
-            f"{type(self.module).__name__} has no numbered stages: give module paths, or use a method that reads layers of"
-            " a transformer."
+            f"{type(self.module).__name__} has no numbered stages: give module paths, or use a method that reads layers"
+            " of a transformer."
         )

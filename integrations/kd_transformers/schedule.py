@@ -37,8 +37,8 @@ def staged_scheduler(args: TrainingArguments, optimizer: Any, table: StageTable)
         )
         if not isinstance(scheduler, LambdaLR):
             raise DistillError(
-                f"The learning-rate schedule {args.lr_scheduler_type} cannot start anew with every stage: choose linear,"
-                " cosine, constant, or another that is a function of the step."
+                f"The learning-rate schedule {args.lr_scheduler_type} cannot start anew with every stage: choose"
+                " linear, cosine, constant, or another that is a function of the step."
             )
         return scheduler.lr_lambdas[0]
 

@@ -24,8 +24,8 @@ class Internal(Distiller):
 
     Aguilar, Ling, Zhang, Yao, Fan, Guo, "Knowledge Distillation from Internal Representations", AAAI 2020, arXiv
     1910.03723. Each student layer stands for a block of teacher layers and learns from the block's last:
-    `KL(A_t || A_s)` of the attention distributions `[B, heads, L, L]`, averaged over heads and real query tokens (eq. 3),
-    and `1 - cos(h_t, h_s)` of the [CLS] vectors `[B, H]` (eq. 4). The schedules are the paper's:
+    `KL(A_t || A_s)` of the attention distributions `[B, heads, L, L]`, averaged over heads and real query tokens,
+    and `1 - cos(h_t, h_s)` of the [CLS] vectors `[B, H]`. The schedules are the paper's:
 
     - `all`: every layer and the soft labels in every step;
     - `progressive` (PID): one layer after the other, bottom-up, each alone; then the soft labels alone;
@@ -38,8 +38,8 @@ class Internal(Distiller):
 
     Args:
         schedule: `all`, `progressive` or `stacked`.
-        layers: Which teacher layer each student layer learns from: `uniform` (the last layer of its block), or pairs such
-            as `1:2,2:4`, student before the colon.
+        layers: Which teacher layer each student layer learns from: `uniform` (the last layer of its block), or pairs
+            such as `1:2,2:4`, student before the colon.
         attention_weight: Weight of the attention term of a layer.
         hidden_weight: Weight of the cosine term of a layer.
         classification_share: Share of the training for the last phase, the soft labels; the layers share the rest.
@@ -104,8 +104,8 @@ class Internal(Distiller):
         for ours, theirs in self.pairs.items():
             if not (1 <= ours <= n_s and 1 <= theirs <= n_t):
                 raise DistillError(
-                    f"The layer pair {ours}:{theirs} does not exist: the student has layers 1 to {n_s}, the teacher 1 to"
-                    f" {n_t}."
+                    f"The layer pair {ours}:{theirs} does not exist: the student has layers 1 to {n_s}, the teacher 1"
+                    f" to {n_t}."
                 )
         everything = self._reads(tuple(self.pairs))
         student, teacher = nets.student(batch, reads=everything[0]), nets.teacher(batch, reads=everything[1])
@@ -115,15 +115,15 @@ class Internal(Distiller):
                 if a_s.shape != a_t.shape:
                     raise DistillError(
                         f"internal compares attention [B, heads, L, L], got {list(a_s.shape)} at the student's layer"
-                        f" {ours} and {list(a_t.shape)} at the teacher's layer {theirs}: use a student with as many heads"
-                        " and the same tokens, or attention_weight=0."
+                        f" {ours} and {list(a_t.shape)} at the teacher's layer {theirs}: use a student with as many"
+                        " heads and the same tokens, or attention_weight=0."
                     )
             if self.hidden_weight:
                 h_s, h_t = student.hidden[ours].shape[-1], teacher.hidden[theirs].shape[-1]
                 if h_s != h_t and not self.project:
                     raise DistillError(
-                        f"internal compares hidden vectors of one size, got {h_s} at the student's layer {ours} and {h_t}"
-                        f" at the teacher's layer {theirs}: use a student of that hidden size, project=true, or"
+                        f"internal compares hidden vectors of one size, got {h_s} at the student's layer {ours} and"
+                        f" {h_t} at the teacher's layer {theirs}: use a student of that hidden size, project=true, or"
                         " hidden_weight=0."
                     )
                 if h_s != h_t:
@@ -212,7 +212,8 @@ def uniform(student_layers: int, teacher_layers: int) -> dict[int, int]:
     """
     if student_layers > teacher_layers:
         raise DistillError(
-            f"internal needs a teacher at least as deep as the student, got {teacher_layers} and {student_layers} layers."
+            f"internal needs a teacher at least as deep as the student, got {teacher_layers} layers for"
+            f" {student_layers}."
         )
     return {i: round(i * teacher_layers / student_layers) for i in range(1, student_layers + 1)}
 

@@ -39,8 +39,8 @@ class KD(Distiller):
     Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", NIPS Deep Learning Workshop 2014, arXiv
     1503.02531, section 2: `(1 - alpha) * task + alpha * T^2 * KL(softmax(z_t / T) || softmax(z_s / T))`.
 
-    Logits are `[B, K]` (classification, or multi-label with one sigmoid for each class), or `[B, L, K]` per token, where
-    tokens labelled -100 are left out and every example counts the same.
+    Logits are `[B, K]` (classification, or multi-label with one sigmoid for each class), or `[B, L, K]` per token,
+    where tokens labelled -100 are left out and every example counts the same.
 
     Args:
         temperature: Softens both distributions; 4 is what the field's benchmarks use, the paper tried 1 to 20.

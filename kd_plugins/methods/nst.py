@@ -17,8 +17,8 @@ __all__ = ["NST"]
 class NST(Distiller):
     """Matches the distributions of the networks' neuron selectivities, one sample per channel, by squared MMD.
 
-    Huang, Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer", 2017, arXiv 1707.01219, eq. 4
-    to 8: `task + lambda / 2 * MMD^2(F_t, F_s)`, where every channel's map, normalised over space, is one sample.
+    Huang, Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer", 2017, arXiv 1707.01219:
+    `task + lambda / 2 * MMD^2(F_t, F_s)`, where every channel's map, normalised over space, is one sample.
 
     Maps are `[B, C, H, W]`; the numbers of channels may differ. `weight` multiplies MMD^2 itself, so it is the paper's
     `lambda / 2`, and the `kt_weight` of the released code.
