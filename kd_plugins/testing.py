@@ -1,0 +1,277 @@
+"""The contract that every distiller keeps, as one function for anybody's tests.
+
+A plug-in's whole test of it is
+
+    from kd_plugins.testing import check_distiller
+
+    def test_contract():
+        check_distiller("mine", options={"weight": 2.0})
+
+It trains with the distiller for a few steps, several times over, on copies of small networks, and raises a
+`ContractError` for the first clause that is broken. The clauses, by the name that the error carries:
+
+- `docstring`: a first line, a citation (the paper's first author and year), and the shapes `[B, ...]`.
+- `options`: the constructor's arguments are keyword-only, annotated and defaulted, each with help under `Args:`.
+- `config`: every option survives JSON and the command line.
+- `networks untouched`: `setup` and `prepare` leave weights, batch statistics and modes as they were.
+- `no network inside`: nothing of a network can be reached from the distiller.
+- `registered`: every parameter that can be reached from the distiller is registered.
+- `one group`: each of them is in exactly one group, `"own"` or one of `extras()`.
+- `needs`: what `needs()` names exists, in every stage.
+- `turns`, `student last`: turns are mappings of named scalars; `"student"` is in the last one, and only there.
+- `grad mode`: grad mode and autocast are the same at every yield as before it.
+- `no backward`: no `.grad` is left anywhere but in the student; backward belongs to the host.
+- `teacher untouched`, `student untouched`: a step leaves the teachers bit-unchanged, and the student in its mode.
+- `gradients`: while the progress walks from 0 to 1, every parameter of the distiller and of the trained networks gets a
+  finite gradient that is not 0. Where the method leaves some out on purpose, its class says so, by globs over the names
+  in the error: `untrained = ("student.head.*",)`; a property may follow the options.
+- `resume`: weights, optimizers, `state_dict()` and random streams, taken up by a fresh distiller after `setup`, end in
+  the same bits as the training that was not interrupted.
+- `hosts agree`: the same steps under Accelerate end in the same weights, within 1e-6 (left out without Accelerate, and
+  in a process that belongs to a distributed training). Trainer plays turns through the same player.
+- `precision`: losses and gradients are finite under autocast in bfloat16 and in float16.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+from kd_plugins._contract import ContractError, broken, check_class, check_needs, check_parts, parts_of
+from kd_plugins._contract_runs import Run, Setting, difference, matches, under_accelerate, walk
+from kd_plugins.distiller import Distiller
+from kd_plugins.errors import DistillError
+from kd_plugins.network import Network, adapt
+from kd_plugins.registry import create_distiller
+from kd_plugins.view import Batch, Reads
+
+__all__ = ["CLAUSES", "ContractError", "TinyNet", "check_distiller", "tiny_batches"]
+
+CLAUSES = (
+    *("docstring", "options", "config", "networks untouched", "no network inside", "registered", "one group", "needs"),
+    *("turns", "student last", "grad mode", "no backward", "teacher untouched", "student untouched", "gradients"),
+    *("resume", "hosts agree", "precision"),
+)
+
+
+class TinyNet(nn.Module):
+    """A convolutional classifier of a few hundred weights, without batch statistics or dropout.
+
+    Its stages are `layer1` (the input's size) and `layer2` (half of it); `head` classifies their mean.
+
+    Args:
+        width: Channels of `layer1`; `layer2` has twice as many.
+        classes: Number of classes K.
+        channels: Channels of the images.
+    """
+
+    def __init__(self, width: int = 4, classes: int = 4, channels: int = 3) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, padding=1)
+        self.layer1 = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU())
+        self.layer2 = nn.Sequential(nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.ReLU())
+        self.head = nn.Linear(2 * width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images `[B, C, H, W]` to logits `[B, K]`."""
+        features = self.layer2(self.layer1(self.conv1(x).relu()))
+        return self.head(features.mean((2, 3)))
+
+
+class _TinyNetwork(Network):
+    def stages(self) -> list[str]:
+        return ["layer1", "layer2"]
+
+
+def _adapt(module: nn.Module) -> Network:
+    return _TinyNetwork(module) if isinstance(module, TinyNet) else adapt(module)
+
+
+def tiny_batches(
+    count: int = 3, size: int = 8, classes: int = 4, *, streams: Sequence[str] = (), seed: int = 0
+) -> list[Batch]:
+    """Batches of noise images `[size, 3, 12, 12]` with labels, row numbers, mean and std, and further streams of them.
+
+    >>> batch = tiny_batches(streams=["search"])[0]
+    >>> batch.inputs.shape, batch.stream("search").size
+    (torch.Size([8, 3, 12, 12]), 8)
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def one(number: int) -> Batch:
+        return Batch.of(
+            torch.randn(size, 3, 12, 12, generator=generator),
+            torch.randint(classes, (size,), generator=generator),
+            mean=(0.5, 0.5, 0.5),
+            std=(0.25, 0.25, 0.25),
+            index=torch.arange(number * size, (number + 1) * size),
+        )
+
+    return [replace(one(i), streams={name: one(count + i) for name in streams}) for i in range(count)]
+
+
+def _sgd(parameters: Any) -> Optimizer:
+    return SGD(parameters, lr=0.01, momentum=0.9)
+
+
+def check_distiller(
+    distiller: str | type[Distiller] | Distiller | Callable[[], Distiller],
+    *,
+    options: Mapping[str, Any] | None = None,
+    student: nn.Module | None = None,
+    teacher: nn.Module | Sequence[nn.Module] | None = None,
+    peers: Sequence[nn.Module] | None = None,
+    batches: Sequence[Batch] | None = None,
+    steps: int = 6,
+    optimizer: Callable[[Any], Optimizer] = _sgd,
+) -> tuple[str, ...]:
+    """Checks the whole contract of a distiller.
+
+    Args:
+        distiller: A name (`"nst"`, `"kd+nst"`, `"module:Class"`), a class, a distiller that is not set up yet, or a
+            function that makes one; several are needed, with equal options.
+        options: Of the distiller, where a name or a class is given.
+        student: The student, without dropout for equality between hosts; copies of it are trained. By default a
+            `TinyNet`; a method that reads hidden states or attention needs a transformer here.
+        teacher: The teacher or teachers; by default wider `TinyNet`s, as many as the method takes.
+        peers: The other peers; by default a `TinyNet` where the method takes any.
+        batches: The batches of one epoch; by default `tiny_batches()`, with the streams that the method asks for.
+        steps: Least number of updates; rounded up to whole epochs, at least one for each stage.
+        optimizer: Makes the student's optimizer of its parameters.
+
+    Returns:
+        The clauses that were checked: all but `"hosts agree"` where that cannot be.
+
+    Raises:
+        ContractError: The first clause that is broken, with what breaks it and the remedy.
+    """
+    make = _maker(distiller, options)
+    probe = make()
+    for part in parts_of(probe):
+        check_class(part)
+    setting = _setting(probe, make, student, teacher, peers, batches, steps, optimizer)
+    devices = [setting.device] if setting.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        run = Run(setting)
+        check_parts(run.distiller, run.nets)
+        check_needs(run.distiller, run.nets)
+        reached = walk(run)
+        check_parts(run.distiller, run.nets)
+        _check_reached(run, reached)
+        _check_resume(setting, run)
+        hosts = _check_hosts(setting, run)
+        for dtype in (torch.bfloat16, torch.float16):
+            walk(Run(setting), dtype=dtype)
+    return tuple(clause for clause in CLAUSES if hosts or clause != "hosts agree")
+
+
+def _maker(distiller: Any, options: Mapping[str, Any] | None) -> Callable[[], Distiller]:
+    given = dict(options or {})
+    if isinstance(distiller, str):
+        return lambda: create_distiller(distiller, **given)
+    if isinstance(distiller, type):
+        return lambda: distiller(**given)
+    if given:
+        raise DistillError("Expected options with a name or a class only — give the distiller the options itself.")
+    if isinstance(distiller, Distiller):
+        if distiller.ready:
+            raise DistillError(f"Expected a distiller that is not set up, got {distiller.name} — give a fresh one.")
+        return lambda: copy.deepcopy(distiller)
+    return distiller
+
+
+def _setting(
+    probe: Distiller,
+    make: Callable[[], Distiller],
+    student: nn.Module | None,
+    teacher: nn.Module | Sequence[nn.Module] | None,
+    peers: Sequence[nn.Module] | None,
+    batches: Sequence[Batch] | None,
+    steps: int,
+    optimizer: Callable[[Any], Optimizer],
+) -> Setting:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        student = TinyNet() if student is None else student
+        if teacher is None:
+            count = 2 if probe.teachers == "many" else int(probe.teachers)
+            teacher = [TinyNet(6 + 2 * i) for i in range(count)]
+        if peers is None:
+            peers = [TinyNet(5)] if probe.peers else []
+    if batches is None:
+        streams = [name for i in range(len(probe.stages())) for name in probe.needs_in(i).streams]
+        batches = tiny_batches(streams=streams) if probe.data else [Batch(size=8)] * 3
+    teachers = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
+    return Setting(make, student, teachers, list(peers), list(batches), steps, optimizer, _adapt)
+
+
+def _check_reached(run: Run, reached: Mapping[str, bool]) -> None:
+    untrained = tuple(glob for part in parts_of(run.distiller) for glob in getattr(part, "untrained", ()))
+    excused = _unused(run)
+    for name, trained in reached.items():
+        if not trained and name not in excused and not matches(name, untrained):
+            broken(
+                "gradients",
+                f"the parameter {name} gets no gradient but 0 in {run.total} steps of {run.distiller.name}",
+                f"let a loss term reach it, or say that it is left out: untrained = ({name!r},) in the class",
+            )
+
+
+def _unused(run: Run) -> set[str]:
+    """Parameters of the trained networks that not even their own logits depend on."""
+    unused = set()
+    for i, net in enumerate(run.nets.peers):
+        batch = run.setting.batches[0]
+        if batch.inputs is None:
+            continue
+        named = {name: p for name, p in net.module.named_parameters() if p.requires_grad}
+        logits = net.network.read(batch, Reads()).logits
+        gradients = torch.autograd.grad(logits.sum(), list(named.values()), allow_unused=True)
+        who = f"peer{i}" if i else "student"
+        unused |= {f"{who}.{name}" for name, gradient in zip(named, gradients, strict=True) if gradient is None}
+    return unused
+
+
+def _check_resume(setting: Setting, whole: Run) -> None:
+    name = whole.distiller.name
+    for key, value in whole.distiller.state_dict().items():
+        if not isinstance(value, Tensor):
+            broken(
+                "resume",
+                f"{key} in state_dict() of {name} is no tensor",
+                "keep it in a buffer; files hold tensors only",
+            )
+    table = whole.distiller.table
+    start = table.starts[-1] if table is not None else 0
+    first = Run(setting).train(stop=start + (whole.total - start) // 2)
+    # Another seed: what is random in setup() and not in the state must show.
+    second = Run(setting, seed=1, refit=False).resume(first.checkpoint()).train()
+    distance, where = difference(whole.state(), second.state())
+    if distance > (0.0 if setting.device.type == "cpu" else 1e-6):
+        broken(
+            "resume",
+            f"a training with {name} that is resumed from a checkpoint ends elsewhere, by {distance:.1e} in {where}",
+            "keep what changes between steps, and what is random in setup(), in buffers; draw from self.generator()",
+        )
+
+
+def _check_hosts(setting: Setting, bare: Run) -> bool:
+    installed = all(importlib.util.find_spec(package) for package in ("accelerate", "kd_accelerate"))
+    if not installed or dist.is_available() and dist.is_initialized():
+        return False
+    distance, where = difference(bare.state(), under_accelerate(setting))
+    if distance > 1e-6:
+        broken(
+            "hosts agree",
+            f"a bare loop and Accelerate end with {bare.distiller.name} {distance:.1e} apart in {where}",
+            "leave updates to the yielded turns, and draw random numbers from self.generator() or self.randn()",
+        )
+    return True
