@@ -18,6 +18,7 @@ from kd_accelerate.averaging import average_buffers, average_gradients, broadcas
 from kd_plugins import Batch, Distiller, DistillError, Groups, Nets
 from kd_plugins.distiller import Turn, overrides_turns
 from kd_plugins.groups import total
+from kd_plugins.options import config_of
 
 __all__ = ["TurnPlayer"]
 
@@ -186,15 +187,21 @@ class TurnPlayer:
             self.after_update()
         return loss.detach()
 
-    def end_epoch(self, epoch: float | None = None) -> None:
-        """Asks the method whether its stage is done, and lets the next one begin with the next step if so."""
+    def end_epoch(self, epoch: float | None = None) -> bool:
+        """Asks the method whether its stage is done, and lets the next one begin with the next step if so.
+
+        Returns:
+            Whether the stages have changed; learning-rate curves that follow them then need to be looked up anew.
+        """
         progress = self.distiller.progress
         if epoch is not None:
             progress.epoch = epoch
         table = self.distiller.table
-        if self.distiller.stage_done() and table is not None and self.distiller.next_stage() is None:
-            table.end_stage(progress.step)
-            self.distiller.at(progress.step)
+        if not self.distiller.stage_done() or table is None or self.distiller.next_stage() is not None:
+            return False
+        table.end_stage(progress.step)
+        self.distiller.at(progress.step)
+        return True
 
     def average_buffers(self) -> None:
         """Averages the batch statistics of student and peers, before they are evaluated or saved."""
@@ -299,8 +306,6 @@ class TurnPlayer:
         if not self.accelerator.is_main_process:
             return
         progress, table = self.distiller.progress, self.distiller.table
-        from kd_plugins.options import config_of
-
         state = {
             **config_of(self.distiller),
             "progress": {"step": progress.step, "epoch": progress.epoch, "stage": progress.stage},
@@ -325,14 +330,15 @@ class TurnPlayer:
         folder = Path(folder)
         if not (folder / "distiller.json").is_file():
             raise DistillError(
-                f"Expected distiller.json in the checkpoint {folder}, which was not written by a run with a distiller:"
-                " resume from one that was, or start anew."
+                f"Expected distiller.json in the checkpoint {folder}, which was written by a run without a distiller or"
+                " with save_only_model: resume from another one, or start anew."
             )
         state = json.loads((folder / "distiller.json").read_text())
-        if state["distiller"] != self.distiller.name:
+        name = config_of(self.distiller)["distiller"]
+        if state["distiller"] != name:
             raise DistillError(
                 f"The checkpoint {folder} was written with the distiller {state['distiller']!r}, this run has"
-                f" {self.distiller.name!r}: resume with the distiller that the run was started with."
+                f" {name!r}: resume with the distiller that the run was started with."
             )
         device = str(self.accelerator.device)
         self.distiller.load_state_dict(load_file(folder / "distiller.safetensors", device=device))

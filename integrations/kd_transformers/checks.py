@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.models.auto import modeling_auto as auto
 
 from kd_plugins import Distiller, DistillError
 
-__all__ = ["check_fit", "check_vocabulary", "class_order", "task_of"]
+__all__ = [
+    "check_fit",
+    "check_host",
+    "check_vocabulary",
+    "class_order",
+    "inputs_of",
+    "same_class_order",
+    "task_of",
+]
 
 _TASKS = {
     "classification": (
@@ -33,9 +44,7 @@ def task_of(model: nn.Module) -> str:
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
         return "classification"
-    names = {cls.__name__ for cls in type(model).__mro__}
-    found = (task for task, mappings in _TASKS.items() if any(names & _flat(m.values()) for m in mappings))
-    task = next(found, "other")
+    task = _family(type(model))
     if task != "classification":
         return task
     kind = getattr(config, "problem_type", None)
@@ -44,8 +53,45 @@ def task_of(model: nn.Module) -> str:
     return "regression" if kind == "regression" or (kind is None and config.num_labels == 1) else "classification"
 
 
-def _flat(names: Any) -> set[str]:
-    return {n for name in names for n in ((name,) if isinstance(name, str) else name)}
+@lru_cache
+def _family(cls: type) -> str:
+    """The task of a class of transformers models, or of one that inherits from it."""
+    for task, mappings in _TASKS.items():
+        if any(_listed(cls, mapping) for mapping in mappings):
+            return task
+    return "other"
+
+
+def _listed(cls: type, mapping: Any) -> bool:
+    names = {n for name in mapping.values() for n in ((name,) if isinstance(name, str) else name)}
+    return any(base.__name__ in names for base in cls.__mro__)
+
+
+@lru_cache
+def _parameters(cls: type) -> frozenset[str]:
+    parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
+    return frozenset(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+
+
+def inputs_of(model: nn.Module) -> frozenset[str]:
+    """The names that a transformers model's forward takes; empty for other models, which do not tell."""
+    return _parameters(type(model)) if isinstance(model, PreTrainedModel) else frozenset()
+
+
+def check_host(args: TrainingArguments, accelerator: Any) -> None:
+    """Refuses ways of training that taps and turns do not survive."""
+    if args.n_gpu > 1:
+        raise DistillError(
+            "Expected one GPU for each process, got DataParallel, which replicates the student in every step, so that"
+            " taps read nothing: start one process for each GPU (torchrun, accelerate launch) or make one GPU visible."
+        )
+    plugins = {"FSDP": "fsdp_plugin", "DeepSpeed": "deepspeed_plugin"}
+    for name, plugin in plugins.items():
+        if getattr(accelerator.state, plugin, None) is not None:
+            raise DistillError(
+                f"Distillation under {name} is not supported yet: taps and turns need whole parameters. Use DDP"
+                " (torchrun, accelerate launch), or train without a distiller."
+            )
 
 
 def check_fit(distiller: Distiller, task: str, model: nn.Module) -> None:
@@ -59,13 +105,15 @@ def check_fit(distiller: Distiller, task: str, model: nn.Module) -> None:
 
 def check_vocabulary(student: nn.Module, teacher: nn.Module) -> None:
     """Refuses networks that read the same token ids but do not share a vocabulary."""
-    ours, theirs = (getattr(getattr(m, "config", None), "vocab_size", None) for m in (student, teacher))
-    if ours is not None and theirs is not None and ours != theirs:
-        raise DistillError(
-            f"The student reads {ours} token ids and the teacher {theirs}, so they do not share a tokenizer: use a"
-            " teacher with the student's tokenizer, or give the teacher columns of its own (teacher_input_ids,"
-            " teacher_attention_mask)."
-        )
+    ours, theirs = (getattr(m, "config", None) for m in (student, teacher))
+    for what, name in (("vocab_size", "a vocabulary of {} tokens"), ("pad_token_id", "token {} as padding")):
+        a, b = getattr(ours, what, None), getattr(theirs, what, None)
+        if isinstance(a, int) and isinstance(b, int) and a != b:
+            raise DistillError(
+                f"Expected networks that share a tokenizer, got a student with {name.format(a)} and a"
+                f" {type(teacher).__name__} with {b}: use one with the student's tokenizer, or give a teacher columns"
+                " of its own (teacher_input_ids, teacher_attention_mask)."
+            )
 
 
 def class_order(student: nn.Module, teacher: nn.Module) -> Sequence[int] | None:
@@ -75,17 +123,17 @@ def class_order(student: nn.Module, teacher: nn.Module) -> Sequence[int] | None:
         DistillError: Other classes, or another number of classes.
     """
     ours, theirs = getattr(student, "config", None), getattr(teacher, "config", None)
-    n_s, n_t = (getattr(config, "num_labels", None) for config in (ours, theirs))
-    vocabularies = [getattr(config, "vocab_size", None) for config in (ours, theirs)]
-    if task_of(student) in ("token", "causal-lm") and vocabularies[0] == vocabularies[1] is not None:
-        return None
-    if n_s is None or n_t is None:
-        return None
-    if n_s != n_t:
+    if _scores_tokens(student) and _scores_tokens(teacher):
+        what, n_s, n_t = "tokens to choose from", getattr(ours, "vocab_size", None), getattr(theirs, "vocab_size", None)
+        names_s = names_t = None
+    else:
+        what, n_s, n_t = "classes", getattr(ours, "num_labels", None), getattr(theirs, "num_labels", None)
+        names_s, names_t = _class_names(ours), _class_names(theirs)
+    if n_s is not None and n_t is not None and n_s != n_t:
         raise DistillError(
-            f"The student has {n_s} classes and the teacher {n_t}: use a teacher that was trained on the same classes."
+            f"Expected a teacher that scores the same {what}, got {n_s} in the student and {n_t} in"
+            f" {type(teacher).__name__}: use a teacher that was trained on the student's."
         )
-    names_s, names_t = _class_names(ours), _class_names(theirs)
     if names_s is None or names_t is None or names_s == names_t:
         return None
     if sorted(names_s) != sorted(names_t):
@@ -94,6 +142,21 @@ def class_order(student: nn.Module, teacher: nn.Module) -> Sequence[int] | None:
             " matched: give both configurations the same label2id."
         )
     return [names_t.index(name) for name in names_s]
+
+
+def same_class_order(student: nn.Module, peer: nn.Module) -> None:
+    """Refuses a peer, which learns from the student's labels, whose classes are numbered in another order."""
+    if class_order(student, peer) is not None:
+        raise DistillError(
+            "Expected peers that number their classes as the student does, got the same classes in another order: give"
+            " all configurations the same label2id."
+        )
+
+
+def _scores_tokens(model: nn.Module) -> bool:
+    """Whether a model's logits are scores of the vocabulary."""
+    lists = (auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    return any(_listed(type(model), names) for names in lists)
 
 
 def _class_names(config: Any) -> list[str] | None:

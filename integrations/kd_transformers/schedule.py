@@ -12,7 +12,7 @@ from transformers import TrainingArguments, get_scheduler
 from kd_plugins import DistillError
 from kd_plugins.stages import StageTable
 
-__all__ = ["staged_scheduler"]
+__all__ = ["refresh", "staged_scheduler"]
 
 
 def staged_scheduler(args: TrainingArguments, optimizer: Any, table: StageTable) -> LambdaLR:
@@ -30,7 +30,7 @@ def staged_scheduler(args: TrainingArguments, optimizer: Any, table: StageTable)
     def curve(steps: int) -> Any:
         scheduler = get_scheduler(
             args.lr_scheduler_type,
-            optimizer=torch.optim.SGD([torch.zeros(1)], lr=1.0),
+            optimizer=torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate),
             num_warmup_steps=min(args.get_warmup_steps(steps), steps),
             num_training_steps=steps,
             scheduler_specific_kwargs=args.lr_scheduler_kwargs,
@@ -47,3 +47,12 @@ def staged_scheduler(args: TrainingArguments, optimizer: Any, table: StageTable)
         return float(curve(end - start)(step - start))
 
     return LambdaLR(optimizer, factor)
+
+
+def refresh(scheduler: Any) -> None:
+    """Sets the rates of the coming step anew, after the stages have changed under a `staged_scheduler`."""
+    if isinstance(scheduler, LambdaLR):
+        groups = scheduler.optimizer.param_groups
+        for group, rate, curve in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            group["lr"] = rate * curve(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in groups]

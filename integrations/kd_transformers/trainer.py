@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,23 @@ from kd_plugins import Batch, Distiller, DistillError, Net, Nets, View, create_d
 from kd_plugins.nets import connect, needs_pass, prepare, set_up
 from kd_plugins.network import adapt
 from kd_plugins.options import to_json
-from kd_transformers.checks import check_fit, check_vocabulary, class_order, task_of
-from kd_transformers.schedule import staged_scheduler
+from kd_transformers.checks import (
+    check_fit,
+    check_host,
+    check_vocabulary,
+    class_order,
+    inputs_of,
+    same_class_order,
+    task_of,
+)
+from kd_transformers.schedule import refresh, staged_scheduler
 
 __all__ = ["DistillationTrainer"]
 
 logger = logging.get_logger(__name__)
 
 _INDEX = "kd_index"
+_TEACHER = "teacher_"
 
 
 class DistillationTrainer(Trainer):
@@ -36,11 +46,15 @@ class DistillationTrainer(Trainer):
     It takes everything that `Trainer` takes, in the same places, and four keyword arguments more. Without them it is
     `Trainer`, to the last bit.
 
-    With a distiller, the loss of every micro-batch is its mean, divided by the number of accumulation steps: `Trainer`
-    itself inflates the loss of several models under accumulation. Evaluation computes the task loss alone, without the
-    teacher, so that it compares across the phases of a schedule. Loss terms are logged as `distill/<term>`, averaged since
-    the last log. What is saved is the bare student; the distiller's own parts are saved beside it
-    (`distiller.safetensors`, `distiller.json`).
+    With a distiller, the loss of every micro-batch is its mean, divided by the number of accumulation steps:
+    `Trainer` itself inflates the loss of several models under accumulation. A `compute_loss_func` gets the number of
+    items of its own micro-batch. Evaluation computes the task loss alone, without the teacher, so that it compares
+    across the phases of a schedule. Loss terms are logged as `distill/<term>`, averaged since the last log. What is
+    saved is the bare student; the distiller's own parts are saved beside it (`distiller.safetensors`,
+    `distiller.json`). With `model_init` every run starts with a fresh copy of the distiller.
+
+    Columns of the data named `teacher_<input>` go to the teacher alone, in place of the student's; so do inputs that
+    only the teacher's forward takes (a BERT teacher's `token_type_ids` beside a DistilBERT student).
 
     Args:
         *args: As for `Trainer`.
@@ -51,8 +65,8 @@ class DistillationTrainer(Trainer):
         **kwargs: As for `Trainer`.
 
     Raises:
-        DistillError: A combination that cannot work, in one sentence, before any training: a task that the method does not
-            fit, other classes or tokens in teacher and student, no teacher, DataParallel, FSDP or DeepSpeed.
+        DistillError: A combination that cannot work, in one sentence, before any training: a task that the method does
+            not fit, other classes or tokens in teacher and student, no teacher, DataParallel, FSDP or DeepSpeed.
     """
 
     @wraps(Trainer.__init__)
@@ -73,27 +87,30 @@ class DistillationTrainer(Trainer):
         self.player: TurnPlayer | None = None
         self._nets: Nets | None = None
         self._bound_to: nn.Module | None = None
-        self._playing = self._resuming = False
+        self._playing = self._played = self._resuming = False
         self._epoch_steps: int | None = None
         self._resumed_from: str | None = None
         self._staged: StagedDataset | None = None
         self._streams: Streams | None = None
         if self.distiller is None:
             return
-        if self.args.n_gpu > 1:
-            raise DistillError(
-                "DataParallel replicates the student in every step, which taps do not survive: start one process for each"
-                " GPU (torchrun, accelerate launch) or make one GPU visible."
-            )
+        check_host(self.args, self.accelerator)
         if not self.distiller.data:
             raise DistillError(
-                f"{self.distiller.name} makes its own data and Trainer needs a data set: use kd-timm-train or a bare loop."
+                f"{self.distiller.name} makes its own data and Trainer needs a data set: use kd-timm-train or a bare"
+                " loop."
             )
-        # Per-batch means, divided by Trainer: models that ignore num_items_in_batch would be counted once per micro-batch.
+        if self.distiller.ready:
+            raise DistillError(
+                f"This {self.distiller.name} object was set up for another training: create a new one, or give"
+                " its name."
+            )
+        # Means, divided by Trainer: what ignores num_items_in_batch would else count once for each micro-batch.
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
-        if self.model_init is None:
-            self._check()
+        self._unused = copy.deepcopy(self.distiller)
+        self._teacher_networks = [adapt(t) for t in self.teachers]
+        self._nets = self._connect()
         self.data_collator = _IndexCollator(self.data_collator)
         self.add_callback(_Updates(self))
 
@@ -110,40 +127,48 @@ class DistillationTrainer(Trainer):
 
     # Networks
 
-    def _check(self) -> None:
-        """Refuses what cannot work, before any training time is spent."""
+    def _connect(self) -> Nets:
+        """Connects the distiller to the networks, and refuses what cannot work before any training time is spent."""
         assert self.distiller is not None  # noqa: S101
-        connect(self.distiller, adapt(self.model), [adapt(t) for t in self.teachers], [adapt(p) for p in self.peer_models])
+        nets = connect(
+            self.distiller,
+            adapt(self.model),
+            self._teacher_networks,
+            [adapt(p) for p in self.peer_models],
+            orders=[class_order(self.model, t) for t in self.teachers],
+        )
         check_fit(self.distiller, task_of(self.model), self.model)
-        columns = getattr(self.train_dataset, "column_names", None) or ()
-        own_columns = any(str(c).startswith("teacher_") for c in columns)
-        for teacher in [*self.teachers, *self.peer_models]:
-            class_order(self.model, teacher)
-            if not own_columns:
-                check_vocabulary(self.model, teacher)
+        for peer in self.peer_models:
+            same_class_order(self.model, peer)
+        columns = getattr(self.train_dataset, "column_names", None)
+        if columns is not None:
+            self._check_vocabularies(columns)
+        return Nets(_Student(self, nets.student), nets.teachers, nets.peers[1:])
+
+    def _check_vocabularies(self, columns: Iterable[Any]) -> None:
+        """Networks that read the same token ids must share a vocabulary."""
+        own = any(str(column).startswith(_TEACHER) for column in columns)
+        for network in [*([] if own else self.teachers), *self.peer_models]:
+            check_vocabulary(self.model, network)
 
     def _set_up(self) -> None:
         """Binds the distiller to the model that is about to be trained; model_init makes a new one in every run."""
         distiller = self.distiller
         if distiller is None or self._bound_to is self.model:
             return
-        self._check()
-        device = self.args.device
+        nets = self._nets = self._connect()
         for module in [*self.teachers, *self.peer_models]:
-            module.to(device)
-        nets = connect(
-            distiller,
-            adapt(self.model),
-            [adapt(t) for t in self.teachers],
-            [adapt(p) for p in self.peer_models],
-            orders=[class_order(self.model, t) for t in self.teachers],
-        )
-        nets = Nets(_Student(self, nets.student), nets.teachers, nets.peers[1:])
-        set_up(distiller, nets, next(self._pass()))
-        distiller.to(device)
+            if getattr(module, "hf_device_map", None) is None:
+                module.to(self.args.device)
+        batch = next(self._pass(), None)
+        if batch is None:
+            raise DistillError("Expected at least one training example, got an empty train_dataset.")
+        self._check_vocabularies(_TEACHER + name for name in batch.teacher_kwargs)
+        set_up(distiller, nets, batch)
+        distiller.to(self.args.device)
         if needs_pass(distiller) and not self._resuming and self.args.process_index == 0:
             prepare(distiller, nets, self._pass())
-        self._nets, self._bound_to = nets, self.model
+        self._bound_to = self.model
 
     def _pass(self) -> Iterator[Batch]:
         """Batches of the training set in its order, outside of the training's random state."""
@@ -153,19 +178,33 @@ class DistillationTrainer(Trainer):
         else:
             collate = self._get_collator_with_removed_columns(collate, description="Training")
         loader = DataLoader(dataset, batch_size=self._train_batch_size, collate_fn=collate)
-        iterator = iter(loader)
+        iterator = None
         while True:
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(devices=[]):
+                iterator = iter(loader) if iterator is None else iterator
                 inputs = next(iterator, None)
             if inputs is None:
                 return
             yield self._batch(self._prepare_inputs(inputs))
 
     def _batch(self, inputs: Mapping[str, Any]) -> Batch:
-        own = dict(inputs)
-        fields: dict[str, Any] = {"index": own.pop(_INDEX, None)}
-        fields["teacher_kwargs"] = {k.removeprefix("teacher_"): own.pop(k) for k in list(own) if k.startswith("teacher_")}
-        return Batch.of(own, name=getattr(self.model, "main_input_name", None), task=task_of(self.model), **fields)
+        own = self._own_inputs(inputs)
+        only = self._teacher_only()
+        theirs = {name: value for name, value in inputs.items() if name in only}
+        theirs |= {k.removeprefix(_TEACHER): v for k, v in inputs.items() if k.startswith(_TEACHER)}
+        name = getattr(self.model, "main_input_name", None)
+        index = inputs.get(_INDEX)
+        return Batch.of(own, name=name, task=task_of(self.model), index=index, teacher_kwargs=theirs)
+
+    def _own_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What the student reads of a batch."""
+        only = self._teacher_only()
+        return {k: v for k, v in inputs.items() if k not in only and k != _INDEX and not k.startswith(_TEACHER)}
+
+    def _teacher_only(self) -> set[str]:
+        """Inputs that a teacher takes and the student does not."""
+        ours, theirs = inputs_of(self.model), set().union(*map(inputs_of, self.teachers))
+        return theirs - ours if ours else set()
 
     def _with_streams(self, batch: Batch) -> Batch:
         """The batch with one of each other stream that the method reads now."""
@@ -197,14 +236,15 @@ class DistillationTrainer(Trainer):
         known = self._signature_columns is not None
         super()._set_signature_columns_if_needed()
         if self.distiller is not None and not known:
-            columns = self._signature_columns
-            self._signature_columns = [*columns, *(f"teacher_{name}" for name in columns), _INDEX]
+            columns = dict.fromkeys([*self._signature_columns, *sorted(self._teacher_only())])
+            self._signature_columns = [*columns, *(_TEACHER + name for name in columns), _INDEX]
 
     # Training
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         self._resuming = bool(resume_from_checkpoint)
-        self._bound_to = None if self.model_init is not None else self._bound_to
+        if self._bound_to is not None and (self.model_init is not None or self._bound_to is not self.model):
+            self.distiller, self._bound_to = copy.deepcopy(self._unused), None
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> Any:
@@ -236,11 +276,16 @@ class DistillationTrainer(Trainer):
             return super().training_step(model, inputs, num_items_in_batch)
         assert self.player is not None  # noqa: S101
         self.model_wrapped = self.player.model = model
-        self._playing = True
+        self._playing, self._played = True, False
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
             self._playing = False
+        if not self._played:
+            raise DistillError(
+                f"{type(self).__name__}.compute_loss hides the distillation: call super().compute_loss in it, or put"
+                " the class that changes the task loss after DistillationTrainer in the bases."
+            )
         self.player.after_backward()
         return loss
 
@@ -250,12 +295,16 @@ class DistillationTrainer(Trainer):
         """The distillation's loss in training, and `Trainer`'s own in evaluation."""
         if not self._playing or self.player is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._played = True
         self.player.accumulation = self.current_gradient_accumulation_steps
         peers = self._nets.peers[1:] if self._nets is not None else ()
         for peer in peers:
             peer.module.train()
         loss = self.player.forward(self._with_streams(self._batch(inputs)))
         return (loss, None) if return_outputs else loss
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().prediction_step(model, self._own_inputs(inputs) if self.distiller else inputs, *args, **kwargs)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         own = self.player.clip_parameters if self.player is not None else []
@@ -270,6 +319,11 @@ class DistillationTrainer(Trainer):
             logs = {**logs, **self.player.logs()}
         super().log(logs, start_time)
 
+    def _end_epoch(self, epoch: float) -> None:
+        """Asks the method whether its stage is done; the next one then begins with its own learning rate."""
+        if self.player is not None and self.player.end_epoch(epoch):
+            refresh(self.lr_scheduler)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.player is not None:
@@ -281,11 +335,16 @@ class DistillationTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.player is None or checkpoint is None:
             return
+        distiller = self.player.distiller
+        total = distiller.progress.total or 0
         if self.player.load(checkpoint):
             logger.warning(
                 "The length of the training differs from the run that is resumed; its stages are kept as the checkpoint"
-                " has them."
+                " has them, the last one until the new end."
             )
+            assert distiller.table is not None  # noqa: S101
+            distiller.table.total = max(total, distiller.table.starts[-1] + 1)
+            distiller.at(distiller.progress.step)
         self._streams, self._resumed_from = None, checkpoint
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -323,7 +382,12 @@ class _Student(Net):
             inputs["labels"] = self._labels
         elif not any(name in inputs for name in trainer.label_names):
             return trainer.model_wrapped(**inputs)
-        self._loss, outputs = Trainer.compute_loss(trainer, trainer.model_wrapped, inputs, return_outputs=True)
+        items = None
+        if trainer.compute_loss_func is not None:
+            items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
+        # What follows in the bases: the task loss of Trainer, or of a class that changes it.
+        task = super(DistillationTrainer, trainer).compute_loss
+        self._loss, outputs = task(trainer.model_wrapped, inputs, return_outputs=True, num_items_in_batch=items)
         return outputs
 
 
@@ -338,12 +402,17 @@ class _Updates(TrainerCallback):
             self.trainer.player.after_update()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.player is not None and (control.should_evaluate or control.should_save):
-            self.trainer.player.average_buffers()
+        # Here, and not in on_epoch_end, which follows the checkpoint of an epoch's last step.
+        if state.global_step % self.trainer._epoch_steps == 0:
+            self.trainer._end_epoch(state.epoch)
+        if control.should_evaluate or control.should_save:
+            self.average_buffers()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.average_buffers()
+
+    def average_buffers(self) -> None:
         if self.trainer.player is not None:
-            self.trainer.player.end_epoch(state.epoch)
             self.trainer.player.average_buffers()
 
 
