@@ -242,6 +242,7 @@ def _distillation(parser: argparse.ArgumentParser) -> None:
         metavar="K=V",
         help="further arguments of the i-th teacher model (repeatable)",
     )
+    add("--peer", action="append", default=[], metavar="MODEL", help="model trained together with --model (repeatable)")
 
 
 _GROUPS = (_dataset, _model, _device, _optimizer, _schedule, _augmentation, _norm_and_ema, _misc, _distillation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 import os
 from typing import Any
@@ -24,6 +25,7 @@ __all__ = [
     "create_criterion",
     "create_optimizer",
     "create_scheduler",
+    "create_stage_scheduler",
     "create_student",
     "resolve_learning_rate",
 ]
@@ -150,7 +152,7 @@ def create_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.
 
 
 def create_scheduler(
-    args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int, epochs: int | None = None
+    args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int
 ) -> tuple[Any, int]:
     """timm's learning-rate schedule.
 
@@ -158,15 +160,33 @@ def create_scheduler(
         args: Parsed arguments.
         optimizer: The optimizer that it steers.
         updates_per_epoch: Optimizer steps in one epoch.
-        epochs: Length of the schedule in place of `--epochs`.
 
     Returns:
         The scheduler (None for `--sched none`) and the number of epochs with warmup prefix and cooldown.
     """
     options = scheduler_kwargs(args, decreasing_metric=args.eval_metric == "loss")
-    if epochs is not None:
-        options["num_epochs"] = epochs
     try:
         return create_scheduler_v2(optimizer, **options, updates_per_epoch=updates_per_epoch)
     except (ValueError, AssertionError) as error:
         raise DistillError(f"--sched {args.sched} cannot be made with these arguments: {error}") from error
+
+
+def create_stage_scheduler(
+    args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int, *, epochs: int, of: int
+) -> Any:
+    """The schedule of one stage: that of the whole run, drawn together to the stage's epochs.
+
+    Args:
+        args: Parsed arguments.
+        optimizer: The optimizer that it steers.
+        updates_per_epoch: Optimizer steps in one epoch.
+        epochs: Epochs of the stage.
+        of: Epochs of the whole run, with warmup prefix and cooldown.
+    """
+    part, share = copy.copy(args), epochs / of
+    for name in ("warmup_epochs", "cooldown_epochs", "patience_epochs"):
+        setattr(part, name, int(getattr(args, name) * share))
+    part.decay_epochs = args.decay_epochs * share if args.decay_epochs >= 1 else args.decay_epochs
+    part.decay_milestones = [round(milestone * share) for milestone in args.decay_milestones]
+    part.epochs = epochs - part.cooldown_epochs - (part.warmup_epochs if args.warmup_prefix else 0)
+    return create_scheduler(part, optimizer, updates_per_epoch)[0]

@@ -129,17 +129,24 @@ class Checkpoints:
     def _path(self, epoch: int) -> Path:
         return self.folder / f"checkpoint-{epoch}.safetensors"
 
-    @contextmanager
-    def state_folder(self) -> Iterator[Path]:
-        """A folder to write the resume state to; it takes the place of the one before when the block ends."""
-        new, current, old = (self.folder / name for name in ("state.new", "state", "state.old"))
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        yield new
+    @property
+    def new_state(self) -> Path:
+        """The folder that a resume state is written to."""
+        return self.folder / "state.new"
+
+    def open_state(self) -> Path:
+        """Makes an empty `new_state`."""
+        shutil.rmtree(self.new_state, ignore_errors=True)
+        self.new_state.mkdir(parents=True)
+        return self.new_state
+
+    def close_state(self) -> None:
+        """Lets `new_state` take the place of the state before; one of the two is whole at any time."""
+        current, old = self.folder / "state", self.folder / "state.old"
         shutil.rmtree(old, ignore_errors=True)
         if current.exists():
             os.replace(current, old)
-        os.replace(new, current)
+        os.replace(self.new_state, current)
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,8 @@ from timm.data.loader import fast_collate
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from kd_plugins.errors import DistillError
+from kd_accelerate.streams import StagedDataset, split
+from kd_plugins import Distiller, DistillError
 from kd_timm.digits import DIGITS_DEFAULTS, Digits
 
 __all__ = ["Data", "Targets", "apply_data_defaults", "create_data", "create_datasets"]
@@ -44,22 +44,35 @@ class Rows(Dataset[Any]):
     def __init__(self, dataset: Any, rows: Sequence[int], index: bool = False) -> None:
         self.dataset, self.rows, self.index = dataset, rows, index
 
+    def __getitem__(self, item: int) -> tuple[Any, ...]:
+        row = self.rows[item]
+        return (*self.dataset[row], row) if self.index else self.dataset[row]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    # timm's loader sets the transform of what it is given.
     @property
     def transform(self) -> Any:
-        """The transform of the whole data set, which timm's loader sets."""
+        """The transform of the whole data set."""
         return self.dataset.transform
 
     @transform.setter
     def transform(self, transform: Any) -> None:
         self.dataset.transform = transform
 
-    def __getitem__(self, item: int) -> tuple[Any, ...]:
-        row = self.rows[item]
-        image, target = self.dataset[row]
-        return (image, target, row) if self.index else (image, target)
 
-    def __len__(self) -> int:
-        return len(self.rows)
+class StagedRows(StagedDataset):
+    """The training set of a distillation, whose stages may hold rows out for other streams."""
+
+    @property
+    def transform(self) -> Any:
+        """The transform of the whole data set."""
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, transform: Any) -> None:
+        self.dataset.transform = transform
 
 
 class CollateIndex:
@@ -71,6 +84,28 @@ class CollateIndex:
     def __call__(self, samples: Sequence[tuple[Any, Any, int]]) -> tuple[Tensor, Targets]:
         images, labels = self.collate([sample[:2] for sample in samples])
         return images, Targets(labels, torch.tensor([sample[2] for sample in samples]))
+
+
+class NoImages:
+    """The loader of a method that makes its own inputs: as many empty batches as the training set has full ones.
+
+    Args:
+        batches: Batches in an epoch.
+        batch_size: Examples in a batch.
+        device: Where they are.
+    """
+
+    def __init__(self, batches: int, batch_size: int, device: torch.device) -> None:
+        self.batches, self.batch_size, self.device = batches, batch_size, device
+        self.dataset = self.sampler = None
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        empty = torch.empty(self.batch_size, 0, device=self.device)
+        for _ in range(self.batches):
+            yield empty, empty
+
+    def __len__(self) -> int:
+        return self.batches
 
 
 @dataclass
@@ -181,18 +216,8 @@ def _class_names(dataset: Any, target_key: str | None) -> tuple[str, ...] | None
     return tuple(names) if names else None
 
 
-def _split_streams(size: int, streams: Mapping[str, float], seed: int) -> dict[str, list[int]]:
-    """Shares the training rows out: `""` for the main stream, one entry for each other stream."""
-    if sum(streams.values()) >= 1 or any(share <= 0 for share in streams.values()):
-        raise DistillError(f"Expected stream shares above 0 that leave rows for training, got {dict(streams)}.")
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
-    rows, start = {}, 0
-    for name, share in streams.items():
-        stop = start + math.floor(share * size)
-        rows[name] = sorted(order[start:stop])
-        start = stop
-    rows[""] = sorted(order[start:])
-    return rows
+def _numbered(item: tuple[Any, Any], row: int) -> tuple[Any, Any, int]:
+    return (*item, row)
 
 
 def create_data(
@@ -202,8 +227,8 @@ def create_data(
     device: torch.device,
     *,
     distributed: bool = False,
-    streams: Mapping[str, float] | None = None,
-    index: bool = False,
+    distiller: Distiller | None = None,
+    updates_per_epoch: int = 1,
 ) -> Data:
     """Makes the loaders as timm's script makes them.
 
@@ -216,8 +241,9 @@ def create_data(
         datasets: What `create_datasets` returned.
         device: Where batches go.
         distributed: Whether several processes share the data.
-        streams: Shares of the training rows that are held out, by stream name.
-        index: Whether batches carry the row numbers.
+        distiller: A scheduled distiller, whose stages may want row numbers or streams of held-out rows. Epochs keep
+            their length: where rows are held out, the others come more than once.
+        updates_per_epoch: Optimizer steps in one epoch.
     """
     train, evaluation, classes = datasets
     mixup = None
@@ -233,11 +259,17 @@ def create_data(
             num_classes=args.num_classes,
         )
     collate: Any = mixup or fast_collate
-    rows: dict[str, list[int]] = {}
-    if streams or index:
+    needs = [] if distiller is None else [distiller.needs_in(i) for i in range(len(distiller.stages()))]
+    index = any(n.index for n in needs)
+    streams: dict[str, Any] = {}
+    for shares in (n.streams for n in needs if n.streams):
+        streams |= split(len(train), shares, args.seed)
+    if distiller is not None and (index or streams):
         if isinstance(train, IterableDataset):
-            raise DistillError("This distiller needs rows by number, and the data set is a stream: use another form.")
-        rows = _split_streams(len(train), streams or {}, args.seed)
+            raise DistillError(f"{distiller.name} needs rows by number, which this kind of data set does not have.")
+        whole = train
+        train = StagedRows(whole, distiller, updates_per_epoch, args.seed, _numbered if index else None)
+        streams = {name: Rows(whole, rows, index) for name, rows in streams.items() if name}
     common: dict[str, Any] = dict(
         input_size=config["input_size"],
         mean=config["mean"],
@@ -272,9 +304,7 @@ def create_data(
         **common,
     )
 
-    def loader(part: list[int] | None) -> Any:
-        # A run without streams and row numbers reads the data set itself.
-        dataset = train if part is None else Rows(train, part, index)
+    def loader(dataset: Any) -> Any:
         made = create_loader(dataset, collate_fn=CollateIndex(collate) if index else collate, **training)
         if len(made) == 0:
             raise DistillError(
@@ -283,7 +313,9 @@ def create_data(
         return made
 
     return Data(
-        train=loader(rows[""] if rows else None),
+        train=loader(train)
+        if distiller is None or distiller.data
+        else NoImages(len(loader(train)), args.batch_size, device),
         evaluation=None
         if evaluation is None
         else create_loader(
@@ -297,6 +329,6 @@ def create_data(
         ),
         config=config,
         classes=classes,
-        streams={name: loader(rows[name]) for name in streams or {}},
+        streams={name: loader(rows) for name, rows in streams.items()},
         mixup=mixup,
     )

@@ -40,8 +40,12 @@ class Step(Protocol):
         """Mean loss terms since the last call, by name; must be called on every process."""
         ...
 
-    def end_epoch(self) -> None:
-        """Called after the last update of an epoch."""
+    def begin_epoch(self) -> None:
+        """Called before the first batch of an epoch."""
+        ...
+
+    def end_epoch(self, epoch: int) -> None:
+        """Called after the last update of an epoch, with the number of epochs so far."""
         ...
 
 
@@ -81,8 +85,8 @@ class Run:
         rates = [group["lr"] for group in self.optimizer.param_groups]
         return sum(rates) / len(rates)
 
-    def clip(self) -> None:
-        """Clips the student's gradients as `--clip-grad` and `--clip-mode` say."""
+    def clip(self, others: Sequence[nn.Parameter] = ()) -> None:
+        """Clips the student's gradients as `--clip-grad` and `--clip-mode` say, jointly with those of others."""
         args = self.args
         if args.clip_grad is None:
             return
@@ -90,7 +94,7 @@ class Run:
         parameters = list(self.model.parameters())
         # Adaptive clipping leaves the classifier alone, as in timm's script.
         parameters = parameters[:-2] if args.clip_mode == "agc" else parameters
-        dispatch_clip_grad(parameters, value=args.clip_grad, mode=args.clip_mode)
+        dispatch_clip_grad([*parameters, *others], value=args.clip_grad, mode=args.clip_mode)
 
 
 class PlainStep:
@@ -115,7 +119,10 @@ class PlainStep:
     def logs(self) -> dict[str, float]:
         return {}
 
-    def end_epoch(self) -> None:
+    def begin_epoch(self) -> None:
+        pass
+
+    def end_epoch(self, epoch: int) -> None:
         pass
 
 
@@ -134,6 +141,7 @@ def train_one_epoch(run: Run, epoch: int, reporter: Reporter, *, first_update: i
     args, loader = run.args, run.data.train
     run.data.set_epoch(epoch, args.mixup_off_epoch)
     run.model.train()
+    run.step.begin_epoch()
     run.optimizer.zero_grad()
     total = torch.zeros((), device=run.accelerator.device)
     count, updates, started = 0, 0, time.monotonic()
@@ -147,7 +155,7 @@ def train_one_epoch(run: Run, epoch: int, reporter: Reporter, *, first_update: i
         update = last or (number + 1) % accumulate == 0
         # The last update of an epoch may hold fewer micro-batches; each counts for more then.
         current = remainder if remainder and number >= batches - remainder else accumulate
-        if args.channels_last:
+        if args.channels_last and inputs.dim() == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         loss = run.step(inputs, targets, current, update)
         # The sum stays on the device: reading it would wait for the step.
@@ -174,7 +182,7 @@ def train_one_epoch(run: Run, epoch: int, reporter: Reporter, *, first_update: i
     optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
     if hasattr(optimizer, "sync_lookahead"):
         optimizer.sync_lookahead()
-    run.step.end_epoch()
+    run.step.end_epoch(epoch + 1)
     reporter.end()
     return {"loss": _mean(run, total) / max(count, 1)} | {name: s / w for name, (s, w) in terms.items()}
 

@@ -24,7 +24,14 @@ from torch import nn
 
 from kd_plugins.errors import DistillError
 from kd_timm.arguments import parse_args
-from kd_timm.build import create_criterion, create_optimizer, create_scheduler, create_student, resolve_learning_rate
+from kd_timm.build import (
+    create_criterion,
+    create_optimizer,
+    create_scheduler,
+    create_stage_scheduler,
+    create_student,
+    resolve_learning_rate,
+)
 from kd_timm.checkpoint import (
     Checkpoints,
     Summary,
@@ -37,6 +44,7 @@ from kd_timm.checkpoint import (
     write_json,
 )
 from kd_timm.data import apply_data_defaults, create_data, create_datasets
+from kd_timm.distillation import create_distillation
 from kd_timm.engine import PlainStep, Run, evaluate, train_one_epoch
 from kd_timm.progress import Reporter
 
@@ -137,24 +145,43 @@ class Session:
                 f"The data set has {len(classes)} classes and the model {args.num_classes}: add --num-classes"
                 f" {len(classes)}."
             )
-        self.data = create_data(args, config, datasets, accelerator.device, distributed=self.processes > 1)
         resolve_learning_rate(args, self.processes)
-        self.updates_per_epoch = -(-len(self.data.train) // args.grad_accum_steps)
-        self.metric = args.eval_metric if self.data.evaluation is not None else "loss"
+        # Before any hook is set, so that the copy has none.
+        self.ema_model = self._average()
+        self.distillation = create_distillation(args, self.student, config, classes, accelerator.device)
+        if self.distillation is not None:
+            self.distillation.set_up(datasets[0], fresh=self.state is None)
         self.reporter = Reporter(self.primary)
         self.seconds, self.updates = 0.0, 0
-        self._begin(create_optimizer(args, self.student))
+        self._begin(create_optimizer(args, self.student), datasets, config)
+        self.metric = args.eval_metric if self.data.evaluation is not None else "loss"
         self._open_output()
 
-    def _begin(self, optimizer: torch.optim.Optimizer) -> None:
+    def _average(self) -> ModelEmaV3 | None:
+        args = self.args
+        if not args.model_ema:
+            return None
+        return ModelEmaV3(self.student, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
+
+    def _begin(self, optimizer: torch.optim.Optimizer, datasets: tuple[Any, Any, Any], config: dict[str, Any]) -> None:
         """Builds what the training loop works with."""
-        args, accelerator = self.args, self.accelerator
-        ema = None
-        if args.model_ema:
-            # Before wrapping, so that the copy has neither hooks nor wrappers.
-            ema = ModelEmaV3(self.student, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
+        args, accelerator, distillation = self.args, self.accelerator, self.distillation
+        self.data = create_data(args, config, datasets, accelerator.device, distributed=self.processes > 1)
+        self.updates_per_epoch = -(-len(self.data.train) // args.grad_accum_steps)
         scheduler, self.epochs = create_scheduler(args, optimizer, self.updates_per_epoch)
         model: Any = self.student
+        if distillation is not None:
+            model = distillation.network.staged
+            distillation.schedule(self.epochs, self.updates_per_epoch)
+            self.data = create_data(
+                args,
+                config,
+                datasets,
+                accelerator.device,
+                distributed=self.processes > 1,
+                distiller=distillation.distiller,
+                updates_per_epoch=self.updates_per_epoch,
+            )
         if args.torchcompile:
             model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
         model, prepared = accelerator.prepare(model, optimizer)
@@ -168,9 +195,43 @@ class Session:
             criterion=create_criterion(args).to(accelerator.device),
             data=self.data,
             updates_per_epoch=self.updates_per_epoch,
-            ema=ema,
+            ema=self.ema_model,
         )
         self.run.step = PlainStep(self.run)
+        if distillation is not None:
+            distillation.begin(self.run)
+            self._new_schedule()
+
+    @property
+    def stage_start(self) -> int:
+        """First epoch of the learning-rate schedule: of the run, or of the current stage of the distillation."""
+        return 0 if self.distillation is None else self.distillation.stage_epochs(self.updates_per_epoch)[0]
+
+    def _new_schedule(self) -> None:
+        """Gives the current stage a learning-rate curve of its own; a run of one stage keeps the curve of the run."""
+        assert self.distillation is not None
+        if len(self.distillation.table.stages) == 1:
+            return
+        optimizer = self.run.optimizer.optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"]
+        start, end = self.distillation.stage_epochs(self.updates_per_epoch)
+        self.run.scheduler = create_stage_scheduler(
+            self.args, optimizer, self.updates_per_epoch, epochs=end - start, of=self.epochs
+        )
+
+    def _enter_stage(self) -> None:
+        """Begins the stage of the coming epoch, where the distillation gets to one."""
+        if self.distillation is None or self.distillation.distiller.next_stage() is None:
+            return
+        stage = self.distillation.enter_stage()
+        assert stage is not None
+        self.reporter.line(f"Stage {stage.name!r} begins" + (" with a fresh student" if stage.fresh_student else ""))
+        self._new_schedule()
+        if stage.fresh_student:
+            self.checkpoints.restart()
+            if self.run.ema is not None:
+                self.run.ema.set(self.student)
 
     @property
     def evaluated(self) -> nn.Module:
@@ -215,22 +276,26 @@ class Session:
 
     def _epoch(self, epoch: int) -> None:
         args, run = self.args, self.run
+        self._enter_stage()
+        done = epoch - self.stage_start
         began = time.monotonic()
-        training = train_one_epoch(run, epoch, self.reporter, first_update=epoch * self.updates_per_epoch)
+        training = train_one_epoch(run, epoch, self.reporter, first_update=done * self.updates_per_epoch)
         self.seconds += time.monotonic() - began
         self.updates += self.updates_per_epoch
         rate = run.rate
         if self.processes > 1 and args.dist_bn in ("broadcast", "reduce"):
             for model in filter(None, (self.student, run.ema)):
                 distribute_bn(model, self.processes, args.dist_bn == "reduce")
+            if self.distillation is not None:
+                self.distillation.player.average_buffers()
         if (epoch + 1) % args.val_interval and epoch + 1 != self.epochs:
             if run.scheduler is not None:
-                run.scheduler.step(epoch + 1, None)
+                run.scheduler.step(done + 1, None)
             return
         evaluation = {} if self.data.evaluation is None else self._evaluate()
         metric = (evaluation or training)[self.metric]
         if run.scheduler is not None:
-            run.scheduler.step(epoch + 1, metric)
+            run.scheduler.step(done + 1, metric)
         if self.primary:
             self.summary.add(epoch, training, evaluation, rate)
             self.checkpoints.save(self.evaluated, epoch, metric)
@@ -254,7 +319,8 @@ class Session:
         exported = self.folder / "model_best.safetensors"
         if self.data.evaluation is not None:
             load_weights(self.evaluated, exported)
-            results["evaluation"] = evaluate(self.run, self.evaluated)
+            others = [] if self.distillation is None else self.distillation.asked()
+            results["evaluation"] = evaluate(self.run, self.evaluated, others=others)
         results |= {
             "parameters": sum(p.numel() for p in self.student.parameters()),
             "bytes": exported.stat().st_size,
@@ -269,30 +335,36 @@ class Session:
     def _save_state(self, epoch: int) -> None:
         """Writes what `--resume` needs to go on with `epoch`."""
         states = gather_object([random_state()])
+        folder = self.checkpoints.open_state() if self.primary else self.checkpoints.new_state
+        self.accelerator.wait_for_everyone()
+        if self.distillation is not None:
+            self.distillation.save(folder)
         if self.primary:
-            with self.checkpoints.state_folder() as folder:
-                save_weights(self.student, folder / "model.safetensors")
-                if self.run.ema is not None:
-                    save_weights(self.run.ema.module, folder / "ema.safetensors")
-                torch.save(
-                    {
-                        "optimizer": self.run.optimizer.state_dict(),
-                        "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
-                        "scheduler": _plateau_state(self.run.scheduler),
-                    },
-                    folder / "optimizer.pt",
-                )
-                for rank, state in enumerate(states):
-                    torch.save(state, folder / f"random-{rank}.pt")
-                content = {
-                    "epoch": epoch,
-                    "processes": self.processes,
-                    "kept": self.checkpoints.kept,
-                    "seconds": self.seconds,
-                    "updates": self.updates,
-                    "arguments": self.given,
-                }
-                write_json(folder / "state.json", content)
+            save_weights(self.student, folder / "model.safetensors")
+            if self.run.ema is not None:
+                save_weights(self.run.ema.module, folder / "ema.safetensors")
+            torch.save(
+                {
+                    "optimizer": self.run.optimizer.state_dict(),
+                    "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+                    "scheduler": _plateau_state(self.run.scheduler),
+                },
+                folder / "optimizer.pt",
+            )
+            for rank, state in enumerate(states):
+                torch.save(state, folder / f"random-{rank}.pt")
+            content = {
+                "epoch": epoch,
+                "processes": self.processes,
+                "kept": self.checkpoints.kept,
+                "seconds": self.seconds,
+                "updates": self.updates,
+                "arguments": self.given,
+            }
+            write_json(folder / "state.json", content)
+        self.accelerator.wait_for_everyone()
+        if self.primary:
+            self.checkpoints.close_state()
         self.accelerator.wait_for_everyone()
 
     def _load_state(self) -> int:
@@ -310,6 +382,9 @@ class Session:
                 f"--resume continues a run exactly, but these arguments differ from it: {', '.join(changed)}. Give"
                 f" those of {folder.parent / 'args.yaml'} (--config reads that file)."
             )
+        if self.distillation is not None:
+            self.distillation.load(folder)
+            self._new_schedule()
         load_weights(self.student, folder / "model.safetensors")
         if self.run.ema is not None:
             load_weights(self.run.ema.module, folder / "ema.safetensors")

@@ -1,0 +1,200 @@
+"""Teachers: built with their own weights, called with their own normalisation and size, checked against the student."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import resolve_input_data_config
+from timm.models import load_checkpoint, load_state_dict, parse_model_name
+from torch import Tensor, nn
+
+from kd_plugins import DistillError
+from kd_timm.build import check_model_name
+
+__all__ = ["InputTransform", "Teacher", "create_teacher"]
+
+
+class InputTransform:
+    """Turns the student's normalised images into a teacher's: other mean and std, other size.
+
+    Args:
+        student: The student's data configuration (`mean`, `std`, `input_size`).
+        teacher: The teacher's.
+        fixed_size: Whether the teacher takes images of its own size alone.
+    """
+
+    def __init__(self, student: Mapping[str, Any], teacher: Mapping[str, Any], fixed_size: bool) -> None:
+        mean, std, own_mean, own_std = (
+            torch.tensor(config[key], dtype=torch.float64) for config in (student, teacher) for key in ("mean", "std")
+        )
+        self.scale = (std / own_std).float().view(1, -1, 1, 1)
+        self.shift = ((mean - own_mean) / own_std).float().view(1, -1, 1, 1)
+        self.same = torch.equal(mean, own_mean) and torch.equal(std, own_std)
+        self.size = tuple(teacher["input_size"][1:]) if fixed_size else None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images `[B, C, H, W]` in the teacher's terms."""
+        if self.size is not None and tuple(images.shape[2:]) != self.size:
+            images = F.interpolate(images, size=self.size, mode="bicubic", align_corners=False, antialias=True)
+        if self.same:
+            return images
+        return images * self.scale.to(images) + self.shift.to(images)
+
+
+@dataclass
+class Teacher:
+    """A teacher and what it takes to ask it.
+
+    Attributes:
+        name: The model's name.
+        module: The network, with its weights.
+        transform: Makes its images of the student's.
+        order: Its class numbers in the student's order, where they differ.
+    """
+
+    name: str
+    module: nn.Module
+    transform: InputTransform
+    order: list[int] | None
+
+
+def create_teacher(
+    name: str,
+    checkpoint: str,
+    kwargs: Mapping[str, Any],
+    *,
+    config: Mapping[str, Any],
+    num_classes: int,
+    classes: Sequence[str] | None,
+) -> Teacher:
+    """Builds a teacher and checks that it fits the student.
+
+    Its normalisation, size and class names are those of `config.json` beside the checkpoint, which kd-timm-train and
+    timm write, else those of timm's configuration of the model. A teacher of fixed size gets images of its size, any
+    other one the student's.
+
+    Args:
+        name: A model name of timm.
+        checkpoint: Its weights; empty for the published ones.
+        kwargs: Further arguments of the model.
+        config: The student's data configuration.
+        num_classes: The student's number of classes.
+        classes: The student's class names, where they are known.
+
+    Raises:
+        DistillError: There are no weights, they do not fill the whole model, or its classes are not the student's.
+    """
+    check_model_name(name, "--teacher")
+    saved: dict[str, Any] = {}
+    if checkpoint:
+        module, saved = _from_checkpoint(name, checkpoint, kwargs, num_classes)
+    else:
+        module = _published(name, kwargs)
+    theirs: Any = module
+    if theirs.num_classes != num_classes:
+        raise DistillError(
+            f"The teacher {name} tells {theirs.num_classes} classes apart and the student {num_classes}: take a teacher"
+            " that was trained on the student's classes."
+        )
+    cfg = {**theirs.pretrained_cfg, **saved.get("pretrained_cfg", {})}
+    own = resolve_input_data_config(module, {}, pretrained_cfg=cfg)
+    if own["input_size"][0] != config["input_size"][0]:
+        raise DistillError(
+            f"The teacher {name} takes {own['input_size'][0]} image channels and the student {config['input_size'][0]}:"
+            " give both the same, --in-chans for the student or --teacher-kwargs in_chans=... for the teacher."
+        )
+    names = saved.get("label_names") or cfg.get("label_names")
+    return Teacher(
+        name=name,
+        module=module.requires_grad_(False).eval(),
+        transform=InputTransform(config, own, bool(cfg.get("fixed_input_size"))),
+        order=_order(name, names, classes),
+    )
+
+
+def _published(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
+    source, model = parse_model_name(name)
+    cfg = timm.get_pretrained_cfg(model) if source is None else None
+    if source is None and (cfg is None or not (cfg.has_weights)):
+        raise DistillError(f"The teacher {name} has no published weights: give its own, --teacher-checkpoint PATH.")
+    wanted = kwargs.get("num_classes")
+    if wanted is not None and cfg is not None and wanted != cfg.num_classes:
+        raise DistillError(
+            f"The published weights of the teacher {name} have {cfg.num_classes} classes, so with num_classes={wanted}"
+            " its head would be random: train it first, and give --teacher-checkpoint PATH."
+        )
+    try:
+        return timm.create_model(name, pretrained=True, **kwargs)
+    # Whatever the hub, the network or the file system raises, the remedy is the same.
+    except Exception as error:
+        raise DistillError(
+            f"The published weights of the teacher {name} cannot be had ({type(error).__name__}: {error}): give them as"
+            " a file, --teacher-checkpoint PATH."
+        ) from error
+
+
+def _from_checkpoint(
+    name: str, checkpoint: str, kwargs: Mapping[str, Any], num_classes: int
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model with the weights of a file, and what `config.json` beside it says."""
+    if not os.path.isfile(checkpoint):
+        raise DistillError(f"--teacher-checkpoint {checkpoint} is no file: name the teacher's weights.")
+    beside = Path(checkpoint).with_name("config.json")
+    saved = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    architecture = parse_model_name(name)[1].split(".")[0]
+    if saved and saved.get("architecture") != architecture:
+        raise DistillError(
+            f"--teacher-checkpoint {checkpoint} holds a {saved.get('architecture')} by the config.json beside it, not a"
+            f" {name}: name the right --teacher."
+        )
+    try:
+        # Weights of a file cannot hold code: torch.load runs with weights_only=True.
+        state = load_state_dict(checkpoint, use_ema=True)
+        arguments = {"num_classes": _classes_in(architecture, state) or num_classes}
+        arguments |= {**saved.get("model_args", {}), **kwargs}
+        model = timm.create_model(name, **arguments)
+        load_checkpoint(model, checkpoint, use_ema=True, strict=True)
+    except DistillError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise DistillError(
+            f"--teacher-checkpoint {checkpoint} does not fill the teacher {name}: {reason[:400]}. Give a checkpoint of"
+            " that model, and what it was built with as --teacher-kwargs."
+        ) from error
+    return model, saved
+
+
+def _classes_in(architecture: str, state: Mapping[str, Any]) -> int | None:
+    """Number of classes that the classifier in a state dict has."""
+    cfg = timm.get_pretrained_cfg(architecture)
+    head = getattr(cfg, "classifier", None)
+    head = head[0] if isinstance(head, (tuple, list)) else head
+    for key in (f"{head}.weight", f"{head}.bias"):
+        if key in state:
+            return len(state[key])
+    return None
+
+
+def _order(name: str, theirs: Any, ours: Sequence[str] | None) -> list[int] | None:
+    """The teacher's class numbers in the student's order; None where the order is the same or nobody knows."""
+    if isinstance(theirs, Mapping):
+        theirs = [theirs[key] for key in sorted(theirs, key=int)]
+    if not theirs or ours is None or list(map(str, theirs)) == list(ours):
+        return None
+    place = {str(label): i for i, label in enumerate(theirs)}
+    missing = [label for label in ours if label not in place]
+    if missing:
+        raise DistillError(
+            f"The teacher {name} does not know the student's classes {', '.join(missing[:4])}; it has"
+            f" {', '.join(list(place)[:4])}, ...: take a teacher that was trained on the student's classes."
+        )
+    return [place[label] for label in ours]
