@@ -1,0 +1,108 @@
+"""What the losses share: precision, reduction, and the KL divergence between two softmaxes."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+def exact(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in float32, or all in float64 if one of them is.
+
+    >>> [x.dtype for x in exact(torch.zeros(1, dtype=torch.bfloat16), torch.zeros(1))]
+    [torch.float32, torch.float32]
+    """
+    dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+    return tuple(x.to(dtype) for x in tensors)
+
+
+def no_autocast(x: Tensor) -> torch.autocast:
+    """A context in which operations on the device of `x` keep the precision of their inputs."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def check_reduction(reduction: str) -> None:
+    """Refuses a reduction that does not exist."""
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"Expected reduction 'mean', 'sum' or 'none', got {reduction!r}.")
+
+
+def per_example(values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The mean over the positions of each example that count, 0 for an example with none.
+
+    Args:
+        values: `[B]` or `[B, ...]`, one value for each position.
+        mask: Boolean or integer, of the shape of `values`: which positions count; all of them by default.
+
+    >>> per_example(torch.tensor([[1.0, 3.0], [5.0, 7.0]]), torch.tensor([[1, 0], [0, 0]]))
+    tensor([1., 0.])
+    """
+    if mask is None:
+        return values.unsqueeze(1).flatten(1).mean(1)
+    if mask.shape != values.shape or mask.is_floating_point():
+        raise ValueError(
+            f"Expected a boolean or integer mask {list(values.shape)}, 1 where a position counts, got {mask.dtype}"
+            f" {list(mask.shape)}."
+        )
+    valid = mask.bool().unsqueeze(1).flatten(1)
+    return torch.where(valid, values.unsqueeze(1).flatten(1), 0).sum(1) / valid.sum(1).clamp_min(1)
+
+
+def reduce(values: Tensor, reduction: Reduction) -> Tensor:
+    """The values of the examples `[B]` as the caller wants them."""
+    return values.mean() if reduction == "mean" else values.sum() if reduction == "sum" else values
+
+
+class _SoftmaxKL(torch.autograd.Function):
+    """Keeps one map for the backward pass, `P_s - P_t`, where autograd would keep the log-probabilities and more."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, student_probs: Tensor | None, teacher_probs: Tensor | None
+    ) -> Tensor:
+        p_s = student.softmax(-1) if student_probs is None else student_probs
+        p_t = teacher.softmax(-1) if teacher_probs is None else teacher_probs
+        top_s, top_t = student.amax(-1), teacher.amax(-1)
+        # The log of the sum of exponentials is max(S) - log P[argmax S]: no second pass of exponentials.
+        lse_s, lse_t = top_s - p_s.amax(-1).log(), top_t - p_t.amax(-1).log()
+        # Two scores of -inf give a nan here, which counts as nothing; a nan among the scores is in the maxima as well.
+        rows = (teacher - student).mul_(p_t).nansum(-1).add_(lse_s).sub_(lse_t)
+        nothing = top_t == -torch.inf
+        rows.masked_fill_(nothing, 0)
+        if ctx.needs_input_grad[0]:
+            gradient = p_s.sub_(p_t) if student_probs is None else p_s - p_t
+            ctx.save_for_backward(gradient.masked_fill_(nothing.unsqueeze(-1), 0))
+        return rows
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return grad.unsqueeze(-1) * gradient, None, None, None
+
+
+def softmax_kl(
+    student: Tensor, teacher: Tensor, student_probs: Tensor | None = None, teacher_probs: Tensor | None = None
+) -> Tensor:
+    """`KL(softmax(teacher) || softmax(student))` of each row, with a gradient for the student's scores only.
+
+    Scores of -inf (in both) add nothing, nor does a row that has no other. Once differentiable.
+
+    Args:
+        student: Scores `[..., K]`.
+        teacher: Scores of the same shape and type.
+        student_probs: `softmax(student)`, if it has been computed.
+        teacher_probs: `softmax(teacher)`, if it has been computed.
+
+    Returns:
+        `[...]`.
+
+    >>> softmax_kl(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, -torch.inf]]))
+    tensor([0.6931])
+    """
+    return _SoftmaxKL.apply(student, teacher.detach(), student_probs, teacher_probs)

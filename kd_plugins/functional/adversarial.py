@@ -1,0 +1,121 @@
+"""Losses of discriminators and critics, and of what they judge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kd_plugins.functional._common import exact, no_autocast
+
+__all__ = ["lsgan_discriminator", "lsgan_generator", "wgan_gp"]
+
+
+def lsgan_discriminator(real: Tensor, fake: Tensor) -> Tensor:
+    """Least-squares loss of a discriminator: 1 for real, 0 for fake.
+
+    Mao, Li, Xie, Lau, Wang, Smolley, "Least Squares Generative Adversarial Networks", ICCV 2017, arXiv 1611.04076,
+    eq. 2 with a = 0, b = 1: `mean((1 - D(real))^2) + mean(D(fake)^2)`. In AFD (Chung, Park, Kim, Kwak, ICML 2020, arXiv
+    2002.01775) real is the peer's feature map and fake the network's own, both detached.
+
+    Departures: without the paper's factor 1/2, as in AFD.
+
+    Args:
+        real: Probabilities `D(real)` in [0, 1], any shape.
+        fake: Probabilities `D(fake)` in [0, 1], any shape.
+
+    Returns:
+        A scalar from 0 to 2.
+
+    >>> lsgan_discriminator(torch.tensor([0.5, 1.0]), torch.tensor([0.5, 0.0]))
+    tensor(0.2500)
+    """
+    with no_autocast(real):
+        real, fake = exact(real, fake)
+        return (1 - real).square().mean() + fake.square().mean()
+
+
+def lsgan_generator(fake: Tensor) -> Tensor:
+    """Least-squares loss of a generator: its discriminator should say 1.
+
+    Mao, Li, Xie, Lau, Wang, Smolley, ICCV 2017, arXiv 1611.04076, eq. 2 with c = 1: `mean((1 - D(fake))^2)`.
+
+    Departures: without the paper's factor 1/2, as in AFD.
+
+    Args:
+        fake: Probabilities `D(fake)` in [0, 1], any shape.
+
+    Returns:
+        A scalar from 0 to 1.
+
+    >>> lsgan_generator(torch.tensor([0.5, 1.0]))
+    tensor(0.1250)
+    """
+    with no_autocast(fake):
+        (fake,) = exact(fake)
+        return (1 - fake).square().mean()
+
+
+def wgan_gp(
+    critic: Callable[..., Tensor],
+    fake: Tensor,
+    real: Tensor,
+    *,
+    given: Any = None,
+    penalty: float = 10.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Loss of a Wasserstein critic with gradient penalty, for the critic's parameters only.
+
+    Gulrajani, Ahmed, Arjovsky, Dumoulin, Courville, "Improved Training of Wasserstein GANs", NeurIPS 2017, arXiv
+    1704.00028, eq. 3: `E[D(fake)] - E[D(real)] + penalty * E[(|grad_x D(x)| - 1)^2]` at `x = u real + (1 - u) fake`, u
+    uniform on [0, 1] for each example. What is judged minimises `-E[D(fake)]`.
+
+    The critic is called three times, in float32 with autocast off, and must be twice differentiable and treat each
+    example on its own: no batch norm, no fused attention. Outside of `torch.no_grad` the result carries a graph of
+    second order.
+
+    Args:
+        critic: Called as `critic(x)`, or `critic(x, given)`; gives scores of any shape with B first.
+        fake: `[B, ...]`, detached here.
+        real: `[B, ...]`, detached here.
+        given: A condition, such as the image `[B, 3, H, W]`, that is passed on.
+        penalty: Weight of the gradient penalty; 10 is the paper's.
+        generator: Draws u; the device's own by default.
+
+    Returns:
+        A scalar.
+
+    >>> critic = torch.nn.Linear(4, 1, bias=False)
+    >>> with torch.no_grad():
+    ...     _ = critic.weight.fill_(1.0)
+    >>> wgan_gp(critic, fake=torch.ones(2, 4), real=torch.zeros(2, 4))
+    tensor(14., grad_fn=<AddBackward0>)
+    """
+    if fake.shape != real.shape:
+        raise ValueError(
+            f"Expected fake and real of one shape [B, ...], got {list(fake.shape)} and {list(real.shape)}: the penalty"
+            " is taken on the lines between them."
+        )
+    with no_autocast(fake):
+        fake, real = exact(fake.detach(), real.detach())
+        if isinstance(given, Tensor) and given.is_floating_point():
+            given = given.detach().to(fake.dtype)
+        condition = () if given is None else (given,)
+        distance = critic(fake, *condition).mean() - critic(real, *condition).mean()
+        # Second order only where there is a first: in an evaluation under no_grad the penalty is a number.
+        second_order = torch.is_grad_enabled()
+        with torch.enable_grad():
+            u = torch.rand(
+                (len(fake),) + (1,) * (fake.dim() - 1),
+                dtype=fake.dtype,
+                device=fake.device if generator is None else generator.device,
+                generator=generator,
+            ).to(fake.device)
+            between = torch.lerp(fake, real, u).requires_grad_()
+            scores = critic(between, *condition)
+            (slope,) = torch.autograd.grad(scores.sum(), between, create_graph=second_order)
+        norms = torch.linalg.vector_norm(slope.flatten(1), dim=1)
+        return distance + penalty * (norms - 1).square().mean()

@@ -1,0 +1,107 @@
+"""The losses of Knowledge Distillation from Internal Representations."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kd_plugins.functional._common import (
+    Reduction,
+    check_reduction,
+    exact,
+    no_autocast,
+    per_example,
+    reduce,
+    softmax_kl,
+)
+
+__all__ = ["attention_kl", "cls_cosine"]
+
+
+def attention_kl(
+    student_scores: Tensor,
+    teacher_scores: Tensor,
+    mask: Tensor | None = None,
+    *,
+    student_probs: Tensor | None = None,
+    teacher_probs: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Divergence of the student's attention distributions from the teacher's, over heads and the queries that count.
+
+    Aguilar, Ling, Zhang, Yao, Fan, Guo, "Knowledge Distillation from Internal Representations", AAAI 2020, arXiv
+    1910.03723: `KL(A_t || A_s)` with `A = softmax(scores)` over the keys.
+
+    The value of an example is the mean over its heads and its own queries, so padding changes nothing. Masked keys hold
+    a very negative number, or -inf, in both scores: they add exactly 0, as does a query whose keys are all -inf.
+    Scores, not probabilities, are compared because attention modules return probabilities after dropout. For the
+    backward pass one map `A_s - A_t` is kept; where the layers have computed their probabilities anyway, handing them
+    in saves the two softmaxes.
+
+    Args:
+        student_scores: Scaled and masked scores before the softmax `[B, heads, Lq, Lk]`.
+        teacher_scores: The same shape; gets no gradient.
+        mask: `[B, Lq]`, boolean or integer: the queries that count, such as the attention mask; all by default.
+        student_probs: `softmax(student_scores)` before dropout `[B, heads, Lq, Lk]`; gets no gradient, the scores do.
+        teacher_probs: `softmax(teacher_scores)`.
+        reduction: `"mean"` over the batch, `"sum"`, or `"none"`.
+
+    Returns:
+        A scalar, or `[B]` for `"none"`.
+
+    >>> import torch
+    >>> student = torch.tensor([0.0, 0.0, -1e4]).expand(1, 2, 3, 3)
+    >>> teacher = torch.tensor([0.0, 1.0, -1e4]).expand(1, 2, 3, 3)
+    >>> attention_kl(student, teacher, mask=torch.tensor([[1, 1, 0]]))
+    tensor(0.1109)
+    """
+    check_reduction(reduction)
+    if student_scores.dim() != 4 or student_scores.shape != teacher_scores.shape:
+        raise ValueError(
+            "Expected student and teacher scores of one shape [B, heads, Lq, Lk], got"
+            f" {list(student_scores.shape)} and {list(teacher_scores.shape)}: the layers need as many heads and the"
+            " same tokens."
+        )
+    for probs in (student_probs, teacher_probs):
+        if probs is not None and probs.shape != student_scores.shape:
+            raise ValueError(
+                f"Expected probabilities of the scores' shape {list(student_scores.shape)}, got {list(probs.shape)}."
+            )
+    with no_autocast(student_scores):
+        student, teacher = exact(student_scores, teacher_scores)
+        p_s, p_t = (None if p is None else p.detach().to(student.dtype) for p in (student_probs, teacher_probs))
+        rows = softmax_kl(student, teacher, p_s, p_t).mean(1)
+        return reduce(per_example(rows, mask), reduction)
+
+
+def cls_cosine(
+    student_hidden: Tensor, teacher_hidden: Tensor, index: int = 0, *, reduction: Reduction = "mean"
+) -> Tensor:
+    """Cosine distance of the hidden vectors of one token, the [CLS] token by default.
+
+    Aguilar, Ling, Zhang, Yao, Fan, Guo, "Knowledge Distillation from Internal Representations", AAAI 2020, arXiv
+    1910.03723: `1 - cos(h_t, h_s)`.
+
+    Args:
+        student_hidden: Outputs of a layer `[B, L, H]`.
+        teacher_hidden: `[B, L, H]`; gets no gradient.
+        index: The position of the token.
+        reduction: `"mean"` over the batch, `"sum"`, or `"none"`.
+
+    Returns:
+        A scalar from 0 to 2, or `[B]` for `"none"`.
+
+    >>> import torch
+    >>> cls_cosine(torch.tensor([[[0.0, 2.0]]]), torch.tensor([[[3.0, 4.0]]]))
+    tensor(0.2000)
+    """
+    check_reduction(reduction)
+    shapes = student_hidden.shape, teacher_hidden.shape
+    if len(shapes[0]) != 3 or len(shapes[1]) != 3 or shapes[0][0] != shapes[1][0] or shapes[0][2] != shapes[1][2]:
+        raise ValueError(
+            "Expected student and teacher hidden states [B, L, H] of one batch and one hidden size, got"
+            f" {list(shapes[0])} and {list(shapes[1])}: project the student's to the teacher's hidden size."
+        )
+    with no_autocast(student_hidden):
+        student, teacher = exact(student_hidden[:, index], teacher_hidden[:, index].detach())
+        return reduce(1 - F.cosine_similarity(student, teacher, dim=-1), reduction)

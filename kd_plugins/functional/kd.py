@@ -1,0 +1,108 @@
+"""The soft labels of Distilling the Knowledge in a Neural Network."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kd_plugins.functional._common import (
+    Reduction,
+    check_reduction,
+    exact,
+    no_autocast,
+    per_example,
+    reduce,
+    softmax_kl,
+)
+
+__all__ = ["kd", "kd_multilabel"]
+
+
+def kd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = 4.0,
+    *,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Divergence of the student's softened class probabilities from the teacher's.
+
+    Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", NIPS Deep Learning Workshop 2014, arXiv
+    1503.02531, section 2: `T^2 * KL(softmax(z_t / T) || softmax(z_s / T))`, summed over the classes. The factor `T^2`
+    is in: the gradient keeps its size when the temperature changes.
+
+    Per token, the value of an example is the mean over its own tokens, and every example counts the same however long
+    it is; so batches may be split over processes in any way. An example without any token that counts is 0.
+
+    Args:
+        student_logits: `[B, K]`, or `[B, L, K]` per token (any number of position axes).
+        teacher_logits: The same shape; gets no gradient.
+        temperature: Softens both sides. 4 is our default, that of the field's benchmarks.
+        mask: `[B, L]` (`[B]` for logits `[B, K]`), boolean or integer: the positions that count, such as
+            `labels != -100`.
+        reduction: `"mean"` over the batch, `"sum"`, or `"none"`.
+
+    Returns:
+        A scalar, or `[B]` for `"none"`.
+
+    >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 2.0]])
+    >>> kd(student, teacher, temperature=2.0)
+    tensor(0.4438)
+    >>> tokens = torch.stack([student, teacher], 1)
+    >>> kd(tokens, teacher.expand(1, 2, 2), temperature=2.0, mask=torch.tensor([[0, 1]]))
+    tensor(0.)
+    """
+    _check(student_logits, teacher_logits, temperature, reduction)
+    with no_autocast(student_logits):
+        student, teacher = exact(student_logits, teacher_logits)
+        rows = softmax_kl(student / temperature, teacher / temperature)
+        return temperature**2 * reduce(per_example(rows, mask), reduction)
+
+
+def kd_multilabel(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = 4.0,
+    *,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Divergence of the student's softened label probabilities from the teacher's, each label on its own.
+
+    Hinton, Vinyals, Dean, 2014, arXiv 1503.02531, section 2, with a distribution over two classes for each label:
+    `T^2 * sum_k KL(Bernoulli(sigmoid(z_t_k / T)) || Bernoulli(sigmoid(z_s_k / T)))`. The paper has one softmax over
+    exclusive classes; a label's sigmoid is the softmax of `(z, 0)`.
+
+    Args:
+        student_logits: `[B, K]`, one logit for each label, or `[B, L, K]` per token.
+        teacher_logits: The same shape; gets no gradient.
+        temperature: Softens both sides; our default, as for `kd`.
+        mask: `[B, L]` (`[B]` for logits `[B, K]`), boolean or integer: the positions that count.
+        reduction: `"mean"` over the batch, `"sum"`, or `"none"`.
+
+    Returns:
+        A scalar, or `[B]` for `"none"`.
+
+    >>> kd_multilabel(torch.tensor([[0.0, 1.0]]), torch.tensor([[2.0, 1.0]]), temperature=2.0)
+    tensor(0.4438)
+    """
+    _check(student_logits, teacher_logits, temperature, reduction)
+    with no_autocast(student_logits):
+        student, teacher = exact(student_logits, teacher_logits.detach())
+        student, teacher = student / temperature, teacher / temperature
+        log_not = torch.nn.functional.logsigmoid
+        labels = teacher.sigmoid() * (teacher - student) + log_not(-teacher) - log_not(-student)
+        return temperature**2 * reduce(per_example(labels.sum(-1), mask), reduction)
+
+
+def _check(student: Tensor, teacher: Tensor, temperature: float, reduction: str) -> None:
+    check_reduction(reduction)
+    if student.shape != teacher.shape or student.dim() < 2:
+        raise ValueError(
+            "Expected student and teacher logits of one shape, [B, K] or [B, L, K], got"
+            f" {list(student.shape)} and {list(teacher.shape)}: both networks need the same classes, in the same order,"
+            " and the same tokens."
+        )
+    if not temperature > 0:
+        raise ValueError(f"Expected a temperature above 0, got {temperature}.")
