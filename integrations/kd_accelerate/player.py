@@ -340,15 +340,14 @@ class TurnPlayer:
                 f"The checkpoint {folder} was written with the distiller {state['distiller']!r}, this run has"
                 f" {name!r}: resume with the distiller that the run was started with."
             )
-        device = str(self.accelerator.device)
-        self.distiller.load_state_dict(load_file(folder / "distiller.safetensors", device=device))
-        saved = torch.load(folder / "distiller_optimizers.pt", map_location=device, weights_only=True)
+        self.distiller.load_state_dict(load_file(folder / "distiller.safetensors"))
+        saved = torch.load(folder / "distiller_optimizers.pt", map_location="cpu", weights_only=True)
         for group in self.groups:
             group.optimizer.load_state_dict(saved["optimizers"][group.name])
         for name, scaler in self._scalers.items():
             scaler.load_state_dict(saved["scalers"][name])
         for i, peer in enumerate(self.nets.peers[1:], 1):
-            peer.module.load_state_dict(load_file(folder / f"peer{i}.safetensors", device=device))
+            peer.module.load_state_dict(load_file(folder / f"peer{i}.safetensors"))
         if self.groups.initial is not None:
             self.groups.initial = load_file(folder / "initial_student.safetensors")
         random = folder / f"distiller_random_{self.accelerator.process_index}.safetensors"
