@@ -70,7 +70,7 @@ class LayeredNetwork(Network):
         )
         with record as seen, capture as attentions:
             try:
-                output = self.call(forward or self.module, batch)
+                output = self.call(self.module if forward is None else forward, batch)
             except Reached:
                 pass
         hidden = Features()

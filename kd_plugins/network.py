@@ -57,7 +57,7 @@ class Network:
         output = None
         with self.tap.record(keys, stop=bool(keys) and not reads.logits, replace=replace) as seen:
             try:
-                output = self.call(forward or self.module, batch)
+                output = self.call(self.module if forward is None else forward, batch)
             except Reached:
                 pass
         return View(

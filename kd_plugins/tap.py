@@ -173,6 +173,7 @@ class Tap:
         self._expected: dict[str, int] = {}
         self._missing = 0
         self._stop = False
+        self._trains = False
         self._cut: frozenset[str] = frozenset()
         self._replace: dict[str, Tensor] = {}
         self._context: Any = None
@@ -237,6 +238,7 @@ class Tap:
                 raise DistillError(f"Only a module's output can be replaced, got {path!r}: name the module before it.")
             self._replace.update({key: tensor for key in self.install(path)})
         self._seen, self._stop, self._cut = seen, stop, frozenset(cut)
+        self._trains = torch.is_grad_enabled() and self.root.training
         try:
             yield seen
         finally:
@@ -267,19 +269,26 @@ class Tap:
         return value if replaced else None
 
     def _check_gradient(self, key: str, module: nn.Module, tensor: Tensor) -> None:
-        if (
-            torch.is_grad_enabled()
-            and self.root.training
-            and not tensor.requires_grad
-            and tensor.is_floating_point()
-            and not key.endswith(":in")
-            and any(p.requires_grad for p in module.parameters())
-        ):
+        if not self._trains or tensor.requires_grad or not tensor.is_floating_point():
+            return
+        if torch.is_grad_enabled():  # an input, or what has no weights below it, may well have no gradient
+            trained = not key.endswith(":in") and any(p.requires_grad for p in module.parameters())
+        else:  # the forward was started with gradients, and something inside has disabled them
+            trained = self._is_trained(key.removesuffix(":in"))
+        if trained:
             raise DistillError(
                 f"The activation at {key!r} of {type(self.root).__name__} has no gradient although its module is being"
                 " trained: reentrant activation checkpointing hides it. Use use_reentrant=False"
                 " (gradient_checkpointing_kwargs={'use_reentrant': False})."
             )
+
+    def _is_trained(self, path: str) -> bool:
+        """Whether the module at a path is trained; one without parameters is what the module around it is."""
+        while True:
+            parameters = list(self.root.get_submodule(path).parameters())
+            if parameters or not path:
+                return any(p.requires_grad for p in parameters)
+            path = path.rpartition(".")[0]
 
     def _remedy(self, key: str) -> str:
         """Where to tap instead when an in-place module overwrites what was captured."""
