@@ -86,7 +86,7 @@ class TimmNetwork(LayeredNetwork):
         keys = [key for expanded in paths.values() for key in expanded]
         record: Any = self.tap.record(keys, replace=replace) if keys or replace else nullcontext({})
         with record as seen:
-            logits, maps = (forward or self.staged)(batch.inputs, stages=stages, logits=reads.logits, **batch.kwargs)
+            logits, maps = self._through(forward)(batch.inputs, stages=stages, logits=reads.logits, **batch.kwargs)
             features = Features(self._features(paths, seen) if keys else {})
         for name, number in numbers.items():
             features[name] = maps[stages.index(number)]
@@ -97,6 +97,16 @@ class TimmNetwork(LayeredNetwork):
             if isinstance(name, int):
                 self._number(name)
         super().install(Reads(features=tuple(f for f in reads.features if not isinstance(f, int))))
+
+    def _through(self, forward: Forward | None) -> Forward:
+        """The host's callable where it wraps a `StagedModel`, else the model's own.
+
+        Going past DDP is sound because gradients are averaged by hand as soon as stages are read.
+        """
+        inner: Any = getattr(forward, "_orig_mod", forward)
+        inner = getattr(inner, "module", inner)
+        inner = getattr(inner, "_orig_mod", inner)
+        return forward if forward is not None and isinstance(inner, StagedModel) else self.staged
 
     def _number(self, stage: int) -> int:
         """A stage counted from 0; raises for one that does not exist."""

@@ -1,0 +1,105 @@
+"""Runs a list of trainings, each with several seeds, skips what is done, and tabulates mean and spread.
+
+A list is YAML:
+
+    seeds: [0, 1, 2]
+    metric: top1                      # key in the run's results file
+    results: results.json             # written by the run into {out}
+    common: kd-timm-train ... --seed {seed} --output {out}
+    before: {teacher: kd-timm-train ...}   # runs once, first; {teacher} is its folder
+    rows:
+      alone: ""
+      kd: --distill kd --teacher ...
+
+`$DATA` and other variables of the environment are expanded. One process for each core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.timing import machine, print_table, write
+
+
+def find(results: dict[str, Any], key: str) -> Any:
+    """A value by a dotted key: `evaluation.top1`."""
+    value: Any = results
+    for part in key.split("."):
+        value = value[part]
+    return value
+
+
+def run(command: str, folder: Path, wanted: str) -> dict[str, Any] | None:
+    """Runs one command unless its results are there; returns them, or None when it failed."""
+    done = next(iter(sorted(folder.rglob(wanted))), None)
+    if done is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        start = time.time()
+        with open(folder / "log.txt", "w") as log:
+            env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+            code = subprocess.run(shlex.split(command), stdout=log, stderr=subprocess.STDOUT, env=env).returncode
+        done = next(iter(sorted(folder.rglob(wanted))), None)
+        print(f"{'done' if code == 0 else 'FAILED'} {folder} ({time.time() - start:.0f} s)", flush=True)
+        if code or done is None:
+            print((folder / "log.txt").read_text()[-1500:], flush=True)
+            return None
+        (folder / "seconds.txt").write_text(f"{time.time() - start:.1f}\n")
+    seconds = folder / "seconds.txt"
+    return {**json.loads(done.read_text()), "seconds": float(seconds.read_text()) if seconds.is_file() else None}
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks quality", description=__doc__.splitlines()[0])
+    parser.add_argument("list", help="the YAML list")
+    parser.add_argument("--output", default="output/quality", help="where the runs go")
+    parser.add_argument("--json", help="where the results go; by default benchmarks/results/<list>.json")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once")
+    parser.add_argument("--only", nargs="*", help="rows to run")
+    args = parser.parse_args(argv)
+    spec = yaml.safe_load(Path(args.list).read_text())
+    root = Path(args.output) / Path(args.list).stem
+    wanted, metric = spec.get("results", "results.json"), spec["metric"]
+    names: dict[str, str] = {}
+    for name, command in (spec.get("before") or {}).items():
+        folder = root / name
+        if run(os.path.expandvars(command.format(out=folder, **names)), folder, wanted) is None:
+            return 1
+        names[name] = str(next(iter(sorted(folder.rglob(wanted)))).parent)
+    jobs = {}
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for seed in spec["seeds"]:
+            for row, flags in spec["rows"].items():
+                if args.only and row not in args.only:
+                    continue
+                folder = root / row / f"seed{seed}"
+                command = f"{spec['common']} {flags}".format(out=folder, seed=seed, **names)
+                jobs[row, seed] = pool.submit(run, os.path.expandvars(command), folder, wanted)
+    results: dict[str, Any] = {}
+    rows = []
+    for row in spec["rows"]:
+        found = {seed: job.result() for (name, seed), job in jobs.items() if name == row}
+        done = {seed: result for seed, result in found.items() if result is not None}
+        if not done:
+            continue
+        values = [float(find(result, metric)) for result in done.values()]
+        seconds = [result["seconds"] for result in done.values() if result["seconds"]]
+        spread = statistics.stdev(values) if len(values) > 1 else float("nan")
+        results[row] = {"values": dict(zip(map(str, done), values, strict=True)), "seconds": seconds}
+        rows.append(
+            [row, f"{statistics.mean(values):.2f}", f"{spread:.2f}", len(values), statistics.mean(seconds or [0])]
+        )
+    print_table(spec.get("title", root.name), ["", f"{metric}, mean", "std", "seeds", "seconds"], rows)
+    target = args.json or f"benchmarks/results/{Path(args.list).stem}.json"
+    write(target, {"list": str(args.list), "metric": metric, "machine": machine(), "rows": results})
+    return 0

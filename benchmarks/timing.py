@@ -1,0 +1,79 @@
+"""Comparing callables in one process: interleaved in random order, medians and ratios."""
+
+from __future__ import annotations
+
+import json
+import platform
+import random
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["compare", "machine", "print_table", "write"]
+
+
+def compare(cases: Mapping[str, Callable[[], Any]], *, repeats: int, warmup: int = 3) -> dict[str, list[float]]:
+    """Process CPU seconds of every case, one list each, the cases taken in random order in every round.
+
+    CPU time and not wall time: the machines are shared.
+    """
+    for case in cases.values():
+        for _ in range(warmup):
+            case()
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(repeats):
+        for name in random.sample(list(cases), len(cases)):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+            else:
+                start = time.process_time()
+            cases[name]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+                seconds[name].append(time.perf_counter() - start)
+            else:
+                seconds[name].append(time.process_time() - start)
+    return seconds
+
+
+def ratios(seconds: Mapping[str, list[float]], base: str) -> dict[str, float]:
+    """Median of the paired ratios to one case."""
+    return {
+        name: statistics.median(a / b for a, b in zip(values, seconds[base], strict=True))
+        for name, values in seconds.items()
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were taken on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def peak_mib() -> float:
+    """Largest resident set of this process so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def print_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
+    """Prints a table; the first column is text."""
+    table = Table(title=title)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row])
+    Console(width=None if Console().is_terminal else 160).print(table)
+
+
+def write(path: str | Path, data: Any) -> None:
+    """Writes results as JSON."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(data, indent=2) + "\n")
