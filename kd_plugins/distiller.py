@@ -97,6 +97,7 @@ class Distiller(nn.Module):
         self.table: StageTable | None = None
         self.optim_overrides = {}
         self.ready = False
+        self._seed: int | None = None
         self._generators: dict[str, torch.Generator] = {}
 
     # What a method declares
@@ -127,7 +128,11 @@ class Distiller(nn.Module):
         """Builds the parts whose shape follows the networks; called once, without gradient, with one real batch."""
 
     def prepare(self, nets: Nets, batches: Iterable[Batch]) -> None:
-        """Passes over the training data before the training (a codebook); called once, without gradient."""
+        """Passes over the training data before the training (a codebook); called once, without gradient.
+
+        What it leaves in parameters and buffers comes from one process, which may be alone in calling it: no means over
+        processes here.
+        """
 
     def loss(self, student: View, teacher: View, batch: Batch) -> Terms:
         """The distillation terms of the student's loss, weighted."""
@@ -177,23 +182,37 @@ class Distiller(nn.Module):
 
     def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
         """This process's own random stream, saved in checkpoints."""
-        return self._stream("own", device, _rank())
+        return self._stream("own", device)
 
     def randn(self, rows: int, *shape: int, device: torch.device | str = "cpu") -> Tensor:
         """Standard normal noise `[rows, *shape]` that is the same however many processes share the batch.
 
         Every process draws the rows of all processes from one common stream and keeps its own.
         """
-        generator = self._stream("common", device, 0)
+        generator = self._stream("common", device)
         world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         noise = torch.randn(rows * world, *shape, generator=generator, device=device)
         return noise[_rank() * rows : (_rank() + 1) * rows]
 
-    def _stream(self, kind: str, device: torch.device | str, offset: int) -> torch.Generator:
+    def _stream(self, kind: str, device: torch.device | str) -> torch.Generator:
         key = f"{kind}:{torch.device(device).type}"
         if key not in self._generators:
-            self._generators[key] = torch.Generator(device).manual_seed((torch.initial_seed() + offset) % 2**63)
+            self._generators[key] = torch.Generator(device).manual_seed(self._seed_of(kind))
         return self._generators[key]
+
+    def _seed_of(self, kind: str) -> int:
+        seed = torch.initial_seed() if self._seed is None else self._seed
+        return (seed + (_rank() if kind == "own" else 0)) % 2**63
+
+    def seed_streams(self, seed: int) -> None:
+        """Starts the random streams of this distiller and of its parts anew, from a seed that all processes share.
+
+        Hosts of several processes call it before the training: these often seed torch differently on each.
+        """
+        for part in self.modules():
+            if isinstance(part, Distiller):
+                part._seed = seed
+        self.load_random_state({})
 
     def random_state(self) -> dict[str, Tensor]:
         """States of the random streams of this distiller and of its parts, for a checkpoint of this process."""
@@ -205,14 +224,18 @@ class Distiller(nn.Module):
         }
 
     def load_random_state(self, state: Mapping[str, Tensor]) -> None:
-        """Takes up the random streams of a checkpoint."""
+        """Takes up the random streams of a checkpoint; those that it does not have start anew."""
         parts = dict(self.named_modules())
+        for part in parts.values():
+            if isinstance(part, Distiller):
+                for key, generator in part._generators.items():
+                    generator.manual_seed(part._seed_of(key.partition(":")[0]))
         for name, value in state.items():
             prefix, key = name.split("|")
             part = parts["" if prefix == "." else prefix]
             if isinstance(part, Distiller):
                 kind, _, device = key.partition(":")
-                part._stream(kind, device, 0).set_state(value)
+                part._stream(kind, device).set_state(value)
 
     # Groups and schedule
 

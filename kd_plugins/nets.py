@@ -235,9 +235,10 @@ def connect(
 
 
 @contextmanager
-def _untouched(nets: Nets) -> Iterator[None]:
-    """No gradient, evaluation mode, and no trace in the random state: what a pass before the training may leave."""
+def _untouched(distiller: Distiller, nets: Nets) -> Iterator[None]:
+    """No gradient, evaluation mode, and no trace in any random stream: what a pass before the training may leave."""
     modes = [(m, m.training) for net in nets for m in net.module.modules()]
+    random = distiller.random_state()
     devices = sorted({p.device.index or 0 for net in nets for p in net.module.parameters() if p.device.type == "cuda"})
     try:
         for net in nets:
@@ -247,13 +248,14 @@ def _untouched(nets: Nets) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+        distiller.load_random_state(random)
 
 
 def set_up(distiller: Distiller, nets: Nets, batch: Batch) -> None:
     """Checks the networks and lets the method build its parts on one real batch, leaving the networks untouched."""
     if distiller.ready:
         return
-    with _untouched(nets):
+    with _untouched(distiller, nets):
         distiller.check(nets)
         distiller.setup(nets, batch)
         needs = distiller.needs()
@@ -269,7 +271,7 @@ def set_up(distiller: Distiller, nets: Nets, batch: Batch) -> None:
 
 def prepare(distiller: Distiller, nets: Nets, batches: Iterable[Batch]) -> None:
     """Lets the method pass over the training data before the training, leaving the networks untouched."""
-    with _untouched(nets):
+    with _untouched(distiller, nets):
         distiller.prepare(nets, batches)
 
 

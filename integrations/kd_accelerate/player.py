@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -90,9 +90,11 @@ class TurnPlayer:
         for group in self.groups:
             if fp16 and group.name != "own":
                 self._scalers[group.name] = torch.amp.GradScaler(accelerator.device.type)
-        broadcast([*distiller.parameters(), *(b for b in distiller.buffers() if b.is_floating_point())])
+        broadcast([*distiller.parameters(), *distiller.buffers()])
         for peer in nets.peers[1:]:
             broadcast(peer.module.state_dict().values())
+        if distributed():
+            distiller.seed_streams(broadcast_object_list([torch.initial_seed()])[0])
         self._by_hand = distributed() and not self._leaves_ddp_alone()
 
     def _leaves_ddp_alone(self) -> bool:
