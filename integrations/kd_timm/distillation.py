@@ -7,6 +7,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from timm.data import create_loader
 from torch import Tensor, nn
 
 from kd_accelerate import TurnPlayer
-from kd_plugins import Batch, Distiller, DistillError, Reads, Stage, create_distiller
+from kd_plugins import Batch, Distiller, DistillError, Net, Reads, Stage, create_distiller
 from kd_plugins.nets import connect, needs_pass, prepare, set_up
 from kd_plugins.options import options_from_strings
 from kd_plugins.stages import StageTable
@@ -216,7 +217,11 @@ class Distillation:
 
     def asked(self) -> list[Callable[[Tensor], Tensor]]:
         """The teachers as functions from the student's images to scores, in the student's class order."""
-        return [lambda images, net=net: net(Batch.of(images), reads=Reads()).logits for net in self.nets.teachers]
+
+        def scores(net: Net, images: Tensor) -> Tensor:
+            return net(Batch.of(images), reads=Reads()).logits
+
+        return [partial(scores, net) for net in self.nets.teachers]
 
     def save(self, folder: Path) -> None:
         """Writes what a resumed run needs of the method; called on every process."""

@@ -13,7 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.data import resolve_input_data_config
-from timm.models import load_checkpoint, load_state_dict, parse_model_name
+from timm.models import load_state_dict, parse_model_name
 from torch import Tensor, nn
 
 from kd_plugins import DistillError
@@ -161,7 +161,7 @@ def _from_checkpoint(
         arguments = {"num_classes": _classes_in(architecture, state) or num_classes}
         arguments |= {**saved.get("model_args", {}), **kwargs}
         model = timm.create_model(name, **arguments)
-        load_checkpoint(model, checkpoint, use_ema=True, strict=True)
+        model.load_state_dict(state, strict=True)
     except DistillError:
         raise
     except Exception as error:

@@ -1,0 +1,288 @@
+"""DistillationTask: a distiller inside timm's own train.py, for those who keep their copy of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from timm.data import resolve_input_data_config
+from timm.models import group_parameters
+from timm.task import TrainingTask
+from timm.task.classification import resolve_classification_loss
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+
+from kd_plugins import Batch, Distiller, DistillError, Nets, create_distiller
+from kd_plugins.compose import Composite
+from kd_plugins.distiller import Turn
+from kd_plugins.nets import connect, needs_pass, set_up
+from kd_timm.network import TimmNetwork
+from kd_timm.teachers import InputTransform, create_teacher
+
+__all__ = ["DistillationTask"]
+
+
+class _Trainable(nn.Module):
+    """Student and distiller as one module, whose forward is all that DistributedDataParallel has to see.
+
+    Args:
+        student: The student.
+        distiller: The method; its own parts train with the student.
+    """
+
+    def __init__(self, student: nn.Module, distiller: Distiller) -> None:
+        super().__init__()
+        self.student = student
+        self.distiller = distiller
+
+    def forward(self, turns: Iterator[Turn]) -> Turn:
+        """The only turn of a step."""
+        return next(turns)
+
+    def no_weight_decay(self) -> set[str]:
+        """The student's own list, which timm's optimizer factory asks for."""
+        names: set[str] = getattr(self.student, "no_weight_decay", set)()
+        return {f"student.{name}" for name in names}
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """Layers of the student for layer decay; the distiller's parts count as its last layer."""
+        student: Any = self.student
+        layers = group_parameters(student, student.group_matcher(coarse=coarse), reverse=True)
+        last = max(layers.values(), default=0)
+        return lambda name: layers.get(name.removeprefix("student."), last) if name.startswith("student.") else last
+
+
+class DistillationTask(TrainingTask):
+    """A distiller as a `timm.task.TrainingTask`.
+
+    In timm's train.py it takes the place of `ClassificationTask(model=model, criterion=train_loss_fn, device=device)`:
+
+        task = DistillationTask(model, "nst", "resnet50", criterion=train_loss_fn, device=device)
+
+    The student's and the distiller's parameters are one trainable module, one optimizer and one backward; so methods
+    with several turns in a step, stages, held-out streams, peers or optimizers of their own are refused: kd-timm-train
+    plays those. Checkpoints hold the bare student, and the distiller's parts as task state.
+
+    Args:
+        student_model: The model to train.
+        distiller: A distiller, or the name of one.
+        teacher_model: A model name of timm, a network, or several of them.
+        distiller_args: Options of a distiller that is given by name.
+        teacher_checkpoint: Weights of each teacher given by name; none: the published ones.
+        criterion: Task loss of scores and targets; created of `criterion_kwargs` when None.
+        criterion_kwargs: Arguments of timm's `create_classification_loss`.
+        data_config: The loader's data configuration; by default the student's own.
+        sample: One batch of normalised images `[B, C, H, W]` for the method to build its parts on; by default noise of
+            the configured size.
+        total_steps: Updates in the training, for methods that follow its progress.
+        device: Where the task runs.
+        dtype: Type of the weights.
+        verbose: As in timm's tasks.
+
+    Raises:
+        DistillError: The method does not fit a single backward, or a teacher does not fit the student.
+    """
+
+    def __init__(
+        self,
+        student_model: nn.Module,
+        distiller: Distiller | str,
+        teacher_model: str | nn.Module | Sequence[str | nn.Module] | None = None,
+        *,
+        distiller_args: Mapping[str, Any] | None = None,
+        teacher_checkpoint: str | Sequence[str] = (),
+        criterion: nn.Module | Callable[..., Tensor] | None = None,
+        criterion_kwargs: dict[str, Any] | None = None,
+        data_config: Mapping[str, Any] | None = None,
+        sample: Tensor | None = None,
+        total_steps: int | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        verbose: bool = True,
+    ) -> None:
+        super().__init__(device=device, dtype=dtype, verbose=verbose)
+        if isinstance(distiller, str):
+            distiller = create_distiller(distiller, **(distiller_args or {}))
+        elif distiller_args:
+            raise DistillError("distiller_args are the options of a distiller given by name: set them on the object.")
+        _check_fit(distiller)
+        self.criterion = resolve_classification_loss(criterion, self.device, criterion_kwargs=criterion_kwargs)
+        self.config = dict(data_config or resolve_input_data_config(student_model))
+        listed = [teacher_model] if isinstance(teacher_model, (str, nn.Module)) else list(teacher_model or ())
+        paths = [teacher_checkpoint] if isinstance(teacher_checkpoint, str) else list(teacher_checkpoint)
+        made = [self._teacher(t, paths[i] if i < len(paths) else "", student_model) for i, t in enumerate(listed)]
+        network = TimmNetwork(student_model)
+        nets = connect(
+            distiller,
+            network,
+            [TimmNetwork(module) for module, _, _ in made],
+            transforms=[transform for _, transform, _ in made],
+            orders=[order for _, _, order in made],
+        )
+        # Not a submodule: a teacher belongs neither in checkpoints nor in the optimizer.
+        self._nets: tuple[Nets, TimmNetwork] = (nets, network)
+        if sample is None:
+            sample = torch.randn(2, *self.config["input_size"], generator=torch.Generator().manual_seed(0))
+        batch = self._batch(
+            sample.to(self.device, self.dtype), torch.zeros(len(sample), dtype=torch.long).to(self.device)
+        )
+        set_up(distiller, nets, batch)
+        distiller.to(device=self.device, dtype=self.dtype)
+        if distiller.extras() or distiller.shared(nets):
+            raise DistillError(
+                f"{distiller.name} has optimizers of its own, and timm's train.py one: use kd-timm-train."
+            )
+        if total_steps is not None:
+            distiller.schedule(total_steps)
+        self.trainable_module: nn.Module = _Trainable(student_model, distiller)
+        self._turns: Iterator[Turn] | None = None
+
+    def _teacher(self, teacher: str | nn.Module, path: str, student: nn.Module) -> tuple[nn.Module, Any, Any]:
+        if isinstance(teacher, str):
+            classes: int = student.num_classes  # type: ignore[assignment]
+            made = create_teacher(teacher, path, {}, config=self.config, num_classes=classes, classes=None)
+            return made.module.to(self.device, self.dtype), made.transform, made.order
+        theirs, ours = getattr(teacher, "num_classes", None), getattr(student, "num_classes", None)
+        if theirs is not None and theirs != ours:
+            raise DistillError(
+                f"The teacher tells {theirs} classes apart and the student {ours}: they must be the same."
+            )
+        transform = None
+        if getattr(teacher, "pretrained_cfg", None):
+            config = resolve_input_data_config(teacher)
+            transform = InputTransform(self.config, config, bool(teacher.pretrained_cfg.get("fixed_input_size")))
+        return teacher.to(self.device, self.dtype), transform, None
+
+    def _batch(self, inputs: Tensor, target: Tensor) -> Batch:
+        return Batch.of(
+            inputs,
+            target,
+            mean=self.config["mean"],
+            std=self.config["std"],
+            criterion=lambda view, labels: self.criterion(view.logits, labels),
+        )
+
+    @property
+    def distiller(self) -> Distiller:
+        """The method."""
+        return self._unwrapped().distiller
+
+    def _unwrapped(self, ema: bool = False) -> _Trainable:
+        module = unwrap_model(self.get_trainable_module(ema=ema))
+        assert isinstance(module, _Trainable)
+        return module
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Any]:
+        """One step's loss.
+
+        Args:
+            input: Normalised images `[B, C, H, W]`.
+            target: Labels `[B]` or soft targets `[B, K]`.
+
+        Returns:
+            `loss`, `output` (the student's scores, where the method reads them) and every loss term by name.
+        """
+        nets = self._nets[0]
+        scores: list[Tensor] = []
+        batch = self._batch(input, target)
+        self._turns = self.distiller.turns(_Watched(nets, scores), batch)
+        turn = self.trainable_module(self._turns)
+        if list(turn) != ["student"]:
+            raise DistillError(
+                f"{self.distiller.name} plays more than one turn in a step, and timm's train.py has one backward: use"
+                " kd-timm-train."
+            )
+        terms = turn["student"]
+        result: dict[str, Any] = {"loss": sum(terms.values()), **terms}
+        return result | {"output": scores[0]} if scores else result
+
+    def update_ema(self, step: int | None = None) -> None:
+        """Called by timm's loop after every update: runs what follows the turn, and counts the method's steps."""
+        if self._turns is not None and next(self._turns, None) is not None:
+            raise DistillError(f"{self.distiller.name} plays more than one turn in a step: use kd-timm-train.")
+        self._turns = None
+        progress = self.distiller.progress
+        self.distiller.after_update()
+        self.distiller.at(progress.step + 1 if step is None else step)
+        super().update_ema(step)
+
+    def prepare_distributed(self, device_ids: list[Any] | None = None, **ddp_kwargs: Any) -> DistillationTask:
+        """Wraps student and distiller in DistributedDataParallel; the teachers stay as they are."""
+        from torch.nn.parallel import DistributedDataParallel
+
+        self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
+        return self
+
+    def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> Any:
+        """Compiles the student's forward, in training and in evaluation."""
+        nets, network = self._nets
+        nets.student.forward = torch.compile(network.staged, backend=backend, mode=mode, **compile_kwargs)
+        self.eval_model = torch.compile(network.module, backend=backend, mode=mode, **compile_kwargs)
+        return self.eval_model
+
+    def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
+        """The bare student."""
+        resolved = super().get_eval_model(module=module, ema=ema)
+        inner = unwrap_model(resolved) if resolved is not None else None
+        return inner.student if isinstance(inner, _Trainable) else resolved
+
+    def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
+        """The student's parameters, without the classifier where asked, and the distiller's."""
+        trainable = self._unwrapped()
+        student = list(trainable.student.parameters())
+        return [*(student[:-2] if exclude_head else student), *trainable.distiller.parameters()]
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """The distiller's parts."""
+        if module is None and self.get_trainable_module(ema=ema) is None:
+            return {}
+        trainable = self._unwrapped(ema) if module is None else unwrap_model(module)
+        state = trainable.distiller.state_dict()
+        return {"distiller": state} if state else {}
+
+    def load_task_state(
+        self,
+        state: dict[str, Any] | None,
+        strict: bool = True,
+        module: nn.Module | None = None,
+        ema: bool = False,
+    ) -> None:
+        """Loads the distiller's parts."""
+        if state and "distiller" in state:
+            trainable = self._unwrapped(ema) if module is None else unwrap_model(module)
+            trainable.distiller.load_state_dict(state["distiller"], strict=strict)
+
+
+class _Watched(Nets):
+    """The networks, with a note of the scores that the student's first forward gives."""
+
+    def __init__(self, nets: Nets, scores: list[Tensor]) -> None:
+        super().__init__(nets.student, nets.teachers)
+        asked: Any = nets.student
+
+        def student(*args: Any, **kwargs: Any) -> Any:
+            view = asked(*args, **kwargs)
+            if view._logits is not None and not scores:
+                scores.append(view._logits)
+            return view
+
+        self.student = student  # type: ignore[assignment]
+
+
+def _check_fit(distiller: Distiller) -> None:
+    """Refuses a method that one backward and one optimizer cannot play."""
+    needs = distiller.needs()
+    parts = list(distiller.methods.values()) if isinstance(distiller, Composite) else [distiller]
+    reasons = {
+        "does not fit classification": "classification" not in distiller.tasks,
+        "trains several networks together": distiller.peers,
+        "makes its own data": not distiller.data,
+        "trains in several stages": len(distiller.stages()) > 1,
+        "reads held-out streams": bool(needs.streams),
+        "reads row numbers": needs.index,
+        "passes over the training data first": any(map(needs_pass, parts)),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise DistillError(f"{distiller.name} {reason}, which timm's train.py cannot do: use kd-timm-train.")
