@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,24 +25,23 @@ class Reached(BaseException):
 class Seen(Mapping[str, Tensor]):
     """Activations captured in one forward, by module path."""
 
-    def __init__(self, network: str, wanted: Collection[str]) -> None:
+    def __init__(self, network: str, wanted: Collection[str], remedy: Callable[[str], str]) -> None:
         self._network = network
         self._wanted = tuple(wanted)
-        self._captured: dict[str, list[Tensor]] = {}
-        self._versions: dict[str, list[int]] = {}
-        self._remedies: dict[str, str] = {}
+        self._remedy = remedy
+        self._captured: dict[str, list[Tensor]] = {key: [] for key in self._wanted}
+        self._versions: dict[str, list[int]] = {key: [] for key in self._wanted}
 
-    def add(self, key: str, value: Tensor, remedy: str) -> None:
+    def add(self, key: str, value: Tensor, version: int) -> None:
         """Keeps one activation, with the version counter that tells whether somebody overwrites it later."""
-        self._captured.setdefault(key, []).append(value)
-        self._versions.setdefault(key, []).append(-1 if value.is_inference() else value._version)
-        self._remedies[key] = remedy
+        self._captured[key].append(value)
+        self._versions[key].append(version)
 
     def all(self, key: str) -> list[Tensor]:
         """What every call of a module gave, for modules that are called several times in one forward."""
         if key not in self._captured:
-            if key not in self._wanted:
-                raise DistillError(f"{key!r} is not tapped; tapped are {list(self._wanted)}.")
+            raise DistillError(f"{key!r} is not tapped; tapped are {list(self._wanted)}.")
+        if not self._captured[key]:
             raise DistillError(
                 f"Nothing was captured at {key!r} of {self._network}: the module was not called in this forward, or the"
                 " network was compiled before it was tapped (hooks that come after the first compiled call are"
@@ -52,7 +51,7 @@ class Seen(Mapping[str, Tensor]):
             if version >= 0 and value._version != version:
                 raise DistillError(
                     f"The activation at {key!r} of {self._network} was modified in place after it was captured, so it"
-                    f" is no longer that module's output: {self._remedies[key]}, or Tap(..., clone=True)."
+                    f" is no longer that module's output: {self._remedy(key)}, or Tap(..., clone=True)."
                 )
         return self._captured[key]
 
@@ -73,7 +72,13 @@ class Seen(Mapping[str, Tensor]):
 
     def count(self, key: str) -> int:
         """How often a module has been called so far."""
-        return len(self._captured.get(key, ()))
+        return len(self._captured[key])
+
+
+@torch.compiler.disable
+def _stop() -> None:
+    """Ends a forward; not compiled, or the whole frame that the exception leaves would never be compiled again."""
+    raise Reached
 
 
 def _ignore(*_: Any) -> None:
@@ -229,7 +234,7 @@ class Tap:
         """
         if self._seen is not None:
             raise DistillError(f"{type(self.root).__name__} is already being recorded: taps do not nest.")
-        seen = Seen(type(self.root).__name__, keys)
+        seen = Seen(type(self.root).__name__, keys, self._remedy)
         self._expected = {key: (calls or {}).get(key, 1) for key in keys}
         self._missing = sum(self._expected.values())
         self._replace = {}
@@ -260,9 +265,14 @@ class Tap:
                 self._check_gradient(key, module, tensor)
             if seen.count(key) < expected:
                 self._missing -= 1
-            seen.add(key, tensor.clone() if self.clone else tensor, self._remedy(key))
+            if torch.compiler.is_compiling():
+                # A graph has no version counters to tell an overwritten activation; a copy in it costs next to nothing.
+                seen.add(key, tensor.clone(), -1)
+            else:
+                kept = tensor.clone() if self.clone else tensor
+                seen.add(key, kept, -1 if kept.is_inference() else kept._version)
             if self._stop and self._missing == 0:
-                raise Reached
+                _stop()
         if key in self._cut:
             tensor = _first_tensor(value)
             return value if tensor is None else _put(value, tensor.detach())
