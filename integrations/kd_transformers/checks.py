@@ -14,6 +14,7 @@ from transformers.models.auto import modeling_auto as auto
 from kd_plugins import Distiller, DistillError
 
 __all__ = [
+    "check_checkpointing",
     "check_fit",
     "check_host",
     "check_vocabulary",
@@ -44,7 +45,8 @@ def task_of(model: nn.Module) -> str:
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
         return "classification"
-    task = _family(type(model))
+    cls: Any = type(model)
+    task = _family(cls)
     if task != "classification":
         return task
     kind = getattr(config, "problem_type", None)
@@ -54,7 +56,7 @@ def task_of(model: nn.Module) -> str:
 
 
 @lru_cache
-def _family(cls: type) -> str:
+def _family(cls: Any) -> str:
     """The task of a class of transformers models, or of one that inherits from it."""
     for task, mappings in _TASKS.items():
         if any(_listed(cls, mapping) for mapping in mappings):
@@ -62,35 +64,45 @@ def _family(cls: type) -> str:
     return "other"
 
 
-def _listed(cls: type, mapping: Any) -> bool:
+def _listed(cls: Any, mapping: Any) -> bool:
     names = {n for name in mapping.values() for n in ((name,) if isinstance(name, str) else name)}
     return any(base.__name__ in names for base in cls.__mro__)
 
 
 @lru_cache
-def _parameters(cls: type) -> frozenset[str]:
+def _parameters(cls: Any) -> frozenset[str]:
     parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
     return frozenset(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
 
 
 def inputs_of(model: nn.Module) -> frozenset[str]:
     """The names that a transformers model's forward takes; empty for other models, which do not tell."""
-    return _parameters(type(model)) if isinstance(model, PreTrainedModel) else frozenset()
+    cls: Any = type(model)
+    return _parameters(cls) if isinstance(model, PreTrainedModel) else frozenset()
 
 
-def check_host(args: TrainingArguments, accelerator: Any) -> None:
+def check_host(args: TrainingArguments, *, fsdp: bool, deepspeed: bool) -> None:
     """Refuses ways of training that taps and turns do not survive."""
     if args.n_gpu > 1:
         raise DistillError(
             "Expected one GPU for each process, got DataParallel, which replicates the student in every step, so that"
             " taps read nothing: start one process for each GPU (torchrun, accelerate launch) or make one GPU visible."
         )
-    plugins = {"FSDP": "fsdp_plugin", "DeepSpeed": "deepspeed_plugin"}
-    for name, plugin in plugins.items():
-        if getattr(accelerator.state, plugin, None) is not None:
+    if fsdp or deepspeed:
+        raise DistillError(
+            f"Distillation under {'FSDP' if fsdp else 'DeepSpeed'} is not supported yet: taps and turns need whole"
+            " parameters. Use DDP (torchrun, accelerate launch), or train without a distiller."
+        )
+
+
+def check_checkpointing(model: nn.Module) -> None:
+    """Refuses reentrant activation checkpointing, under which nothing that is read inside a layer has a gradient."""
+    for module in model.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if getattr(module, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant"):
             raise DistillError(
-                f"Distillation under {name} is not supported yet: taps and turns need whole parameters. Use DDP"
-                " (torchrun, accelerate launch), or train without a distiller."
+                "Expected activation checkpointing that is not reentrant, got use_reentrant=True, which hides the gradients"
+                " of what a method reads inside the student: set activation_checkpointing_kwargs={'use_reentrant': False}."
             )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from kd_plugins.nets import connect, needs_pass, prepare, set_up
 from kd_plugins.network import adapt
 from kd_plugins.options import to_json
 from kd_transformers.checks import (
+    check_checkpointing,
     check_fit,
     check_host,
     check_vocabulary,
@@ -69,7 +69,10 @@ class DistillationTrainer(Trainer):
             not fit, other classes or tokens in teacher and student, no teacher, DataParallel, FSDP or DeepSpeed.
     """
 
-    @wraps(Trainer.__init__)
+    data_collator: Any
+    lr_scheduler: Any
+    _signature_columns: Any
+
     def __init__(
         self,
         *args: Any,
@@ -94,7 +97,7 @@ class DistillationTrainer(Trainer):
         self._streams: Streams | None = None
         if self.distiller is None:
             return
-        check_host(self.args, self.accelerator)
+        check_host(self.args, fsdp=self.is_fsdp_enabled, deepspeed=self.is_deepspeed_enabled)
         if not self.distiller.data:
             raise DistillError(
                 f"{self.distiller.name} makes its own data and Trainer needs a data set: use kd-timm-train or a bare"
@@ -165,7 +168,8 @@ class DistillationTrainer(Trainer):
             raise DistillError("Expected at least one training example, got an empty train_dataset.")
         self._check_vocabularies(_TEACHER + name for name in batch.teacher_kwargs)
         set_up(distiller, nets, batch)
-        distiller.to(self.args.device)
+        if any(distiller.needs_in(stage).student.taps for stage in range(len(distiller.stages()))):
+            check_checkpointing(self.model)
         if needs_pass(distiller) and not self._resuming and self.args.process_index == 0:
             prepare(distiller, nets, self._pass())
         self._bound_to = self.model
@@ -386,7 +390,7 @@ class _Student(Net):
         if trainer.compute_loss_func is not None:
             items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
         # What follows in the bases: the task loss of Trainer, or of a class that changes it.
-        task = super(DistillationTrainer, trainer).compute_loss
+        task: Any = super(DistillationTrainer, trainer).compute_loss  # type: ignore[misc]
         self._loss, outputs = task(trainer.model_wrapped, inputs, return_outputs=True, num_items_in_batch=items)
         return outputs
 
