@@ -1,0 +1,314 @@
+"""What a run leaves for its report: what was run, one row a log, and the networks before and after the training.
+
+A run folder holds `run.json` (what was run, results, cost), `history.jsonl` (one JSON object a line), and
+`analysis.json` with `analysis.safetensors` (what `kd_accelerate.analysis` found, under `before` and `after`).
+`kd-plugins report` reads these four files and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from kd_accelerate.analysis import Decode, analyse, as_nets
+from kd_accelerate.timing import StepTimer
+from kd_plugins import Batch, Distiller, Nets
+from kd_plugins.nets import describe
+from kd_plugins.options import config_of
+
+__all__ = ["RunRecord"]
+
+_FORMAT = 1
+_PACKAGES = ("kd-plugins", "torch", "accelerate", "timm", "transformers", "datasets")
+
+
+class RunRecord:
+    """Writes the record of one run.
+
+    Every method does nothing where `enabled` is False (all processes but the first), and what cannot be analysed
+    becomes a note and a warning: no report is worth a training.
+
+    Args:
+        folder: The run's output folder.
+        host: The script: `"kd-timm-train"`, `"kd-transformers-train"`.
+        nets: The networks, or the bare student of a training without a distiller.
+        distiller: The method; None for plain training.
+        command: The command line; by default that of this process.
+        names: What to call the networks: `{"student": "resnet18", "teachers": ["resnet50"], "peers": []}`.
+        data: What it was trained on, in words.
+        task: What the logits are.
+        metric: The key of the history that tells how good the student is, such as `"eval_top1"`.
+        classes: Class names in the order of the logits.
+        decode: Turns a sentence's token ids into the tokens' texts (`tokenizer.convert_ids_to_tokens`).
+        settings: Everything else worth telling: arguments, seed, device, precision, processes.
+        enabled: Whether this process writes.
+        resume: Number of the step that a resumed run continues from: later rows are dropped, the rest is kept. None
+            starts a new record.
+
+    >>> import tempfile
+    >>> record = RunRecord(tempfile.mkdtemp(), host="bare loop", nets=nn.Linear(4, 2), command=["python", "train.py"])
+    >>> record.log({"step": 1, "loss": 0.5})
+    >>> record.finish({"top1": 90.0})
+    >>> sorted(path.name for path in record.folder.iterdir())
+    ['history.jsonl', 'run.json']
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        host: str,
+        nets: Nets | nn.Module,
+        distiller: Distiller | None = None,
+        command: Sequence[str] | None = None,
+        names: Mapping[str, Any] | None = None,
+        data: str = "",
+        task: str = "classification",
+        metric: str = "",
+        classes: Sequence[str] | None = None,
+        decode: Decode | None = None,
+        settings: Mapping[str, Any] | None = None,
+        enabled: bool = True,
+        resume: int | None = None,
+    ) -> None:
+        self.folder, self.enabled = Path(folder), enabled
+        self.distiller, self.decode = distiller, decode
+        self.timer: StepTimer | None = None
+        self._began = time.monotonic()
+        if not enabled:
+            return
+        nets = as_nets(nets)
+        device = next((p.device for p in nets.student.module.parameters()), torch.device("cpu"))
+        self._cuda = device if device.type == "cuda" else None
+        self.run: dict[str, Any] = {
+            "format": _FORMAT,
+            "status": "running",
+            "host": host,
+            "command": list(command) if command is not None else _command(),
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "seconds": 0.0,
+            "versions": _versions(),
+            "device": _device_name(device),
+            "data": data,
+            "task": task,
+            "metric": metric,
+            "classes": list(classes) if classes is not None else None,
+            "settings": dict(settings or {}),
+            "method": None if distiller is None else _method(distiller),
+            "stages": None,
+            **_networks(nets, names or {}),
+            "results": {},
+            "cost": {},
+            "notes": [],
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        kept: list[str] = []
+        if resume is not None and self._file("run.json").is_file():
+            before = json.loads(self._file("run.json").read_text(encoding="utf-8"))
+            self.run |= {key: before[key] for key in ("started", "seconds", "notes", "cost") if key in before}
+            self.run["resumed"] = before.get("resumed", 0) + 1
+            rows = self._file("history.jsonl")
+            lines = rows.read_text(encoding="utf-8").splitlines() if rows.is_file() else []
+            kept = [line for line in lines if json.loads(line).get("step", 0) <= resume]
+        else:
+            for name in ("analysis.json", "analysis.safetensors"):
+                self._file(name).unlink(missing_ok=True)
+        self._spent = float(self.run["seconds"])
+        self._file("history.jsonl").write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        self._write()
+
+    def before(self, nets: Nets | nn.Module, batches: Iterable[Batch], **options: Any) -> None:
+        """Analyses the networks before the training.
+
+        Args:
+            nets: The networks, unwrapped.
+            batches: Evaluation batches in a fixed order; made lazily, outside of the training's random state.
+            **options: Of `kd_accelerate.analysis.analyse`.
+        """
+        self._analyse("before", nets, batches, options)
+
+    def after(self, nets: Nets | nn.Module, batches: Iterable[Batch], **options: Any) -> None:
+        """Analyses the networks after the training; the same batches as before make the two comparable."""
+        self._analyse("after", nets, batches, options)
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Adds a row to the history: `step` (or `epoch`), losses and metrics by name."""
+        if self.enabled:
+            with self._file("history.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(_plain(dict(row))) + "\n")
+
+    def time_steps(self, player: Any) -> None:
+        """Measures what a few early steps of a `TurnPlayer` spend their time on; removes itself afterwards."""
+        if self.enabled and "parts" not in self.run["cost"]:
+            self.timer = StepTimer(player)
+
+    def note(self, text: str) -> None:
+        """Adds a remark that the report shows."""
+        if self.enabled and text not in self.run["notes"]:
+            self.run["notes"].append(text)
+            self._write()
+
+    def finish(
+        self, results: Mapping[str, Any], *, seconds_per_step: float | None = None, status: str = "finished"
+    ) -> None:
+        """Writes results and cost.
+
+        Args:
+            results: Final numbers by name, nested as the script has them.
+            seconds_per_step: Mean seconds of a training step, evaluation left out.
+            status: `"finished"` or `"interrupted"`.
+        """
+        if not self.enabled:
+            return
+        cost = self.run["cost"]
+        if seconds_per_step is not None:
+            cost["seconds_per_step"] = seconds_per_step
+        if self.timer is not None:
+            self.timer.stop()
+            if self.timer.steps:
+                cost |= {"parts": self.timer.medians(), "timed_steps": self.timer.steps}
+        cost |= _peak_memory(self._cuda)
+        self.run |= {"results": _plain(dict(results)), "status": status}
+        self._write()
+
+    # Files
+
+    def _file(self, name: str) -> Path:
+        return self.folder / name
+
+    def _write(self) -> None:
+        self.run["seconds"] = self._spent + time.monotonic() - self._began
+        table = self.distiller.table if self.distiller is not None else None
+        if table is not None:
+            self.run["stages"] = table.to_json()
+        _replace(self._file("run.json"), json.dumps(_plain(self.run), indent=2, ensure_ascii=False) + "\n")
+
+    def _analyse(
+        self, phase: str, nets: Nets | nn.Module, batches: Iterable[Batch], options: Mapping[str, Any]
+    ) -> None:
+        if not self.enabled:
+            return
+        try:
+            found = analyse(as_nets(nets), batches, decode=self.decode, **options)
+        except Exception as error:  # noqa: BLE001
+            self.note(f"The networks could not be analysed {phase} the training: {error}")
+            warnings.warn(f"No analysis {phase} the training: {type(error).__name__}: {error}", stacklevel=3)
+            return
+        numbers, arrays = self._file("analysis.json"), self._file("analysis.safetensors")
+        summary = json.loads(numbers.read_text(encoding="utf-8")) if numbers.is_file() else {}
+        tensors = load_file(arrays) if arrays.is_file() else {}
+        tensors = {key: value for key, value in tensors.items() if not key.startswith(f"{phase}/")}
+        tensors |= {f"{phase}/{key}": value for key, value in found.arrays.items()}
+        save_file(tensors, arrays.with_suffix(".partial"))
+        os.replace(arrays.with_suffix(".partial"), arrays)
+        _replace(numbers, json.dumps(_plain(summary | {phase: found.summary}), ensure_ascii=False, indent=2) + "\n")
+        self._write()
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file in one step, so that a report made meanwhile reads the old one or the new one."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON holds: no tensors, no infinities, no tuples."""
+    if isinstance(value, torch.Tensor):
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, (str, int, bool)) else str(value)
+
+
+def _command() -> list[str]:
+    """The command line of this process, as somebody would type it."""
+    program = Path(sys.argv[0])
+    if program.suffix != ".py":
+        return [program.name, *sys.argv[1:]]
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    start = ["python", "-m", spec.name.removesuffix(".__main__")] if spec is not None else ["python", program.name]
+    return [*start, *sys.argv[1:]]
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{device.type.upper()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _method(distiller: Distiller) -> dict[str, Any]:
+    """Name, options and papers of a method and of its parts."""
+    parts = getattr(distiller, "methods", None) or {distiller.name: distiller}
+    described = []
+    for name, part in parts.items():
+        paper = part.paper
+        described.append(
+            {
+                "name": name,
+                "summary": (type(part).__doc__ or "").strip().partition("\n")[0],
+                "kind": part.kind,
+                "paper": paper
+                and {
+                    "title": paper.title,
+                    "authors": list(paper.authors),
+                    "short": str(paper),
+                    "arxiv": paper.arxiv,
+                    "bibtex": paper.bibtex,
+                },
+            }
+        )
+    config = config_of(distiller)
+    return {"name": config["distiller"], "options": config["options"], "parts": described}
+
+
+def _networks(nets: Nets, names: Mapping[str, Any]) -> dict[str, Any]:
+    sizes = describe(nets)
+    student = {"name": names.get("student") or sizes["student"]["class"], **sizes["student"]}
+    others = {}
+    for kind in ("teachers", "peers"):
+        given = list(names.get(kind) or ())
+        others[kind] = [
+            {"name": given[i] if i < len(given) else size["class"], **size} for i, size in enumerate(sizes[kind])
+        ]
+    return {"student": student, **others}
+
+
+def _peak_memory(device: torch.device | None) -> dict[str, Any]:
+    if device is not None:
+        return {"memory": torch.cuda.max_memory_allocated(device), "memory_kind": "GPU memory, peak"}
+    try:
+        import resource
+    except ImportError:
+        return {}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"memory": peak * (1 if sys.platform == "darwin" else 1024), "memory_kind": "resident memory, peak"}
