@@ -47,6 +47,10 @@ class TestLinearCka:
         assert KF.linear_cka(x, y) == 0
         assert KF.linear_cka(x, torch.full((4, 2), 0.1)) == 0
         assert KF.linear_cka(torch.zeros(4, 2), x) == 0
+        # What rounding leaves of a constant minus its mean is like itself, but nothing.
+        constant = torch.tensor([0.1, 0.3, 0.7], dtype=torch.float64).repeat(48, 1)
+        assert (constant - constant.mean(0)).any()
+        assert KF.linear_cka(constant, constant) == 0
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
     def test_is_computed_in_float64(self, dtype: torch.dtype) -> None:
