@@ -1,0 +1,286 @@
+"""The command line: TrainingArguments, and the arguments of data, models and distillation.
+
+Every flag may be written with underscores or dashes. A YAML or JSON file of arguments may stand first, or after
+`--config`; flags override it.
+"""
+
+# HfArgumentParser reads the annotations of these classes: no `from __future__ import annotations` here.
+
+import json
+import sys
+from argparse import SUPPRESS
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from kd_plugins.errors import DistillError, did_you_mean
+from kd_transformers.docstrings import DOCSTRINGS_DEFAULTS
+
+__all__ = ["Arguments", "DataArguments", "DistillationArguments", "ModelArguments", "build_parser", "parse_args"]
+
+_DATA_FLAGS = ("task_name", "dataset_name", "train_file", "validation_file")
+
+
+def _field(default: Any = None, **metadata: Any) -> Any:
+    return field(default=default, metadata=metadata)
+
+
+def _list(help: str, metavar: str) -> Any:
+    # Both "--flag a --flag b" and "--flag a b".
+    return field(default_factory=list, metadata={"help": help, "action": "extend", "metavar": metavar})
+
+
+@dataclass
+class DataArguments:
+    """What is trained and evaluated on. Nothing named: docstrings of Python's standard library, embedded."""
+
+    _argument_group_name = "Data"
+
+    task_name: str | None = _field(help="GLUE task: cola, mrpc, sst2, stsb, ...")
+    dataset_name: str | None = _field(help="data set of the hub, or a folder of data files")
+    dataset_config_name: str | None = _field(help="configuration of --dataset_name")
+    train_file: str | None = _field(help="csv, json, jsonl or parquet file to train on")
+    validation_file: str | None = _field(help="csv, json, jsonl or parquet file to evaluate on")
+    train_split: str = _field("train", help="split of --dataset_name or --task_name to train on")
+    validation_split: str | None = _field(help="split to evaluate on (default: validation; of mnli the matched one)")
+    text_column: str | None = _field(help="column of the text (default: by its name, or the only text column)")
+    text_pair_column: str | None = _field(help="column of the second text")
+    label_column: str | None = _field(help="column of the label: class, number, or list of classes")
+    max_seq_length: int = _field(128, help="longest input in tokens; longer ones are cut")
+    pad_to_max_length: bool = _field(False, help="pad every input to --max_seq_length, not to the longest of its batch")
+    max_train_samples: int | None = _field(help="train on this many rows, the first ones")
+    max_eval_samples: int | None = _field(help="evaluate on this many rows, the first ones")
+    metric: list[str] = _list(
+        "metric shipped with this package (accuracy, f1, matthews_correlation, pearsonr, spearmanr), name on the hub,"
+        " or path; repeatable (default: those of the task)",
+        "NAME",
+    )
+
+
+@dataclass
+class ModelArguments:
+    """The student. Nothing named: made from the teacher's layers, or from scratch where there is no teacher."""
+
+    _argument_group_name = "Student"
+
+    model_name_or_path: str | None = _field(help="checkpoint that the student starts from")
+    config_name: str | None = _field(help="configuration of a student that starts from scratch")
+    tokenizer_name: str | None = _field(
+        help="tokenizer, or WordPiece vocab.txt (default: the student's, the teacher's, or one trained on the data)"
+    )
+    student_init: Literal["teacher", "scratch"] | None = _field(
+        help="take embeddings, head and --student_layers layers of the teacher, or start from random weights"
+    )
+    student_layers: int | None = _field(help="layers of the student (default: half of the teacher's)")
+    student_hidden_size: int | None = _field(help="hidden size of a student from scratch")
+    student_heads: int | None = _field(help="attention heads of a student from scratch")
+    vocab_size: int = _field(4096, help="size of a vocabulary that is trained on the data")
+    cache_dir: str | None = _field(help="where downloads are kept")
+    model_revision: str = _field("main", help="revision of --model_name_or_path")
+    trust_remote_code: bool = _field(False, help="allow models and data sets of the hub to run code of their own")
+
+
+@dataclass
+class DistillationArguments:
+    """The method and its teachers."""
+
+    _argument_group_name = "Distillation"
+
+    distill: str | None = _field(help="distiller, or several joined with +; see `kd-plugins list`", metavar="NAME")
+    distill_args: list[str] = _list("options of the distiller; see `kd-plugins info NAME`", "K=V")
+    teacher: list[str] = _list("teacher: name on the hub, or path (repeatable)", "MODEL")
+    teacher_checkpoint: list[str] = _list(
+        'weights of the i-th teacher: a folder or a file ("": the published ones)', "PATH"
+    )
+    peer: list[str] = _list(
+        "checkpoint that is trained together with the student, of an online method (repeatable)", "MODEL"
+    )
+    train_teacher: bool = _field(
+        False,
+        help="train the teacher on the same data first, and save it in output_dir/teacher; one that is there already is"
+        " taken as it is. With --teacher that checkpoint is fine-tuned, else a small BERT is trained from scratch",
+    )
+    teacher_epochs: float | None = _field(help="epochs of --train_teacher (default: --num_train_epochs)")
+    teacher_learning_rate: float | None = _field(help="learning rate of --train_teacher (default: --learning_rate)")
+    teacher_layers: int = _field(4, help="layers of a teacher from scratch")
+    teacher_hidden_size: int = _field(128, help="hidden size of a teacher from scratch")
+    teacher_heads: int = _field(4, help="attention heads of a teacher from scratch")
+
+
+class Arguments(NamedTuple):
+    """Everything that the command line says."""
+
+    data: DataArguments
+    model: ModelArguments
+    distillation: DistillationArguments
+    training: TrainingArguments
+
+
+def build_parser() -> HfArgumentParser:
+    """The parser: our flags, and every field of TrainingArguments."""
+    parser = HfArgumentParser(
+        [DataArguments, ModelArguments, DistillationArguments, TrainingArguments],
+        prog="kd-transformers-train",
+        description="Train a text classifier or regressor of transformers, alone or with knowledge distillation.",
+        # A prefix of one flag must not end up as another (--distill).
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", default=SUPPRESS, help="YAML or JSON file of arguments")
+    for action in parser._actions:
+        if action.dest in ("distill_args", "teacher_checkpoint"):
+            # "--distill-args" with nothing after it is what a script with an empty variable writes.
+            action.nargs = "*"
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Arguments:
+    """Parses the command line over the arguments of a file; exits with a message where it cannot.
+
+    Args:
+        argv: Arguments; None takes those of the process.
+    """
+    parser = build_parser()
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        words = _with_file(parser, words)
+    except DistillError as error:
+        parser.error(str(error))
+    given = _given(parser, words)
+    if not any(name in given for name in _DATA_FLAGS):
+        parser.set_defaults(**DOCSTRINGS_DEFAULTS)
+    try:
+        *parsed, unknown = parser.parse_args_into_dataclasses(words, True, look_for_args_file=False)
+    except (ValueError, ImportError) as error:
+        # TrainingArguments refuse combinations of their own.
+        parser.error(str(error))
+    if unknown:
+        known = [option for option in parser._option_string_actions if option.startswith("--")]
+        parser.error(f"unrecognized argument {unknown[0]}.{did_you_mean(unknown[0].partition('=')[0], known)}")
+    arguments = Arguments(*parsed[:4])
+    problem = _problem(arguments, given)
+    if problem:
+        parser.error(problem)
+    if not (given & {"do_train", "do_eval", "do_predict"}):
+        arguments.training.do_train = arguments.training.do_eval = True
+    return arguments
+
+
+def _problem(arguments: Arguments, given: set[str]) -> str | None:
+    """The first thing that is wrong with the arguments, seen without any data."""
+    data, model, distillation, training = arguments
+    if sum(bool(x) for x in (data.task_name, data.dataset_name, data.train_file or data.validation_file)) > 1:
+        return "expected one source of data, got several: give --task_name, --dataset_name or --train_file"
+    if data.validation_file and not data.train_file:
+        return "--validation_file: expected the training data too, whose labels it has: add --train_file"
+    if data.dataset_config_name and not data.dataset_name:
+        return "--dataset_config_name belongs to --dataset_name, which is not given"
+    if len(distillation.teacher_checkpoint) > len(distillation.teacher):
+        return "--teacher-checkpoint: the i-th belongs to the i-th --teacher, and there are more of them"
+    if distillation.train_teacher and len(distillation.teacher) > 1:
+        return "--train_teacher trains one teacher, got several --teacher"
+    if distillation.train_teacher and distillation.teacher_checkpoint:
+        return "--teacher-checkpoint gives trained weights, and --train_teacher trains them: leave one out"
+    if distillation.distill_args and not distillation.distill:
+        return "--distill-args are the options of --distill, which is not given"
+    taught = distillation.teacher or distillation.train_teacher
+    if taught and not distillation.distill and not model.student_init:
+        return (
+            "expected --distill with a teacher, got none: say which method (--distill kd), or that the teacher is only"
+            " where the student starts (--student_init teacher), or what it is compared with (--student_init scratch)"
+        )
+    if distillation.peer and not distillation.distill:
+        return "--peer is trained by an online method of --distill, which is not given"
+    if training.do_predict:
+        return "--do_predict is not supported: evaluate with --do_eval"
+    trained = [name for name in ("teacher_epochs", "teacher_learning_rate", "teacher_layers") if name in given]
+    trained += [name for name in ("teacher_hidden_size", "teacher_heads") if name in given]
+    if trained and not distillation.train_teacher:
+        return f"--{trained[0]} belongs to --train_teacher, which is not given"
+    if distillation.teacher and any(n in given for n in ("teacher_layers", "teacher_hidden_size", "teacher_heads")):
+        return "--teacher_layers, --teacher_hidden_size and --teacher_heads shape one from scratch: leave out --teacher"
+    if model.model_name_or_path and (model.config_name or model.student_init == "teacher" or model.student_layers):
+        return (
+            "--model_name_or_path is a whole student: leave out --config_name, --student_layers, --student_init teacher"
+        )
+    if model.config_name and (model.student_init == "teacher" or model.student_layers):
+        return "--config_name describes a student from scratch: leave out --student_layers and --student_init teacher"
+    shaped = model.student_hidden_size or model.student_heads
+    if shaped and (model.model_name_or_path or model.config_name or model.student_init == "teacher"):
+        return (
+            "--student_hidden_size and --student_heads shape a student from scratch: add --student_init scratch alone"
+        )
+    if model.student_init == "teacher" and not (distillation.teacher or distillation.train_teacher):
+        return "--student_init teacher: expected a teacher, got none: add --teacher or --train_teacher"
+    for name, value in {**vars(data), **vars(model), **vars(distillation)}.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
+            return f"--{name}: expected a positive number, got {value}"
+    return None
+
+
+def _with_file(parser: HfArgumentParser, words: list[str]) -> list[str]:
+    """The words of the command line behind those of the file that it names, if any."""
+    path = None
+    if words and not words[0].startswith("-") and Path(words[0]).suffix in (".json", ".yaml", ".yml"):
+        path, words = words[0], words[1:]
+    for i, word in enumerate(words):
+        if word == "--config" or word.startswith("--config="):
+            if path is not None:
+                raise DistillError("--config: expected one file of arguments, got two.")
+            path = word.partition("=")[2] or (words[i + 1] if i + 1 < len(words) else "")
+            words = words[:i] + words[i + (1 if "=" in word else 2) :]
+            break
+    if path is None:
+        return words
+    given = _given(parser, words)
+    from_file = []
+    for key, value in _read_file(path).items():
+        name = str(key).replace("-", "_")
+        action = parser._option_string_actions.get(f"--{name}")
+        if action is None or name in ("config", "help"):
+            known = [option[2:] for option in parser._option_string_actions if option.startswith("--")]
+            raise DistillError(f"{path}: unknown argument {key!r}.{did_you_mean(name, known)}")
+        if action.dest not in given:
+            from_file += _as_words(name, value, action.nargs)
+    return [*from_file, *words]
+
+
+def _read_file(path: str) -> dict[str, Any]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise DistillError(f"{path} cannot be read as arguments: {error}") from error
+    if not isinstance(values, dict):
+        raise DistillError(f"{path}: expected a mapping of argument names to values, got {type(values).__name__}.")
+    return values
+
+
+def _as_words(name: str, value: Any, nargs: Any) -> list[str]:
+    """An entry of a file as it would be written on the command line, so that both are checked alike."""
+    if value is None:
+        return []
+    if name == "distill_args" and isinstance(value, Mapping):
+        value = [f"{key}={_option(v)}" for key, v in value.items()]
+    if nargs in ("+", "*"):
+        items = [str(item) for item in (value if isinstance(value, list) else [value])]
+        return [f"--{name}", *items] if items else []
+    text = json.dumps(value) if isinstance(value, (Mapping, list, bool)) else str(value)
+    return [f"--{name}={text}"]
+
+
+def _option(value: Any) -> str:
+    """A value of a file in the notation of --distill-args."""
+    if isinstance(value, list) and not any(isinstance(item, (list, Mapping)) for item in value):
+        return ",".join(str(item) for item in value)
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _given(parser: HfArgumentParser, words: Sequence[str]) -> set[str]:
+    """The destinations of the flags that occur in a command line."""
+    actions = parser._option_string_actions
+    flags = (word.partition("=")[0] for word in words)
+    return {actions[flag].dest for flag in flags if flag in actions}

@@ -1,0 +1,302 @@
+"""Text data of the training script: where it is from, which columns it has, what its labels are, its tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset, DatasetDict
+
+from kd_plugins.errors import DistillError, did_you_mean
+from kd_transformers.arguments import DataArguments
+from kd_transformers.docstrings import load_docstrings
+
+__all__ = ["Labels", "TextData", "fingerprint", "load_text", "read_labels"]
+
+_GLUE = "nyu-mll/glue"
+_EXTENSIONS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"))
+_TEXTS = ("sentence", "text", "content", "review")
+_LABELS = ("label", "labels", "target", "class", "score")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the labels of a data set are.
+
+    Args:
+        problem: transformers' name: `single_label_classification`, `multi_label_classification` or `regression`.
+        names: Names of the classes in the order of the logits; None where the data set has numbers alone.
+        count: Number of logits.
+        encode: From a value of the label column to what the model is given: a class number, floats `[count]`, a float.
+    """
+
+    problem: str
+    names: tuple[str, ...] | None
+    count: int
+    encode: Callable[[Any], Any]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What a model's configuration says of its labels."""
+        config: dict[str, Any] = {"num_labels": self.count, "problem_type": self.problem}
+        if self.names is not None:
+            config |= {"id2label": dict(enumerate(self.names)), "label2id": {n: i for i, n in enumerate(self.names)}}
+        return config
+
+
+@dataclass
+class TextData:
+    """A training and an evaluation split of one data set, as they were read.
+
+    Args:
+        train: Rows to train on.
+        evaluation: Rows to evaluate on; None where none are asked for.
+        columns: The text column, and that of a second text.
+        label_column: The label column.
+        labels: What the labels are.
+        source: Where the data is from, in words.
+    """
+
+    train: Dataset
+    evaluation: Dataset | None
+    columns: tuple[str, ...]
+    label_column: str
+    labels: Labels
+    source: str
+
+    def texts(self) -> list[str]:
+        """All texts of the training split."""
+        return [text for column in self.columns for text in self.train[column]]
+
+    def tokenize(self, tokenizer: Any, length: int, pad: bool = False) -> tuple[Dataset, Dataset | None]:
+        """Both splits as a model takes them: token ids and `labels`.
+
+        Args:
+            tokenizer: Of the student and of the teachers.
+            length: Longest input in tokens.
+            pad: Pad all inputs to that length.
+        """
+        # Only what is needed: datasets hashes the function, with all it refers to, for its cache.
+        encode, label, columns = self.labels.encode, self.label_column, self.columns
+        padding = "max_length" if pad else False
+
+        def apply(rows: Mapping[str, list[Any]]) -> dict[str, Any]:
+            texts = [list(rows[name]) for name in columns]
+            encoded = tokenizer(*texts, truncation=True, max_length=length, padding=padding)
+            return {**encoded, "labels": [encode(value) for value in rows[label]]}
+
+        def tokens(split: Dataset) -> Dataset:
+            return split.map(apply, batched=True, remove_columns=split.column_names, desc="Tokenizing")
+
+        return tokens(self.train), None if self.evaluation is None else tokens(self.evaluation)
+
+
+def load_text(args: DataArguments, evaluate: bool = True, **hub: Any) -> TextData:
+    """Reads the data that the arguments name.
+
+    Args:
+        args: Which data set, columns and how many rows.
+        evaluate: Whether an evaluation split is needed.
+        hub: Options of `datasets.load_dataset`: `cache_dir`, `trust_remote_code`.
+    """
+    raw, source = _read(args, hub)
+    train_split, evaluation_split = _splits(args, raw, evaluate)
+    train = raw[train_split]
+    columns = _text_columns(args, train)
+    label = _label_column(args, train)
+    missing = [c for c in (*columns, label) if evaluation_split and c not in raw[evaluation_split].column_names]
+    if missing:
+        raise DistillError(f"{source}: the split {evaluation_split} has no column {missing[0]}, as {train_split} has.")
+    labels = read_labels(train, label)
+    evaluation = raw[evaluation_split] if evaluation_split else None
+    data = TextData(
+        _first(train, args.max_train_samples), _first(evaluation, args.max_eval_samples), columns, label, labels, source
+    )
+    for name, split in ((train_split, data.train), (evaluation_split, data.evaluation)):
+        if split is not None:
+            _check_rows(data, str(name), split)
+    return data
+
+
+def fingerprint(data: TextData) -> str:
+    """A hash of the texts and labels that are trained on."""
+    digest = hashlib.sha256()
+    for batch in data.train.select_columns([*data.columns, data.label_column]).iter(1000):
+        digest.update(repr([list(column) for column in batch.values()]).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:16]
+
+
+# Reading
+
+
+def _read(args: DataArguments, hub: Mapping[str, Any]) -> tuple[Any, str]:
+    if args.train_file:
+        files = {"train": args.train_file, "validation": args.validation_file}
+        return _read_files({split: path for split, path in files.items() if path}, hub), args.train_file
+    if not (args.task_name or args.dataset_name):
+        return load_docstrings(), "docstrings of Python's standard library"
+    name, config = (_GLUE, args.task_name) if args.task_name else (args.dataset_name, args.dataset_config_name)
+    source = f"{name} {config}" if config else str(name)
+    try:
+        return datasets.load_dataset(name, config, **hub), source
+    except Exception as error:
+        # The loader raises errors of many libraries; each means that the data is not to be had.
+        raise DistillError(
+            f"The data set {source} cannot be loaded ({type(error).__name__}: {error}): check the name and the network,"
+            " or give local files with --train_file and --validation_file."
+        ) from error
+
+
+def _read_files(files: Mapping[str, str], hub: Mapping[str, Any]) -> DatasetDict:
+    splits = {}
+    for split, path in files.items():
+        kind = _EXTENSIONS.get(Path(path).suffix.lower())
+        if kind is None:
+            raise DistillError(f"--{split}_file: expected a file ending in {', '.join(_EXTENSIONS)}, got {path}.")
+        if not Path(path).is_file():
+            raise DistillError(f"--{split}_file: there is no file {path}.")
+        options = {"sep": "\t"} if path.lower().endswith(".tsv") else {}
+        try:
+            loaded = datasets.load_dataset(kind, data_files={split: path}, cache_dir=hub.get("cache_dir"), **options)
+        except Exception as error:
+            raise DistillError(f"--{split}_file {path} cannot be read: {error.__cause__ or error}") from error
+        splits[split] = loaded[split]
+    return DatasetDict(splits)
+
+
+def _splits(args: DataArguments, raw: Mapping[str, Any], evaluate: bool) -> tuple[str, str | None]:
+    default = "validation_matched" if args.task_name == "mnli" else "validation"
+    evaluation = args.validation_split or default
+    for flag, split in (("--train_split", args.train_split), ("--validation_split", evaluation if evaluate else None)):
+        if split is not None and split not in raw:
+            remedy = " Give --validation_file." if args.train_file else f" Name one of them with {flag}."
+            raise DistillError(f"Expected a split {split}, got a data set with {', '.join(raw)}.{remedy}")
+    return args.train_split, evaluation if evaluate else None
+
+
+def _first(split: Dataset | None, rows: int | None) -> Any:
+    return split if split is None or rows is None else split.select(range(min(rows, len(split))))
+
+
+# Columns
+
+
+def _text_columns(args: DataArguments, train: Dataset) -> tuple[str, ...]:
+    names = train.column_names
+    for flag, name in (("--text_column", args.text_column), ("--text_pair_column", args.text_pair_column)):
+        if name is not None and name not in names:
+            raise DistillError(f"{flag}: expected a column, {', '.join(names)}, got {name}.{did_you_mean(name, names)}")
+    if args.text_column or args.text_pair_column:
+        if not args.text_column:
+            raise DistillError("--text_pair_column is a second text: give --text_column, the first, too.")
+        return tuple(name for name in (args.text_column, args.text_pair_column) if name)
+    for pair in _PAIRS:
+        if set(pair) <= set(names):
+            return pair
+    for name in _TEXTS:
+        if name in names:
+            return (name,)
+    label = args.label_column or next((name for name in _LABELS if name in names), None)
+    texts = [n for n in names if n != label and getattr(train.features[n], "dtype", "") in ("string", "large_string")]
+    if len(texts) == 1:
+        return (texts[0],)
+    raise DistillError(f"Expected one text column, got {', '.join(names)}: say which with --text_column.")
+
+
+def _label_column(args: DataArguments, train: Dataset) -> str:
+    names = train.column_names
+    name = args.label_column or next((name for name in _LABELS if name in names), None)
+    if name is None or name not in names:
+        got = f"{name}.{did_you_mean(name, names)}" if name else "none that is called so: name it with --label_column."
+        raise DistillError(f"Expected a label column among {', '.join(names)}, got {got}")
+    return name
+
+
+# Labels
+
+
+def read_labels(train: Dataset, column: str) -> Labels:
+    """What the labels of a column are, by its type and values.
+
+    Text and `ClassLabel` are classes, as are whole numbers; other numbers are a regression; lists are the classes that
+    hold, or a 0 or 1 for each class.
+    """
+    feature = train.features[column]
+    values = train[column]
+    if any(value is None for value in values):
+        raise DistillError(f"Every row needs a label, and {column} is empty in some: drop those rows.")
+    inner = getattr(feature, "feature", None)
+    if inner is not None:
+        return _multi_label(inner, values)
+    if isinstance(feature, datasets.ClassLabel):
+        return _single_label(tuple(feature.names), range(len(feature.names)))
+    kind = getattr(feature, "dtype", "")
+    if kind.startswith(("float", "double")):
+        return Labels("regression", None, 1, float)
+    classes = sorted(set(values))
+    if len(classes) < 2:
+        raise DistillError(f"Expected two classes or more in {column}, got {classes}.")
+    numbered = kind.startswith(("int", "uint", "bool")) and [int(c) for c in classes] == list(range(len(classes)))
+    return _single_label(None if numbered else tuple(str(c) for c in classes), classes)
+
+
+def _single_label(names: tuple[str, ...] | None, classes: Sequence[Any]) -> Labels:
+    numbers = {value: i for i, value in enumerate(classes)}
+
+    def encode(value: Any) -> int:
+        if value not in numbers:
+            raise DistillError(f"Expected a label of the training split, {_few(numbers)}, got {value!r}: drop the row.")
+        return numbers[value]
+
+    return Labels("single_label_classification", names, len(numbers), encode)
+
+
+def _multi_label(inner: Any, values: Sequence[Sequence[Any]]) -> Labels:
+    widths = {len(value) for value in values}
+    members = sorted({item for value in values for item in value})
+    names: tuple[str, ...] | None
+    if isinstance(inner, datasets.ClassLabel):
+        names, classes = tuple(inner.names), list(range(len(inner.names)))
+    elif len(widths) == 1 and widths != {1} and set(members) <= {0, 1}:
+        (width,) = widths
+        return Labels("multi_label_classification", None, width, lambda value: [float(item) for item in value])
+    else:
+        names, classes = tuple(str(member) for member in members), members
+    places = {value: i for i, value in enumerate(classes)}
+    if len(places) < 2:
+        raise DistillError(f"Expected lists of two classes or more, got {classes}.")
+
+    def encode(value: Sequence[Any]) -> list[float]:
+        unknown = [item for item in value if item not in places]
+        if unknown:
+            raise DistillError(f"Expected labels of the training split, {_few(places)}, got {unknown[0]!r}.")
+        return [float(item in value) for item in classes]
+
+    return Labels("multi_label_classification", names, len(places), encode)
+
+
+def _few(values: Mapping[Any, Any]) -> str:
+    shown = ", ".join(repr(value) for value in list(values)[:8])
+    return shown + (", ..." if len(values) > 8 else "")
+
+
+def _check_rows(data: TextData, name: str, split: Dataset) -> None:
+    """Finds what would fail in the middle of tokenization, and says where."""
+    if not len(split):
+        raise DistillError(f"{data.source}: the split {name} has no rows.")
+    for column in data.columns:
+        row = next((i for i, text in enumerate(split[column]) if not isinstance(text, str)), None)
+        if row is not None:
+            raise DistillError(f"{data.source}: expected text in {column}, got {split[row][column]!r} in row {row}.")
+    for row, value in enumerate(split[data.label_column]):
+        try:
+            if value is None:
+                raise DistillError("Expected a label, got none: drop the row.")
+            data.labels.encode(value)
+        except DistillError as error:
+            raise DistillError(f"{data.source}, split {name}, row {row}: {error}") from None

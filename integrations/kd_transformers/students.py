@@ -1,0 +1,300 @@
+"""The networks of the training script: teachers from checkpoints, students from checkpoints, layers or nothing."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertTokenizer
+from transformers.utils import logging
+
+from kd_plugins.errors import DistillError
+from kd_plugins.methods.internal import uniform
+from kd_transformers.checks import class_order
+from kd_transformers.data import Labels
+
+__all__ = [
+    "check_length",
+    "check_tokenizers",
+    "copy_layers",
+    "from_checkpoint",
+    "from_scratch",
+    "load_teacher",
+    "load_tokenizer",
+    "match_names",
+    "shrink",
+]
+
+logger = logging.get_logger(__name__)
+
+
+def from_checkpoint(name: str, labels: Labels, *, fresh_head: bool, **hub: Any) -> Any:
+    """A sequence classifier from a checkpoint.
+
+    Args:
+        name: On the hub, or a path.
+        labels: What it classifies. Without `fresh_head` the checkpoint's own names of the classes stay.
+        fresh_head: Whether weights that the checkpoint lacks, or has for other classes, may start at random; else they
+            are an error.
+        hub: Options of `from_pretrained`.
+    """
+    settings = labels.config if fresh_head else {"problem_type": labels.problem}
+    try:
+        config = AutoConfig.from_pretrained(name, **hub)
+        if not fresh_head:
+            _check_classes(name, config, labels)
+        config.update(settings)
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            name, config=config, output_loading_info=True, ignore_mismatched_sizes=fresh_head, **hub
+        )
+    except DistillError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DistillError(f"The checkpoint {name} cannot be loaded as a sequence classifier: {error}") from error
+    _check_weights(name, info["missing_keys"], fresh_head)
+    return model
+
+
+def load_teacher(name: str, checkpoint: str | None, labels: Labels, **hub: Any) -> Any:
+    """A trained teacher, every weight of which is loaded.
+
+    Args:
+        name: On the hub, or a path.
+        checkpoint: Weights in place of those of `name`, a folder or a file, safetensors or a state dict.
+        labels: What it classifies.
+        hub: Options of `from_pretrained`.
+    """
+    if not checkpoint:
+        return from_checkpoint(name, labels, fresh_head=False, **hub)
+    folder = Path(checkpoint)
+    if (folder / "config.json").is_file():
+        return from_checkpoint(checkpoint, labels, fresh_head=False, **{**hub, "revision": "main"})
+    try:
+        config = AutoConfig.from_pretrained(name, **hub)
+    except (OSError, ValueError) as error:
+        raise DistillError(f"The configuration of the teacher {name} cannot be loaded: {error}") from error
+    config.update(labels.config)
+    model = AutoModelForSequenceClassification.from_config(config)
+    try:
+        outcome = model.load_state_dict(_read_weights(folder), strict=False)
+    except RuntimeError as error:
+        raise DistillError(f"The weights {checkpoint} do not fit the teacher {name}: {error}") from error
+    _check_weights(checkpoint, set(outcome.missing_keys), False)
+    return model.eval()
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin")) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise DistillError(f"--teacher-checkpoint: there are no weights at {path}.")
+    weights: dict[str, torch.Tensor] = {}
+    for file in files:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            weights |= load_file(file)
+        else:
+            weights |= torch.load(file, map_location="cpu", weights_only=True)
+    return weights
+
+
+def _check_weights(name: str, missing: Any, fresh_head: bool) -> None:
+    if not missing:
+        return
+    few = ", ".join(sorted(missing)[:4]) + (", ..." if len(missing) > 4 else "")
+    if fresh_head:
+        logger.warning(f"{name} has no weights for {few}: they start at random.")
+        return
+    raise DistillError(
+        f"{name} has no weights for {few}, which would be random: give a checkpoint that was trained on this task, or"
+        " train it first with --train_teacher."
+    )
+
+
+def _check_classes(name: str, config: Any, labels: Labels) -> None:
+    if config.num_labels != labels.count:
+        raise DistillError(
+            f"{name} has {config.num_labels} classes and the data {labels.count}: use a checkpoint that was trained on"
+            " these classes, or add --train_teacher to fine-tune it."
+        )
+
+
+def match_names(labels: Labels, teachers: list[Any]) -> Labels:
+    """The labels with the teacher's names for the classes, where the data has none or spells them in another case.
+
+    Without names in the data a class is a number, and the teacher's output of that number is its class.
+    """
+    for teacher in teachers:
+        named = getattr(teacher.config, "id2label", None) or {}
+        names = [str(named[i]) for i in sorted(named)]
+        if len(names) != labels.count or names == [f"LABEL_{i}" for i in range(len(names))]:
+            continue
+        if labels.names is None:
+            return replace(labels, names=tuple(names))
+        spelled = {name.lower(): name for name in names}
+        if len(spelled) == len(names) and set(spelled) == {name.lower() for name in labels.names}:
+            return replace(labels, names=tuple(spelled[name.lower()] for name in labels.names))
+    return labels
+
+
+def from_scratch(
+    labels: Labels,
+    *,
+    vocab_size: int,
+    layers: int,
+    hidden_size: int,
+    heads: int,
+    length: int,
+    pad_token_id: int = 0,
+) -> Any:
+    """A BERT with random weights.
+
+    Args:
+        labels: What it classifies.
+        vocab_size: Number of tokens.
+        layers: Number of layers.
+        hidden_size: Size of a token's vector; the feed-forward layers are twice as wide, half of BERT's.
+        heads: Attention heads.
+        length: Longest input in tokens.
+        pad_token_id: Number of the padding token.
+    """
+    _check_heads(hidden_size, heads)
+    config = BertConfig(
+        vocab_size=vocab_size,
+        num_hidden_layers=layers,
+        hidden_size=hidden_size,
+        num_attention_heads=heads,
+        intermediate_size=2 * hidden_size,
+        max_position_embeddings=length,
+        pad_token_id=pad_token_id,
+        **labels.config,
+    )
+    return AutoModelForSequenceClassification.from_config(config)
+
+
+def _check_heads(hidden_size: int, heads: int) -> None:
+    if hidden_size % heads:
+        raise DistillError(f"Expected a hidden size that {heads} heads divide, got {hidden_size}.")
+
+
+def shrink(
+    teacher: Any, labels: Labels, layers: int | None = None, hidden_size: int | None = None, heads: int | None = None
+) -> Any:
+    """A network of the teacher's kind with fewer layers, or smaller ones, and random weights.
+
+    Args:
+        teacher: The teacher.
+        labels: What the student classifies.
+        layers: Number of layers; None takes half of the teacher's.
+        hidden_size: Size of a token's vector; the feed-forward layers shrink as it does. None keeps the teacher's.
+        heads: Attention heads. None keeps the teacher's.
+    """
+    config, whole = copy.deepcopy(teacher.config), teacher.config.num_hidden_layers
+    chosen = layers or max(1, whole // 2)
+    if chosen > whole:
+        raise DistillError(f"--student_layers: expected at most the teacher's {whole}, got {chosen}.")
+    kept = uniform(chosen, whole)
+    config.num_hidden_layers = chosen
+    if isinstance(getattr(config, "layer_types", None), list):
+        config.layer_types = [config.layer_types[kept[i] - 1] for i in range(1, chosen + 1)]
+    if hidden_size is not None:
+        if getattr(config, "intermediate_size", None):
+            config.intermediate_size = max(1, config.intermediate_size * hidden_size // config.hidden_size)
+        config.hidden_size = hidden_size
+    if heads is not None:
+        config.num_attention_heads = heads
+    _check_heads(config.hidden_size, config.num_attention_heads)
+    config.update(labels.config)
+    return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+
+
+def copy_layers(student: Any, teacher: Any) -> dict[int, int]:
+    """Starts a student from its teacher: embeddings, head, and for each student layer the teacher layer it stands for.
+
+    As in the method `internal`, a student layer is a block of teacher layers, and takes the block's last.
+
+    Returns:
+        The teacher layer of each student layer, from 1.
+    """
+    kept = uniform(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
+    path = _layer_list(teacher)
+    pattern = re.compile(rf"{re.escape(path)}\.(\d+)\.")
+
+    def origin(name: str) -> str:
+        return pattern.sub(lambda match: f"{path}.{kept[int(match[1]) + 1] - 1}.", name)
+
+    source = teacher.state_dict()
+    weights = {name: source[origin(name)] for name in student.state_dict()}
+    order = class_order(student, teacher)
+    if order is not None:
+        weights |= {name: weights[name][list(order)] for name in _head(student, len(order)) if name in weights}
+    student.load_state_dict(weights)
+    return kept
+
+
+def _layer_list(model: nn.Module) -> str:
+    """The path of the list that holds the layers."""
+    count = model.config.num_hidden_layers
+    lists = [p for p, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if len(lists) != 1:
+        raise DistillError(
+            f"The layers of {type(model).__name__} cannot be told from its other parts, so that a student cannot take"
+            " them: use --student_init scratch, or give a student with --model_name_or_path."
+        )
+    return lists[0]
+
+
+def _head(model: nn.Module, classes: int) -> list[str]:
+    """Names of the parameters of the last layer, whose rows are the classes."""
+    last = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+    return [f"{last}.{name}" for name, p in model.get_submodule(last).named_parameters() if len(p) == classes]
+
+
+# Tokenizers
+
+
+def load_tokenizer(name: str, **hub: Any) -> Any:
+    """A tokenizer from a checkpoint, or of a WordPiece vocabulary with one token a line."""
+    path = Path(name)
+    if path.suffix == ".txt":
+        if not path.is_file():
+            raise DistillError(f"--tokenizer_name: there is no file {name}.")
+        lines = path.read_text(encoding="utf-8").split("\n")
+        words = lines[:-1] if lines[-1] == "" else lines
+        return BertTokenizer(vocab={word: i for i, word in enumerate(words)}, model_max_length=512)
+    try:
+        return AutoTokenizer.from_pretrained(name, **hub)
+    except (OSError, ValueError, KeyError) as error:
+        raise DistillError(f"The tokenizer of {name} cannot be loaded: {error}") from error
+
+
+def check_tokenizers(tokenizer: Any, others: Mapping[str, Any]) -> None:
+    """Refuses networks that would read the same token numbers as different words.
+
+    Args:
+        tokenizer: The one that the data is tokenized with.
+        others: Those of the networks, by the networks' names.
+    """
+    vocabulary = tokenizer.get_vocab()
+    for name, other in others.items():
+        theirs = other.get_vocab()
+        if theirs == vocabulary:
+            continue
+        strange = sum(theirs.get(word) != number for word, number in vocabulary.items())
+        raise DistillError(
+            f"Expected one tokenizer, got another one of {name}: {strange or len(theirs) - len(vocabulary)} of"
+            f" {len(vocabulary)} tokens differ. Use a teacher with the student's tokenizer, or start the student from"
+            " the teacher (--student_layers)."
+        )
+
+
+def check_length(model: Any, length: int, tokenizer: Any) -> int:
+    """The longest input that a network and its tokenizer take, at most `length`."""
+    positions = getattr(model.config, "max_position_embeddings", None) or length
+    return min(length, positions, tokenizer.model_max_length)

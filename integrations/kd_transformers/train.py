@@ -1,0 +1,444 @@
+"""`kd-transformers-train`: trains a text classifier or regressor with HuggingFace Trainer, alone or with a teacher.
+
+The folder that it leaves (`--output_dir`) is an ordinary checkpoint for
+`AutoModelForSequenceClassification.from_pretrained` and `AutoTokenizer.from_pretrained`. In it lies `all_results.json`, as
+HuggingFace's example scripts write it: metrics (`eval_accuracy`), those of the teacher (`eval_teacher_accuracy`), how often
+both decide alike (`eval_teacher_agreement`), parameters, bytes and seconds per step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from kd_plugins.errors import DistillError
+from kd_plugins.options import options_from_strings
+from kd_plugins.registry import distiller_classes
+from kd_transformers import DistillationTrainer
+from kd_transformers.arguments import Arguments, parse_args
+from kd_transformers.checks import class_order
+from kd_transformers.data import Labels, fingerprint, load_text
+from kd_transformers.metrics import agreement, build_metrics, default_metrics
+from kd_transformers.students import (
+    check_length,
+    check_tokenizers,
+    copy_layers,
+    from_checkpoint,
+    from_scratch,
+    load_teacher,
+    load_tokenizer,
+    match_names,
+    shrink,
+)
+from kd_transformers.wordpiece import train_tokenizer
+
+__all__ = ["Session", "main", "train"]
+
+logger = logging.get_logger(__name__)
+
+_RECORD = "teacher.json"
+_TASKS = {
+    "single_label_classification": "classification",
+    "multi_label_classification": "multilabel",
+    "regression": "regression",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: parses, trains, and turns what a user can mend into one line on stderr.
+
+    Args:
+        argv: Arguments; None takes those of the process.
+
+    Returns:
+        Exit status.
+    """
+    arguments = parse_args(argv)
+    try:
+        train(arguments)
+    except DistillError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"kd-transformers-train: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def train(arguments: Arguments) -> dict[str, Any]:
+    """Trains and evaluates as the arguments say.
+
+    Args:
+        arguments: What `parse_args` returned.
+
+    Returns:
+        What `all_results.json` holds.
+    """
+    return Session(arguments).run()
+
+
+class Session:
+    """One run from its arguments to its results.
+
+    Everything is loaded, built and checked before anything is trained, the teacher included.
+
+    Args:
+        arguments: Parsed arguments.
+    """
+
+    def __init__(self, arguments: Arguments) -> None:
+        data, model, distillation, training = self.arguments = arguments
+        self.output = Path(str(training.output_dir))
+        self.hub = {"cache_dir": model.cache_dir, "trust_remote_code": model.trust_remote_code}
+        self.options = (
+            options_from_strings(distillation.distill, distillation.distill_args) if distillation.distill else {}
+        )
+        set_seed(training.seed)
+        with training.main_process_first(desc="reading the data"):
+            self.data = load_text(data, training.do_eval, cache_dir=model.cache_dir)
+        self.labels: Labels = self.data.labels
+        self._check_task()
+        self.teacher_folder = self.output / "teacher"
+        self.trains_teacher = distillation.train_teacher and not self._finished_teacher()
+        self.tokenizer = self._tokenizer()
+        self.teachers = self._teachers()
+        self.student = self._student()
+        self.peers = [self._peer(name) for name in distillation.peer]
+        networks = [self.student, *self.teachers, *self.peers]
+        for network in networks:
+            size = getattr(network.config, "vocab_size", None)
+            if size is not None and len(self.tokenizer) > size:
+                raise DistillError(
+                    f"The tokenizer has {len(self.tokenizer)} tokens and {type(network).__name__} reads {size}: use the"
+                    " tokenizer that belongs to it."
+                )
+        length = min(check_length(network, data.max_seq_length, self.tokenizer) for network in networks)
+        if length < data.max_seq_length:
+            logger.warning(f"--max_seq_length {data.max_seq_length}: the networks read {length} tokens at most.")
+        with training.main_process_first(desc="tokenizing"):
+            self.train_set, self.evaluation_set = self.data.tokenize(self.tokenizer, length, data.pad_to_max_length)
+        half = training.fp16 or training.bf16
+        self.collate = DataCollatorWithPadding(self.tokenizer, pad_to_multiple_of=8 if half else None)
+        names = data.metric or default_metrics(self.labels.problem, data.task_name)
+        self.compute_metrics = build_metrics(names, self.labels.problem, self.labels.count)
+        self.timer = _StepTimer()
+        self.trainer = self._trainer()
+        self._say(
+            f"Data: {self.data.source}, {len(self.train_set):,} rows to train on"
+            + (f", {len(self.evaluation_set):,} to evaluate on" if self.evaluation_set is not None else "")
+        )
+
+    def run(self) -> dict[str, Any]:
+        """Trains the teacher where asked, then the student; evaluates and saves."""
+        training = self.arguments.training
+        if self.trains_teacher:
+            self._train_teacher(self.teachers[0])
+        if training.do_train:
+            self._train()
+        if training.do_eval:
+            self._evaluate()
+        if training.push_to_hub:
+            self.trainer.push_to_hub()
+        path = self.output / "all_results.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def _say(self, text: str) -> None:
+        if self.arguments.training.process_index == 0:
+            print(text, flush=True)
+
+    # Before the training
+
+    def _check_task(self) -> None:
+        name, task = self.arguments.distillation.distill, _TASKS[self.labels.problem]
+        for part, cls in distiller_classes(name).items() if name else ():
+            if task not in cls.tasks:
+                raise DistillError(
+                    f"{part} fits {', '.join(cls.tasks)}, and the labels of {self.data.source} make a {task} problem:"
+                    " choose a method that fits (kd-plugins list)."
+                )
+
+    def _tokenizer(self) -> Any:
+        """The one tokenizer of all networks, and the check that it is one."""
+        _, model, distillation, _ = self.arguments
+        named = {name: name for name in (model.model_name_or_path, *distillation.teacher, *distillation.peer) if name}
+        if distillation.train_teacher and not self.trains_teacher:
+            named = {name: path for name, path in named.items() if name not in distillation.teacher}
+            named["the teacher"] = str(self.teacher_folder)
+        first = model.tokenizer_name or next(iter(named.values()), None) or model.config_name
+        if first is None or (first == model.config_name and Path(first).suffix == ".json"):
+            size, length = model.vocab_size, self.arguments.data.max_seq_length
+            tokenizer = train_tokenizer(self.data.texts(), size, max(length, 512))
+        else:
+            tokenizer = load_tokenizer(first, **self.hub)
+        others = {name: load_tokenizer(path, **self.hub) for name, path in named.items() if path != first}
+        check_tokenizers(tokenizer, others)
+        return tokenizer
+
+    def _teachers(self) -> list[Any]:
+        _, _, distillation, training = self.arguments
+        if distillation.train_teacher and not self.trains_teacher:
+            teachers = [from_checkpoint(str(self.teacher_folder), self.labels, fresh_head=False)]
+        elif distillation.train_teacher and distillation.teacher:
+            return [from_checkpoint(distillation.teacher[0], self.labels, fresh_head=True, **self._float)]
+        elif distillation.train_teacher:
+            set_seed(training.seed)
+            return [
+                self._bert(distillation.teacher_layers, distillation.teacher_hidden_size, distillation.teacher_heads)
+            ]
+        else:
+            checkpoints = [*distillation.teacher_checkpoint, *[""] * len(distillation.teacher)]
+            pairs = zip(distillation.teacher, checkpoints, strict=False)
+            teachers = [load_teacher(name, weights, self.labels, **self.hub) for name, weights in pairs]
+        self.labels = match_names(self.labels, teachers)
+        return teachers
+
+    def _student(self) -> Any:
+        data, model, _, training = self.arguments
+        # The same student whether its teacher is trained in this run or was in an earlier one.
+        set_seed(training.seed)
+        if model.model_name_or_path:
+            options = {**self._float, "revision": model.model_revision}
+            return from_checkpoint(model.model_name_or_path, self.labels, fresh_head=training.do_train, **options)
+        if not training.do_train:
+            raise DistillError("There is no student to evaluate: give --model_name_or_path, or add --do_train.")
+        if model.config_name:
+            try:
+                config = AutoConfig.from_pretrained(model.config_name, **self.hub)
+            except (OSError, ValueError) as error:
+                raise DistillError(f"The configuration {model.config_name} cannot be loaded: {error}") from error
+            config.update(self.labels.config)
+            return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        if self.teachers:
+            size, heads = model.student_hidden_size, model.student_heads
+            return shrink(self.teachers[0], self.labels, model.student_layers, size, heads)
+        return self._bert(model.student_layers or 4, model.student_hidden_size or 128, model.student_heads or 4)
+
+    def _peer(self, name: str) -> Any:
+        return from_checkpoint(name, self.labels, fresh_head=True, **self._float)
+
+    def _bert(self, layers: int, hidden_size: int, heads: int) -> Any:
+        return from_scratch(
+            self.labels,
+            vocab_size=len(self.tokenizer),
+            layers=layers,
+            hidden_size=hidden_size,
+            heads=heads,
+            length=self.arguments.data.max_seq_length,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+
+    @property
+    def _float(self) -> dict[str, Any]:
+        """Options for what is trained: full precision, whatever the checkpoint was stored in."""
+        return {**self.hub, "dtype": torch.float32}
+
+    @property
+    def _from_teacher(self) -> bool:
+        model = self.arguments.model
+        named = model.model_name_or_path or model.config_name
+        shaped = model.student_hidden_size or model.student_heads or model.student_init == "scratch"
+        return bool(self.teachers and not named and not shaped)
+
+    def _trainer(self) -> Trainer:
+        distillation, training = self.arguments.distillation, self.arguments.training
+        common: dict[str, Any] = {
+            "model": self.student,
+            "args": training,
+            "train_dataset": self.train_set,
+            "eval_dataset": self.evaluation_set,
+            "data_collator": self.collate,
+            "processing_class": self.tokenizer,
+            "compute_metrics": self.compute_metrics,
+            "callbacks": [self.timer],
+        }
+        if not distillation.distill:
+            return Trainer(**common)
+        return DistillationTrainer(
+            **common,
+            teacher_model=self.teachers or None,
+            peer_models=self.peers,
+            distiller=distillation.distill,
+            distiller_args=self.options,
+        )
+
+    # The teacher
+
+    def _teacher_record(self) -> dict[str, Any]:
+        """What a teacher of this run is trained with."""
+        data, _, distillation, training = self.arguments
+        shape = (distillation.teacher_layers, distillation.teacher_hidden_size, distillation.teacher_heads)
+        return {
+            "start": distillation.teacher or list(shape),
+            "data": fingerprint(self.data),
+            "classes": list(self.labels.names or ()),
+            "epochs": distillation.teacher_epochs or training.num_train_epochs,
+            "max_steps": -1 if distillation.teacher_epochs else training.max_steps,
+            "learning_rate": distillation.teacher_learning_rate or training.learning_rate,
+            "batch_size": training.per_device_train_batch_size
+            * training.gradient_accumulation_steps
+            * training.world_size,
+            "max_seq_length": data.max_seq_length,
+            "seed": training.seed,
+        }
+
+    def _finished_teacher(self) -> bool:
+        """Whether an earlier run left the teacher that this one would train."""
+        path = self.teacher_folder / _RECORD
+        if not path.is_file():
+            return False
+        saved, ours = json.loads(path.read_text(encoding="utf-8")), self._teacher_record()
+        other = [name for name in ours if saved.get(name) != ours[name]]
+        if other:
+            raise DistillError(
+                f"{self.teacher_folder} holds a teacher that was trained with another {', '.join(other)}: take another"
+                " --output_dir, remove that folder, or give it with --teacher in place of --train_teacher."
+            )
+        return True
+
+    def _train_teacher(self, teacher: Any) -> None:
+        training = self.arguments.training
+        record = self._teacher_record()
+        self._say(f"Training the teacher: {_size(teacher)}")
+        args = dataclasses.replace(
+            training,
+            output_dir=str(self.teacher_folder),
+            num_train_epochs=record["epochs"],
+            max_steps=record["max_steps"],
+            learning_rate=record["learning_rate"],
+            save_strategy="no",
+            eval_strategy="no",
+            load_best_model_at_end=False,
+            push_to_hub=False,
+            resume_from_checkpoint=None,
+        )
+        set_seed(training.seed)
+        trainer = Trainer(
+            model=teacher,
+            args=args,
+            train_dataset=self.train_set,
+            data_collator=self.collate,
+            processing_class=self.tokenizer,
+        )
+        result = trainer.train()
+        trainer.save_model()
+        trainer.save_metrics("train", result.metrics)
+        trainer.accelerator.wait_for_everyone()
+        if training.process_index == 0:
+            # Last of all: a folder that has it is finished.
+            (self.teacher_folder / _RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        teacher.zero_grad(set_to_none=True)
+        teacher.eval()
+
+    # The student
+
+    def _train(self) -> None:
+        training, trainer = self.arguments.training, self.trainer
+        if self._from_teacher:
+            kept = copy_layers(self.student, self.teachers[0])
+            self._say(f"The student starts from the teacher's layers {', '.join(map(str, kept.values()))}.")
+        self._say(f"Training the student: {_size(self.student)}")
+        set_seed(training.seed)
+        result = trainer.train(resume_from_checkpoint=self._checkpoint())
+        trainer.save_model()
+        trainer.save_metrics("train", {**result.metrics, "train_samples": len(self.train_set)})
+        trainer.save_state()
+        trainer.accelerator.wait_for_everyone()
+        weights = [*self.output.glob("model*.safetensors")]
+        facts = {
+            "parameters": sum(p.numel() for p in self.student.parameters()),
+            "bytes": sum(path.stat().st_size for path in weights),
+        }
+        if self.timer.seconds is not None:
+            facts["seconds_per_step"] = self.timer.seconds
+        trainer.save_metrics("student", facts)
+
+    def _checkpoint(self) -> str | None:
+        """The checkpoint of `--resume_from_checkpoint`: a folder, or `true` for the last one of the output folder."""
+        asked = self.arguments.training.resume_from_checkpoint
+        if not asked or str(asked).lower() == "false":
+            return None
+        if str(asked).lower() in ("true", "last"):
+            found = get_last_checkpoint(str(self.output)) if self.output.is_dir() else None
+            if found is None:
+                raise DistillError(f"--resume_from_checkpoint {asked}: there is no checkpoint in {self.output}.")
+            return found
+        if not Path(asked).is_dir():
+            raise DistillError(f"--resume_from_checkpoint: there is no checkpoint {asked}.")
+        return str(asked)
+
+    def _evaluate(self) -> None:
+        trainer, problem = self.trainer, self.labels.problem
+        predicted = trainer.predict(self.evaluation_set, metric_key_prefix="eval")
+        metrics: dict[str, Any] = {**predicted.metrics, "eval_samples": len(self.evaluation_set)}
+        if self.teachers:
+            taught = self._taught()
+            scores = self.compute_metrics(EvalPrediction(predictions=taught, label_ids=predicted.label_ids))
+            metrics |= {f"eval_teacher_{name}": value for name, value in scores.items()}
+            metrics["eval_teacher_agreement"] = agreement(_first(predicted.predictions), taught, problem)
+        trainer.log(metrics)
+        trainer.save_metrics("eval", metrics)
+        shown = {name.removeprefix("eval_"): value for name, value in metrics.items() if isinstance(value, float)}
+        hidden = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+        self._say("  ".join(f"{name} {value:.4f}" for name, value in shown.items() if name not in hidden))
+
+    def _taught(self) -> np.ndarray:
+        """The teachers' mean logits on the evaluation set, classes in the student's order."""
+        args = dataclasses.replace(self.arguments.training, report_to="none", push_to_hub=False)
+        logits = []
+        for teacher in self.teachers:
+            trainer = Trainer(model=teacher, args=args, data_collator=self.collate)
+            predictions = trainer.predict(self.evaluation_set).predictions
+            order = class_order(self.student, teacher)
+            logits.append(_first(predictions) if order is None else _first(predictions)[:, list(order)])
+        return np.mean(logits, axis=0)
+
+
+class _StepTimer(TrainerCallback):
+    """The mean duration of an update, without evaluation and saving."""
+
+    def __init__(self) -> None:
+        self.total, self.steps, self.start = 0.0, 0, 0.0
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds an update; None before the first."""
+        return self.total / self.steps if self.steps else None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.total += time.perf_counter() - self.start
+        self.steps += 1
+
+
+def _first(predictions: Any) -> np.ndarray:
+    """The logits: some models return more."""
+    return predictions[0] if isinstance(predictions, tuple) else predictions
+
+
+def _size(model: Any) -> str:
+    parameters = sum(p.numel() for p in model.parameters())
+    return f"{type(model).__name__}, {model.config.num_hidden_layers} layers, {parameters:,} parameters"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
