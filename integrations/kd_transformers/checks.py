@@ -101,8 +101,9 @@ def check_checkpointing(model: nn.Module) -> None:
         function = getattr(module, "_gradient_checkpointing_func", None)
         if getattr(module, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant"):
             raise DistillError(
-                "Expected activation checkpointing that is not reentrant, got use_reentrant=True, which hides the gradients"
-                " of what a method reads inside the student: set activation_checkpointing_kwargs={'use_reentrant': False}."
+                "Expected activation checkpointing that is not reentrant, got use_reentrant=True, which hides the"
+                " gradients of what a method reads inside the student: set"
+                " activation_checkpointing_kwargs={'use_reentrant': False}."
             )
 
 
