@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
-from kd_plugins.distiller import Distiller
+from kd_plugins.distiller import Distiller, overrides
 from kd_plugins.errors import DistillError
 from kd_plugins.nets import Nets
 from kd_plugins.options import check as check_options
@@ -41,9 +41,7 @@ def broken(clause: str, what: str, remedy: str) -> NoReturn:
 
 def parts_of(distiller: Distiller) -> list[Distiller]:
     """The methods in a composition, or the one method."""
-    from kd_plugins.compose import Composite
-
-    return [m for m in distiller.modules() if isinstance(m, Distiller) and not isinstance(m, Composite)]
+    return list(distiller.methods.values())
 
 
 # --- the class: its docstring, its options ----------------------------------------------------------------------------
@@ -228,7 +226,7 @@ def _check_groups(distiller: Distiller, registered: Collection[int]) -> None:
                 "make it a buffer (register_buffer), or let it be trained",
             )
     unknown = set(distiller.optimizers()) - set(extras)
-    if unknown and type(distiller).shared is Distiller.shared:
+    if unknown and not overrides(distiller, "shared"):
         broken(
             "one group",
             f"optimizers() of {distiller.name} names {sorted(unknown)}, its extra groups are {sorted(extras)}",

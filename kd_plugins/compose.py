@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from kd_plugins.distiller import Distiller, OptimSpec, Terms, Turn, overrides_turns
+from kd_plugins.distiller import Distiller, OptimSpec, Terms, Turn, overrides, overrides_turns
 from kd_plugins.errors import DistillError
 from kd_plugins.nets import Net, Nets
 from kd_plugins.stages import Stage
@@ -97,7 +97,7 @@ class Composite(Distiller):
 
     def prepare(self, nets: Nets, batches: Iterable[Batch]) -> None:
         for part in self.methods.values():
-            if type(part).prepare is not Distiller.prepare:
+            if overrides(part, "prepare"):
                 part.prepare(nets, batches)
 
     def check(self, nets: Nets) -> None:

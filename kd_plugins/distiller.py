@@ -239,6 +239,11 @@ class Distiller(nn.Module):
 
     # Groups and schedule
 
+    @property
+    def methods(self) -> dict[str, Distiller]:
+        """The methods by name: this one, or the parts of a composition."""
+        return {self.name: self}
+
     def own_parameters(self) -> list[nn.Parameter]:
         """Trainable parts that are in no extra group: the group `"own"`, stepped with the student."""
         extra = {id(p) for module in self.extras().values() for p in module.parameters()}
@@ -313,6 +318,11 @@ class _MeanOverProcesses(torch.autograd.Function):
         return grad / dist.get_world_size()
 
 
+def overrides(distiller: Distiller, name: str) -> bool:
+    """Whether a method, or any part of a composition, has its own implementation of a function of `Distiller`."""
+    return any(getattr(type(part), name) is not getattr(Distiller, name) for part in distiller.methods.values())
+
+
 def overrides_turns(distiller: Distiller) -> bool:
     """Whether a method plays turns of its own."""
-    return type(distiller).turns is not Distiller.turns
+    return overrides(distiller, "turns")

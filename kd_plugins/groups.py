@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kd_plugins.distiller import Distiller, OptimSpec, Turn
+from kd_plugins.distiller import Distiller, OptimSpec, Turn, overrides
 from kd_plugins.errors import DistillError, did_you_mean
 from kd_plugins.nets import Nets
 from kd_plugins.stages import Stage
@@ -129,7 +129,7 @@ class Groups:
             parameters = [p for p in peer.module.parameters() if p.requires_grad]
             made[f"peer{i}"] = Group(f"peer{i}", parameters, like(self.optimizer, parameters), None)
         extra = {name: list(module.parameters()) for name, module in distiller.extras().items()}
-        if type(distiller).shared is not Distiller.shared:
+        if overrides(distiller, "shared"):
             if self.nets is None:
                 raise DistillError(f"{distiller.name} shares parameters of a network: make_optimizers(..., nets=nets).")
             extra |= distiller.shared(self.nets)

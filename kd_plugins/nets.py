@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd_plugins.distiller import Distiller
+from kd_plugins.distiller import Distiller, overrides
 from kd_plugins.errors import DistillError
 from kd_plugins.network import Forward, Network, adapt
 from kd_plugins.view import Batch, Reads, View
@@ -277,7 +277,7 @@ def prepare(distiller: Distiller, nets: Nets, batches: Iterable[Batch]) -> None:
 
 def needs_pass(distiller: Distiller) -> bool:
     """Whether a method passes over the training data before the training."""
-    return any(type(m).prepare is not Distiller.prepare for m in distiller.modules() if isinstance(m, Distiller))
+    return overrides(distiller, "prepare")
 
 
 def describe(nets: Nets) -> dict[str, Any]:

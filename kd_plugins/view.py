@@ -267,6 +267,7 @@ class View:
         """The network's output scores: `[B, K]`, `[B, L, K]` per token, `[B, K, H, W]` per pixel."""
         if self._logits is None:
             raise DistillError(
-                "The logits were not asked for (Reads(logits=False)), so the network did not run so far."
+                "The logits were not asked for (Reads(logits=False)), so the network did not run so far: declare"
+                " Reads(logits=True) in needs(), or drop the term that reads them (task_weight = 0 for the task loss)."
             )
         return self._logits
