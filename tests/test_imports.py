@@ -1,0 +1,151 @@
+"""Imports go one way: kd_transformers, kd_timm -> kd_accelerate -> kd_plugins -> torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {
+    "kd_plugins": ROOT / "kd_plugins",
+    "kd_accelerate": ROOT / "integrations" / "kd_accelerate",
+    "kd_transformers": ROOT / "integrations" / "kd_transformers",
+    "kd_timm": ROOT / "integrations" / "kd_timm",
+}
+ABOVE = {
+    "kd_plugins": {"kd_accelerate", "kd_transformers", "kd_timm"},
+    "kd_accelerate": {"kd_transformers", "kd_timm"},
+    "kd_transformers": {"kd_timm"},
+    "kd_timm": {"kd_transformers"},
+}
+HOSTS = {"timm", "transformers", "accelerate", "datasets", "evaluate"}
+HEAVY = {"sklearn", "matplotlib", "rich", "yaml", "safetensors", "numpy", "PIL"}
+
+
+def sources(package: str) -> list[Path]:
+    return sorted(PACKAGES[package].rglob("*.py"))
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """What a file imports, and whether it does so as soon as it is imported (not in a function, nor for types only)."""
+    found: list[tuple[str, bool]] = []
+
+    def visit(node: ast.AST, now: bool) -> None:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            now = False
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if isinstance(node, ast.Import):
+            found.extend((alias.name, now) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively: write the package's name"
+            found.extend((f"{node.module}.{alias.name}", now) for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            visit(child, now)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")), True)
+    return found
+
+
+def top(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def test_imports_are_recognised(tmp_path):
+    file = tmp_path / "f.py"
+    file.write_text(
+        "from __future__ import annotations\nimport a.b, c\nfrom typing import TYPE_CHECKING\n"
+        "if TYPE_CHECKING:\n    import types_only\n"
+        "class K:\n    from d import e\n    def f(self):\n        import late\n"
+    )
+    assert imports(file) == [
+        ("__future__.annotations", True),
+        ("a.b", True),
+        ("c", True),
+        ("typing.TYPE_CHECKING", True),
+        ("d.e", True),
+        ("late", False),
+    ]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_nobody_imports_upwards(package):
+    # The contract compares hosts: the one place below that looks up, when it is called.
+    allowed = {("_contract_runs.py", "kd_accelerate")}
+    for path in sources(package):
+        for name, now in imports(path):
+            upward = top(name) in ABOVE[package] and ((path.name, top(name)) not in allowed or now)
+            assert not upward, f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_the_core_imports_torch_and_the_standard_library():
+    allowed = {*sys.stdlib_module_names, "torch", "kd_plugins"}
+    for path in sources("kd_plugins"):
+        for name, now in imports(path):
+            here = path.relative_to(ROOT)
+            assert not now or top(name) in allowed, f"{here} imports {name} when it is imported"
+            late = path.name == "_contract_runs.py" or top(name) not in HOSTS
+            assert late, f"{here} imports the host {name}"
+
+
+def test_the_functional_losses_import_nothing_of_ours():
+    files = sorted((ROOT / "kd_plugins" / "functional").glob("*.py"))
+    assert len(files) > 3
+    for path in files:
+        for name, _ in imports(path):
+            ours = top(name) in PACKAGES and not name.startswith("kd_plugins.functional")
+            assert not ours, f"{path.relative_to(ROOT)} imports {name}"
+
+
+@pytest.mark.parametrize("package", ["kd_accelerate", "kd_transformers", "kd_timm"])
+def test_hosts_import_no_other_host(package):
+    others = {"kd_accelerate": {"timm", "transformers", "datasets", "evaluate"}, "kd_transformers": {"timm"}}
+    for path in sources(package):
+        for name, now in imports(path):
+            bad = now and top(name) in others.get(package, {"transformers", "datasets", "evaluate"})
+            assert not bad, f"{path.relative_to(ROOT)} imports {name} when it is imported"
+
+
+STEPS = [
+    "import torch, torch.distributed, importlib.metadata",
+    "import kd_plugins; names = kd_plugins.list_distillers(); assert 'kd' in names",
+    "assert 'kd_plugins.methods' not in sys.modules, 'listing imports the methods'",
+    "import kd_plugins.functional, kd_plugins.testing, kd_plugins.cli, kd_plugins.compose",
+    "[kd_plugins.create_distiller(name) for name in ('kd', 'nst', 'internal', 'kd+nst')]",
+]
+
+
+def test_the_core_loads_no_host_and_nothing_heavy():
+    report = "print('|', *sorted({name.partition('.')[0] for name in sys.modules}))"
+    script = "\n".join(["import sys", *(line for step in STEPS for line in (step, report))])
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    bare, *later = (set(part.split()) for part in done.stdout.split("|")[1:])
+    for step, packages in zip(STEPS[1:], later, strict=True):
+        extra = (packages - bare) & (HOSTS | HEAVY)
+        assert not extra, f"`{step}` loads {sorted(extra)}"
+
+
+def test_no_file_names_a_folder_outside_the_project():
+    forbidden = ["../" + "shared", "/work" + "/", "/opt" + "/kd"]
+    listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    for name in listed.stdout.split("\n"):
+        path = ROOT / name
+        if not name or not path.is_file() or path.suffix in (".png", ".safetensors", ".npz"):
+            continue
+        text = path.read_text(encoding="utf-8", errors="ignore")
+        for word in forbidden:
+            assert word not in text, f"{name} names {word}"
+
+
+def test_files_stay_readable():
+    for package in PACKAGES:
+        for path in sources(package):
+            lines = len(path.read_text(encoding="utf-8").splitlines())
+            assert lines <= 600, f"{path.relative_to(ROOT)} has {lines} lines: split it"
