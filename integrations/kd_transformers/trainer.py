@@ -197,8 +197,15 @@ class DistillationTrainer(Trainer):
         theirs = {name: value for name, value in inputs.items() if name in only}
         theirs |= {k.removeprefix(_TEACHER): v for k, v in inputs.items() if k.startswith(_TEACHER)}
         name = getattr(self.model, "main_input_name", None)
-        index = inputs.get(_INDEX)
-        return Batch.of(own, name=name, task=task_of(self.model), index=index, teacher_kwargs=theirs)
+        fields = {"index": inputs.get(_INDEX), **self._normalisation()}
+        return Batch.of(own, name=name, task=task_of(self.model), teacher_kwargs=theirs, **fields)
+
+    def _normalisation(self) -> dict[str, Any]:
+        """The mean and std of the images, where an image processor tells."""
+        processor = getattr(self.processing_class, "image_processor", self.processing_class)
+        if not getattr(processor, "do_normalize", False):
+            return {}
+        return {"mean": processor.image_mean, "std": processor.image_std}
 
     def _own_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What the student reads of a batch."""
@@ -211,9 +218,10 @@ class DistillationTrainer(Trainer):
         return theirs - ours if ours else set()
 
     def _with_streams(self, batch: Batch) -> Batch:
-        """The batch with one of each other stream that the method reads now."""
+        """The batch with one of each other stream that the method reads in this step, whose stage may be new."""
         assert self.distiller is not None  # noqa: S101
-        shares = self.distiller.needs().streams
+        assert self.distiller.table is not None  # noqa: S101
+        shares = self.distiller.needs_in(self.distiller.table.index(self.distiller.progress.step)).streams
         if not shares:
             return batch
         if self._streams is None:
@@ -448,6 +456,9 @@ class _Rows:
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
 
     def __getitem__(self, row: int) -> Any:
         return _with_index(self.dataset[row], row)
