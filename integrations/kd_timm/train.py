@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status.
     """
-    setup_default_logging()
+    if not logging.getLogger().handlers:
+        setup_default_logging()
     args = parse_args(argv)
     try:
         train(args)
@@ -321,6 +322,8 @@ class Session:
             load_weights(self.evaluated, exported)
             others = [] if self.distillation is None else self.distillation.asked()
             results["evaluation"] = evaluate(self.run, self.evaluated, others=others)
+        if self.distillation is not None and self.distillation.peers:
+            results["peers"] = self._finish_peers()
         results |= {
             "parameters": sum(p.numel() for p in self.student.parameters()),
             "bytes": exported.stat().st_size,
@@ -330,6 +333,17 @@ class Session:
             write_json(self.folder / "results.json", results)
         final = "  ".join(f"{key} {value:.4g}" for key, value in results.get("evaluation", {}).items())
         self.reporter.line(f"best {self.metric} {best[0]:.4g} (epoch {best[1]})  {final}  {exported}")
+        return results
+
+    def _finish_peers(self) -> list[dict[str, Any]]:
+        """Evaluates and exports the networks that were trained with the student, as they are at the end."""
+        assert self.distillation is not None
+        results = []
+        for i, (name, peer) in enumerate(zip(self.args.peer, self.distillation.peers, strict=True), 1):
+            if self.primary:
+                save_weights(peer, self.folder / f"peer{i}.safetensors")
+            metrics = {} if self.data.evaluation is None else evaluate(self.run, peer)
+            results.append({"model": name, **metrics})
         return results
 
     def _save_state(self, epoch: int) -> None:

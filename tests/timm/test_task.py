@@ -127,7 +127,7 @@ def test_equals_a_bare_loop(networks, name):
     distiller = kd_plugins.create_distiller(name, **layers)
     nets = kd_plugins.bind(distiller, student, InPixels(), batch=Batch.of(*batches(1)[0]))
     plain = create_optimizer_v2(student, opt="sgd", lr=0.1, momentum=0.9)
-    optimizers = kd_plugins.make_optimizers(distiller, plain)
+    optimizers = kd_plugins.make_optimizers(distiller, plain, nets)
     student.train()
     for images, labels in batches():
         for turn in distiller.turns(nets, Batch.of(images, labels)):

@@ -33,7 +33,9 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def timm_loop(*, accumulate=1, clip=None, mixup=False, ema=False, amp=False, opt="sgd", epochs=2, on_updates=False):
+def timm_loop(
+    *, accumulate=1, clip=None, mixup=False, ema=False, amp=False, opt="sgd", epochs=2, on_updates=False, size=16
+):
     """What timm's train.py does with its ClassificationTask, written out."""
     random_seed(42, 0)
     device = torch.device("cpu")
@@ -43,7 +45,7 @@ def timm_loop(*, accumulate=1, clip=None, mixup=False, ema=False, amp=False, opt
         collate = FastCollateMixup(mixup_alpha=0.3, cutmix_alpha=0.0, label_smoothing=0.1, num_classes=10)
     loader = create_loader(
         data.Digits("train"),
-        input_size=(3, 16, 16),
+        input_size=(3, size, size),
         batch_size=64,
         is_training=True,
         scale=(0.8, 1.0),
@@ -55,7 +57,7 @@ def timm_loop(*, accumulate=1, clip=None, mixup=False, ema=False, amp=False, opt
         collate_fn=collate,
         device=device,
     )
-    evaluation = create_loader(data.Digits("val"), (3, 16, 16), 64, num_workers=0, device=device)
+    evaluation = create_loader(data.Digits("val"), (3, size, size), 64, num_workers=0, device=device)
     criterion = SoftTargetCrossEntropy() if mixup else LabelSmoothingCrossEntropy(0.1)
     task = ClassificationTask(model, criterion, verbose=False)
     optimizer = create_optimizer_v2(model, opt=opt, lr=0.02, weight_decay=2e-5, momentum=0.9)
@@ -106,6 +108,8 @@ def timm_loop(*, accumulate=1, clip=None, mixup=False, ema=False, amp=False, opt
         ("--grad-accum-steps 3 --clip-grad 0.5", {"accumulate": 3, "clip": 0.5}),
         ("--mixup 0.3 --opt adamw --model-ema --model-ema-decay 0.9", {"mixup": True, "opt": "adamw", "ema": True}),
         ("--sched-on-updates", {"on_updates": True}),
+        # At 16 pixels torch's bfloat16 convolution on the CPU gives a gradient that does not repeat.
+        ("--amp --amp-dtype bfloat16 --img-size 32", {"amp": True, "size": 32}),
     ],
 )
 def test_equals_a_loop_around_timms_task(run, flags, options):
@@ -115,19 +119,6 @@ def test_equals_a_loop_around_timms_task(run, flags, options):
     assert same(trained, model.state_dict())
     exported = load_file(session.folder / "last.safetensors")
     assert same(exported, (average.module if average else model).state_dict())
-
-
-def test_bfloat16_is_close_to_a_loop_around_timms_task(run):
-    """Convolutions in bfloat16 do not repeat to the bit on a CPU, even in one process."""
-    session = run("--amp", "--amp-dtype", "bfloat16")
-    model, _ = timm_loop(amp=True)
-    full, _ = timm_loop()
-    trained = load_file(session.folder / "state" / "model.safetensors")
-
-    def distance(other):
-        return max((trained[name].float() - value.float()).abs().max() for name, value in other.named_parameters())
-
-    assert distance(model) < 1e-3 < distance(full)
 
 
 @pytest.mark.parametrize(

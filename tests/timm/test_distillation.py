@@ -1,0 +1,303 @@
+"""kd-timm-train --distill: equal to a bare loop, exact resume, streams and stages, teachers, clear errors."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.data import create_loader
+from timm.loss import LabelSmoothingCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import random_seed
+
+import kd_plugins
+from kd_plugins import Batch
+from kd_timm import data, teachers, train
+from kd_timm.teachers import InputTransform, create_teacher
+
+WIDE = ["--model-kwargs", "channels=(8,8,16,16)", "stem_width=16"]
+CONFIG = dict(input_size=(3, 16, 16), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+
+
+@pytest.fixture
+def teacher(run) -> list[str]:
+    """The flags that name a teacher which was trained by the same command."""
+    session = run(*WIDE, name="teacher")
+    return ["--teacher", "resnet10t", "--teacher-checkpoint", str(session.folder / "model_best.safetensors")]
+
+
+def interrupted(run, monkeypatch, flags: list[str], epochs: int):
+    """A run that stops in the evaluation of an epoch, and is taken up again."""
+    evaluate, calls = train.evaluate, []
+
+    def stop(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == epochs + 1:
+            raise KeyboardInterrupt
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(train, "evaluate", stop)
+    first = run(*flags, name="parts")
+    assert first.results == {}
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    return run(*flags, "--resume", str(first.folder), name="parts")
+
+
+@pytest.mark.parametrize("name", ["kd", "kd+nst"])
+def test_equals_a_bare_loop(run, teacher, name):
+    session = run("--distill", name, *teacher)
+
+    made = create_teacher("resnet10t", teacher[3], {}, config=CONFIG, num_classes=10, classes=None)
+    sample = Batch.of(torch.randn(2, 3, 16, 16))
+    # From here on as in the command: teachers and set-up leave no trace in the random state.
+    random_seed(42, 0)
+    student = timm.create_model("resnet10t", num_classes=10, channels=(8, 8, 16, 16), stem_width=8)
+    common = dict(input_size=(3, 16, 16), batch_size=64, num_workers=0, device=torch.device("cpu"))
+    loader = create_loader(
+        data.Digits("train"),
+        is_training=True,
+        scale=(0.8, 1.0),
+        ratio=(3 / 4, 4 / 3),
+        hflip=0.0,
+        color_jitter=0.0,
+        interpolation="random",
+        **common,
+    )
+    evaluation = create_loader(data.Digits("val"), **common)
+    optimizer = create_optimizer_v2(student, opt="sgd", lr=0.02, weight_decay=2e-5, momentum=0.9)
+    scheduler, _ = create_scheduler_v2(optimizer, "cosine", num_epochs=2, warmup_epochs=0)
+    criterion = LabelSmoothingCrossEntropy(0.1)
+    distiller = kd_plugins.create_distiller(name)
+    nets = kd_plugins.bind(distiller, student, made.module, batch=sample)
+    groups = kd_plugins.make_optimizers(distiller, optimizer, nets)
+    for epoch in range(2):
+        student.train()
+        for images, labels in loader:
+            batch = Batch.of(images, labels, criterion=lambda view, target: criterion(view.logits, target))
+            for turn in distiller.turns(nets, batch):
+                kd_plugins.play(turn, groups)
+        next(iter(evaluation))
+        scheduler.step(epoch + 1)
+    trained = load_file(session.folder / "state" / "model.safetensors")
+    for key, value in student.state_dict().items():
+        torch.testing.assert_close(trained[key], value, atol=1e-6, rtol=1e-5)
+    assert session.results["evaluation"]["agreement"] > 0
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--distill kd+nst --distill-args nst.weight=10 --grad-accum-steps 3 --model-ema --model-ema-decay 0.9",
+        "--distill timm_distillers:Adversary --distill-args critic.lr=0.02 --clip-grad 1 --opt adamw --workers 1",
+        "--distill timm_distillers:Search --epochs 4",
+    ],
+)
+def test_resume_is_exact(run, teacher, flags, monkeypatch):
+    flags = ["--epochs", "3", *flags.split(), *teacher]
+    whole = run(*flags, name="whole")
+    parts = interrupted(run, monkeypatch, flags, epochs=2)
+    for name in ("last.safetensors", "state/model.safetensors", "state/distiller/distiller.safetensors"):
+        assert same(load_file(whole.folder / name), load_file(parts.folder / name)), name
+    assert (whole.folder / "summary.csv").read_text() == (parts.folder / "summary.csv").read_text()
+    columns = next(csv.reader((whole.folder / "summary.csv").open()))
+    assert "train_distill/task" in columns
+
+
+def test_what_is_exported_is_the_bare_student(run, teacher):
+    session = run("--distill", "timm_distillers:Adversary", *teacher)
+    path = session.folder / "model_best.safetensors"
+    model = timm.create_model("resnet10t", num_classes=10, channels=(8, 8, 16, 16), stem_width=8, checkpoint_path=path)
+    assert load_file(path).keys() == model.state_dict().keys()
+    seen = session.distillation.distiller.seen
+    assert seen.sum() == 2 * 256
+    assert seen.max() == 2
+
+
+def test_stages_have_rows_curve_and_student_of_their_own(run, teacher):
+    import timm_distillers
+
+    timm_distillers.Search.rows = {}
+    session = run("--distill", "timm_distillers:Search", "--epochs", "6", "--checkpoint-hist", "9", *teacher)
+    rows = timm_distillers.Search.rows
+    assert not rows["search"] & rows["held out"]
+    assert len(rows["search"] | rows["held out"]) == 256
+    assert len(rows["distill"]) == 256
+    table = session.distillation.table
+    assert table.starts == [0, 8]
+    summary = list(csv.DictReader((session.folder / "summary.csv").open()))
+    rates = [float(row["lr"]) for row in summary]
+    # Cosine over two epochs, then over four: each begins at the full rate.
+    assert rates[0] == rates[2] == 0.02
+    assert rates[1] == rates[4] == pytest.approx(0.01)
+    assert summary[0]["train_distill/held_out"] != ""
+    assert summary[2]["train_distill/held_out"] == ""
+    # Checkpoints of the first student are gone.
+    assert {p.stem for p in session.folder.glob("checkpoint-*")} == {f"checkpoint-{i}" for i in (2, 3, 4, 5)}
+
+
+def test_a_stage_that_ends_early_leaves_whole_epochs(run):
+    session = run("--distill", "timm_distillers:Impatient", "--epochs", "5")
+    assert session.distillation.table.starts == [0, 4, 12]
+    rates = [float(row["lr"]) for row in csv.DictReader((session.folder / "summary.csv").open())]
+    assert rates[1] == rates[3] == 0.02
+
+
+def test_peers_train_together(run):
+    session = run("--distill", "timm_distillers:Pair", "--peer", "resnet10t")
+    assert set(load_file(session.folder / "state" / "distiller" / "peer1.safetensors")) == set(
+        session.student.state_dict()
+    )
+    assert len(session.results["peers"]) == 1
+    assert session.results["peers"][0]["model"] == "resnet10t"
+    assert (session.folder / "peer1.safetensors").is_file()
+
+
+def test_a_method_that_makes_its_own_data_gets_none(run, teacher):
+    session = run("--distill", "timm_distillers:Dreams", *teacher)
+    rows = list(csv.DictReader((session.folder / "summary.csv").open()))
+    assert float(rows[1]["train_distill/gap"]) < float(rows[0]["train_distill/gap"])
+
+
+def test_vision_transformers_distil_their_attention(run):
+    vit = "--model vit_tiny_patch16_224 --model-kwargs patch_size=4 embed_dim=32 num_heads=2".split()
+    vit += "--opt adamw --lr 1e-3".split()
+    teacher = run(*vit[:-4], "depth=4", *vit[-4:], name="teacher")
+    path = str(teacher.folder / "model_best.safetensors")
+    flags = ["--teacher", "vit_tiny_patch16_224", "--teacher-checkpoint", path]
+    session = run(
+        *vit[:-4],
+        "depth=2",
+        *vit[-4:],
+        "--epochs",
+        "4",
+        *flags,
+        "--distill",
+        "internal",
+        "--distill-args",
+        "schedule=all",
+    )
+    rows = list(csv.DictReader((session.folder / "summary.csv").open()))
+    assert float(rows[0]["train_distill/kl_attention"]) > 0
+
+
+# Teachers
+
+
+def test_images_are_normalised_as_the_teacher_knows_them():
+    pixels = torch.rand(2, 3, 8, 8)
+    ours = dict(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), input_size=(3, 8, 8))
+    theirs = dict(mean=(0.1, 0.2, 0.3), std=(1.0, 0.5, 0.25), input_size=(3, 8, 8))
+
+    def normalised(config):
+        mean, std = (torch.tensor(config[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
+        return (pixels - mean) / std
+
+    torch.testing.assert_close(InputTransform(ours, theirs, False)(normalised(ours)), normalised(theirs))
+    larger = InputTransform(ours, {**theirs, "input_size": (3, 12, 12)}, True)(normalised(ours))
+    assert larger.shape == (2, 3, 12, 12)
+    assert InputTransform(ours, {**theirs, "input_size": (3, 12, 12)}, False)(pixels).shape == (2, 3, 8, 8)
+
+
+def test_a_teacher_keeps_the_configuration_it_was_trained_with(run):
+    session = run(*WIDE, "--mean", "0.1", "0.2", "0.3", "--std", "1", "1", "1", name="teacher")
+    path = session.folder / "model_best.safetensors"
+    made = create_teacher("resnet10t", str(path), {}, config=CONFIG, num_classes=10, classes=tuple("0123456789"))
+    assert made.module.conv1[0].weight.shape == session.student.conv1[0].weight.shape
+    images = torch.zeros(1, 3, 4, 4)
+    expected = (torch.tensor(CONFIG["mean"]) - torch.tensor([0.1, 0.2, 0.3])).view(1, 3, 1, 1).expand(1, 3, 4, 4)
+    torch.testing.assert_close(made.transform(images), expected)
+    assert made.order is None
+    assert not any(p.requires_grad for p in made.module.parameters())
+    swapped = create_teacher("resnet10t", str(path), {}, config=CONFIG, num_classes=10, classes=tuple("1023456789"))
+    assert swapped.order == [1, 0, *range(2, 10)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--distill kdd", "Did you mean kd"),
+        ("--distill kd --distill-args temprature=3", "temprature"),
+        ("--distill kd", "--teacher"),
+        ("--teacher resnet18", "--distill"),
+        ("--distill kd --teacher resnet181", "no model named"),
+        ("--distill kd --teacher resnet10t --teacher-checkpoint /does/not/exist", "--teacher-checkpoint"),
+        ("--distill kd --teacher resnet8", "no published weights"),
+        ("--distill kd --teacher resnet18 --teacher-kwargs num_classes=10", "head would be random"),
+        ("--distill timm_distillers:ForText --teacher resnet18", "token"),
+        ("--distill timm_distillers:Pair", "--peer"),
+        ("--distill timm_distillers:Impatient --epochs 2", "--epochs"),
+    ],
+)
+def test_bad_input_is_refused_before_training(tiny, few_digits, tmp_path, flags, words, capsys):
+    status = train.main([*tiny, "--output", str(tmp_path), *flags.split()])
+    assert status == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_teacher_that_does_not_fit_is_refused(run, teacher, tiny, tmp_path, capsys, monkeypatch):
+    path = Path(teacher[3])
+
+    def message(*flags: str) -> str:
+        assert train.main([*tiny, "--output", str(tmp_path), "--distill", *flags]) == 2
+        return " ".join(capsys.readouterr().err.split())
+
+    given = ["--teacher", "resnet10t", "--teacher-checkpoint"]
+    assert "holds a resnet10t" in message("kd", "--teacher", "resnet18", *teacher[2:])
+    # Weights without the head: it would be random.
+    headless = tmp_path / "headless.safetensors"
+    save_file({k: v for k, v in load_file(path).items() if not k.startswith("fc.")}, headless)
+    arguments = ["--teacher-kwargs", "channels=(8,8,16,16)", "stem_width=16"]
+    assert "fc.weight" in message("kd", *given, str(headless), *arguments)
+    # Seven classes.
+    seven = {k: v[:7] if k.startswith("fc.") else v for k, v in load_file(path).items()}
+    save_file(seven, tmp_path / "seven.safetensors")
+    assert "7 classes" in message("kd", *given, str(tmp_path / "seven.safetensors"), *arguments)
+    # Other names.
+    config = json.loads(path.with_name("config.json").read_text())
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps(config | {"label_names": list("abcdefghij")}))
+    save_file(load_file(path), other / "weights.safetensors")
+    assert "does not know the student's classes" in message("kd", *given, str(other / "weights.safetensors"))
+    assert "layer9" in message("nst", *teacher, "--distill-args", "layers=layer9")
+    assert "attention" in message("internal", *teacher)
+
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(teachers.timm, "create_model", lambda *a, **k: offline() if k.get("pretrained") else None)
+    with pytest.raises(kd_plugins.DistillError, match="no network.*--teacher-checkpoint"):
+        create_teacher("resnet18", "", {}, config=CONFIG, num_classes=1000, classes=None)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["kd+nst", "timm_distillers:Adversary"])
+def test_two_processes(run, teacher, tiny, tmp_path, name):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "kd_timm.train", *tiny, "--distill", name, *teacher]
+    command += ["--output", str(tmp_path), "--experiment", "two"]
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=paths)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert results["evaluation"]["agreement"] > 0
+    assert (tmp_path / "two" / "state" / "distiller" / "distiller_random_1.safetensors").is_file()
