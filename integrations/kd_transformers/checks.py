@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.models.auto import modeling_auto as auto
 
@@ -37,10 +37,11 @@ _TASKS = {
 }
 
 
-def task_of(model: nn.Module) -> str:
+def task_of(model: nn.Module, labels: Any = None) -> str:
     """What a model's logits are: `"classification"`, `"multilabel"`, `"regression"`, `"token"`, `"causal-lm"`, ...
 
-    A model that is no transformers model counts as a classifier, one of a kind that is not known here as `"other"`.
+    A model that is no transformers model counts as a classifier, one of a kind that is not known here as `"other"`. A
+    classifier without a `problem_type` is multi-label if its labels are floats, which transformers sees by them, too.
     """
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
@@ -50,9 +51,12 @@ def task_of(model: nn.Module) -> str:
     if task != "classification":
         return task
     kind = getattr(config, "problem_type", None)
-    if kind == "multi_label_classification":
+    if kind is None and config.num_labels == 1:
+        return "regression"
+    floats = isinstance(labels, Tensor) and labels.is_floating_point()
+    if kind == "multi_label_classification" or (kind is None and floats):
         return "multilabel"
-    return "regression" if kind == "regression" or (kind is None and config.num_labels == 1) else "classification"
+    return "regression" if kind == "regression" else "classification"
 
 
 @lru_cache

@@ -166,6 +166,7 @@ class DistillationTrainer(Trainer):
         batch = next(self._pass(), None)
         if batch is None:
             raise DistillError("Expected at least one training example, got an empty train_dataset.")
+        check_fit(distiller, batch.task, self.model)
         self._check_vocabularies(_TEACHER + name for name in batch.teacher_kwargs)
         set_up(distiller, nets, batch)
         if any(distiller.needs_in(stage).student.taps for stage in range(len(distiller.stages()))):
@@ -198,7 +199,8 @@ class DistillationTrainer(Trainer):
         theirs |= {k.removeprefix(_TEACHER): v for k, v in inputs.items() if k.startswith(_TEACHER)}
         name = getattr(self.model, "main_input_name", None)
         fields = {"index": inputs.get(_INDEX), **self._normalisation()}
-        return Batch.of(own, name=name, task=task_of(self.model), teacher_kwargs=theirs, **fields)
+        task = task_of(self.model, own.get("labels"))
+        return Batch.of(own, name=name, task=task, teacher_kwargs=theirs, **fields)
 
     def _normalisation(self) -> dict[str, Any]:
         """The mean and std of the images, where an image processor tells."""
