@@ -131,6 +131,7 @@ class Run:
                 "initial": self.groups.initial,
                 "random": self.distiller.random_state(),
                 "rng": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state_all() if self.setting.device.type == "cuda" else [],
                 "table": table.to_json() if table else None,
                 "progress": (progress.step, progress.epoch, progress.stage),
             }
@@ -158,6 +159,8 @@ class Run:
         self.distiller.progress.stage = stage
         self.distiller.at(step, epoch)
         torch.set_rng_state(saved["rng"])
+        if saved["cuda"]:
+            torch.cuda.set_rng_state_all(saved["cuda"])
         return self
 
     def _optimizers(self) -> list[Optimizer]:

@@ -64,6 +64,8 @@ class Distiller(nn.Module):
         peers: Whether it trains several networks together.
         data: False when it makes its own inputs.
         accumulation: False when gradient accumulation would change what the method is.
+        untrained: Parameters that get no gradient on purpose, as globs over their names (`"student.head.*"`), for
+            `kd_plugins.testing.check_distiller`.
     """
 
     paper: ClassVar[Paper | None] = None
@@ -74,6 +76,7 @@ class Distiller(nn.Module):
     peers: bool = False
     data: bool = True
     accumulation: bool = True
+    untrained: tuple[str, ...] = ()
 
     name: str = ""
     task_weight: float = 1.0

@@ -201,20 +201,22 @@ def _setting(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         student = TinyNet() if student is None else student
+        device = next((p.device for p in student.parameters()), torch.device("cpu"))
         if teacher is None:
             count = 2 if probe.teachers == "many" else int(probe.teachers)
-            teacher = [TinyNet(6 + 2 * i) for i in range(count)]
+            teacher = [TinyNet(6 + 2 * i).to(device) for i in range(count)]
         if peers is None:
-            peers = [TinyNet(5)] if probe.peers else []
+            peers = [TinyNet(5).to(device)] if probe.peers else []
     if batches is None:
         streams = [name for i in range(len(probe.stages())) for name in probe.needs_in(i).streams]
         batches = tiny_batches(streams=streams) if probe.data else [Batch(size=8)] * 3
     teachers = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
-    return Setting(make, student, teachers, list(peers), list(batches), steps, optimizer, _adapt)
+    batches = [batch.to(device) for batch in batches]
+    return Setting(make, student, teachers, list(peers), batches, steps, optimizer, _adapt)
 
 
 def _check_reached(run: Run, reached: Mapping[str, bool]) -> None:
-    untrained = tuple(glob for part in parts_of(run.distiller) for glob in getattr(part, "untrained", ()))
+    untrained = tuple(glob for part in parts_of(run.distiller) for glob in part.untrained)
     excused = _unused(run)
     for name, trained in reached.items():
         if not trained and name not in excused and not matches(name, untrained):
