@@ -402,7 +402,7 @@ class Session:
         load_weights(self.student, folder / "model.safetensors")
         if self.run.ema is not None:
             load_weights(self.run.ema.module, folder / "ema.safetensors")
-        state = torch.load(folder / "optimizer.pt", map_location=self.accelerator.device, weights_only=True)
+        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         self.run.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
