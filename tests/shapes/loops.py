@@ -1,0 +1,155 @@
+"""The hosts that are loops: plain torch, and Accelerate with TurnPlayer."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from shapes.base import Host, Job, fresh_accelerate, with_row
+from shapes.nets import BATCH, EPOCH, ROWS, SEED
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from kd_accelerate import TurnPlayer
+from kd_accelerate.streams import StagedDataset, split
+from kd_plugins import Batch, bind, make_optimizers, play
+from kd_plugins.nets import needs_pass, prepare
+
+
+class Bare(Host):
+    """A loop of plain torch: one process, no accumulation."""
+
+    def __init__(self, job: Job, folder: Path, shift: float = 0.0) -> None:
+        super().__init__(job, folder, shift)
+        first = next(self.passes()) if self.distiller.data else None
+        self.nets = bind(
+            self.distiller, self.student, self.teachers, peers=self.peers, batch=first, total_steps=job.steps
+        )
+        if needs_pass(self.distiller):
+            prepare(self.distiller, self.nets, self.passes())
+        self.distiller.schedule(job.steps, epoch=EPOCH)
+        self.moved(self.distiller)
+        self.optimizers = make_optimizers(self.distiller, self.optimizer(), self.nets)
+        self.streams = self.further()
+
+    def batch(self, step: int) -> Batch:
+        """The batch of an update."""
+        if not self.distiller.data:
+            return Batch()
+        shares = self.distiller.needs().streams
+        rows = split(ROWS, shares, SEED)[""] if shares else list(range(ROWS))
+        first = step % EPOCH * BATCH
+        items = self.rows([rows[(first + i) % len(rows)] for i in range(BATCH)])
+        return self.wrap(items, {name: self.wrap(self.streams.draw(name)) for name in shares})
+
+    def train(self, until: int) -> None:
+        precision = {"no": None, "bf16": torch.bfloat16}[self.job.precision]
+        while self.distiller.progress.step < until:
+            turns = iter(self.distiller.turns(self.nets, self.batch(self.distiller.progress.step)))
+            while True:
+                # Autocast keeps casts of the weights, so no update may happen inside of it.
+                with torch.autocast("cpu", precision) if precision else nullcontext():
+                    turn = next(turns, None)
+                if turn is None:
+                    break
+                play(turn, self.optimizers)
+
+    def save(self) -> None:
+        state = {
+            "student": self.student.state_dict(),
+            "peers": [peer.state_dict() for peer in self.peers],
+            "optimizer": self.optimizers.optimizer.state_dict(),
+            "groups": {group.name: group.optimizer.state_dict() for group in self.optimizers},
+            "initial": self.optimizers.initial,
+            "distiller": self.distiller.state_dict(),
+            "random": self.distiller.random_state(),
+            "stage": self.distiller.progress.stage,
+            "step": self.distiller.progress.step,
+            "drawn": self.streams.drawn,
+        }
+        torch.save(state, self.folder / "run.pt")
+
+    def load(self) -> None:
+        state = torch.load(self.folder / "run.pt", weights_only=True)
+        self.student.load_state_dict(state["student"])
+        for peer, saved in zip(self.peers, state["peers"], strict=True):
+            peer.load_state_dict(saved)
+        self.optimizers.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizers:
+            group.optimizer.load_state_dict(state["groups"][group.name])
+        self.optimizers.initial = state["initial"]
+        self.distiller.load_state_dict(state["distiller"])
+        self.distiller.load_random_state(state["random"])
+        self.distiller.progress.stage = state["stage"]
+        self.distiller.at(state["step"])
+        self.streams = self.further(state["drawn"])
+
+
+class Accelerated(Host):
+    """A loop under Accelerate, with TurnPlayer."""
+
+    def __init__(self, job: Job, folder: Path, shift: float = 0.0) -> None:
+        super().__init__(job, folder, shift)
+        fresh_accelerate()
+        self.accelerator = accelerator = Accelerator(
+            cpu=True, mixed_precision=job.precision, gradient_accumulation_steps=job.accumulation
+        )
+        if job.precision == "fp16":
+            # Accelerate leaves fp16 on a CPU silently off.
+            accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
+        distiller = self.distiller
+        first = next(self.passes()) if distiller.data else None
+        self.nets = bind(distiller, self.student, self.teachers, peers=self.peers, batch=first, total_steps=job.steps)
+        distiller.schedule(job.steps, epoch=EPOCH)
+        if needs_pass(distiller) and accelerator.is_main_process:
+            prepare(distiller, self.nets, self.passes())
+        self.moved(distiller)
+        self.staged = StagedDataset(self.data, distiller, EPOCH, SEED, with_row)
+        loader = DataLoader(self.staged, batch_size=job.micro)
+        self.model, self.prepared, self.loader = accelerator.prepare(self.student, self.optimizer(), loader)
+        self.nets.student.forward = self.model
+        self.player = TurnPlayer(accelerator, distiller, self.nets, self.prepared)
+        self.streams = self.further()
+
+    def train(self, until: int) -> None:
+        progress = self.distiller.progress
+        while progress.step < until:
+            epoch, done = divmod(progress.step, EPOCH)
+            self.loader.set_epoch(epoch)
+            loader = self.accelerator.skip_first_batches(self.loader, done * self.job.accumulation)
+            for items in loader:
+                with self.accelerator.accumulate(self.model):
+                    self.player.step(self._batch(items))
+                if progress.step == until:
+                    break
+            else:
+                self.player.end_epoch(epoch + 1)
+
+    def _batch(self, items: dict[str, Tensor]) -> Batch:
+        if not self.distiller.data:
+            return Batch()
+        wanted = self.distiller.needs_in(self.distiller.table.index(self.distiller.progress.step)).streams
+        return self.wrap(items, {name: self.wrap(self.streams.draw(name)) for name in wanted})
+
+    def save(self) -> None:
+        self.player.save(self.folder)
+        if self.accelerator.is_main_process:
+            state = {
+                "student": self.student.state_dict(),
+                "optimizer": self.prepared.state_dict(),
+                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+                "drawn": self.streams.drawn,
+            }
+            torch.save(state, self.folder / "run.pt")
+        self.accelerator.wait_for_everyone()
+
+    def load(self) -> None:
+        self.player.load(self.folder)
+        state = torch.load(self.folder / "run.pt", weights_only=True)
+        self.student.load_state_dict(state["student"])
+        self.prepared.load_state_dict(state["optimizer"])
+        if self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.streams = self.further(state["drawn"])
