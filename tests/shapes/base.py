@@ -24,7 +24,8 @@ LR, MOMENTUM = 0.1, 0.9
 class Job:
     """What is run: one shape, for so many updates of 8 examples, made of micro-batches on so many processes.
 
-    `rank_seeds` seeds every process differently, as training scripts do for their augmentation.
+    `rank_seeds` seeds every process differently, as training scripts do for their augmentation; `clip` is the largest
+    norm of a gradient, where the host clips; `decay` lets the learning rate fall to 0 in a line.
     """
 
     shape: str
@@ -33,6 +34,8 @@ class Job:
     precision: str = "no"
     processes: int = 1
     rank_seeds: bool = False
+    clip: float | None = None
+    decay: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -85,6 +88,11 @@ class Host:
     def optimizer(self) -> torch.optim.Optimizer:
         """The student's optimizer."""
         return torch.optim.SGD(self.student.parameters(), lr=LR, momentum=MOMENTUM)
+
+    def scheduler(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+        """The learning rate's curve, for hosts that are loops."""
+        total = self.job.steps
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 - n / total if self.job.decay else 1.0)
 
     def train(self, until: int) -> None:
         """Trains up to an update."""

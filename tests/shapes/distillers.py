@@ -181,7 +181,7 @@ class Generator(nn.Module):
 
 
 class DataFree(Distiller):
-    """A generator learns inputs where the teacher is certain and its classes balanced; there the student imitates it."""
+    """A generator learns inputs on which the teacher is certain and its classes balanced; the student imitates it."""
 
     data = False
 

@@ -32,6 +32,7 @@ class Bare(Host):
         self.distiller.schedule(job.steps, epoch=EPOCH)
         self.moved(self.distiller)
         self.optimizers = make_optimizers(self.distiller, self.optimizer(), self.nets)
+        self.curve = self.scheduler(self.optimizers.optimizer)
         self.streams = self.further()
 
     def batch(self, step: int) -> Batch:
@@ -55,6 +56,7 @@ class Bare(Host):
                 if turn is None:
                     break
                 play(turn, self.optimizers)
+            self.curve.step()
 
     def save(self) -> None:
         state = {
@@ -110,7 +112,8 @@ class Accelerated(Host):
         loader = DataLoader(self.staged, batch_size=job.micro)
         self.model, self.prepared, self.loader = accelerator.prepare(self.student, self.optimizer(), loader)
         self.nets.student.forward = self.model
-        self.player = TurnPlayer(accelerator, distiller, self.nets, self.prepared)
+        self.player = TurnPlayer(accelerator, distiller, self.nets, self.prepared, max_grad_norm=job.clip)
+        self.curve = self.scheduler(self.prepared.optimizer)
         self.streams = self.further()
 
     def train(self, until: int) -> None:
@@ -122,6 +125,8 @@ class Accelerated(Host):
             for items in loader:
                 with self.accelerator.accumulate(self.model):
                     self.player.step(self._batch(items))
+                if self.accelerator.sync_gradients:
+                    self.curve.step()
                 if progress.step == until:
                     break
             else:

@@ -43,11 +43,12 @@ def states(**modules: nn.Module) -> dict[str, Tensor]:
     return {f"{k.replace('__', '.')}.{n}": v.double() for k, m in modules.items() for n, v in m.state_dict().items()}
 
 
-def own(steps: int, accumulation: int) -> dict[str, Tensor]:
-    """A connector trained with the student."""
+def own(steps: int, accumulation: int, clip: float | None = None, decay: bool = False) -> dict[str, Tensor]:
+    """A connector trained, and clipped, with the student."""
     student, teacher = TinyNet(4, 100), TinyNet(6, 200)
     connector = fill(nn.Conv2d(4, 6, 1), 1)
     optimizer = sgd(student, connector)
+    updates = 0
     for x, y, last in micro_batches(steps, accumulation):
         middle, scores = features(student, x)
         with torch.no_grad():
@@ -55,8 +56,12 @@ def own(steps: int, accumulation: int) -> dict[str, Tensor]:
         loss = F.cross_entropy(scores, y) + ((connector(middle) - target) ** 2).mean()
         (loss / accumulation).backward()
         if last:
+            if clip is not None:
+                nn.utils.clip_grad_norm_([*student.parameters(), *connector.parameters()], clip)
+            optimizer.param_groups[0]["lr"] = LR * (1 - updates / steps if decay else 1)
             optimizer.step()
             optimizer.zero_grad()
+            updates += 1
     return states(student=student, distiller__connector=connector)
 
 

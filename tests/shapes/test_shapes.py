@@ -57,9 +57,9 @@ def start(tmp_path):
 
 
 @lru_cache(maxsize=256)
-def once(host: str, shape: str, accumulation: int = 1, precision: str = "no") -> dict[str, Tensor]:
+def once(host: str, shape: str, accumulation: int = 1, precision: str = "no", decay: bool = False) -> dict[str, Tensor]:
     """A run that several tests look at."""
-    return run(host, shape, accumulation=accumulation, precision=precision)
+    return run(host, shape, accumulation=accumulation, precision=precision, decay=decay)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -99,6 +99,25 @@ def test_accumulation_changes_nothing_without_auxiliary_turns(host, shape):
 @pytest.mark.parametrize(("host", "shape"), [(h, s) for h, s in fits if h != "accelerate"])
 def test_hosts_agree_on_accumulation(host, shape):
     assert distance(once(host, shape, 2), once("accelerate", shape, 2)) <= 1e-6
+
+
+@pytest.mark.parametrize("host", OTHERS)
+def test_own_parts_are_clipped_with_the_student(host):
+    expected = REFERENCES["own"](STEPS, 2, clip=0.3)
+    assert distance(expected, REFERENCES["own"](STEPS, 2)) > 1e-2
+    assert distance(run(host, "own", accumulation=2, clip=0.3), expected) <= 1e-6
+
+
+@pytest.mark.parametrize("host", ["bare", *OTHERS])
+def test_own_parts_follow_the_learning_rate(host):
+    assert distance(run(host, "own", decay=True), REFERENCES["own"](STEPS, 1, decay=True)) <= 1e-6
+
+
+@pytest.mark.parametrize("host", OTHERS)
+def test_peers_and_shared_groups_follow_the_learning_rate(host):
+    curved = once("bare", "online", decay=True)
+    assert distance(curved, once("bare", "online")) > 1e-2
+    assert distance(run(host, "online", decay=True), curved) <= 1e-6
 
 
 @everywhere

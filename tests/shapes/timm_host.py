@@ -82,7 +82,8 @@ class TimmTrained(Host):
         super().__init__(job, folder, shift)
         fresh_accelerate()
         flags = [
-            *f"--model tiny_shapes_student --lr {LR} --opt momentum --momentum {MOMENTUM} --sched none".split(),
+            *f"--model tiny_shapes_student --lr {LR} --opt momentum --momentum {MOMENTUM}".split(),
+            *("--sched poly --sched-on-updates --decay-rate 1 --min-lr 0" if job.decay else "--sched none").split(),
             *"--smoothing 0 --weight-decay 0 --warmup-epochs 0".split(),
             *f"--epochs {-(-job.steps // EPOCH)} -b {job.micro} --grad-accum-steps {job.accumulation}".split(),
             *f"--workers 0 --no-aug --device cpu --seed {SEED} --output {folder} --experiment run".split(),
@@ -94,6 +95,8 @@ class TimmTrained(Host):
             flags += ["--distill-args", *(f"{k}={v}" for k, v in arguments.items())]
         if job.precision == "bf16":
             flags += ["--amp", "--amp-dtype", "bfloat16"]
+        if job.clip is not None:
+            flags += ["--clip-grad", str(job.clip)]
         if shift:
             flags += ["--resume", str(folder / "run")]
         made = {"tiny_shapes_student": self.student} | {f"tiny_shapes_peer{i}": p for i, p in enumerate(self.peers)}
