@@ -204,7 +204,7 @@ class DistillationTrainer(Trainer):
 
     def _normalisation(self) -> dict[str, Any]:
         """The mean and std of the images, where an image processor tells."""
-        processor = getattr(self.processing_class, "image_processor", self.processing_class)
+        processor: Any = getattr(self.processing_class, "image_processor", self.processing_class)
         if not getattr(processor, "do_normalize", False):
             return {}
         return {"mean": processor.image_mean, "std": processor.image_std}
