@@ -196,13 +196,11 @@ def test_masked_language_models(tmp_path: Path) -> None:
     finite(run, "kd", "task")
 
 
-def distilbert(**options: Any) -> Any:
+def distilbert() -> Any:
     torch.manual_seed(0)
-    return hf.DistilBertForSequenceClassification(
-        hf.DistilBertConfig(
-            vocab_size=64, dim=16, n_layers=2, n_heads=2, hidden_dim=32, num_labels=3, dropout=0.0, **options
-        )
-    )
+    rates = {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}
+    config = hf.DistilBertConfig(vocab_size=64, dim=16, n_layers=2, n_heads=2, hidden_dim=32, num_labels=3, **rates)
+    return hf.DistilBertForSequenceClassification(config)
 
 
 @pytest.mark.parametrize("arrow", [True, False])
