@@ -1,4 +1,4 @@
-"""Distillation of timm models: kd-timm-train, a task for timm's own script, and the papers' networks for small images."""
+"""Distillation of timm models: kd-timm-train, a task for timm's script, the papers' networks for small images."""
 
 from kd_timm import models
 from kd_timm.task import DistillationTask

@@ -119,6 +119,8 @@ class Data:
         classes: Class names by label, where the data set has them.
         streams: Loaders of training rows that are held out for a distiller, by stream name.
         mixup: The Mixup collate function, when mixup or cutmix is on.
+        staged: The training set of a distillation that wants row numbers or streams; its `epoch_steps`, the updates in
+            an epoch, must be set before training.
     """
 
     train: Any
@@ -127,6 +129,7 @@ class Data:
     classes: tuple[str, ...] | None = None
     streams: dict[str, Any] = field(default_factory=dict)
     mixup: FastCollateMixup | None = None
+    staged: StagedRows | None = None
 
     def set_epoch(self, epoch: int, mixup_off_epoch: int = 0) -> None:
         """Reshuffles distributed samplers and ends mixup when its time has come."""
@@ -228,7 +231,6 @@ def create_data(
     *,
     distributed: bool = False,
     distiller: Distiller | None = None,
-    updates_per_epoch: int = 1,
 ) -> Data:
     """Makes the loaders as timm's script makes them.
 
@@ -241,9 +243,8 @@ def create_data(
         datasets: What `create_datasets` returned.
         device: Where batches go.
         distributed: Whether several processes share the data.
-        distiller: A scheduled distiller, whose stages may want row numbers or streams of held-out rows. Epochs keep
-            their length: where rows are held out, the others come more than once.
-        updates_per_epoch: Optimizer steps in one epoch.
+        distiller: A distiller whose stages may want row numbers or streams of held-out rows. Epochs keep their length:
+            where rows are held out, the others come more than once.
     """
     train, evaluation, classes = datasets
     mixup = None
@@ -262,13 +263,14 @@ def create_data(
     needs = [] if distiller is None else [distiller.needs_in(i) for i in range(len(distiller.stages()))]
     index = any(n.index for n in needs)
     streams: dict[str, Any] = {}
+    staged = None
     for shares in (n.streams for n in needs if n.streams):
         streams |= split(len(train), shares, args.seed)
     if distiller is not None and (index or streams):
         if isinstance(train, IterableDataset):
             raise DistillError(f"{distiller.name} needs rows by number, which this kind of data set does not have.")
         whole = train
-        train = StagedRows(whole, distiller, updates_per_epoch, args.seed, _numbered if index else None)
+        train = staged = StagedRows(whole, distiller, 1, args.seed, _numbered if index else None)
         streams = {name: Rows(whole, rows, index) for name, rows in streams.items() if name}
     common: dict[str, Any] = dict(
         input_size=config["input_size"],
@@ -331,4 +333,5 @@ def create_data(
         classes=classes,
         streams={name: loader(rows) for name, rows in streams.items()},
         mixup=mixup,
+        staged=staged,
     )

@@ -147,7 +147,7 @@ class Distillation:
 
         Args:
             dataset: The training set; its transform is left alone.
-            fresh: False when a checkpoint follows, which has what a pass would find.
+            fresh: False where what a pass would find comes from a checkpoint, or from the first process.
         """
         with forked_random_state():
             set_up(self.distiller, self.nets, next(self._pass(dataset)))

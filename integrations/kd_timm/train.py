@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from timm.layers import convert_sync_batchnorm
 from timm.models import safe_model_name
 from timm.utils import ModelEmaV3, distribute_bn, random_seed, setup_default_logging
 from torch import nn
 
-from kd_plugins.errors import DistillError
+from kd_accelerate import broadcast
+from kd_plugins import DistillError
 from kd_timm.arguments import parse_args
 from kd_timm.build import (
     create_criterion,
@@ -32,21 +32,13 @@ from kd_timm.build import (
     create_student,
     resolve_learning_rate,
 )
-from kd_timm.checkpoint import (
-    Checkpoints,
-    Summary,
-    find_state,
-    load_random_state,
-    load_weights,
-    random_state,
-    read_json,
-    save_weights,
-    write_json,
-)
+from kd_timm.checkpoint import Checkpoints, Summary, find_state, load_weights, save_weights, write_json
 from kd_timm.data import apply_data_defaults, create_data, create_datasets
 from kd_timm.distillation import create_distillation
 from kd_timm.engine import PlainStep, Run, evaluate, train_one_epoch
 from kd_timm.progress import Reporter
+from kd_timm.resume import load_state, save_state
+from kd_timm.setup import check_arguments, create_accelerator
 
 __all__ = ["Session", "main", "train"]
 
@@ -86,35 +78,6 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     return Session(args).fit()
 
 
-def create_accelerator(args: argparse.Namespace) -> Accelerator:
-    """Device, precision and processes, from `--device`, `--amp`, `--amp-dtype` and the launcher's environment."""
-    kind, _, index = args.device.partition(":")
-    if kind not in ("cuda", "cpu"):
-        raise DistillError(f"--device: expected cuda, cuda:N or cpu, got {args.device}.")
-    if kind == "cuda" and not torch.cuda.is_available():
-        _logger.info("No GPU is available: training on the CPU (say so with --device cpu).")
-        kind = "cpu"
-    if kind == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
-        if index:
-            torch.cuda.set_device(int(index))
-    precision = "no"
-    if args.amp:
-        names = {"float16": "fp16", "bfloat16": "bf16"}
-        if args.amp_dtype not in names:
-            raise DistillError(f"--amp-dtype: expected float16 or bfloat16, got {args.amp_dtype}.")
-        precision = names[args.amp_dtype]
-        if precision == "fp16" and kind == "cpu":
-            raise DistillError("--amp in float16 needs a GPU to scale the loss on: add --amp-dtype bfloat16.")
-    return Accelerator(
-        cpu=kind == "cpu",
-        mixed_precision=precision,
-        step_scheduler_with_optimizer=False,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=not args.no_ddp_bb)],
-    )
-
-
 class Session:
     """One run from its arguments to its results.
 
@@ -124,7 +87,7 @@ class Session:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        _check(args)
+        check_arguments(args)
         self.accelerator = accelerator = create_accelerator(args)
         self.primary, self.processes = accelerator.is_main_process, accelerator.num_processes
         self.state = find_state(args.resume) if args.resume else None
@@ -134,6 +97,8 @@ class Session:
         random_seed(args.seed, accelerator.process_index)
         self.student, config = create_student(args)
         self.student.to(accelerator.device)
+        # The processes draw from streams of their own; the moving average is copied before DDP would make them agree.
+        broadcast(self.student.state_dict().values())
         if args.channels_last:
             self.student.to(memory_format=torch.channels_last)
         if args.sync_bn and self.processes > 1:
@@ -151,7 +116,7 @@ class Session:
         self.ema_model = self._average()
         self.distillation = create_distillation(args, self.student, config, classes, accelerator.device)
         if self.distillation is not None:
-            self.distillation.set_up(datasets[0], fresh=self.state is None)
+            self.distillation.set_up(datasets[0], fresh=self.state is None and self.primary)
         self.reporter = Reporter(self.primary)
         self.seconds, self.updates = 0.0, 0
         self._begin(create_optimizer(args, self.student), datasets, config)
@@ -167,22 +132,22 @@ class Session:
     def _begin(self, optimizer: torch.optim.Optimizer, datasets: tuple[Any, Any, Any], config: dict[str, Any]) -> None:
         """Builds what the training loop works with."""
         args, accelerator, distillation = self.args, self.accelerator, self.distillation
-        self.data = create_data(args, config, datasets, accelerator.device, distributed=self.processes > 1)
+        self.data = create_data(
+            args,
+            config,
+            datasets,
+            accelerator.device,
+            distributed=self.processes > 1,
+            distiller=None if distillation is None else distillation.distiller,
+        )
         self.updates_per_epoch = -(-len(self.data.train) // args.grad_accum_steps)
         scheduler, self.epochs = create_scheduler(args, optimizer, self.updates_per_epoch)
         model: Any = self.student
         if distillation is not None:
             model = distillation.network.staged
             distillation.schedule(self.epochs, self.updates_per_epoch)
-            self.data = create_data(
-                args,
-                config,
-                datasets,
-                accelerator.device,
-                distributed=self.processes > 1,
-                distiller=distillation.distiller,
-                updates_per_epoch=self.updates_per_epoch,
-            )
+            if self.data.staged is not None:
+                self.data.staged.epoch_steps = self.updates_per_epoch
         if args.torchcompile:
             model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
         model, prepared = accelerator.prepare(model, optimizer)
@@ -253,12 +218,14 @@ class Session:
         self.folder: Path = broadcast_object_list([folder])[0]
         self.checkpoints = Checkpoints(self.folder, args.checkpoint_hist, self.metric == "loss")
         if self.primary:
-            (self.folder / "args.yaml").write_text(yaml.safe_dump(self.given), encoding="utf-8")
+            (self.folder / "args.yaml").write_text(
+                yaml.safe_dump({**self.given, "config": "", "resume": ""}), encoding="utf-8"
+            )
             self.checkpoints.describe(self.student, self.data.config, self.data.classes)
 
     def fit(self) -> dict[str, Any]:
         """Trains to the end, or to an interrupt, and evaluates the best student."""
-        start = self._load_state() if self.state is not None else 0
+        start = load_state(self) if self.state is not None else 0
         self.summary = Summary(self.folder / "summary.csv", start)
         self.reporter.line(
             f"{self.args.model}: {sum(p.numel() for p in self.student.parameters()):,} parameters,"
@@ -302,7 +269,7 @@ class Session:
             self.checkpoints.save(self.evaluated, epoch, metric)
         shown = "  ".join(f"{key} {value:.4g}" for key, value in evaluation.items())
         self.reporter.line(f"epoch {epoch}: train loss {training['loss']:.4g}  {shown}")
-        self._save_state(epoch + 1)
+        save_state(self, epoch + 1)
 
     def _evaluate(self) -> dict[str, float]:
         """Evaluates what is exported, through the compiled model where there is one."""
@@ -345,99 +312,6 @@ class Session:
             metrics = {} if self.data.evaluation is None else evaluate(self.run, peer)
             results.append({"model": name, **metrics})
         return results
-
-    def _save_state(self, epoch: int) -> None:
-        """Writes what `--resume` needs to go on with `epoch`."""
-        states = gather_object([random_state()])
-        folder = self.checkpoints.open_state() if self.primary else self.checkpoints.new_state
-        self.accelerator.wait_for_everyone()
-        if self.distillation is not None:
-            self.distillation.save(folder)
-        if self.primary:
-            save_weights(self.student, folder / "model.safetensors")
-            if self.run.ema is not None:
-                save_weights(self.run.ema.module, folder / "ema.safetensors")
-            torch.save(
-                {
-                    "optimizer": self.run.optimizer.state_dict(),
-                    "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
-                    "scheduler": _plateau_state(self.run.scheduler),
-                },
-                folder / "optimizer.pt",
-            )
-            for rank, state in enumerate(states):
-                torch.save(state, folder / f"random-{rank}.pt")
-            content = {
-                "epoch": epoch,
-                "processes": self.processes,
-                "kept": self.checkpoints.kept,
-                "seconds": self.seconds,
-                "updates": self.updates,
-                "arguments": self.given,
-            }
-            write_json(folder / "state.json", content)
-        self.accelerator.wait_for_everyone()
-        if self.primary:
-            self.checkpoints.close_state()
-        self.accelerator.wait_for_everyone()
-
-    def _load_state(self) -> int:
-        """Takes up the state of `--resume`; returns the epoch to go on with."""
-        folder = self.state
-        assert folder is not None
-        saved = read_json(folder / "state.json")
-        if saved["processes"] != self.processes:
-            raise DistillError(
-                f"--resume: the run had {saved['processes']} processes, this one has {self.processes}: start as many."
-            )
-        changed = [k for k, v in saved["arguments"].items() if k not in _FREE and self.given.get(k) != v]
-        if changed:
-            raise DistillError(
-                f"--resume continues a run exactly, but these arguments differ from it: {', '.join(changed)}. Give"
-                f" those of {folder.parent / 'args.yaml'} (--config reads that file)."
-            )
-        if self.distillation is not None:
-            self.distillation.load(folder)
-            self._new_schedule()
-        load_weights(self.student, folder / "model.safetensors")
-        if self.run.ema is not None:
-            load_weights(self.run.ema.module, folder / "ema.safetensors")
-        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-        self.run.optimizer.load_state_dict(state["optimizer"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        if state["scheduler"] is not None:
-            self.run.scheduler.lr_scheduler.load_state_dict(state["scheduler"]["inner"])
-            self.run.scheduler.restore_lr = state["scheduler"]["restore_lr"]
-        self.seconds, self.updates = saved["seconds"], saved["updates"]
-        self.checkpoints.kept = [(metric, epoch) for metric, epoch in saved["kept"]]
-        random = torch.load(folder / f"random-{self.accelerator.process_index}.pt", weights_only=True)
-        load_random_state(random)
-        self.reporter.line(f"Continuing with epoch {saved['epoch']} from {folder}")
-        return saved["epoch"]
-
-
-# Arguments that may change on resume without changing the numbers.
-_FREE = {"resume", "config", "output", "experiment", "log_interval", "device", "checkpoint_hist", "pin_mem"}
-
-
-def _check(args: argparse.Namespace) -> None:
-    """Refuses values that would fail late or silently."""
-    for name in ("batch_size", "grad_accum_steps", "log_interval", "val_interval", "checkpoint_hist", "epochs"):
-        if getattr(args, name) < 1:
-            raise DistillError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}.")
-    if args.eval_metric not in ("top1", "top5", "loss"):
-        raise DistillError(f"--eval-metric: expected top1, top5 or loss, got {args.eval_metric}.")
-    if args.clip_mode not in ("norm", "value", "agc"):
-        raise DistillError(f"--clip-mode: expected norm, value or agc, got {args.clip_mode}.")
-    if args.dist_bn not in ("broadcast", "reduce", ""):
-        raise DistillError(f"--dist-bn: expected broadcast, reduce or nothing, got {args.dist_bn}.")
-
-
-def _plateau_state(scheduler: Any) -> dict[str, Any] | None:
-    """The only schedule whose state is more than the epoch and the rate."""
-    inner = getattr(scheduler, "lr_scheduler", None)
-    return None if inner is None else {"inner": inner.state_dict(), "restore_lr": scheduler.restore_lr}
 
 
 if __name__ == "__main__":

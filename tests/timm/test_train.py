@@ -23,7 +23,6 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
 from kd_plugins import DistillError
 from kd_timm import data, train
 from kd_timm.arguments import parse_args
-from kd_timm.data import create_data, create_datasets
 from kd_timm.digits import Digits
 
 MODEL = dict(num_classes=10, channels=(8, 8, 16, 16), stem_width=8)
@@ -194,29 +193,6 @@ def test_digits_are_split_once_and_for_all():
     assert set(held_out.targets) == set(range(10))
     with pytest.raises(DistillError, match="train or validation"):
         Digits("tets")
-
-
-def test_streams_share_the_training_rows_out(few_digits, tiny):
-    args = parse_args([*tiny, "--num-classes", "10", "--no-aug"])
-    args.dataset = "digits"
-    config = dict(input_size=(3, 16, 16), mean=(0, 0, 0), std=(1, 1, 1), interpolation="bilinear", crop_pct=1.0)
-    made = create_data(
-        args,
-        config | {"crop_mode": "center"},
-        create_datasets(args, 3),
-        torch.device("cpu"),
-        streams={"search": 0.5},
-        index=True,
-    )
-    rows = {"": [], "search": []}
-    for name, loader in (("", made.train), ("search", made.streams["search"])):
-        for images, targets in loader:
-            rows[name] += targets.index.tolist()
-            label = torch.tensor([made.train.dataset.dataset.targets[i] for i in targets.index.tolist()])
-            assert torch.equal(label, targets.labels)
-            assert len(images) == 64
-    assert len(rows[""]) == len(rows["search"]) == 128
-    assert not set(rows[""]) & set(rows["search"])
 
 
 @pytest.mark.parametrize(

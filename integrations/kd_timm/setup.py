@@ -1,0 +1,61 @@
+"""What precedes a run: the checks of its arguments, and the accelerator."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+
+from kd_plugins import DistillError
+
+__all__ = ["check_arguments", "create_accelerator"]
+
+_logger = logging.getLogger("kd_timm.train")
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuses values that would fail late or silently."""
+    for name in ("batch_size", "grad_accum_steps", "log_interval", "val_interval", "checkpoint_hist", "epochs"):
+        if getattr(args, name) < 1:
+            raise DistillError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}.")
+    if args.eval_metric not in ("top1", "top5", "loss"):
+        raise DistillError(f"--eval-metric: expected top1, top5 or loss, got {args.eval_metric}.")
+    if args.clip_mode not in ("norm", "value", "agc"):
+        raise DistillError(f"--clip-mode: expected norm, value or agc, got {args.clip_mode}.")
+    if args.dist_bn not in ("broadcast", "reduce", ""):
+        raise DistillError(f"--dist-bn: expected broadcast, reduce or nothing, got {args.dist_bn}.")
+
+
+def create_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Device, precision and processes, from `--device`, `--amp`, `--amp-dtype` and the launcher's environment."""
+    kind, _, index = args.device.partition(":")
+    if kind not in ("cuda", "cpu"):
+        raise DistillError(f"--device: expected cuda, cuda:N or cpu, got {args.device}.")
+    if kind == "cuda" and not torch.cuda.is_available():
+        _logger.info("No GPU is available: training on the CPU (say so with --device cpu).")
+        kind = "cpu"
+    if kind == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+        if index:
+            torch.cuda.set_device(int(index))
+    precision = "no"
+    if args.amp:
+        names = {"float16": "fp16", "bfloat16": "bf16"}
+        if args.amp_dtype not in names:
+            raise DistillError(f"--amp-dtype: expected float16 or bfloat16, got {args.amp_dtype}.")
+        precision = names[args.amp_dtype]
+        if precision == "fp16" and kind == "cpu":
+            raise DistillError("--amp in float16 needs a GPU to scale the loss on: add --amp-dtype bfloat16.")
+    accelerator = Accelerator(
+        cpu=kind == "cpu",
+        mixed_precision=precision,
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=not args.no_ddp_bb)],
+    )
+    if args.sync_bn and kind == "cpu" and accelerator.num_processes > 1:
+        raise DistillError("--sync-bn needs GPUs: leave it out, --dist-bn averages the statistics after each epoch.")
+    return accelerator
