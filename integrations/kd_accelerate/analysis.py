@@ -427,7 +427,7 @@ def _is_image(batch: Batch) -> bool:
 def _grid(tokens: int, prefix: int | None = None) -> tuple[int, int] | None:
     """Number of prefix tokens and side of the square grid behind a sequence of patches.
 
-    >>> _grid(197), _grid(64), _grid(199, 3), _grid(7)
+    >>> _grid(197), _grid(64), _grid(199, 3), _grid(3)
     ((1, 14), (0, 8), (3, 14), None)
     """
     for count in range(6) if prefix is None else (prefix,):

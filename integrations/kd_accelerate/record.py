@@ -212,7 +212,7 @@ class RunRecord:
         summary = json.loads(numbers.read_text(encoding="utf-8")) if numbers.is_file() else {}
         tensors = load_file(arrays) if arrays.is_file() else {}
         tensors = {key: value for key, value in tensors.items() if not key.startswith(f"{phase}/")}
-        tensors |= {f"{phase}/{key}": value for key, value in found.arrays.items()}
+        tensors |= {f"{phase}/{key}": value.clone() for key, value in found.arrays.items()}
         save_file(tensors, arrays.with_suffix(".partial"))
         os.replace(arrays.with_suffix(".partial"), arrays)
         _replace(numbers, json.dumps(_plain(summary | {phase: found.summary}), ensure_ascii=False, indent=2) + "\n")
@@ -256,7 +256,7 @@ def _versions() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return found | {"torch": str(torch.__version__)}
 
 
 def _device_name(device: torch.device) -> str:

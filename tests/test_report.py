@@ -1,0 +1,466 @@
+"""Records of runs, what is analysed of the networks, and the pages made of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from kd_accelerate import TurnPlayer
+from kd_accelerate.analysis import Similarity, analyse, as_nets
+from kd_accelerate.predictions import calibration, rows_of
+from kd_accelerate.record import RunRecord
+from kd_plugins import Batch, DistillError, bind, create_distiller
+from kd_plugins.cli import main as kd_plugins_main
+from kd_plugins.report import charts, load_run, main, render
+
+STATS = (0.5, 0.5, 0.5)
+VISION = ["run", "results", "calibration", "curves", "similarity", "features", "confusion", "cost"]
+TEXT = ["run", "results", "calibration", "curves", "similarity", "attention", "confusion", "cost"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state.clear()
+
+
+class Page(HTMLParser):
+    """What a page holds; balanced tags, and nothing that is fetched."""
+
+    VOID = frozenset({"meta", "img", "br"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.text: list[str] = []
+        self.tags: list[str] = []
+        assert html.startswith("<!DOCTYPE html>")
+        assert "http:" not in html
+        assert "https:" not in html
+        assert "nan" not in html.split("<main>")[1].replace("nano", "").lower().split()
+        self.feed(html)
+        self.close()
+        assert self.open == []
+        assert len(self.ids) == len(set(self.ids))
+        self.words = " ".join(self.text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.tags.append(tag)
+        if given.get("id"):
+            self.ids.append(str(given["id"]))
+        assert tag not in ("link", "iframe", "object")
+        for name in ("src", "href"):
+            value = given.get(name)
+            assert value is None or value.startswith(("data:image/png;base64,", "#")), value
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag in ("path", "rect", "image", "polyline", "circle"), f"<{tag}/> closes nothing in HTML"
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, tag
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data.strip())
+
+
+def cnn(width: int, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return timm.create_model(
+        "resnet10t", num_classes=4, channels=(width, width, 2 * width, 2 * width), stem_width=width
+    )
+
+
+def images(n: int = 48) -> Batch:
+    generator = torch.Generator().manual_seed(3)
+    labels = torch.arange(n) % 4
+    x = torch.randn(n, 3, 32, 32, generator=generator) * 0.3
+    x[torch.arange(n), 0, labels * 8] += 2
+    return Batch.of(x, labels, mean=STATS, std=STATS)
+
+
+def halves(batch: Batch):
+    for rows in torch.arange(batch.size).split(24):
+        yield Batch.of(batch.inputs[rows], batch.labels[rows], mean=STATS, std=STATS)
+
+
+def train(folder: Path | None, method: str = "kd", *, seed: int = 0, steps: int = 6, resume: int | None = None):
+    """A short distillation; with a folder it is recorded."""
+    teacher, student = cnn(8, 1), cnn(4, seed)
+    batch = images()
+    distiller = create_distiller(method)
+    nets = bind(distiller, student, teacher, batch=batch, total_steps=steps)
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = accelerator.prepare(student, torch.optim.SGD(student.parameters(), lr=0.05))
+    player = TurnPlayer(accelerator, distiller, nets, optimizer)
+    record = None
+    if folder is not None:
+        record = RunRecord(
+            folder,
+            host="bare loop",
+            nets=nets,
+            distiller=distiller,
+            command=["train.py", "--distill", method, "--name", "<b>&"],
+            names={"student": "small", "teachers": ["large"]},
+            data="stripes",
+            metric="eval_top1",
+            classes=["north", "east", "south", "west"],
+            settings={"lr": 0.05, "seed": seed},
+            resume=resume,
+        )
+        if resume is None:
+            record.before(nets, halves(batch))
+        record.time_steps(player)
+    student.train()
+    for step in range(resume or 0, steps):
+        with accelerator.accumulate(model):
+            loss = player.step(batch)
+        if record is not None:
+            row = {"step": step + 1, "epoch": step + 1.0, "train_loss": float(loss), **player.logs()}
+            record.log(row | {"eval_top1": 25.0 + step + seed, "eval_loss": 1.0, "lr": 0.05})
+    if record is not None:
+        record.after(nets, halves(batch))
+        record.finish({"top1": 30.0, "evaluation": {"loss": 1.0}}, seconds_per_step=0.01)
+    return student, player, record
+
+
+# Analysis
+
+
+def test_similarity_is_the_unbiased_estimate_and_ignores_rotation_and_scale():
+    torch.manual_seed(0)
+    x, y = torch.randn(20, 6), torch.randn(20, 5)
+    rotation = torch.linalg.qr(torch.randn(6, 6))[0]
+    similarity = Similarity([2, 1])
+    similarity.add([x, 3 * x @ rotation + 1, y])
+    pairs = similarity.matrices()
+
+    def hsic(a, b):
+        n = len(a)
+        k, m = (z @ z.T for z in (a.double(), b.double()))
+        k.fill_diagonal_(0)
+        m.fill_diagonal_(0)
+        ones = torch.ones(n, 1, dtype=torch.float64)
+        trace = (k @ m).trace() + (ones.T @ k @ ones) * (ones.T @ m @ ones) / ((n - 1) * (n - 2))
+        return float((trace - 2 / (n - 2) * (ones.T @ k @ m @ ones)) / (n * (n - 3)))
+
+    expected = hsic(x, y) / math.sqrt(hsic(x, x) * hsic(y, y))
+    assert pairs[0, 0] == pytest.approx(torch.ones(2, 2), abs=1e-5)
+    assert pairs[0, 1][:, 0].tolist() == pytest.approx([expected, expected], abs=1e-5)
+
+
+def test_unrelated_features_are_dissimilar_however_wide_they_are():
+    torch.manual_seed(0)
+    similarity = Similarity([1, 1])
+    for _ in range(4):
+        similarity.add([torch.randn(16, 4000), torch.randn(16, 4000)])
+    assert abs(float(similarity.matrices()[0, 1])) < 0.1
+
+
+def test_calibration_by_hand():
+    generator = torch.Generator().manual_seed(0)
+    confidence = torch.rand(500, generator=generator)
+    correct = torch.rand(500, generator=generator) < confidence**2
+    error, diagram = calibration(confidence, correct, bins=10)
+    expected = 0.0
+    for i in range(10):
+        inside = (confidence > i / 10) & (confidence <= (i + 1) / 10)
+        expected += float((confidence[inside].mean() - correct[inside].float().mean()).abs()) * int(inside.sum()) / 500
+    assert error == pytest.approx(expected, abs=1e-5)
+    assert diagram[:, 0].sum() == 500
+
+
+def test_decisions_of_every_task():
+    tokens = Batch(labels=torch.tensor([[1, -100, 0]]), size=1, task="token")
+    assert rows_of(torch.zeros(1, 3, 2), tokens).labels.tolist() == [1, 0]
+    text = Batch(labels=torch.tensor([[1, 0, 1]]), size=1, task="causal-lm")
+    assert rows_of(torch.eye(3)[None], text).labels.tolist() == [0, 1]
+    many = Batch(labels=torch.tensor([[1.0, 0.0]]), size=1, task="multilabel")
+    assert rows_of(torch.tensor([[2.0, -1.0]]), many).logits.argmax(1).tolist() == [1, 0]
+    pixels = Batch(labels=torch.tensor([[[0, 1], [255, 1]]]), size=1, task="segmentation")
+    assert sorted(rows_of(torch.zeros(1, 2, 2, 2), pixels).labels.tolist()) == [0, 1, 1]
+    assert rows_of(torch.zeros(2, 1), Batch(labels=torch.zeros(2), size=2, task="regression")) is None
+
+
+def test_analysis_leaves_no_trace():
+    torch.manual_seed(0)
+    student, teacher = (
+        timm.create_model(
+            "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=d, embed_dim=24, num_heads=2, num_classes=4
+        )
+        for d in (2, 3)
+    )
+    nets = bind(create_distiller("kd"), student, teacher, batch=images(8))
+    student.train()
+    student.blocks[0].eval()
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    modes = [m.training for m in student.modules()]
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for net in nets for m in net.module.modules()]
+    state = torch.get_rng_state()
+    found = analyse(nets, (batch for batch in torch_batches(images(16))))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [m.training for m in student.modules()] == modes
+    after = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for net in nets for m in net.module.modules()]
+    assert after == hooks
+    assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
+    assert all(p.grad is None for p in student.parameters())
+    assert found.arrays["cka"].shape == (2, 3)
+    assert found.arrays["teacher/attention"].shape == (3, 4, 4, 4)
+    assert found.arrays["teacher/attention"].float().sum((-2, -1)).max() <= 1.01
+    assert found.summary["labels"] == [0, 1, 2, 3]
+
+
+def torch_batches(batch: Batch):
+    """Like a loader with shuffling workers, this draws from the random state when it is iterated."""
+    torch.rand(3)
+    yield batch
+
+
+def test_the_teacher_agrees_with_itself():
+    teacher = cnn(8, 1)
+    nets = bind(create_distiller("kd"), cnn(8, 1), teacher, batch=images(8))
+    found = analyse(nets, [images()])
+    assert found.summary["predictions"]["agreement"] == 1
+    assert found.summary["predictions"]["kl"] == pytest.approx(0, abs=1e-5)
+    assert found.arrays["cka"].diagonal().tolist() == pytest.approx([1.0] * len(found.arrays["cka"]), abs=1e-3)
+    assert torch.equal(found.arrays["student/confusion"], found.arrays["teacher/confusion"])
+    assert found.arrays["student/confusion"].sum() == 48
+
+
+def test_layers_of_a_network_without_a_library():
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3), nn.ReLU(inplace=True))
+    net = nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
+    found = analyse(as_nets(net), [images(12)])
+    assert found.summary["student"]["layers"] == ["0.0", "0.2", "3"]
+    assert found.arrays["cka"].shape == (3, 3)
+
+
+# Records
+
+
+def test_recording_changes_no_number(tmp_path):
+    recorded, player, record = train(tmp_path / "run")
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state.clear()
+    plain, *_ = train(None)
+    assert all(torch.equal(a, b) for a, b in zip(recorded.parameters(), plain.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(recorded.buffers(), plain.buffers(), strict=True))
+    assert record.timer.steps == 3
+    assert not any(name in vars(player) for name in ("forward", "after_backward", "after_update"))
+
+
+def test_record_holds_what_was_run(tmp_path):
+    train(tmp_path)
+    info = json.loads((tmp_path / "run.json").read_text())
+    assert info["status"] == "finished"
+    assert info["method"]["name"] == "kd"
+    assert info["method"]["parts"][0]["paper"]["arxiv"] == "1503.02531"
+    assert info["teachers"][0]["name"] == "large"
+    assert info["versions"]["torch"] == str(torch.__version__)
+    parts = info["cost"]["parts"]
+    assert {"student forward", "teacher forward", "backward", "optimizer"} <= set(parts)
+    assert all(seconds >= 0 for seconds in parts.values())
+    assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 6
+    arrays = load_file(tmp_path / "analysis.safetensors")
+    assert {"before/cka", "after/cka", "after/images", "after/student/map/0"} <= set(arrays)
+    assert not torch.equal(arrays["before/cka"], arrays["after/cka"])
+
+
+def test_a_resumed_run_keeps_its_rows(tmp_path):
+    train(tmp_path)
+    before = json.loads((tmp_path / "analysis.json").read_text())["before"]
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state.clear()
+    train(tmp_path, resume=4)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert json.loads((tmp_path / "run.json").read_text())["resumed"] == 1
+    assert json.loads((tmp_path / "analysis.json").read_text())["before"] == before
+
+
+def test_what_cannot_be_analysed_is_a_note(tmp_path):
+    record = RunRecord(tmp_path, host="bare loop", nets=nn.Linear(4, 2), command=["x"])
+    with pytest.warns(UserWarning, match="No analysis before"):
+        record.before(nn.Linear(4, 2), [Batch.of(torch.zeros(3, 5))])
+    record.finish({})
+    assert "could not be analysed" in render([tmp_path])
+
+
+def test_other_processes_write_nothing(tmp_path):
+    record = RunRecord(tmp_path / "none", host="bare loop", nets=nn.Linear(4, 2), enabled=False)
+    record.log({"step": 1})
+    record.before(nn.Linear(4, 2), [])
+    record.finish({})
+    assert not (tmp_path / "none").exists()
+
+
+# Pages
+
+
+def test_page_of_a_vision_run(tmp_path):
+    train(tmp_path, "kd+nst")
+    html = render([tmp_path])
+    page = Page(html)
+    assert [key for key in VISION if key in page.ids] == VISION
+    assert "attention" not in page.ids
+    for words in (
+        "train.py",
+        "<b>&",
+        "Hinton",
+        "arXiv:1707.01219",
+        "small",
+        "large",
+        "nst",
+        "north",
+        "stripes",
+        "torch",
+    ):
+        assert words in page.words, words
+    assert "--name '<b>" not in html
+    assert page.tags.count("img") == 4 * (1 + 4 + 4 + 4)
+    assert "prefers-color-scheme: dark" in html
+    assert 'data-theme="dark"' in html
+
+
+def test_page_of_a_text_run_with_stages(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    student, teacher = (
+        transformers.BertForSequenceClassification(
+            transformers.BertConfig(
+                vocab_size=30, hidden_size=16, num_hidden_layers=n, num_attention_heads=2, intermediate_size=16
+            )
+        )
+        for n in (2, 4)
+    )
+    ids = torch.randint(5, 30, (12, 9))
+    mask = (torch.arange(9) < torch.arange(12)[:, None] % 5 + 5).long()
+    batch = Batch.of({"input_ids": ids, "attention_mask": mask}, torch.arange(12) % 2)
+    distiller = create_distiller("internal", schedule="progressive")
+    nets = bind(distiller, student, teacher, batch=batch, total_steps=9)
+    record = RunRecord(
+        tmp_path,
+        host="bare loop",
+        nets=nets,
+        distiller=distiller,
+        command=["x"],
+        decode=lambda row: [f"t{i}" for i in row],
+    )
+    record.before(nets, [batch])
+    for step in range(1, 10):
+        record.log({"step": step, "loss": 1 / step, "distill/kl_attention": 0.5 / step})
+    record.after(nets, [batch])
+    record.finish({"eval_accuracy": 0.5})
+    html = render([tmp_path])
+    page = Page(html)
+    assert [key for key in TEXT if key in page.ids] == TEXT
+    assert "features" not in page.ids
+    assert f"t{int(ids[0, 0])}" in page.words
+    assert "kl_attention" in page.words
+    assert page.tags.count("image") == 3 * (4 + 2 + 2)
+    assert html.count('class="stage ') == 2 * len(distiller.stages())
+    arrays = load_file(tmp_path / "analysis.safetensors")
+    rows = arrays["after/teacher/attention"].float().sum(-1)
+    assert rows[:, 0, :5].tolist() == [pytest.approx([1.0] * 5, abs=2e-3)] * 4
+
+
+def test_page_of_a_written_record(tmp_path):
+    """A record made by hand: many classes, a peer, no history; numbers are those that were written."""
+    k = 30
+    confusion = torch.eye(k).int() * 10
+    other = confusion.clone()
+    other[3, 3], other[3, 7] = 4, 6
+    arrays = {"student/confusion": other, "peer/confusion": confusion, "cka": torch.tensor([[0.25, 1.0]])}
+    diagram = torch.tensor([[10.0, 0.75, 0.5], [0.0, 0.0, 0.0]])
+    arrays |= {"student/reliability": diagram, "peer/reliability": diagram.clone()}
+    save_file({f"after/{name}": x for name, x in arrays.items()}, tmp_path / "analysis.safetensors")
+    own = {"accuracy": 0.98, "ece": 0.0123, "nll": 0.5, "confidence": 0.9}
+    predictions = {"decisions": 300, "classes": k, "student": own, "peer": own, "agreement": 0.875, "kl": 0.1}
+    after = {"compared": "peer", "examples": 300, "predictions": predictions}
+    after |= {"student": {"layers": ["a"]}, "peer": {"layers": ["b", "c"]}}
+    (tmp_path / "analysis.json").write_text(json.dumps({"after": after}))
+    (tmp_path / "run.json").write_text(json.dumps({"format": 1, "command": ["x"], "peers": [{"name": "twin"}]}))
+    page = Page(render([tmp_path]))
+    for words in ("98.0 %", "87.5 %", "1.2 %", "twin", "3 taken for 7", "+6", ".25"):
+        assert words in page.words, words
+    assert "curves" not in page.ids
+
+
+@pytest.mark.parametrize("name", ["summary.csv", "trainer_state.json"])
+def test_runs_without_a_record_are_read_from_the_hosts_files(tmp_path, name):
+    if name == "summary.csv":
+        text = "epoch,train_loss,train_distill/kd,eval_top1,lr\n0,2.0,1.5,40.0,0.1\n1,1.0,0.5,,0.05\n"
+        (tmp_path / "results.json").write_text(json.dumps({"best_metric": 40.0, "seconds_per_step": 0.2}))
+    else:
+        rows = [{"step": 5, "loss": 2.0, "distill/kd": 1.5}, {"step": 5, "eval_top1": 40.0}, {"step": 9, "loss": 1.0}]
+        text = json.dumps({"log_history": rows})
+    (tmp_path / name).write_text(text)
+    page = Page(render([tmp_path]))
+    assert {"curves", "results"} & set(page.ids)
+    for words in ("loss", "kd", "top1"):
+        assert words in page.text, words
+
+
+def test_comparison_sums_up_seeds(tmp_path):
+    for method in ("kd", "nst"):
+        for seed in (0, 1):
+            train(tmp_path / f"{method}-{seed}", method, seed=seed, steps=3)
+            for state in (AcceleratorState, GradientState, PartialState):
+                state._shared_state.clear()
+    folders = sorted(path for path in tmp_path.iterdir() if path.is_dir())
+    page = Page(render(folders))
+    assert {"results", "curves", "calibration", "similarity", "cost", "runs"} <= set(page.ids)
+    assert "27.50" in page.words
+    assert "± 0.71" in page.words
+    assert page.text.count("kd-0") == 1
+    assert "2 experiments" in page.words
+
+
+def test_command(tmp_path, capsys):
+    train(tmp_path / "a", steps=2)
+    assert kd_plugins_main(["report", str(tmp_path / "a")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "a" / "report.html")
+    Page((tmp_path / "a" / "report.html").read_text(encoding="utf-8"))
+    assert main([str(tmp_path / "a"), str(tmp_path / "a"), "-o", str(tmp_path / "out" / "both.html")]) == 0
+    assert (tmp_path / "out" / "both.html").is_file()
+    assert kd_plugins_main(["report", str(tmp_path / "missing")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DistillError, match=r"run\.json, summary\.csv or trainer_state\.json"):
+        load_run(tmp_path / "empty")
+
+
+def test_a_running_run_has_a_page(tmp_path):
+    record = RunRecord(tmp_path, host="bare loop", nets=nn.Linear(4, 2), command=["x"])
+    record.log({"step": 1, "loss": float("nan")})
+    record.log({"step": 2, "loss": 0.5})
+    with (tmp_path / "history.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    page = Page(render([tmp_path]))
+    assert "(running)" in page.words
+    assert "curves" in page.ids
+
+
+@pytest.mark.parametrize("values", [[0.0], [1.0, 1.0], [-3.0, 5e6], [1e-9, 2e-9]])
+def test_curves_of_any_range(values):
+    chart = charts.lines([charts.Series("x", list(enumerate(values)))], title="t")
+    assert "nan" not in chart
+    assert "inf" not in chart
