@@ -78,7 +78,7 @@ class TimmNetwork(LayeredNetwork):
     ) -> View:
         numbers = {i: self._number(i) for i in reads.features if isinstance(i, int)}
         if not numbers:
-            return super().read(batch, reads, forward=forward or self.staged, replace=replace)
+            return super().read(batch, reads, forward=self.staged if forward is None else forward, replace=replace)
         if reads.hidden or reads.attentions or reads.cut:
             raise DistillError("Stage numbers and transformer layers cannot be read in one forward: read one kind.")
         stages = tuple(sorted(set(numbers.values())))
