@@ -385,7 +385,8 @@ class _Pairs:
 def _gram(x: Tensor) -> Tensor:
     # The estimator does not care where the origin is, but float32 does.
     x = x - x.mean(0)
-    return (x @ x.T).double().fill_diagonal_(0)
+    with torch.autocast(x.device.type, enabled=False):
+        return (x @ x.T).double().fill_diagonal_(0)
 
 
 def _vectors(x: Tensor, batch: Batch) -> Tensor:

@@ -37,6 +37,7 @@ from kd_timm.data import apply_data_defaults, create_data, create_datasets
 from kd_timm.distillation import create_distillation
 from kd_timm.engine import PlainStep, Run, evaluate, train_one_epoch
 from kd_timm.progress import Reporter
+from kd_timm.recording import Recorder
 from kd_timm.resume import load_state, save_state
 from kd_timm.setup import check_arguments, create_accelerator
 
@@ -231,11 +232,13 @@ class Session:
             f"{self.args.model}: {sum(p.numel() for p in self.student.parameters()):,} parameters,"
             f" {self.epochs} epochs of {self.updates_per_epoch} updates, output in {self.folder}"
         )
+        self.recorder = Recorder(self, start)
         try:
             for epoch in range(start, self.epochs):
                 self._epoch(epoch)
         except KeyboardInterrupt:
             self.reporter.end()
+            self.recorder.interrupted()
             self.reporter.line(f"Interrupted; continue with --resume {self.folder}")
             return {}
         results = self._finish()
@@ -266,6 +269,7 @@ class Session:
             run.scheduler.step(done + 1, metric)
         if self.primary:
             self.summary.add(epoch, training, evaluation, rate)
+            self.recorder.epoch(epoch, training, evaluation, rate)
             self.checkpoints.save(self.evaluated, epoch, metric)
         shown = "  ".join(f"{key} {value:.4g}" for key, value in evaluation.items())
         self.reporter.line(f"epoch {epoch}: train loss {training['loss']:.4g}  {shown}")
@@ -298,6 +302,7 @@ class Session:
         }
         if self.primary:
             write_json(self.folder / "results.json", results)
+            self.recorder.finish(results)
         final = "  ".join(f"{key} {value:.4g}" for key, value in results.get("evaluation", {}).items())
         self.reporter.line(f"best {self.metric} {best[0]:.4g} (epoch {best[1]})  {final}  {exported}")
         return results

@@ -1,0 +1,93 @@
+"""The record of a run of kd-timm-train, which `kd-plugins report` makes a page of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from kd_accelerate.record import RunRecord
+from kd_plugins import Batch, Net, Nets, Reads
+from kd_timm.network import TimmNetwork
+
+if TYPE_CHECKING:
+    from kd_timm.train import Session
+
+__all__ = ["Recorder"]
+
+
+class Recorder:
+    """Writes the record of a session: the networks before and after the training, and a row an epoch.
+
+    Args:
+        session: The run, ready to train.
+        start: The epoch that it begins with.
+    """
+
+    def __init__(self, session: Session, start: int) -> None:
+        self.session = session
+        args, distillation, accelerator = session.args, session.distillation, session.accelerator
+        settings = {key: value for key, value in session.given.items() if value not in (None, "", [], {})}
+        self.record = RunRecord(
+            session.folder,
+            host="kd-timm-train",
+            nets=self._nets(),
+            distiller=None if distillation is None else distillation.distiller,
+            names={"student": args.model, "teachers": args.teacher, "peers": args.peer},
+            data=_data(session),
+            metric=f"eval_{session.metric}",
+            classes=session.data.classes,
+            settings=settings | {"processes": session.processes, "precision": accelerator.mixed_precision},
+            enabled=session.primary,
+            resume=start * session.updates_per_epoch if session.state is not None else None,
+        )
+        if start == 0:
+            self._analyse("before")
+        if distillation is not None:
+            self.record.time_steps(distillation.player)
+
+    def epoch(self, epoch: int, training: Mapping[str, float], evaluation: Mapping[str, float], rate: float) -> None:
+        """Adds the row of an evaluated epoch."""
+        row: dict[str, Any] = {"epoch": epoch + 1, "step": (epoch + 1) * self.session.updates_per_epoch}
+        row |= {f"train_{key}": value for key, value in training.items()}
+        row |= {f"eval_{key}": value for key, value in evaluation.items()}
+        self.record.log(row | {"lr": rate})
+
+    def finish(self, results: Mapping[str, Any]) -> None:
+        """Analyses the best student and writes the results."""
+        self._analyse("after")
+        self.record.finish(results, seconds_per_step=results["seconds_per_step"])
+
+    def interrupted(self) -> None:
+        """Says that the run has not come to its end."""
+        self.record.finish({}, status="interrupted")
+
+    def _nets(self) -> Nets:
+        """The networks with the student that is evaluated and exported."""
+        student = Net(TimmNetwork(self.session.evaluated), Reads)
+        distillation = self.session.distillation
+        if distillation is None:
+            return Nets(student)
+        return Nets(student, distillation.nets.teachers, distillation.nets.peers[1:])
+
+    def _analyse(self, phase: str) -> None:
+        if not self.session.primary or self.session.data.evaluation is None:
+            return
+        with self.session.accelerator.autocast():
+            getattr(self.record, phase)(self._nets(), self._batches())
+
+    def _batches(self) -> Iterator[Batch]:
+        session = self.session
+        config = session.data.config
+        for inputs, labels in session.data.evaluation:
+            yield Batch.of(inputs, labels, mean=config["mean"], std=config["std"])
+
+
+def _data(session: Session) -> str:
+    """The data set in words."""
+    args, sizes = session.args, []
+    for name, loader in (("training", session.data.train), ("evaluation", session.data.evaluation)):
+        try:
+            sizes.append(f"{len(loader.dataset):,} {name} images")
+        except (TypeError, AttributeError):
+            continue
+    return f"{args.dataset or args.data_dir}: {' and '.join(sizes)}" if sizes else str(args.dataset or args.data_dir)
