@@ -8,7 +8,7 @@ Every flag may be written with underscores or dashes. A YAML or JSON file of arg
 
 import json
 import sys
-from argparse import SUPPRESS
+from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,6 +111,13 @@ class DistillationArguments:
     teacher_heads: int = _field(4, help="attention heads of a teacher from scratch")
 
 
+class _Help(ArgumentDefaultsHelpFormatter):
+    """Shows defaults where there are any."""
+
+    def _get_help_string(self, action: Action) -> str | None:
+        return action.help if action.default in (None, [], SUPPRESS) else super()._get_help_string(action)
+
+
 class Arguments(NamedTuple):
     """Everything that the command line says."""
 
@@ -126,6 +133,7 @@ def build_parser() -> HfArgumentParser:
         [DataArguments, ModelArguments, DistillationArguments, TrainingArguments],
         prog="kd-transformers-train",
         description="Train a text classifier or regressor of transformers, alone or with knowledge distillation.",
+        formatter_class=_Help,
         # A prefix of one flag must not end up as another (--distill).
         allow_abbrev=False,
     )

@@ -1,9 +1,9 @@
 """`kd-transformers-train`: trains a text classifier or regressor with HuggingFace Trainer, alone or with a teacher.
 
 The folder that it leaves (`--output_dir`) is an ordinary checkpoint for
-`AutoModelForSequenceClassification.from_pretrained` and `AutoTokenizer.from_pretrained`. In it lies `all_results.json`, as
-HuggingFace's example scripts write it: metrics (`eval_accuracy`), those of the teacher (`eval_teacher_accuracy`), how often
-both decide alike (`eval_teacher_agreement`), parameters, bytes and seconds per step.
+`AutoModelForSequenceClassification.from_pretrained` and `AutoTokenizer.from_pretrained`. In it lies `all_results.json`,
+as HuggingFace's example scripts write it: metrics (`eval_accuracy`), those of the teacher (`eval_teacher_accuracy`),
+how often both decide alike (`eval_teacher_agreement`), parameters, bytes and seconds per step.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import disable_progress_bars
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -111,7 +112,11 @@ class Session:
         self.options = (
             options_from_strings(distillation.distill, distillation.distill_args) if distillation.distill else {}
         )
-        set_seed(training.seed)
+        if training.disable_tqdm:
+            disable_progress_bars()
+            logging.disable_progress_bar()
+        if training.device.type == "cpu":
+            training.dataloader_pin_memory = False
         with training.main_process_first(desc="reading the data"):
             self.data = load_text(data, training.do_eval, cache_dir=model.cache_dir)
         self.labels: Labels = self.data.labels
@@ -330,6 +335,8 @@ class Session:
             resume_from_checkpoint=None,
         )
         set_seed(training.seed)
+        # As a teacher it was frozen when the student's trainer was built, which is before, for its checks.
+        teacher.requires_grad_(True)
         trainer = Trainer(
             model=teacher,
             args=args,
@@ -345,7 +352,7 @@ class Session:
             # Last of all: a folder that has it is finished.
             (self.teacher_folder / _RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         teacher.zero_grad(set_to_none=True)
-        teacher.eval()
+        teacher.requires_grad_(False).eval()
 
     # The student
 

@@ -1,0 +1,467 @@
+"""kd-transformers-train from the command line to the folder it leaves."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
+
+from kd_plugins import DistillError
+from kd_transformers import data as data_module
+from kd_transformers.arguments import build_parser, parse_args
+from kd_transformers.docstrings import DOCSTRINGS_DEFAULTS, load_docstrings
+from kd_transformers.students import copy_layers, load_teacher, shrink
+from kd_transformers.train import Session, main
+
+TINY = [
+    *"--max_steps 4 --max_train_samples 64 --max_eval_samples 32 --max_seq_length 16 --vocab_size 300".split(),
+    *"--per_device_train_batch_size 8 --learning_rate 1e-3 --disable_tqdm True --save_strategy no --use_cpu".split(),
+]
+SCRATCH = "--student_layers 1 --student_hidden_size 16 --student_heads 2".split()
+TEACHER = "--train_teacher --teacher_layers 4 --teacher_hidden_size 16 --teacher_heads 2".split()
+
+
+@pytest.fixture(scope="module")
+def docstrings():
+    return load_docstrings()
+
+
+@pytest.fixture(autouse=True)
+def _read_once(docstrings, monkeypatch):
+    """Reading the library's sources takes seconds, and every run of this file reads the same."""
+    monkeypatch.setattr(data_module, "load_docstrings", lambda: docstrings)
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state.clear()
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs the command with tiny settings; later flags win."""
+
+    def go(*words: str, name: str = "out") -> tuple[Path, dict]:
+        folder = tmp_path / name
+        assert main([*TINY, "--output_dir", str(folder), *words]) == 0
+        return folder, json.loads((folder / "all_results.json").read_text())
+
+    return go
+
+
+@pytest.fixture(scope="module")
+def taught(docstrings, tmp_path_factory):
+    """A folder with a teacher of four layers, trained for a few steps."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(data_module, "load_docstrings", lambda: docstrings)
+    folder = tmp_path_factory.mktemp("taught")
+    words = [*TINY, *"--student_layers 4 --student_hidden_size 16 --student_heads 2".split()]
+    assert main([*words, "--output_dir", str(folder)]) == 0
+    patch.undo()
+    return folder
+
+
+def fails(capsys, words: list[str]) -> str:
+    """What the command says when it gives up, in one line."""
+    capsys.readouterr()
+    try:
+        status = main(words)
+    except SystemExit as stopped:
+        status = stopped.code
+    assert status == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return re.sub(r"\s+", " ", error)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# Plain training
+
+
+def test_the_embedded_data_need_no_flags(run, docstrings):
+    folder, results = run(*SCRATCH)
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    names = docstrings["train"].features["label"].names
+    assert [model.config.id2label[i] for i in range(12)] == names
+    assert model(**tokenizer("An event loop.", return_tensors="pt")).logits.shape == (1, 12)
+    assert results["parameters"] == model.num_parameters()
+    assert results["bytes"] == (folder / "model.safetensors").stat().st_size
+    assert results["seconds_per_step"] > 0
+    assert (results["train_samples"], results["eval_samples"]) == (64, 32)
+    # The accuracy is that of the folder that was saved.
+    rows = docstrings["validation"].select(range(32))
+    inputs = tokenizer(list(rows["text"]), truncation=True, max_length=16, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        right = model.eval()(**inputs).logits.argmax(-1) == torch.tensor(rows["label"])
+    assert results["eval_accuracy"] == pytest.approx(right.float().mean().item())
+
+
+@pytest.fixture
+def colours(tmp_path) -> list[str]:
+    """Flags of a data set that is learnt in seconds: which colour a text names."""
+    names = ("red", "green", "blue")
+    texts = [f"{word} {colour} {other}" for colour in names for word in "abcdefgh" for other in "pqrstuvw"]
+    Dataset.from_dict({"text": texts, "label": [text.split()[1] for text in texts]}).to_csv(tmp_path / "rows.csv")
+    file = str(tmp_path / "rows.csv")
+    rows = ["--max_train_samples", "192", "--max_eval_samples", "192"]
+    return ["--train_file", file, "--validation_file", file, "--cache_dir", str(tmp_path / "cache"), *rows]
+
+
+def test_training_learns(run, colours):
+    _, results = run(*SCRATCH, *colours, *"--max_steps 150 --learning_rate 1e-2".split())
+    assert results["eval_accuracy"] > 0.9
+    assert results["eval_f1"] > 0.9
+
+
+def test_the_same_seed_gives_the_same_weights(run):
+    first, again, other = run(*SCRATCH, name="a"), run(*SCRATCH, name="b"), run(*SCRATCH, "--seed", "1", name="c")
+    assert same(weights(first[0]), weights(again[0]))
+    assert not same(weights(first[0]), weights(other[0]))
+
+
+def test_a_run_continues_from_its_checkpoint_exactly(run):
+    steps = "--save_strategy steps --save_steps 2".split()
+    whole, _ = run(*SCRATCH, *steps, name="whole")
+    resumed, _ = run(*SCRATCH, "--resume_from_checkpoint", str(whole / "checkpoint-2"), name="resumed")
+    assert same(weights(whole), weights(resumed))
+
+
+def test_distillation_continues_from_the_last_checkpoint_exactly(run, taught):
+    words = ["--distill", "internal", "--teacher", str(taught), *"--save_strategy steps --save_steps 2".split()]
+    whole, _ = run(*words)
+    expected = weights(whole)
+    shutil.rmtree(whole / "checkpoint-4")
+    (whole / "model.safetensors").unlink()
+    resumed, _ = run(*words, "--resume_from_checkpoint", "true")
+    assert same(weights(resumed), expected)
+
+
+def test_evaluation_alone(run, taught):
+    _, trained = run("--model_name_or_path", str(taught), "--do_eval", name="evaluated")
+    assert trained["eval_accuracy"] == json.loads((taught / "all_results.json").read_text())["eval_accuracy"]
+    assert "train_loss" not in trained
+
+
+def test_a_student_from_a_checkpoint_or_a_configuration(run, taught, tmp_path):
+    folder, _ = run("--model_name_or_path", str(taught), name="tuned")
+    assert not same(weights(folder), weights(taught))
+    assert weights(folder).keys() == weights(taught).keys()
+    config = BertConfig(
+        vocab_size=300,
+        hidden_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=16,
+    )
+    config.save_pretrained(tmp_path / "config")
+    folder, results = run("--config_name", str(tmp_path / "config" / "config.json"), name="configured")
+    assert AutoModelForSequenceClassification.from_pretrained(folder).config.hidden_size == 24
+
+
+def test_pairs_regression_and_vocabularies(run, tmp_path):
+    rows = Dataset.from_dict(
+        {"sentence1": ["one two", "three"] * 8, "sentence2": ["two one", "four"] * 8, "score": [0.5, 4.0] * 8}
+    )
+    rows.to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one", "two"]) + "\n")
+    file = str(tmp_path / "rows.parquet")
+    words = ["--train_file", file, "--validation_file", file, "--tokenizer_name", str(tmp_path / "vocab.txt")]
+    folder, results = run(*SCRATCH, *words, "--cache_dir", str(tmp_path / "cache"))
+    assert -1 <= results["eval_pearsonr"] <= 1
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert (model.config.problem_type, model.config.num_labels, model.config.vocab_size) == ("regression", 1, 7)
+
+
+# With a teacher
+
+
+def test_a_teacher_is_trained_once_and_taught_from(run, capsys):
+    words = [*TEACHER, "--teacher_epochs", "1", "--student_layers", "2", "--distill", "internal"]
+    folder, results = run(*words, "--distill-args", "schedule=progressive", "gold=0.5")
+    teacher = weights(folder / "teacher")
+    assert AutoModelForSequenceClassification.from_pretrained(folder / "teacher").config.num_hidden_layers == 4
+    assert AutoModelForSequenceClassification.from_pretrained(folder).config.num_hidden_layers == 2
+    assert 0 <= results["eval_teacher_agreement"] <= 1
+    options = json.loads((folder / "distiller.json").read_text())
+    assert "progressive" in json.dumps(options)
+    assert "0.5" in json.dumps(options)
+    capsys.readouterr()
+    again, second = run(*words, "--distill-args", "schedule=progressive", "gold=0.5")
+    assert "Training the teacher" not in capsys.readouterr().out
+    assert same(teacher, weights(again / "teacher"))
+    # A teacher that was there and one that was trained in this run give the same student.
+    assert second["eval_loss"] == results["eval_loss"]
+    error = fails(capsys, [*TINY, *words, "--output_dir", str(folder), "--teacher_learning_rate", "0.1"])
+    assert "another learning_rate" in error
+
+
+def test_the_teacher_trains_at_its_own_pace_and_the_student_learns_from_it(run, colours):
+    pace = "--teacher_epochs 3 --teacher_learning_rate 1e-2 --learning_rate 0".split()
+    words = [*colours, *TEACHER, *pace, "--student_layers", "2", "--distill", "kd"]
+    _, still = run(*words, name="still")
+    assert still["eval_teacher_accuracy"] > 0.9
+    _, results = run(*words, *"--learning_rate 5e-3 --max_steps 60".split(), name="moved")
+    assert results["eval_accuracy"] > max(0.9, still["eval_accuracy"] - 0.01)
+    assert results["eval_teacher_agreement"] > 0.9
+
+
+def test_the_student_takes_the_teachers_layers(taught):
+    teacher = AutoModelForSequenceClassification.from_pretrained(taught)
+    labels = parse_and_build(taught).labels
+    student = shrink(teacher, labels, 2)
+    assert copy_layers(student, teacher) == {1: 2, 2: 4}
+    ours, theirs = student.state_dict(), teacher.state_dict()
+    for name, value in ours.items():
+        origin = name.replace("layer.1.", "layer.3.").replace("layer.0.", "layer.1.")
+        assert torch.equal(value, theirs[origin]), name
+
+
+def parse_and_build(taught: Path, *words: str) -> Session:
+    output = str(taught.parent / "unused")
+    return Session(
+        parse_args([*TINY, "--output_dir", output, "--teacher", str(taught), "--student_init", "teacher", *words])
+    )
+
+
+def test_a_student_with_all_layers_starts_as_its_teacher(run, taught):
+    _, results = run("--teacher", str(taught), *"--student_init teacher --student_layers 4 --learning_rate 0".split())
+    assert results["eval_teacher_agreement"] == 1
+    assert results["eval_accuracy"] == results["eval_teacher_accuracy"]
+
+
+def test_a_student_from_scratch_beside_its_teacher(run, taught):
+    words = "--student_init scratch --student_layers 2 --student_hidden_size 8 --distill kd".split()
+    folder, _ = run("--teacher", str(taught), *words)
+    config = AutoModelForSequenceClassification.from_pretrained(folder).config
+    assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (2, 8, 16)
+
+
+def permuted(taught: Path, folder: Path) -> Path:
+    """The same teacher with its classes in another order."""
+    model, order = AutoModelForSequenceClassification.from_pretrained(taught), list(range(1, 12)) + [0]
+    names = [model.config.id2label[i] for i in order]
+    with torch.no_grad():
+        model.classifier.weight.copy_(model.classifier.weight[order])
+        model.classifier.bias.copy_(model.classifier.bias[order])
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: i for i, name in enumerate(names)}
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(taught).save_pretrained(folder)
+    return folder
+
+
+def test_a_teacher_with_its_classes_in_another_order_teaches_the_same(run, taught, tmp_path):
+    other = permuted(taught, tmp_path / "permuted")
+    words = ["--distill", "kd", "--student_layers", "2"]
+    first, plain = run("--teacher", str(taught), *words, name="a")
+    second, turned = run("--teacher", str(other), *words, name="b")
+    assert plain["eval_teacher_accuracy"] == turned["eval_teacher_accuracy"] > 0
+    for name, value in weights(first).items():
+        assert torch.allclose(value, weights(second)[name], atol=1e-6), name
+
+
+def test_several_teachers_and_weights_of_their_own(run, taught, tmp_path):
+    save_file({k: v + 0.01 for k, v in weights(taught).items()}, tmp_path / "w.safetensors")
+    model = load_teacher(str(taught), str(tmp_path / "w.safetensors"), parse_and_build(taught).labels)
+    expected = {k: v + 0.01 for k, v in weights(taught).items()}
+    assert same({k: v for k, v in model.state_dict().items() if k in expected}, expected)
+    torch.save(expected, tmp_path / "w.bin")
+    again = load_teacher(str(taught), str(tmp_path / "w.bin"), parse_and_build(taught).labels)
+    assert same(model.state_dict(), again.state_dict())
+
+
+def test_multi_label_problems_distil(run, tmp_path):
+    words = ["red sky", "blue sea", "red and blue flag", "green field"] * 4
+    labels = [["red"], ["blue"], ["red", "blue"], []] * 4
+    Dataset.from_dict({"text": words, "labels": labels}).to_json(tmp_path / "rows.jsonl")
+    file = str(tmp_path / "rows.jsonl")
+    files = ["--train_file", file, "--validation_file", file, "--cache_dir", str(tmp_path / "cache")]
+    folder, results = run(*files, *TEACHER, "--student_layers", "2", "--distill", "kd")
+    assert {"eval_accuracy", "eval_f1", "eval_teacher_agreement"} <= results.keys()
+    config = AutoModelForSequenceClassification.from_pretrained(folder).config
+    assert config.problem_type == "multi_label_classification"
+    assert set(config.label2id) == {"red", "blue"}
+
+
+# Arguments
+
+
+def test_flags_take_dashes_underscores_and_repetition():
+    words = "--distill kd --distill-args temperature=2 --teacher a --teacher b --teacher-checkpoint x --output_dir o"
+    args = parse_args([*words.split(), "--student-layers", "3"])
+    assert args.distillation.teacher == ["a", "b"]
+    assert args.distillation.teacher_checkpoint == ["x"]
+    assert args.distillation.distill_args == ["temperature=2"]
+    assert args.model.student_layers == 3
+    assert args.training.do_train
+    assert args.training.do_eval
+    assert parse_args([]).distillation.teacher == []
+
+
+def test_the_embedded_data_have_defaults_of_their_own_and_flags_win(tmp_path):
+    plain, other = parse_args([]), parse_args(["--task_name", "cola"])
+    for name, value in DOCSTRINGS_DEFAULTS.items():
+        holder = next(part for part in plain if hasattr(part, name))
+        assert getattr(holder, name) == value
+    assert other.training.learning_rate == 5e-5
+    assert parse_args(["--learning_rate", "0.5"]).training.learning_rate == 0.5
+
+
+@pytest.mark.parametrize("kind", ["yaml", "json"])
+def test_a_file_of_arguments_stands_first_and_flags_win(tmp_path, kind):
+    import yaml
+
+    values = {
+        "distill": "internal",
+        "distill_args": {"schedule": "progressive", "gold": 0.5, "project": True},
+        "teacher": ["here"],
+        "learning-rate": 1e-3,
+        "bf16": False,
+        "train_teacher": True,
+        "lr_scheduler_kwargs": {"num_cycles": 2},
+        "output_dir": "o",
+        "seed": 5,
+        "run_name": None,
+    }
+    path = tmp_path / f"args.{kind}"
+    path.write_text(json.dumps(values) if kind == "json" else yaml.safe_dump(values))
+    for words in ([str(path), "--seed", "7"], ["--seed=7", "--config", str(path)]):
+        args = parse_args(words)
+        assert sorted(args.distillation.distill_args) == ["gold=0.5", "project=true", "schedule=progressive"]
+        assert args.distillation.teacher == ["here"]
+        assert args.distillation.train_teacher
+        assert (args.training.learning_rate, args.training.seed) == (1e-3, 7)
+        assert args.training.lr_scheduler_kwargs == {"num_cycles": 2}
+    # A list on the command line replaces the file's.
+    assert parse_args([str(path), "--distill_args", "gold=1"]).distillation.distill_args == ["gold=1"]
+
+
+def test_a_wrong_file_of_arguments(tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text("learning_rat: 1\n")
+    assert "Did you mean learning_rate" in fails(capsys, [str(tmp_path / "a.yaml")])
+    (tmp_path / "b.yaml").write_text("learning_rate: fast\n")
+    assert "invalid float value: 'fast'" in fails(capsys, ["--config", str(tmp_path / "b.yaml")])
+    (tmp_path / "c.json").write_text("[1]")
+    assert "expected a mapping" in fails(capsys, [str(tmp_path / "c.json")])
+    assert "cannot be read" in fails(capsys, [str(tmp_path / "absent.json")])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--distil kd", "Did you mean --distill"),
+        ("--teacher a", "expected --distill with a teacher"),
+        ("--distill kd --teacher a --teacher_layers 2", "--teacher_layers belongs to --train_teacher"),
+        ("--distill kd --teacher_checkpoint a", "more of them"),
+        ("--distill_args a=1", "--distill, which is not given"),
+        ("--task_name cola --train_file a.csv", "one source of data"),
+        ("--validation_file a.csv", "add --train_file"),
+        ("--student_init teacher", "expected a teacher, got none"),
+        ("--model_name_or_path a --student_layers 2", "whole student"),
+        ("--student_layers 0", "expected a positive number, got 0"),
+        ("--do_predict", "not supported"),
+        ("--student_init magic", "invalid choice"),
+    ],
+)
+def test_arguments_that_cannot_go_together(capsys, words, message):
+    assert message in fails(capsys, words.split())
+
+
+def test_help_shows_every_group():
+    text = build_parser().format_help()
+    for flag in ("--distill-args", "--teacher_checkpoint", "--student_layers", "--per_device_train_batch_size"):
+        assert flag in text
+    assert "(default: None)" not in text
+
+
+# What cannot work is said before anything is trained
+
+
+def headless(taught: Path, folder: Path) -> Path:
+    BertModel.from_pretrained(taught).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(taught).save_pretrained(folder)
+    return folder
+
+
+def test_a_teacher_without_a_head_is_refused(taught, tmp_path, capsys):
+    bare = headless(taught, tmp_path / "bare")
+    config = json.loads((bare / "config.json").read_text()) | {"id2label": {str(i): f"c{i}" for i in range(12)}}
+    (bare / "config.json").write_text(json.dumps(config))
+    words = [*TINY, "--output_dir", str(tmp_path / "o"), "--distill", "kd", "--teacher", str(bare)]
+    error = fails(capsys, words)
+    assert "no weights for classifier.bias, classifier.weight" in error
+    assert "--train_teacher" in error
+    assert main([*words, "--train_teacher", "--student_layers", "2"]) == 0
+
+
+def test_a_teacher_with_other_classes_is_refused(taught, tmp_path, capsys):
+    model = AutoModelForSequenceClassification.from_pretrained(taught, num_labels=3, ignore_mismatched_sizes=True)
+    model.save_pretrained(tmp_path / "three")
+    AutoTokenizer.from_pretrained(taught).save_pretrained(tmp_path / "three")
+    words = [*TINY, "--output_dir", str(tmp_path / "o"), "--distill", "kd"]
+    assert "has 3 classes and the data 12" in fails(capsys, [*words, "--teacher", str(tmp_path / "three")])
+
+
+def test_another_tokenizer_is_refused(taught, tmp_path, capsys):
+    other = tmp_path / "other"
+    AutoModelForSequenceClassification.from_pretrained(taught).save_pretrained(other)
+    tokenizer = AutoTokenizer.from_pretrained(taught)
+    words = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    words[-1], words[-2] = words[-2], words[-1]
+    from transformers import BertTokenizer
+
+    BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(other)
+    flags = ["--distill", "kd", "--teacher", str(taught), "--model_name_or_path", str(other)]
+    assert "2 of 300 tokens differ" in fails(capsys, [*TINY, "--output_dir", str(tmp_path / "o"), *flags])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--distill kdd", "Did you mean kd"),
+        ("--distill kd --distill-args temprature=2", "Did you mean temperature"),
+        ("--distill kd --student_layers 5", "at most the teacher's 4"),
+        ("--distill kd --student_init scratch --student_hidden_size 15", "that 2 heads divide"),
+        ("--distill kd --resume_from_checkpoint true", "there is no checkpoint"),
+        ("--distill kd --teacher_checkpoint nowhere", "no weights at nowhere"),
+    ],
+)
+def test_errors_that_a_user_can_mend(taught, tmp_path, capsys, words, message):
+    flags = [*TINY, "--output_dir", str(tmp_path / "o"), "--teacher", str(taught), *words.split()]
+    assert message in fails(capsys, flags)
+    assert not (tmp_path / "o" / "model.safetensors").exists()
+
+
+def test_a_method_that_does_not_fit_the_task_is_refused_before_the_teacher_is_trained(tmp_path, capsys):
+    rows = Dataset.from_dict({"text": ["a b", "c d"] * 4, "label": [0.5, 1.0] * 4})
+    rows.to_csv(tmp_path / "rows.csv")
+    file = str(tmp_path / "rows.csv")
+    words = [*TINY, *TEACHER, "--output_dir", str(tmp_path / "o"), "--train_file", file, "--validation_file", file]
+    error = fails(capsys, [*words, "--cache_dir", str(tmp_path / "cache"), "--distill", "internal"])
+    assert "internal fits classification, multilabel" in error
+    assert not (tmp_path / "o" / "teacher").exists()
+
+
+def test_no_student_to_evaluate_is_an_error(taught, tmp_path, capsys):
+    assert "give --model_name_or_path" in fails(capsys, [*TINY, "--do_eval", "--output_dir", str(tmp_path / "o")])
+
+
+def test_sessions_raise_what_the_command_prints(taught):
+    with pytest.raises(DistillError, match="at most the teacher's 4"):
+        parse_and_build(taught, "--student_layers", "9")
+    assert np.isfinite(parse_and_build(taught).trainer.args.learning_rate)
