@@ -138,6 +138,7 @@ def bind(
     *,
     peers: Sequence[nn.Module] = (),
     batch: Batch | None = None,
+    batches: Iterable[Batch] | None = None,
     total_steps: int | None = None,
 ) -> Nets:
     """Makes the callables through which a method sees its networks; teachers are frozen and put in evaluation mode.
@@ -148,19 +149,27 @@ def bind(
         teacher: The frozen network, or several, where the method reads any.
         peers: The other networks that are trained together with the student.
         batch: One real batch to set the method up with; without it the first forward does.
+        batches: One pass over the training set, for methods that look at it before the training (a codebook).
         total_steps: Length of the training, for methods with a schedule or with stages.
 
     Raises:
-        DistillError: The number of teachers or peers does not fit the method.
+        DistillError: The number of teachers or peers does not fit the method, or it wants a pass over the training set.
     """
     teachers = [] if teacher is None else [teacher] if isinstance(teacher, nn.Module) else list(teacher)
     nets = connect(distiller, adapt(student), [adapt(t) for t in teachers], [adapt(p) for p in peers])
+    if needs_pass(distiller) and batches is None:
+        raise DistillError(
+            f"{distiller.name} looks at the training set before the training: give one pass over it, an iterable of"
+            " Batch objects, bind(..., batches=...)."
+        )
 
     def start(batch: Batch) -> None:
         for net in nets:
             net._before = None
         with torch.autocast(batch.inputs.device.type if batch.inputs is not None else "cpu", enabled=False):
             set_up(distiller, nets, batch)
+            if needs_pass(distiller) and batches is not None:
+                prepare(distiller, nets, batches)
         if total_steps is not None:
             distiller.schedule(total_steps)
         elif len(distiller.stages()) > 1:
