@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from kd_accelerate.streams import Streams
-from kd_plugins import Batch, Distiller
+from kd_plugins import Batch, Distiller, Nets, bind
 
 LR, MOMENTUM = 0.1, 0.9
 
@@ -93,6 +93,27 @@ class Host:
         """The learning rate's curve, for hosts that are loops."""
         total = self.job.steps
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 - n / total if self.job.decay else 1.0)
+
+    def bound(self) -> Nets:
+        """The networks as the method sees them, for hosts that are loops."""
+        return bind(
+            self.distiller,
+            self.student,
+            self.teachers,
+            peers=self.peers,
+            batch=next(self.passes()) if self.distiller.data else None,
+            batches=self.passes(),
+            total_steps=self.job.steps,
+        )
+
+    def tidy(self) -> None:
+        """Checks that the teachers are as they were and no gradient is left anywhere."""
+        count = len(self.teachers)
+        for teacher, fresh in zip(self.teachers, networks(self.kind, count, False)[1], strict=True):
+            assert not teacher.training
+            assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), fresh.parameters(), strict=True))
+        for module in (self.student, self.distiller, *self.teachers, *self.peers):
+            assert all(parameter.grad is None for parameter in module.parameters())
 
     def train(self, until: int) -> None:
         """Trains up to an update."""

@@ -34,6 +34,7 @@ def finished(host: str, shape: str, *, resume_at: int | None = None, folder: Pat
             made = HOSTS[host](made.job, Path(name), shift=1.0)
             made.load()
         made.train(made.job.steps)
+        made.tidy()
         return made
 
 

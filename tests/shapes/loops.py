@@ -14,8 +14,7 @@ from torch.utils.data import DataLoader
 
 from kd_accelerate import TurnPlayer
 from kd_accelerate.streams import StagedDataset, split
-from kd_plugins import Batch, bind, make_optimizers, play
-from kd_plugins.nets import needs_pass, prepare
+from kd_plugins import Batch, make_optimizers, play
 
 
 class Bare(Host):
@@ -23,12 +22,7 @@ class Bare(Host):
 
     def __init__(self, job: Job, folder: Path, shift: float = 0.0) -> None:
         super().__init__(job, folder, shift)
-        first = next(self.passes()) if self.distiller.data else None
-        self.nets = bind(
-            self.distiller, self.student, self.teachers, peers=self.peers, batch=first, total_steps=job.steps
-        )
-        if needs_pass(self.distiller):
-            prepare(self.distiller, self.nets, self.passes())
+        self.nets = self.bound()
         self.distiller.schedule(job.steps, epoch=EPOCH)
         self.moved(self.distiller)
         self.optimizers = make_optimizers(self.distiller, self.optimizer(), self.nets)
@@ -56,7 +50,8 @@ class Bare(Host):
                 if turn is None:
                     break
                 play(turn, self.optimizers)
-            self.curve.step()
+            if self.job.decay:
+                self.curve.step()
 
     def save(self) -> None:
         state = {
@@ -102,11 +97,8 @@ class Accelerated(Host):
             # Accelerate leaves fp16 on a CPU silently off.
             accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
         distiller = self.distiller
-        first = next(self.passes()) if distiller.data else None
-        self.nets = bind(distiller, self.student, self.teachers, peers=self.peers, batch=first, total_steps=job.steps)
+        self.nets = self.bound()
         distiller.schedule(job.steps, epoch=EPOCH)
-        if needs_pass(distiller) and accelerator.is_main_process:
-            prepare(distiller, self.nets, self.passes())
         self.moved(distiller)
         self.staged = StagedDataset(self.data, distiller, EPOCH, SEED, with_row)
         loader = DataLoader(self.staged, batch_size=job.micro)
@@ -125,7 +117,7 @@ class Accelerated(Host):
             for items in loader:
                 with self.accelerator.accumulate(self.model):
                     self.player.step(self._batch(items))
-                if self.accelerator.sync_gradients:
+                if self.job.decay and self.accelerator.sync_gradients:
                     self.curve.step()
                 if progress.step == until:
                     break
