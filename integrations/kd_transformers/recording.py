@@ -1,0 +1,156 @@
+"""The record of a training with Trainer, which `kd-plugins report` makes a page of."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+
+from kd_accelerate.record import RunRecord
+from kd_plugins import Batch, Net, Nets, Reads
+from kd_plugins.network import adapt
+from kd_transformers.checks import class_order, task_of
+from kd_transformers.trainer import DistillationTrainer
+
+__all__ = ["RecordCallback"]
+
+
+class RecordCallback(TrainerCallback):
+    """Records a training in its output folder: what was run, every log, the networks before and after, cost by part.
+
+    Add it once the trainer is made, `trainer.add_callback(RecordCallback(trainer))`; `kd-plugins report OUTPUT_DIR`
+    then makes the page. The training itself is not changed by a bit. Sharded networks (FSDP, DeepSpeed) are not
+    analysed.
+
+    Args:
+        trainer: A `DistillationTrainer`, or a `Trainer`.
+        host: What the report calls the script.
+        names: What to call the networks: `{"student": ..., "teachers": [...], "peers": [...]}`.
+        data: The data set in words.
+        teachers: Teachers to compare the student of a plain `Trainer` with.
+        settings: What else the report shows; by default the training arguments that differ from their defaults.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        *,
+        host: str = "transformers Trainer",
+        names: Mapping[str, Any] | None = None,
+        data: str = "",
+        teachers: Sequence[nn.Module] = (),
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.trainer, self.teachers = trainer, tuple(teachers)
+        self.host, self.names, self.data, self.settings = host, names, data, settings
+        self.record: RunRecord | None = None
+        self.results: dict[str, Any] = {}
+        self._seconds, self._steps, self._start = 0.0, 0, 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        trainer, distiller, tokenizer = self.trainer, self._distiller, self.trainer.processing_class
+        config = getattr(trainer.model, "config", None)
+        names = getattr(config, "id2label", None) or {}
+        self.record = RunRecord(
+            args.output_dir,
+            host=self.host,
+            nets=self._nets(),
+            distiller=distiller,
+            names=self.names,
+            data=self.data,
+            task=task_of(trainer.model),
+            metric=f"eval_{args.metric_for_best_model.removeprefix('eval_')}" if args.metric_for_best_model else "",
+            classes=[str(names[i]) for i in sorted(names)] or None,
+            decode=getattr(tokenizer, "convert_ids_to_tokens", None),
+            settings=_changed(args) if self.settings is None else self.settings,
+            resume=state.global_step or None,
+        )
+        if not state.global_step:
+            self._analyse("before")
+        player = getattr(trainer, "player", None)
+        if player is not None:
+            self.record.time_steps(player)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._seconds += time.perf_counter() - self._start
+        self._steps += 1
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        # What Trainer says of the whole training at its end is no point of a curve.
+        if self.record is None or not logs or "train_runtime" in logs:
+            return
+        self.record.log({"step": state.global_step, **logs})
+        self.results |= {key: value for key, value in logs.items() if key.startswith("eval_")}
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.record is not None:
+            self._analyse("after")
+            self.finish(self.results)
+
+    def finish(self, results: Mapping[str, Any]) -> None:
+        """Writes other results than those of the last evaluation in the training."""
+        if self.record is not None:
+            self.record.finish(results, seconds_per_step=self._seconds / self._steps if self._steps else None)
+
+    @property
+    def _distiller(self) -> Any:
+        return getattr(self.trainer, "distiller", None)
+
+    def _nets(self) -> Nets:
+        nets = getattr(self.trainer, "_nets", None)
+        if nets is not None:
+            return nets
+        student = self.trainer.model
+        taught = [
+            Net(adapt(teacher), Reads, frozen=True, order=class_order(student, teacher)) for teacher in self.teachers
+        ]
+        return Nets(Net(adapt(student), Reads), taught)
+
+    def _analyse(self, phase: str) -> None:
+        assert self.record is not None  # noqa: S101
+        trainer = self.trainer
+        if trainer.eval_dataset is None:
+            return
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            self.record.note("Sharded networks are not analysed.")
+            return
+        nets = self._nets()
+        for net in nets.teachers:
+            net.module.to(trainer.args.device)
+        with trainer.accelerator.autocast():
+            getattr(self.record, phase)(nets, self._batches())
+
+    def _batches(self) -> Iterator[Batch]:
+        """The evaluation set in its order."""
+        trainer, dataset, collate = self.trainer, self.trainer.eval_dataset, self.trainer.data_collator
+        if isinstance(dataset, dict):
+            dataset = next(iter(dataset.values()))
+        if hasattr(dataset, "column_names"):
+            dataset = trainer._remove_unused_columns(dataset, description="evaluation")
+        else:
+            collate = trainer._get_collator_with_removed_columns(collate, description="evaluation")
+        for inputs in DataLoader(dataset, batch_size=trainer.args.per_device_eval_batch_size, collate_fn=collate):
+            prepared = trainer._prepare_inputs(inputs)
+            if isinstance(trainer, DistillationTrainer) and trainer.distiller is not None:
+                yield trainer._batch(prepared)
+            else:
+                name = getattr(trainer.model, "main_input_name", None)
+                yield Batch.of(dict(prepared), name=name, task=task_of(trainer.model))
+
+
+def _changed(args: Any) -> dict[str, Any]:
+    """Training arguments that differ from their defaults, and the seed."""
+    defaults = {name: field.default for name, field in type(args).__dataclass_fields__.items()}
+    given = {k: v for k, v in args.to_dict().items() if k in defaults and v != defaults[k] and v not in (None, "", [])}
+    return {**{k: v for k, v in given.items() if isinstance(v, (str, int, float, bool))}, "seed": args.seed}

@@ -1,0 +1,67 @@
+"""A training with Trainer leaves a record, and is not changed by it."""
+
+from __future__ import annotations
+
+import pytest
+from trainer_kit import Texts, bert, difference, plain, teacher, trainer, weights
+
+from kd_plugins.report import load_run, render
+from kd_transformers.recording import RecordCallback
+
+STAGED = ("internal", {"schedule": "progressive"})
+
+
+@pytest.mark.parametrize(("method", "options"), [("kd", None), STAGED])
+def test_recording_changes_no_weight(tmp_path, method, options):
+    def train(folder, recorded: bool):
+        one = trainer(
+            folder,
+            method,
+            options,
+            student=bert(dropout=True),
+            given={"eval_dataset": Texts(12)},
+            eval_strategy="epoch",
+            train_sampling_strategy="random",
+            num_train_epochs=3,
+        )
+        if recorded:
+            one.add_callback(RecordCallback(one, names={"student": "small", "teachers": ["large"]}, data="noise"))
+        one.train()
+        return one
+
+    one = train(tmp_path / "a", True)
+    assert difference(weights(one.model), weights(train(tmp_path / "b", False).model)) == 0
+    run = load_run(tmp_path / "a")
+    assert run.info["status"] == "finished"
+    assert run.info["results"]["eval_loss"] == pytest.approx(one.evaluate()["eval_loss"])
+    assert [row["step"] for row in run.history if "loss" in row] == list(range(1, 13))
+    assert run.part("after", "examples") == 12
+    assert run.array("after", "cka").shape == (2, 4)
+    assert run.array("after", "teacher/attention").shape[0] == 4
+    assert run.info["cost"]["parts"]["teacher forward"] > 0
+    assert run.info["settings"]["learning_rate"] == 0.01
+    page = render([tmp_path / "a"])
+    keys = ["results", "calibration", "curves", "similarity", "attention", "confusion", "cost"]
+    assert [key for key in keys if f'id="{key}"' in page] == keys
+    assert ('class="stage ' in page) == (options is not None)
+
+
+def test_a_plain_training_is_compared_with_the_teacher_it_might_have_had(tmp_path):
+    one = plain(tmp_path, given={"eval_dataset": Texts(12)})
+    one.add_callback(RecordCallback(one, teachers=[teacher()]))
+    one.train()
+    run = load_run(tmp_path)
+    assert run.info["method"] is None
+    assert 0 <= run.part("after", "predictions", "agreement") <= 1
+    assert "plain training" in render([tmp_path])
+
+
+def test_a_resumed_training_goes_on_with_its_record(tmp_path):
+    for resume in (None, str(tmp_path / "checkpoint-4")):
+        one = trainer(tmp_path, given={"eval_dataset": Texts(12)}, save_strategy="epoch")
+        one.add_callback(RecordCallback(one))
+        one.train(resume_from_checkpoint=resume)
+    run = load_run(tmp_path)
+    assert run.info["resumed"] == 1
+    assert [row["step"] for row in run.history] == list(range(1, 9))
+    assert run.array("before", "cka") is not None
