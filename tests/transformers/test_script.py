@@ -122,7 +122,7 @@ def colours(tmp_path) -> list[str]:
 
 
 def test_training_learns(run, colours):
-    _, results = run(*SCRATCH, *colours, *"--max_steps 150 --learning_rate 1e-2".split())
+    _, results = run(*SCRATCH, *colours, *"--student_hidden_size 32 --max_steps 100 --learning_rate 1e-2".split())
     assert results["eval_accuracy"] > 0.9
     assert results["eval_f1"] > 0.9
 
