@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -51,6 +52,7 @@ def record(run: Any, folder: Path, name: str) -> None:
 
 
 def main(folder: Path) -> None:
+    gc.freeze()
     for name in RUNS:
         run = run_of(name, folder / "out", 2)
         run.train()
@@ -67,3 +69,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    gc.unfreeze()
