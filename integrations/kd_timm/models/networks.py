@@ -92,6 +92,7 @@ class CifarResNet(StagedNet):
         drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
+        self.in_chans = in_chans
         if shortcut not in ("A", "B"):
             raise DistillError(f"Expected shortcut 'A' or 'B', got {shortcut!r}: pad (A) or convolve (B).")
         blocks = _blocks_per_stage(depth, 2)
@@ -160,6 +161,7 @@ class WideResNet(StagedNet):
         drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
+        self.in_chans = in_chans
         blocks = _blocks_per_stage(depth, 4)
         widths = (16, 16 * widen_factor, 32 * widen_factor, 64 * widen_factor)
 
@@ -207,6 +209,7 @@ class CifarVGG(StagedNet):
         drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
+        self.in_chans = in_chans
         widths = (64, 128, 256, 512, 512)
 
         def block(in_chs: int, out_chs: int) -> nn.Sequential:
@@ -252,6 +255,7 @@ class LeNet5(StagedNet):
         drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
+        self.in_chans = in_chans
         *channels, hidden = widths
         self.conv1, self.act1 = nn.Conv2d(in_chans, channels[0], 5), nn.ReLU()
         self.pool1 = nn.MaxPool2d(2)
