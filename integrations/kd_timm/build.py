@@ -64,23 +64,22 @@ def create_student(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]
             raise DistillError(f"{flag} {path} does not exist: mend the path.")
     overlay = dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else None
     channels = args.in_chans if args.in_chans is not None else (args.input_size or (None,))[0]
+    wanted: dict[str, Any] = dict(
+        in_chans=channels,
+        num_classes=args.num_classes,
+        drop_rate=args.drop,
+        drop_path_rate=args.drop_path,
+        drop_block_rate=args.drop_block,
+        global_pool=args.gp,
+        bn_momentum=args.bn_momentum,
+        bn_eps=args.bn_eps,
+    )
     try:
         resolved = resolve_model_input_args(
-            args.model,
-            vars(args),
-            in_chans=channels,
-            num_classes=args.num_classes,
-            pretrained_cfg_overlay=overlay,
-            **args.model_kwargs,
+            args.model, vars(args), pretrained_cfg_overlay=overlay, **{**wanted, **args.model_kwargs}
         )
         model = timm.create_model(
             pretrained=args.pretrained or bool(args.pretrained_path),
-            drop_rate=args.drop,
-            drop_path_rate=args.drop_path,
-            drop_block_rate=args.drop_block,
-            global_pool=args.gp,
-            bn_momentum=args.bn_momentum,
-            bn_eps=args.bn_eps,
             checkpoint_path=args.initial_checkpoint,
             **resolved,
         )
@@ -96,8 +95,7 @@ def create_student(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]
             head.bias.mul_(args.head_init_scale)
         if args.head_init_bias is not None:
             head.bias.fill_(args.head_init_bias)
-    if args.num_classes is None:
-        args.num_classes = model.num_classes
+    args.num_classes = model.num_classes
     if args.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)
     return model, config

@@ -12,6 +12,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from timm.data import resolve_input_data_config
 from timm.models import load_state_dict, parse_model_name
 from torch import Tensor, nn
@@ -162,9 +163,7 @@ def _from_checkpoint(
         arguments |= {**saved.get("model_args", {}), **kwargs}
         model = timm.create_model(name, **arguments)
         model.load_state_dict(state, strict=True)
-    except DistillError:
-        raise
-    except Exception as error:
+    except (RuntimeError, ValueError, TypeError, OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise DistillError(
             f"--teacher-checkpoint {checkpoint} does not fill the teacher {name}: {reason[:400]}. Give a checkpoint of"

@@ -121,6 +121,16 @@ def test_resume_is_exact(run, teacher, flags, monkeypatch):
     assert "train_distill/task" in columns
 
 
+@pytest.mark.parametrize("name", ["kd", "kd+nst"])
+def test_compiled_training_equals_eager(run, teacher, name):
+    flags = ["--distill", name, *teacher]
+    plain = run(*flags, name="plain")
+    compiled = run(*flags, "--torchcompile", "aot_eager", name="compiled")
+    trained = load_file(compiled.folder / "state" / "model.safetensors")
+    for key, value in load_file(plain.folder / "state" / "model.safetensors").items():
+        torch.testing.assert_close(trained[key], value, atol=1e-5, rtol=1e-4)
+
+
 def test_what_is_exported_is_the_bare_student(run, teacher):
     session = run("--distill", "timm_distillers:Adversary", *teacher)
     path = session.folder / "model_best.safetensors"

@@ -253,3 +253,20 @@ def test_two_processes(tiny, tmp_path):
     with torch.no_grad():
         right = torch.cat([(model(images).argmax(-1) == targets).float() for images, targets in loader])
     assert results["evaluation"]["top1"] == pytest.approx(100 * right.mean().item(), abs=1e-4)
+
+
+def test_arguments_of_the_model_win_over_flags(run):
+    session = run(
+        "--model-kwargs", "channels=(8,8,16,16)", "stem_width=8", "in_chans=1", "drop_rate=0.5", "num_classes=12"
+    )
+    assert session.student.drop_rate == 0.5
+    assert session.data.config["input_size"] == (1, 16, 16)
+    assert session.args.num_classes == session.student.num_classes == 12
+
+
+def test_compiled_training_equals_eager(run):
+    plain = run(name="plain")
+    compiled = run("--torchcompile", "aot_eager", name="compiled")
+    for key, value in load_file(plain.folder / "state" / "model.safetensors").items():
+        torch.testing.assert_close(load_file(compiled.folder / "state" / "model.safetensors")[key], value)
+    assert compiled.results["evaluation"] == pytest.approx(plain.results["evaluation"])
