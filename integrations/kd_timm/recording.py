@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from kd_accelerate.record import RunRecord
 from kd_plugins import Batch, Net, Nets, Reads
+from kd_timm.arguments import parse_args
 from kd_timm.network import TimmNetwork
 
 if TYPE_CHECKING:
@@ -26,7 +27,9 @@ class Recorder:
     def __init__(self, session: Session, start: int) -> None:
         self.session = session
         args, distillation, accelerator = session.args, session.distillation, session.accelerator
-        settings = {key: value for key, value in session.given.items() if value not in (None, "", [], {})}
+        defaults = vars(parse_args([]))
+        settings = {key: value for key, value in session.given.items() if value != defaults.get(key)}
+        settings |= {key: getattr(args, key) for key in ("lr", "batch_size", "epochs", "opt", "seed")}
         self.record = RunRecord(
             session.folder,
             host="kd-timm-train",

@@ -316,7 +316,7 @@ def bars(
         width: In pixels.
         mark: A line to compare with, such as the teacher's value.
     """
-    left = min(max((len(name) for name, *_ in values), default=0), 30) * 6.3 + 12
+    left = min(max((len(name) for name, *_ in values), default=0), 44) * 6.3 + 12
     right, row, top = 96, 26, 28
     w = width - left - right
     high = max([v + (sd or 0) for _, v, sd in values] + ([mark] if mark is not None else [])) or 1.0
@@ -334,7 +334,7 @@ def bars(
         body.append(_text(px(v), height - 6, number(v), "small muted", "middle"))
     for i, (name, v, sd) in enumerate(values):
         y = top + i * row
-        body.append(_text(left - 8, y + 14, _short(name, 30), "small", "end"))
+        body.append(_text(left - 8, y + 14, _short(name, 44), "small", "end"))
         body.append(
             f'<rect class="bar c0" x="{left:.1f}" y="{y + 3}" width="{max(px(v) - left, 1):.1f}" height="15" rx="2"/>'
         )

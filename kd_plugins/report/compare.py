@@ -91,11 +91,11 @@ def _step(run: Run) -> float | None:
 
 def _results(groups: dict[str, list[Run]]) -> str:
     names = {(curves.final_metric(r) or ("metric",))[0] for members in groups.values() for r in members}
-    metric = names.pop() if len(names) == 1 else "metric"
+    metric = names.pop() if len(names) == 1 else "result"
     means = {name: [m for m in map(_metric, members) if m is not None] for name, members in groups.items()}
     averages = {name: statistics.fmean(values) for name, values in means.items() if values}
     lower = metric in ("loss", "perplexity", "rmse", "mse", "mae")
-    best = (min if lower else max)(averages, key=lambda n: averages[n]) if averages else None
+    best = (min if lower else max)(averages, key=lambda n: averages[n]) if averages and not names else None
     rows: list[list[Any]] = []
     for name, members in groups.items():
         value = _mean([_metric(r) for r in members], ".2f" if averages.get(name, 0) > 1.5 else ".4f")
@@ -117,7 +117,8 @@ def _results(groups: dict[str, list[Run]]) -> str:
         " Agreement, calibration error (ECE) and negative log-likelihood (NLL) are those of the analysed examples."
     )
     bars = [(name, statistics.fmean(v), statistics.stdev(v) if len(v) > 1 else None) for name, v in means.items() if v]
-    chart = charts.bars(bars, title=metric, width=720) if len(bars) > 1 else ""
+    # Numbers of different metrics have no common axis.
+    chart = charts.bars(bars, title=metric, width=760) if len(bars) > 1 and not names else ""
     return caption(words) + table(columns, rows) + figure_row([chart] if chart else [])
 
 
@@ -160,12 +161,12 @@ def _curves(groups: dict[str, list[Run]]) -> str:
 def _calibration(runs: Sequence[Run], groups: dict[str, list[Run]]) -> str:
     drawn, seen = [], set()
     for name, members in groups.items():
-        own = calibration_charts(members[0], label=name)
+        own = calibration_charts(members[0], label=name.partition(" · ")[0], note=members[0].student)
         drawn += own[:1]
         teacher = members[0].teacher
         if len(own) > 1 and teacher not in seen:
             seen.add(teacher)
-            drawn += calibration_charts(members[0], label=f"teacher {teacher}")[1:]
+            drawn += calibration_charts(members[0], label=members[0].other, note=teacher)[1:]
     several = " The first run of each line is shown." if len(groups) < len(runs) else ""
     return (
         caption("Accuracy over confidence after the training." + several) + figure_row(drawn, "wide") if drawn else ""
@@ -173,7 +174,11 @@ def _calibration(runs: Sequence[Run], groups: dict[str, list[Run]]) -> str:
 
 
 def _similarity(runs: Sequence[Run]) -> str:
-    drawn = [similarity_chart(run, "after", f"{run.method} ({run.name})", space=290) for run in runs]
+    drawn = [
+        similarity_chart(run, "after", f"{run.method} ({run.name})", space=290)
+        for run in runs
+        if run.other != "student"
+    ]
     drawn = [chart for chart in drawn if chart]
     words = "Linear CKA between the layers of student and teacher after the training."
     return caption(words) + figure_row(drawn, "wide") if drawn else ""

@@ -198,7 +198,8 @@ def _results(run: Run) -> str:
             words += f" student from the {run.other}, in nats."
         words += f" The teacher is the mean of {several} networks' probabilities." if several > 1 else ""
         columns = ["", "accuracy", "NLL", "ECE", "confidence", "agreement", "KL"]
-        html += caption(words) + table(columns, rows)
+        shown = len(columns) - 2 * (run.other == "student")
+        html += caption(words) + table(columns[:shown], [row[:shown] for row in rows])
     flat = _flat(run.info.get("results") or {})
     if flat:
         html += "<h3>As the script wrote them, over the whole evaluation set</h3>" if rows else ""
@@ -216,7 +217,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def calibration_charts(run: Run, *, width: int = 250, label: str = "") -> list[str]:
+def calibration_charts(run: Run, *, width: int = 250, label: str = "", note: str = "") -> list[str]:
     """Reliability diagrams of the student after the training and of what it is compared with."""
     shown = [("after", "student", "Student", "c0"), ("after", run.other, run.other.capitalize(), "c5")]
     if run.other == "student":
@@ -229,7 +230,11 @@ def calibration_charts(run: Run, *, width: int = 250, label: str = "") -> list[s
             title = label or name
             drawn.append(
                 charts.reliability(
-                    diagram.tolist(), title=title, subtitle=f"ECE {percent(ece)}", style=style, width=width
+                    diagram.tolist(),
+                    title=title,
+                    subtitle=", ".join(filter(None, [note, f"ECE {percent(ece)}"])),
+                    style=style,
+                    width=width,
                 )
             )
     return drawn
@@ -266,7 +271,7 @@ def similarity_chart(run: Run, phase: str, title: str, space: float = 400) -> st
 def _similarity(run: Run) -> str:
     drawn = [similarity_chart(run, "before", "Before training"), similarity_chart(run, "after", "After training")]
     drawn = [chart for chart in drawn if chart]
-    pair = "student and teacher" if run.other == "teacher" else f"student and {run.other}"
+    pair = "the student, with each other" if run.other == "student" else f"student and {run.other}"
     words = (
         f"Linear CKA between the layers of {pair}: 1 where both tell the same pairs of examples apart, 0 where they"
         " have nothing in common. It does not change under rotation or scaling of the features; the estimate is"
