@@ -19,7 +19,18 @@ from kd_plugins.errors import DistillError
 __all__ = ["DOCSTRINGS_DEFAULTS", "Paragraph", "load_docstrings", "read_docstrings", "split_by_file"]
 
 # What the script's flags default to for this data set; Trainer's own are for fine-tuning large pretrained models.
-DOCSTRINGS_DEFAULTS: dict[str, Any] = {}
+DOCSTRINGS_DEFAULTS: dict[str, Any] = {
+    "max_seq_length": 64,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 128,
+    "num_train_epochs": 10,
+    "learning_rate": 5e-4,
+    "warmup_steps": 0.1,
+    "weight_decay": 0.01,
+    # Paragraphs differ in length: batches of like ones halve the padding, and the time.
+    "train_sampling_strategy": "group_by_length",
+    "logging_steps": 50,
+}
 
 # Tests come with some installations and not with others, and their docstrings are test data.
 _LEFT_OUT = {"test", "tests", "idle_test", "turtledemo", "site-packages", "dist-packages", "lib-dynload"}

@@ -40,6 +40,7 @@ from kd_transformers.arguments import Arguments, parse_args
 from kd_transformers.checks import class_order
 from kd_transformers.data import Labels, fingerprint, load_text
 from kd_transformers.metrics import agreement, build_metrics, default_metrics
+from kd_transformers.recording import RecordCallback
 from kd_transformers.students import (
     check_length,
     check_tokenizers,
@@ -145,7 +146,20 @@ class Session:
         names = data.metric or default_metrics(self.labels.problem, data.task_name)
         self.compute_metrics = build_metrics(names, self.labels.problem, self.labels.count)
         self.timer = _StepTimer()
+        self.checkpoint = self._checkpoint()
         self.trainer = self._trainer()
+        self.recorder = RecordCallback(
+            self.trainer,
+            host="kd-transformers-train",
+            names={
+                "student": _name(self.student),
+                "teachers": [_name(t) for t in self.teachers],
+                "peers": distillation.peer,
+            },
+            data=self.data.source,
+            teachers=[] if distillation.distill else self.teachers,
+        )
+        self.trainer.add_callback(self.recorder)
         self._say(
             f"Data: {self.data.source}, {len(self.train_set):,} rows to train on"
             + (f", {len(self.evaluation_set):,} to evaluate on" if self.evaluation_set is not None else "")
@@ -275,7 +289,7 @@ class Session:
             "callbacks": [self.timer],
         }
         if not distillation.distill:
-            return Trainer(**common)
+            return _trainer(**common)
         return DistillationTrainer(
             **common,
             teacher_model=self.teachers or None,
@@ -337,7 +351,7 @@ class Session:
         set_seed(training.seed)
         # As a teacher it was frozen when the student's trainer was built, which is before, for its checks.
         teacher.requires_grad_(True)
-        trainer = Trainer(
+        trainer = _trainer(
             model=teacher,
             args=args,
             train_dataset=self.train_set,
@@ -363,7 +377,7 @@ class Session:
             self._say(f"The student starts from the teacher's layers {', '.join(map(str, kept.values()))}.")
         self._say(f"Training the student: {_size(self.student)}")
         set_seed(training.seed)
-        result = trainer.train(resume_from_checkpoint=self._checkpoint())
+        result = trainer.train(resume_from_checkpoint=self.checkpoint)
         trainer.save_model()
         trainer.save_metrics("train", {**result.metrics, "train_samples": len(self.train_set)})
         trainer.save_state()
@@ -402,6 +416,7 @@ class Session:
             metrics["eval_teacher_agreement"] = agreement(_first(predicted.predictions), taught, problem)
         trainer.log(metrics)
         trainer.save_metrics("eval", metrics)
+        self.recorder.finish(metrics)
         shown = {name.removeprefix("eval_"): value for name, value in metrics.items() if isinstance(value, float)}
         hidden = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
         self._say("  ".join(f"{name} {value:.4f}" for name, value in shown.items() if name not in hidden))
@@ -416,6 +431,17 @@ class Session:
             order = class_order(self.student, teacher)
             logits.append(_first(predictions) if order is None else _first(predictions)[:, list(order)])
         return np.mean(logits, axis=0)
+
+
+def _trainer(**options: Any) -> Trainer:
+    """A `Trainer` whose loss is the mean over a batch.
+
+    As it comes, it multiplies the loss by accumulation steps and processes where a model takes `num_items_in_batch` but
+    ignores it, as BERT does; then teachers and plain students would train otherwise than distilled ones.
+    """
+    trainer = Trainer(**options)
+    trainer.model_accepts_loss_kwargs = trainer.loss_is_scaled_for_ga = False
+    return trainer
 
 
 class _StepTimer(TrainerCallback):
@@ -442,9 +468,12 @@ def _first(predictions: Any) -> np.ndarray:
     return predictions[0] if isinstance(predictions, tuple) else predictions
 
 
+def _name(model: Any) -> str:
+    return f"{type(model).__name__}, {model.config.num_hidden_layers} layers"
+
+
 def _size(model: Any) -> str:
-    parameters = sum(p.numel() for p in model.parameters())
-    return f"{type(model).__name__}, {model.config.num_hidden_layers} layers, {parameters:,} parameters"
+    return f"{_name(model)}, {sum(p.numel() for p in model.parameters()):,} parameters"
 
 
 if __name__ == "__main__":

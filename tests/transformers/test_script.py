@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +17,9 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
 
-from kd_plugins import DistillError
+from kd_plugins import Distiller, DistillError
+from kd_plugins import functional as KF
+from kd_plugins.report import load_run
 from kd_transformers import data as data_module
 from kd_transformers.arguments import build_parser, parse_args
 from kd_transformers.docstrings import DOCSTRINGS_DEFAULTS, load_docstrings
@@ -102,6 +106,9 @@ def test_the_embedded_data_need_no_flags(run, docstrings):
     assert results["bytes"] == (folder / "model.safetensors").stat().st_size
     assert results["seconds_per_step"] > 0
     assert (results["train_samples"], results["eval_samples"]) == (64, 32)
+    record = load_run(folder)
+    assert record.info["status"] == "finished"
+    assert record.info["results"]["eval_accuracy"] == results["eval_accuracy"]
     # The accuracy is that of the folder that was saved.
     rows = docstrings["validation"].select(range(32))
     inputs = tokenizer(list(rows["text"]), truncation=True, max_length=16, padding=True, return_tensors="pt")
@@ -125,6 +132,26 @@ def test_training_learns(run, colours):
     _, results = run(*SCRATCH, *colours, *"--student_hidden_size 32 --max_steps 100 --learning_rate 1e-2".split())
     assert results["eval_accuracy"] > 0.9
     assert results["eval_f1"] > 0.9
+
+
+def test_accumulation_does_not_inflate_the_loss(run, tmp_path):
+    config = BertConfig(
+        vocab_size=300,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=16,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    config.save_pretrained(tmp_path / "config")
+    words = ["--config_name", str(tmp_path / "config" / "config.json")]
+    whole, one = run(*words, name="whole")
+    parts, two = run(*words, *"--per_device_train_batch_size 2 --gradient_accumulation_steps 4".split(), name="parts")
+    assert one["train_loss"] == pytest.approx(two["train_loss"], rel=1e-4)
+    for name, value in weights(whole).items():
+        assert torch.allclose(value, weights(parts)[name], atol=1e-5), name
 
 
 def test_the_same_seed_gives_the_same_weights(run):
@@ -283,6 +310,30 @@ def test_several_teachers_and_weights_of_their_own(run, taught, tmp_path):
     torch.save(expected, tmp_path / "w.bin")
     again = load_teacher(str(taught), str(tmp_path / "w.bin"), parse_and_build(taught).labels)
     assert same(model.state_dict(), again.state_dict())
+
+
+class Mutual(Distiller):
+    """Two peers that learn from the labels and from each other."""
+
+    teachers = 0
+    peers = True
+
+    def turns(self, nets, batch):
+        ours, theirs = (peer(batch) for peer in nets.peers)
+        yield {
+            "student": {"task": batch.task_loss(ours), "mutual": KF.kd(ours.logits, theirs.logits.detach())},
+            "peer1": {"task": batch.task_loss(theirs), "mutual": KF.kd(theirs.logits, ours.logits.detach())},
+        }
+
+
+def test_a_peer_learns_together_with_the_student(taught, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mutual", SimpleNamespace(Mutual=Mutual))
+    words = ["--distill", "mutual:Mutual", "--peer", str(taught), "--model_name_or_path", str(taught)]
+    session = Session(parse_args([*TINY, "--output_dir", str(tmp_path / "o"), *words]))
+    results = session.run()
+    before, peer = weights(taught), session.peers[0].state_dict()
+    assert all(not torch.equal(before[name], peer[name]) for name in before if name.startswith("classifier"))
+    assert "eval_teacher_agreement" not in results
 
 
 def test_multi_label_problems_distil(run, tmp_path):
