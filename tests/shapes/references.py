@@ -142,4 +142,17 @@ def wasserstein(steps: int, accumulation: int) -> dict[str, Tensor]:
     return states(student=student, distiller__critic=critic)
 
 
+def first_step_of_distilling(beta: Tensor) -> dict[str, Tensor]:
+    """One update of a fresh student and bridge, without momentum, towards a given mixture of the teacher's maps."""
+    student, teacher, bridge = TinyNet(4, 100), TinyNet(6, 200), fill(nn.Conv2d(6, 4, 1), 2)
+    x, y, _ = next(micro_batches(1, 1))
+    middle, scores = features(student, x)
+    with torch.no_grad():
+        low = teacher.layer2(teacher.layer1(x))
+        mixed = beta.softmax(0)[0] * low + beta.softmax(0)[1] * teacher.layer3(low)
+    (F.cross_entropy(scores, y) + ((middle - bridge(mixed)) ** 2).mean()).backward()
+    torch.optim.SGD([*student.parameters(), *bridge.parameters()], lr=LR).step()
+    return states(student=student, distiller__bridge=bridge)
+
+
 REFERENCES = {"own": own, "online": online, "wasserstein": wasserstein}
