@@ -114,7 +114,6 @@ class DistillationTrainer(Trainer):
         self._unused = copy.deepcopy(self.distiller)
         self._teacher_networks = [adapt(t) for t in self.teachers]
         self._nets = self._connect()
-        self.data_collator = _IndexCollator(self.data_collator)
         self.add_callback(_Updates(self))
 
     def _distiller(self, distiller: Distiller | str | None, options: Mapping[str, Any] | None) -> Distiller | None:
@@ -227,7 +226,8 @@ class DistillationTrainer(Trainer):
         if not shares:
             return batch
         if self._streams is None:
-            rows, collate = _Rows(self._staged.dataset if self._staged else self.train_dataset), self.data_collator
+            rows = _Rows(self._staged.dataset if self._staged else self.train_dataset)
+            collate = self._get_collator_with_removed_columns(_IndexCollator(self.data_collator))
             self._streams = Streams(rows, shares, self._train_batch_size, collate, self.args.seed)
             if self._resumed_from is not None and (Path(self._resumed_from) / "streams.json").is_file():
                 self._streams.load(self._resumed_from)
@@ -235,16 +235,20 @@ class DistillationTrainer(Trainer):
         return dataclasses.replace(batch, streams=drawn)
 
     def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
-        if is_training and self.distiller is not None and not isinstance(dataset, IterableDataset):
-            self._set_signature_columns_if_needed()
-            stages = range(len(self.distiller.stages()))
-            needs = [self.distiller.needs_in(i) for i in stages]
-            if any(n.index or n.streams for n in needs):
-                if hasattr(dataset, "column_names"):
-                    dataset = self._remove_unused_columns(dataset, description="training")
-                steps, seed = self._epoch_steps or 1, self.args.seed
-                dataset = self._staged = StagedDataset(dataset, self.distiller, steps, seed, _with_index)
-        return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+        if not is_training or self.distiller is None or isinstance(dataset, IterableDataset):
+            return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+        needs = [self.distiller.needs_in(stage) for stage in range(len(self.distiller.stages()))]
+        if not any(n.index or n.streams for n in needs):
+            return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+        if hasattr(dataset, "column_names"):
+            dataset = self._remove_unused_columns(dataset, description="training")
+        steps, seed = self._epoch_steps or 1, self.args.seed
+        dataset = self._staged = StagedDataset(dataset, self.distiller, steps, seed, _with_index)
+        collator, self.data_collator = self.data_collator, _IndexCollator(self.data_collator)
+        try:
+            return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+        finally:
+            self.data_collator = collator
 
     def _set_signature_columns_if_needed(self) -> None:
         known = self._signature_columns is not None
@@ -257,6 +261,7 @@ class DistillationTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         self._resuming = bool(resume_from_checkpoint)
+        self._streams, self._resumed_from = None, None
         if self._bound_to is not None and (self.model_init is not None or self._bound_to is not self.model):
             self.distiller, self._bound_to = copy.deepcopy(self._unused), None
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -437,16 +442,9 @@ class _IndexCollator:
         self.collate = collate
 
     def __call__(self, items: list[Any]) -> Any:
-        if not (items and isinstance(items[0], Mapping) and _INDEX in items[0]):
-            return self.collate(items)
         index = torch.tensor([item[_INDEX] for item in items])
         batch = self.collate([{k: v for k, v in item.items() if k != _INDEX} for item in items])
         return {**batch, _INDEX: index}
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "collate":
-            raise AttributeError(name)
-        return getattr(self.collate, name)
 
 
 def _with_index(item: Any, row: int) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from safetensors.torch import load_file
 from torch import Tensor
 from trainer_kit import (
@@ -30,7 +31,7 @@ from trainer_kit import (
 )
 from transformers import BertForSequenceClassification, Trainer, get_linear_schedule_with_warmup
 
-from kd_plugins import DistillError, create_distiller
+from kd_plugins import Batch, Distiller, DistillError, Needs, View, create_distiller
 from kd_plugins.options import from_json
 from kd_transformers import DistillationTrainer
 
@@ -417,3 +418,42 @@ def test_float16_overflow_is_skipped(tmp_path: Path) -> None:
     assert difference(student, weights(run.model)) == 0.0
     assert difference(own, weights(run.distiller.projections)) == 0.0
     assert run.accelerator.scaler.get_scale() < Overflowing.scale
+
+
+class Rows(Distiller):
+    """Reads the numbers of the rows, and a stream of half of them."""
+
+    teachers = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Batch, Batch]] = []
+
+    def needs(self) -> Needs:
+        return Needs(streams={"search": 0.5}, index=True)
+
+    def loss(self, student: View, teacher: View, batch: Batch) -> dict[str, Tensor]:
+        self.seen.append((batch, batch.stream("search")))
+        return {}
+
+
+@pytest.mark.parametrize("arrow", [True, False])
+def test_rows_and_streams(tmp_path: Path, arrow: bool) -> None:
+    """Row numbers pass the user's collator and unused columns, and a stream holds rows that the batches do not."""
+    data: Any = Texts(extra={"idx": torch.arange(16)})
+    ids = data.ids
+    if arrow:
+        data = Dataset.from_list([{k: v.tolist() for k, v in data[i].items()} for i in range(len(data))])
+        data = data.with_format("torch")
+    run = DistillationTrainer(bert(), arguments(tmp_path), train_dataset=data, distiller=Rows())
+    collator = run.data_collator
+    run.train()
+    assert run.data_collator is collator
+    found: tuple[set[int], set[int]] = set(), set()
+    for batches in run.distiller.seen:
+        for batch, rows in zip(batches, found, strict=True):
+            assert set(batch.kwargs) == {"attention_mask"}
+            assert torch.equal(batch.inputs, ids[batch.index])
+            rows |= set(batch.index.tolist())
+    assert len(found[0]) == len(found[1]) == 8
+    assert not found[0] & found[1]
