@@ -320,6 +320,9 @@ class DistillationTrainer(Trainer):
         for peer in peers:
             peer.module.train()
         loss = self.player.forward(self._with_streams(self._batch(inputs)))
+        if self.compute_loss_func is not None and not hasattr(Trainer, "loss_is_scaled_for_ga"):
+            # Before 5.19 Trainer takes every compute_loss_func for one that counts the accumulated items itself.
+            loss = loss / self.current_gradient_accumulation_steps
         return (loss, None) if return_outputs else loss
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:

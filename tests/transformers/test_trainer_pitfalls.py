@@ -16,6 +16,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from torch import Tensor
 from trainer_kit import (
+    CHECKPOINTING,
     At,
     Texts,
     arguments,
@@ -284,16 +285,9 @@ def test_p12_reentrant_checkpointing_is_refused(tmp_path: Path) -> None:
     for options in ({"hidden_weight": 0.0}, {"attention_weight": 0.0}, {}):
         student = bert()
         before = weights(student)
-        kwargs = {"use_reentrant": True}
-        options = {"schedule": "all", **options}
-        run = trainer(
-            tmp_path,
-            "internal",
-            options,
-            student=student,
-            activation_checkpointing=True,
-            activation_checkpointing_kwargs=kwargs,
-        )
+        args = {f"{CHECKPOINTING}_checkpointing": True}
+        args[f"{CHECKPOINTING}_checkpointing_kwargs"] = {"use_reentrant": True}
+        run = trainer(tmp_path, "internal", {"schedule": "all", **options}, student=student, **args)
         with pytest.raises(DistillError, match="use_reentrant"):
             run.train()
         assert difference(before, weights(student)) == 0.0
@@ -306,17 +300,8 @@ def test_p12_checkpointing_changes_nothing(tmp_path: Path, schedule: str) -> Non
     for checkpointing in (False, True):
         # eager, because the layers' own output must be computed the same way with and without.
         student = bert(attn_implementation="eager")
-        runs.append(
-            trainer(
-                tmp_path,
-                "internal",
-                {"schedule": schedule},
-                student=student,
-                optim="sgd",
-                activation_checkpointing=checkpointing,
-                num_train_epochs=3,
-            )
-        )
+        args = {"optim": "sgd", "num_train_epochs": 3, f"{CHECKPOINTING}_checkpointing": checkpointing}
+        runs.append(trainer(tmp_path, "internal", {"schedule": schedule}, student=student, **args))
         runs[-1].train()
     assert difference(weights(runs[0].model), weights(runs[1].model)) < 1e-6
 

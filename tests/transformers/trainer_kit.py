@@ -24,6 +24,7 @@ TINY: dict[str, Any] = {
     "max_position_embeddings": 24,
     "num_labels": CLASSES,
 }
+CHECKPOINTING = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
