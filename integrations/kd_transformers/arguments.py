@@ -204,11 +204,11 @@ def _problem(arguments: Arguments, given: set[str]) -> str | None:
         return "--peer is trained by an online method of --distill, which is not given"
     if training.do_predict:
         return "--do_predict is not supported: evaluate with --do_eval"
-    trained = [name for name in ("teacher_epochs", "teacher_learning_rate", "teacher_layers") if name in given]
-    trained += [name for name in ("teacher_hidden_size", "teacher_heads") if name in given]
+    shape = ("teacher_layers", "teacher_hidden_size", "teacher_heads")
+    trained = [name for name in ("teacher_epochs", "teacher_learning_rate", *shape) if name in given]
     if trained and not distillation.train_teacher:
         return f"--{trained[0]} belongs to --train_teacher, which is not given"
-    if distillation.teacher and any(n in given for n in ("teacher_layers", "teacher_hidden_size", "teacher_heads")):
+    if distillation.teacher and given.intersection(shape):
         return "--teacher_layers, --teacher_hidden_size and --teacher_heads shape one from scratch: leave out --teacher"
     if model.model_name_or_path and (model.config_name or model.student_init == "teacher" or model.student_layers):
         return (

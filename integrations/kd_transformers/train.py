@@ -408,7 +408,7 @@ class Session:
     def _evaluate(self) -> None:
         trainer, problem = self.trainer, self.labels.problem
         predicted = trainer.predict(self.evaluation_set, metric_key_prefix="eval")
-        metrics: dict[str, Any] = {**predicted.metrics, "eval_samples": len(self.evaluation_set)}
+        metrics: dict[str, Any] = {**predicted.metrics, "eval_samples": len(predicted.label_ids)}
         if self.teachers:
             taught = self._taught()
             scores = self.compute_metrics(EvalPrediction(predictions=taught, label_ids=predicted.label_ids))

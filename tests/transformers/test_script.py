@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -334,6 +335,28 @@ def test_a_peer_learns_together_with_the_student(taught, tmp_path, monkeypatch):
     before, peer = weights(taught), session.peers[0].state_dict()
     assert all(not torch.equal(before[name], peer[name]) for name in before if name.startswith("classifier"))
     assert "eval_teacher_agreement" not in results
+
+
+@pytest.mark.distributed
+def test_two_processes_train_as_one(run, colours, tmp_path):
+    names = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+    folder, _ = run(*SCRATCH, *colours, name="start")
+    config = json.loads((folder / "config.json").read_text()) | dict.fromkeys(names, 0.0)
+    (folder / "config.json").write_text(json.dumps(config))
+    words = [*TINY, *colours, "--train_teacher", "--teacher", str(folder), "--distill", "kd", "--student_layers", "1"]
+    words += ["--train_sampling_strategy", "sequential", "--optim", "sgd"]
+    one, results = run(*words, "--per_device_train_batch_size", "16", name="one")
+    two = tmp_path / "two"
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    again = [*start, "-m", "kd_transformers.train", *words, "--output_dir", str(two)]
+    done = subprocess.run(again, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for part in ("teacher", "."):
+        for name, value in weights(one / part).items():
+            assert torch.allclose(value, weights(two / part)[name], atol=1e-5), (part, name)
+    parallel = json.loads((two / "all_results.json").read_text())
+    assert parallel["eval_accuracy"] == pytest.approx(results["eval_accuracy"])
+    assert parallel["eval_teacher_agreement"] == pytest.approx(results["eval_teacher_agreement"])
 
 
 def test_multi_label_problems_distil(run, tmp_path):
