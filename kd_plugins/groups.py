@@ -39,11 +39,12 @@ class Group:
 
     def follow(self, student: Optimizer) -> None:
         """Sets the learning rate for the coming update."""
-        now = student.param_groups[0]["lr"]
+        main = largest(student)
+        now = main["lr"]
         if self.spec is None:
             lr = now
         elif self.spec.schedule == "student":
-            lr = self.spec.lr * float(now) / max(float(student.param_groups[0]["initial_lr"]), 1e-30)
+            lr = self.spec.lr * float(now) / max(float(main["initial_lr"]), 1e-30)
         else:
             lr = self.spec.lr
         for group in self.optimizer.param_groups:
@@ -171,11 +172,16 @@ class Groups:
         self.enter_stage()
 
 
+def largest(optimizer: Optimizer) -> dict[str, Any]:
+    """The parameter group that holds most of the weights: hosts put biases and norms apart, without weight decay."""
+    return max(optimizer.param_groups, key=lambda group: sum(p.numel() for p in group["params"]))
+
+
 def like(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> Optimizer:
-    """Another optimizer of the same class and hyper-parameters."""
+    """Another optimizer of the same class, with the hyper-parameters of the largest group."""
     cls = type(optimizer)
     accepted = inspect.signature(cls).parameters
-    first = optimizer.param_groups[0]
+    first = largest(optimizer)
     return cls(list(parameters), **{k: first[k] for k in optimizer.defaults if k in accepted and k in first})
 
 

@@ -262,3 +262,13 @@ def test_an_optimizer_is_made_like_another(cls):
     second = like(first, list(TinyNet().parameters()))
     a, b = ({k: v for k, v in o.param_groups[0].items() if k not in ("params", "initial_lr")} for o in (first, second))
     assert a == b
+
+
+def test_own_parts_take_the_hyper_parameters_of_the_largest_group() -> None:
+    from kd_plugins.groups import like
+
+    weight, bias, own = (nn.Parameter(torch.zeros(n)) for n in (8, 2, 4))
+    optimizer = torch.optim.SGD(
+        [{"params": [bias], "weight_decay": 0.0}, {"params": [weight]}], lr=0.1, weight_decay=0.3
+    )
+    assert like(optimizer, [own]).param_groups[0]["weight_decay"] == 0.3
