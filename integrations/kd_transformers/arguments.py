@@ -81,7 +81,7 @@ class ModelArguments:
     vocab_size: int = _field(4096, help="size of a vocabulary that is trained on the data")
     cache_dir: str | None = _field(help="where downloads are kept")
     model_revision: str = _field("main", help="revision of --model_name_or_path")
-    trust_remote_code: bool = _field(False, help="allow models and data sets of the hub to run code of their own")
+    trust_remote_code: bool = _field(False, help="allow models of the hub to run code of their own")
 
 
 @dataclass
@@ -129,10 +129,13 @@ class Arguments(NamedTuple):
 
 def build_parser() -> HfArgumentParser:
     """The parser: our flags, and every field of TrainingArguments."""
+    defaults = ", ".join(f"--{name} {value}" for name, value in DOCSTRINGS_DEFAULTS.items())
     parser = HfArgumentParser(
         [DataArguments, ModelArguments, DistillationArguments, TrainingArguments],
         prog="kd-transformers-train",
         description="Train a text classifier or regressor of transformers, alone or with knowledge distillation.",
+        epilog=f"Without a data set: docstrings of Python's standard library, with other defaults: {defaults}. Without"
+        " --do_train and --do_eval: both.",
         formatter_class=_Help,
         # A prefix of one flag must not end up as another (--distill).
         allow_abbrev=False,
@@ -158,7 +161,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
     except DistillError as error:
         parser.error(str(error))
     given = _given(parser, words)
-    if not any(name in given for name in _DATA_FLAGS):
+    if not any(name in given for name in (*_DATA_FLAGS, "help")):
         parser.set_defaults(**DOCSTRINGS_DEFAULTS)
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(words, True, look_for_args_file=False)

@@ -206,7 +206,8 @@ class Session:
             size, length = model.vocab_size, self.arguments.data.max_seq_length
             tokenizer = train_tokenizer(self.data.texts(), size, max(length, 512))
         else:
-            tokenizer = load_tokenizer(first, **self.hub)
+            revision = {"revision": model.model_revision} if first == model.model_name_or_path else {}
+            tokenizer = load_tokenizer(first, **self.hub, **revision)
         others = {name: load_tokenizer(path, **self.hub) for name, path in named.items() if path != first}
         check_tokenizers(tokenizer, others)
         return tokenizer
