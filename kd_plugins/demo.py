@@ -73,8 +73,8 @@ PARTS = {
         title="Text: paragraphs of the standard library's docstrings, by package, split by file",
         script="kd_transformers.train",
         common="--use_cpu --save_strategy no --logging_steps 1000 --output_dir {folder}/{name}",
-        teacher="--student_layers 4 --num_train_epochs 6",
-        student="--teacher {teacher} --student_layers 2 --student_init scratch --num_train_epochs 6",
+        teacher="--student_layers 4 --num_train_epochs 5",
+        student="--teacher {teacher} --student_layers 2 --student_init scratch --num_train_epochs 4",
         students={
             "alone": "",
             "internal, progressive": "--distill internal --distill-args schedule=progressive",
