@@ -18,7 +18,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "kd accumulated": {"gradient_accumulation_steps": 2},
     "stacked": {"options": {"schedule": "stacked", "gold": 0.5}, "gradient_accumulation_steps": 2},
     "own": {"options": {"schedule": "all", "project": True}, "max_grad_norm": 0.1},
-    "threshold": {"options": {"schedule": "progressive", "threshold": 1.9, "classification_share": 0.25}},
+    # Between the mean of one process, 0.44, and that of both, 0.42.
+    "threshold": {"options": {"schedule": "progressive", "threshold": 0.43, "classification_share": 0.25}},
 }
 
 
