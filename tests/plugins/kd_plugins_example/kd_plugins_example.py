@@ -1,4 +1,4 @@
-"""Activation-based attention transfer, as somebody outside kd-plugins would add it."""
+"""Two methods as somebody outside kd-plugins would add them: one reads feature maps, one reads logits alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kd_plugins import Batch, Distiller, DistillError, Needs, Paper, Reads, View
 
-__all__ = ["ExampleAttentionTransfer", "attention_transfer"]
+__all__ = ["ExampleAttentionTransfer", "ExampleLogitRegression", "attention_transfer"]
 
 
 def attention_transfer(student: Tensor, teacher: Tensor, power: float = 2.0) -> Tensor:
@@ -83,3 +83,31 @@ class ExampleAttentionTransfer(Distiller):
         pairs = zip(self.layers, self.teacher_layers, strict=True)
         terms = [attention_transfer(student.features[s], teacher.features[t], self.power) for s, t in pairs]
         return {"attention": self.weight * torch.stack(terms).sum()}
+
+
+class ExampleLogitRegression(Distiller):
+    """Regresses the teacher's logits `[B, K]`, without a softmax.
+
+    Ba and Caruana, "Do Deep Nets Really Need to be Deep?", NIPS 2014, arXiv:1312.6184.
+
+    Args:
+        weight: Of the squared distance; our default.
+
+    Departures: the mean over the classes, where the paper sums over them; the task loss stays beside it.
+    """
+
+    paper = Paper(
+        title="Do Deep Nets Really Need to be Deep?",
+        authors=("Jimmy Ba", "Rich Caruana"),
+        venue="NIPS",
+        year=2014,
+        arxiv="1312.6184",
+    )
+    tasks = ("classification", "regression", "multilabel")
+
+    def __init__(self, *, weight: float = 1.0) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def loss(self, student: View, teacher: View, batch: Batch) -> dict[str, Tensor]:
+        return {"logits": self.weight * F.mse_loss(_wide(student.logits), _wide(teacher.logits))}
