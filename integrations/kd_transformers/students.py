@@ -25,6 +25,7 @@ __all__ = [
     "copy_layers",
     "from_checkpoint",
     "from_scratch",
+    "in_order_of",
     "load_teacher",
     "load_tokenizer",
     "match_names",
@@ -141,6 +142,27 @@ def match_names(labels: Labels, teachers: list[Any]) -> Labels:
         if len(spelled) == len(names) and set(spelled) == {name.lower() for name in labels.names}:
             return replace(labels, names=tuple(spelled[name.lower()] for name in labels.names))
     return labels
+
+
+def in_order_of(labels: Labels, model: Any) -> Labels:
+    """The labels numbered as a trained model numbers its classes, where both have names for them."""
+    labels = match_names(labels, [model])
+    named = getattr(model.config, "id2label", None) or {}
+    theirs = tuple(str(named[i]) for i in sorted(named))
+    if labels.names is None or theirs == labels.names or theirs == tuple(f"LABEL_{i}" for i in range(len(theirs))):
+        return labels
+    if set(theirs) != set(labels.names):
+        raise DistillError(
+            f"The model has the classes {', '.join(theirs[:8])} and the data {', '.join(labels.names[:8])}: use a"
+            " checkpoint that was trained on these classes."
+        )
+    order, encode = [labels.names.index(name) for name in theirs], labels.encode
+
+    def reordered(value: Any) -> Any:
+        number = encode(value)
+        return [number[i] for i in order] if isinstance(number, list) else order.index(number)
+
+    return replace(labels, names=theirs, encode=reordered)
 
 
 def from_scratch(

@@ -47,6 +47,7 @@ from kd_transformers.students import (
     copy_layers,
     from_checkpoint,
     from_scratch,
+    in_order_of,
     load_teacher,
     load_tokenizer,
     match_names,
@@ -176,6 +177,8 @@ class Session:
             self._evaluate()
         if training.push_to_hub:
             self.trainer.push_to_hub()
+        # The first process writes the results that all of them read.
+        self.trainer.accelerator.wait_for_everyone()
         path = self.output / "all_results.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
@@ -231,12 +234,15 @@ class Session:
         return teachers
 
     def _student(self) -> Any:
-        data, model, _, training = self.arguments
+        _, model, _, training = self.arguments
         # The same student whether its teacher is trained in this run or was in an earlier one.
         set_seed(training.seed)
         if model.model_name_or_path:
             options = {**self._float, "revision": model.model_revision}
-            return from_checkpoint(model.model_name_or_path, self.labels, fresh_head=training.do_train, **options)
+            student = from_checkpoint(model.model_name_or_path, self.labels, fresh_head=training.do_train, **options)
+            if not training.do_train:
+                self.labels = self.data.labels = in_order_of(self.labels, student)
+            return student
         if not training.do_train:
             raise DistillError("There is no student to evaluate: give --model_name_or_path, or add --do_train.")
         if model.config_name:

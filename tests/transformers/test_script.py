@@ -23,8 +23,9 @@ from kd_plugins import functional as KF
 from kd_plugins.report import load_run
 from kd_transformers import data as data_module
 from kd_transformers.arguments import build_parser, parse_args
+from kd_transformers.data import read_labels
 from kd_transformers.docstrings import DOCSTRINGS_DEFAULTS, load_docstrings
-from kd_transformers.students import copy_layers, load_teacher, shrink
+from kd_transformers.students import copy_layers, in_order_of, load_teacher, shrink
 from kd_transformers.train import Session, main
 
 TINY = [
@@ -303,6 +304,27 @@ def test_a_teacher_with_its_classes_in_another_order_teaches_the_same(run, taugh
         assert torch.allclose(value, weights(second)[name], atol=1e-6), name
 
 
+def test_evaluation_counts_in_the_order_of_the_checkpoints_classes(run, taught, tmp_path):
+    other = permuted(taught, tmp_path / "permuted")
+    _, plain = run("--model_name_or_path", str(taught), "--do_eval", name="a")
+    _, turned = run("--model_name_or_path", str(other), "--do_eval", name="b")
+    assert turned["eval_accuracy"] == plain["eval_accuracy"] > 0
+    assert turned["eval_loss"] == pytest.approx(plain["eval_loss"], rel=1e-5)
+
+
+def test_labels_in_the_order_of_a_model():
+    labels = read_labels(Dataset.from_dict({"label": ["no", "yes", "perhaps"]}), "label")
+    model = SimpleNamespace(config=SimpleNamespace(id2label={0: "Yes", 1: "No", 2: "Perhaps"}))
+    turned = in_order_of(labels, model)
+    assert turned.names == ("Yes", "No", "Perhaps")
+    assert [turned.encode(value) for value in ("yes", "no", "perhaps")] == [0, 1, 2]
+    several = read_labels(Dataset.from_dict({"label": [["no"], ["yes", "perhaps"]]}), "label")
+    assert in_order_of(several, model).encode(["yes", "perhaps"]) == [1.0, 0.0, 1.0]
+    model.config.id2label = {0: "a", 1: "b", 2: "c"}
+    with pytest.raises(DistillError, match="trained on these classes"):
+        in_order_of(labels, model)
+
+
 def test_several_teachers_and_weights_of_their_own(run, taught, tmp_path):
     save_file({k: v + 0.01 for k, v in weights(taught).items()}, tmp_path / "w.safetensors")
     model = load_teacher(str(taught), str(tmp_path / "w.safetensors"), parse_and_build(taught).labels)
@@ -311,6 +333,13 @@ def test_several_teachers_and_weights_of_their_own(run, taught, tmp_path):
     torch.save(expected, tmp_path / "w.bin")
     again = load_teacher(str(taught), str(tmp_path / "w.bin"), parse_and_build(taught).labels)
     assert same(model.state_dict(), again.state_dict())
+
+
+def test_two_teachers_of_a_method_that_takes_several(taught, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ensemble", SimpleNamespace(Ensemble=Ensemble))
+    words = ["--distill", "ensemble:Ensemble", "--teacher", str(taught), "--teacher", str(taught)]
+    results = Session(parse_args([*TINY, "--output_dir", str(tmp_path / "o"), *words])).run()
+    assert results["eval_teacher_accuracy"] == json.loads((taught / "all_results.json").read_text())["eval_accuracy"]
 
 
 class Mutual(Distiller):
@@ -325,6 +354,17 @@ class Mutual(Distiller):
             "student": {"task": batch.task_loss(ours), "mutual": KF.kd(ours.logits, theirs.logits.detach())},
             "peer1": {"task": batch.task_loss(theirs), "mutual": KF.kd(theirs.logits, ours.logits.detach())},
         }
+
+
+class Ensemble(Distiller):
+    """Learns from the mean of several teachers."""
+
+    teachers = "many"
+
+    def turns(self, nets, batch):
+        ours, taught = nets.student(batch), [teacher(batch).logits for teacher in nets.teachers]
+        assert len(taught) == 2
+        yield {"student": {"mean": KF.kd(ours.logits, sum(taught) / 2)}}
 
 
 def test_a_peer_learns_together_with_the_student(taught, tmp_path, monkeypatch):
