@@ -100,9 +100,12 @@ class Net:
             batch = batch.with_inputs(self.transform(batch.inputs))
         if batch.teacher_kwargs:
             own = dict(batch.teacher_kwargs)
-            inputs = own.pop(batch.name, batch.inputs) if batch.name else batch.inputs
-            mask = own.get("attention_mask", batch.mask)
-            batch = dataclasses.replace(batch, inputs=inputs, mask=mask, kwargs={**batch.kwargs, **own})
+            if batch.name is not None and batch.name in own:
+                # Other tokens have other masks and types: nothing of the student's goes with them.
+                inputs, mask = own.pop(batch.name), own.get("attention_mask")
+            else:
+                inputs, mask, own = batch.inputs, own.get("attention_mask", batch.mask), {**batch.kwargs, **own}
+            batch = dataclasses.replace(batch, inputs=inputs, mask=mask, kwargs=own)
         return batch
 
 

@@ -46,7 +46,8 @@ class Internal(Distiller):
         phase_epochs: Epochs of each layer's phase, in place of a share.
         threshold: A layer's phase ends early once its mean cosine term over an epoch falls below this.
         fresh_optimizer: Start every phase with empty optimizer state.
-        freeze_lower: Let no gradient reach the layers below the one that a phase adds.
+        freeze_lower: Let no gradient reach the layers below the one that a phase trains; `progressive` alone, since in
+            `stacked` the lower layers go on learning from their own terms.
         temperature: Temperature of the soft labels.
         gold: Weight of the task loss with the true labels, in the last phase.
         project: Learn a linear map of the student's [CLS] vector where the hidden sizes differ; the paper's are equal.
@@ -84,6 +85,11 @@ class Internal(Distiller):
             raise DistillError("Expected attention_weight and hidden_weight not below 0, and one of them above.")
         if threshold is not None and schedule == "all":
             raise DistillError("threshold ends a layer's phase, and the schedule 'all' has no phases: leave it out.")
+        if freeze_lower and schedule != "progressive":
+            raise DistillError(
+                f"freeze_lower freezes the layers below the one that a phase trains, which the schedule {schedule!r}"
+                " goes on training: use schedule=progressive, or leave it out."
+            )
         if threshold is not None and hidden_weight == 0:
             raise DistillError("threshold reads the cosine term, whose hidden_weight is 0: give it a weight.")
         self.schedule_name, self.threshold, self.freeze_lower = schedule, threshold, freeze_lower
