@@ -265,6 +265,12 @@ def test_gradients_equal_eager(arch: str, mode: str) -> None:
         )
 
 
+def checkpoint(model, **kwargs):
+    """Checkpoints activations, under the name that the installed transformers has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(kwargs)
+
+
 @pytest.mark.parametrize("arch", ["bert", "deberta-v2", "gpt2", "vit"])
 def test_checkpointing(arch: str) -> None:
     model, taps, given = tapped(arch)
@@ -273,7 +279,7 @@ def test_checkpointing(arch: str) -> None:
         model(**given)
     kl({2: seen[2].scores}, given).backward()
     expected = gradients(model)
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint(model, use_reentrant=False)
     with taps.capture([2], mode="share") as seen:
         model(**given)
     kl({2: seen[2].scores}, given).backward()
@@ -282,7 +288,7 @@ def test_checkpointing(arch: str) -> None:
     for name, grad in expected.items():
         torch.testing.assert_close(got[name], grad, atol=1e-6, rtol=1e-5)
 
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+    checkpoint(model, use_reentrant=True)
     model.enable_input_require_grads()
     with pytest.raises(DistillError, match="use_reentrant=False"), taps.capture([2]):
         model(**given)
