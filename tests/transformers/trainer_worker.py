@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -71,3 +72,8 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
     gc.unfreeze()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    # Everything is written: the interpreter's own teardown may abort on a thread of gloo that is still running.
+    sys.stdout.flush()
+    os._exit(0)
