@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -38,6 +39,11 @@ def find(results: dict[str, Any], key: str) -> Any:
     for part in key.split("."):
         value = value[part]
     return value
+
+
+def folder_name(row: str) -> str:
+    """A row's name as a folder's: what a shell or a format string would read otherwise becomes a dash."""
+    return re.sub(r"[^\w.+-]+", "-", row).strip("-")
 
 
 def run(command: str, folder: Path, wanted: str) -> dict[str, Any] | None:
@@ -82,7 +88,7 @@ def main(argv: list[str]) -> int:
             for row, flags in spec["rows"].items():
                 if args.only and row not in args.only:
                     continue
-                folder = root / row / f"seed{seed}"
+                folder = root / folder_name(row) / f"seed{seed}"
                 command = f"{spec['common']} {flags}".format(out=folder, seed=seed, **names)
                 jobs[row, seed] = pool.submit(run, os.path.expandvars(command), folder, wanted)
     results: dict[str, Any] = {}

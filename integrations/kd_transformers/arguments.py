@@ -45,8 +45,10 @@ class DataArguments:
     dataset_config_name: str | None = _field(help="configuration of --dataset_name")
     train_file: str | None = _field(help="csv, json, jsonl or parquet file to train on")
     validation_file: str | None = _field(help="csv, json, jsonl or parquet file to evaluate on")
-    train_split: str = _field("train", help="split of --dataset_name or --task_name to train on")
-    validation_split: str | None = _field(help="split to evaluate on (default: validation; of mnli the matched one)")
+    train_split: str = _field("train", help="split to train on, or a slice of one: train[:10000]")
+    validation_split: str | None = _field(
+        help="split to evaluate on, or a slice (default: validation; of mnli the matched one)"
+    )
     text_column: str | None = _field(help="column of the text (default: by its name, or the only text column)")
     text_pair_column: str | None = _field(help="column of the second text")
     label_column: str | None = _field(help="column of the label: class, number, or list of classes")

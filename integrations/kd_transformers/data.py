@@ -105,21 +105,22 @@ def load_text(args: DataArguments, evaluate: bool = True, **hub: Any) -> TextDat
         hub: Options of `datasets.load_dataset`: `cache_dir`, `trust_remote_code`.
     """
     raw, source = _read(args, hub)
-    train_split, evaluation_split = _splits(args, raw, evaluate)
-    train = raw[train_split]
+    train, evaluation = _splits(args, raw, evaluate)
     columns = _text_columns(args, train)
     label = _label_column(args, train)
-    missing = [c for c in (*columns, label) if evaluation_split and c not in raw[evaluation_split].column_names]
+    missing = [c for c in (*columns, label) if evaluation is not None and c not in evaluation.column_names]
     if missing:
-        raise DistillError(f"{source}: the split {evaluation_split} has no column {missing[0]}, as {train_split} has.")
+        raise DistillError(
+            f"{source}: the split {args.validation_split or 'validation'} has no column {missing[0]}, as"
+            f" {args.train_split} has."
+        )
     labels = read_labels(train, label)
-    evaluation = raw[evaluation_split] if evaluation_split else None
     data = TextData(
         _first(train, args.max_train_samples), _first(evaluation, args.max_eval_samples), columns, label, labels, source
     )
-    for name, split in ((train_split, data.train), (evaluation_split, data.evaluation)):
+    for name, split in ((args.train_split, data.train), (args.validation_split or "validation", data.evaluation)):
         if split is not None:
-            _check_rows(data, str(name), split)
+            _check_rows(data, name, split)
     return data
 
 
@@ -169,14 +170,27 @@ def _read_files(files: Mapping[str, str], hub: Mapping[str, Any]) -> DatasetDict
     return DatasetDict(splits)
 
 
-def _splits(args: DataArguments, raw: Mapping[str, Any], evaluate: bool) -> tuple[str, str | None]:
+def _splits(args: DataArguments, raw: Mapping[str, Any], evaluate: bool) -> tuple[Dataset, Dataset | None]:
+    """The rows to train on and to evaluate on."""
     default = "validation_matched" if args.task_name == "mnli" else "validation"
-    evaluation = args.validation_split or default
-    for flag, split in (("--train_split", args.train_split), ("--validation_split", evaluation if evaluate else None)):
-        if split is not None and split not in raw:
-            remedy = " Give --validation_file." if args.train_file else f" Name one of them with {flag}."
-            raise DistillError(f"Expected a split {split}, got a data set with {', '.join(raw)}.{remedy}")
-    return args.train_split, evaluation if evaluate else None
+    remedy = "Give --validation_file." if args.train_file else "Name one of them with {flag}."
+    train = _rows(raw, args.train_split, remedy.format(flag="--train_split"))
+    if not evaluate:
+        return train, None
+    return train, _rows(raw, args.validation_split or default, remedy.format(flag="--validation_split"))
+
+
+def _rows(raw: Mapping[str, Any], split: str, remedy: str) -> Dataset:
+    """The rows of a split, or of a slice or sum of splits as `datasets` writes them: `train[:10%]+train[90%:]`."""
+    if split in raw:
+        return raw[split]
+    try:
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in raw.items()})
+    except ValueError as error:
+        message = f"Expected a split {split}, got a data set with {', '.join(raw)}. {remedy}"
+        raise DistillError(message) from error
+    chosen = [raw[part.splitname].select(range(part.from_, part.to)) for part in parts]
+    return chosen[0] if len(chosen) == 1 else datasets.concatenate_datasets(chosen)
 
 
 def _first(split: Dataset | None, rows: int | None) -> Any:

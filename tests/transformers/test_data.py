@@ -250,6 +250,20 @@ def test_glue_tasks_are_read_by_name_and_scored_as_glue_does(monkeypatch):
         load_text(DataArguments(task_name="stsb", validation_split="dev"))
 
 
+def test_slices_of_splits(tmp_path: Path) -> None:
+    rows = {"sentence": TEXTS, "label": [i % 2 for i in range(len(TEXTS))]}
+    Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
+    data = load_text(
+        DataArguments(dataset_name=str(tmp_path), train_split="train[:4]+train[5:6]", validation_split="train[50%:]")
+    )
+    assert data.train["sentence"] == [*TEXTS[:4], TEXTS[5]]
+    assert data.evaluation is not None
+    assert data.evaluation["sentence"] == TEXTS[len(TEXTS) // 2 :]
+    for wrong in ("train[:4", "test[:4]"):
+        with pytest.raises(DistillError, match=r"Expected a split .*, got a data set with train\. Name one"):
+            load_text(DataArguments(dataset_name=str(tmp_path), train_split=wrong))
+
+
 def test_a_data_set_that_cannot_be_had_is_one_error(monkeypatch):
     def load(*args, **options):
         raise ConnectionError("no network")
