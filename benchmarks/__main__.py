@@ -5,13 +5,18 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = {"speed": "seconds per step against the floor", "nst": "NST's forms", "quality": "lists of training runs"}
+NAMES = {
+    "speed": "seconds per step against the floor",
+    "nst": "NST's forms",
+    "quality": "lists of training runs",
+    "demo_data": "the demo's training rows, a part of them held out to choose its settings on",
+}
 
 
 def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1] not in NAMES:
         print(
-            "usage: python -m benchmarks NAME [options]\n" + "\n".join(f"  {n:8} {what}" for n, what in NAMES.items())
+            "usage: python -m benchmarks NAME [options]\n" + "\n".join(f"  {n:10} {what}" for n, what in NAMES.items())
         )
         return 2
     return int(importlib.import_module(f"benchmarks.{sys.argv[1]}").main(sys.argv[2:]))

@@ -10,6 +10,7 @@ A list is YAML:
     rows:
       alone: ""
       kd: --distill kd --teacher ...
+    variants: {short: --epochs 4, long: --epochs 8}    # optional: every row with each of them
 
 `$DATA` and other variables of the environment are expanded. One process for each core.
 """
@@ -82,10 +83,15 @@ def main(argv: list[str]) -> int:
         if run(os.path.expandvars(command.format(out=folder, **names)), folder, wanted) is None:
             return 1
         names[name] = str(next(iter(sorted(folder.rglob(wanted)))).parent)
+    lines = {
+        f"{row}, {variant}" if variant else row: f"{flags} {more}"
+        for variant, more in (spec.get("variants") or {"": ""}).items()
+        for row, flags in spec["rows"].items()
+    }
     jobs = {}
     with ThreadPoolExecutor(args.jobs) as pool:
         for seed in spec["seeds"]:
-            for row, flags in spec["rows"].items():
+            for row, flags in lines.items():
                 if args.only and row not in args.only:
                     continue
                 folder = root / folder_name(row) / f"seed{seed}"
@@ -93,7 +99,7 @@ def main(argv: list[str]) -> int:
                 jobs[row, seed] = pool.submit(run, os.path.expandvars(command), folder, wanted)
     results: dict[str, Any] = {}
     rows = []
-    for row in spec["rows"]:
+    for row in lines:
         found = {seed: job.result() for (name, seed), job in jobs.items() if name == row}
         done = {seed: result for seed, result in found.items() if result is not None}
         if not done:

@@ -59,7 +59,7 @@ PARTS = {
         script="kd_timm.train",
         common="--device cpu --in-chans 1 --opt adamw --weight-decay 0.01 --lr 5e-3 --epochs 8 --warmup-epochs 0 -b 64"
         " -j 0 --smoothing 0 --hflip 0 --color-jitter 0 --scale 0.8 1 --ratio 0.9 1.1 --log-interval 1000"
-        " --checkpoint-hist 1 --output {folder} --experiment {name}",
+        " --val-interval 100 --checkpoint-hist 1 --output {folder} --experiment {name}",
         teacher="--model resnet8",
         student="--model lenet5_half",
         students={
@@ -106,11 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in [args.only] if args.only else list(PARTS):
         table = play(PARTS[name], root / name, console)
         console.print(table)
+        console.print(f"Report: {report(PARTS[name], root / name)}", soft_wrap=True)
     minutes, seconds = divmod(round(time.perf_counter() - start), 60)
-    console.print(
-        f"Took {minutes} min {seconds} s. Agreement is with the teacher. Every run is a folder:", soft_wrap=True
-    )
-    console.print(f"  kd-plugins report {root}/*/*  compares them on one page.", soft_wrap=True)
+    console.print(f"Took {minutes} min {seconds} s. Agreement is with the teacher.", soft_wrap=True)
     return 0
 
 
@@ -133,11 +131,28 @@ def play(part: Part, folder: Path, console: Console) -> Table:
         table.add_column(column, justify="right")
     teacher = folder / "teacher"
     for row, flags in {"teacher": part.teacher, **{n: f"{part.student} {f}" for n, f in part.students.items()}}.items():
-        name = row.replace(",", "").replace(" ", "-")
+        name = folder_name(row)
         words = [w.format(folder=folder, name=name, teacher=teacher) for w in shlex.split(f"{part.common} {flags}")]
         run(part.script, words, console)
         table.add_row(row, *figures(json.loads((folder / name / part.results).read_text()), row == "teacher"))
     return table
+
+
+def report(part: Part, folder: Path) -> Path:
+    """Writes a page for each run of a part and one that compares them, whose path it returns."""
+    from kd_plugins.report import render
+
+    runs = [folder / folder_name(row) for row in ("teacher", *part.students)]
+    for path in runs:
+        (path / "report.html").write_text(render([path]), encoding="utf-8")
+    page = folder / "comparison.html"
+    page.write_text(render(runs), encoding="utf-8")
+    return page
+
+
+def folder_name(row: str) -> str:
+    """The folder of a row's run."""
+    return row.replace(",", "").replace(" ", "-")
 
 
 def run(script: str, words: Sequence[str], console: Console) -> None:

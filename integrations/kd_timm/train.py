@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from timm.layers import convert_sync_batchnorm
 from timm.models import safe_model_name
@@ -60,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         train(args)
+        # A thread of the communication library that outlives the interpreter can abort the process.
+        PartialState().destroy_process_group()
     except DistillError as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"kd-timm-train: error: {error}", file=sys.stderr)

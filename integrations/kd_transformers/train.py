@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from datasets import disable_progress_bars
 from transformers import (
     AutoConfig,
@@ -79,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_args(argv)
     try:
         train(arguments)
+        # A thread of the communication library that outlives the interpreter can abort the process.
+        PartialState().destroy_process_group()
     except DistillError as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"kd-transformers-train: error: {error}", file=sys.stderr)
