@@ -3,7 +3,8 @@
 A list is YAML:
 
     seeds: [0, 1, 2]
-    metric: top1                      # key in the run's results file
+    metrics: {accuracy: evaluation.top1, agreement: evaluation.agreement}     # keys in the run's results file
+    scale: 1                          # what the metrics are multiplied by; 100 makes shares percentages
     results: results.json             # written by the run into {out}
     common: kd-timm-train ... --seed {seed} --output {out}
     before: {teacher: kd-timm-train ...}   # runs once, first; {teacher} is its folder
@@ -34,12 +35,12 @@ import yaml
 from benchmarks.timing import machine, print_table, write
 
 
-def find(results: dict[str, Any], key: str) -> Any:
-    """A value by a dotted key: `evaluation.top1`."""
+def find(results: dict[str, Any], key: str) -> float | None:
+    """A value by a dotted key, `evaluation.top1`; None where the run has none."""
     value: Any = results
     for part in key.split("."):
-        value = value[part]
-    return value
+        value = value.get(part) if isinstance(value, dict) else None
+    return None if value is None else float(value)
 
 
 def folder_name(row: str) -> str:
@@ -76,7 +77,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     spec = yaml.safe_load(Path(args.list).read_text())
     root = Path(args.output) / Path(args.list).stem
-    wanted, metric = spec.get("results", "results.json"), spec["metric"]
+    wanted = spec.get("results", "results.json")
+    scale = spec.get("scale", 1)
     names: dict[str, str] = {}
     for name, command in (spec.get("before") or {}).items():
         folder = root / name
@@ -98,20 +100,37 @@ def main(argv: list[str]) -> int:
                 command = f"{spec['common']} {flags}".format(out=folder, seed=seed, **names)
                 jobs[row, seed] = pool.submit(run, os.path.expandvars(command), folder, wanted)
     results: dict[str, Any] = {}
-    rows = []
-    for row in lines:
+    for row, flags in lines.items():
         found = {seed: job.result() for (name, seed), job in jobs.items() if name == row}
-        done = {seed: result for seed, result in found.items() if result is not None}
+        done = {str(seed): result for seed, result in found.items() if result is not None}
         if not done:
             continue
-        values = [float(find(result, metric)) for result in done.values()]
-        seconds = [result["seconds"] for result in done.values() if result["seconds"]]
-        spread = statistics.stdev(values) if len(values) > 1 else float("nan")
-        results[row] = {"values": dict(zip(map(str, done), values, strict=True)), "seconds": seconds}
-        rows.append(
-            [row, f"{statistics.mean(values):.2f}", f"{spread:.2f}", len(values), statistics.mean(seconds or [0])]
-        )
-    print_table(spec.get("title", root.name), ["", f"{metric}, mean", "std", "seeds", "seconds"], rows)
+        values = {
+            label: {seed: value * scale for seed, result in done.items() if (value := find(result, key)) is not None}
+            for label, key in spec["metrics"].items()
+        }
+        values["seconds"] = {seed: result["seconds"] for seed, result in done.items() if result["seconds"]}
+        results[row] = {"flags": " ".join(flags.split()), **values}
+    print_table(spec.get("title", root.name), ["", *spec["metrics"], "seeds", "seconds"], table(results))
     target = args.json or f"benchmarks/results/{Path(args.list).stem}.json"
-    write(target, {"list": str(args.list), "metric": metric, "machine": machine(), "rows": results})
+    write(target, {"list": Path(args.list).name, "machine": machine(), "rows": results})
     return 0
+
+
+def table(results: dict[str, Any]) -> list[list[Any]]:
+    """The rows of a results file: mean and standard deviation of each metric, seeds, mean seconds."""
+    rows = []
+    for row, values in results.items():
+        metrics = [v for label, v in values.items() if label not in ("flags", "seconds")]
+        seconds = list(values["seconds"].values())
+        mean = f"{statistics.mean(seconds):.0f}" if seconds else "-"
+        rows.append([row, *map(mean_and_spread, metrics), len(metrics[0]), mean])
+    return rows
+
+
+def mean_and_spread(values: dict[str, float]) -> str:
+    """`64.0 ± 0.5`, the standard deviation over seeds; a dash where nothing was measured."""
+    if not values:
+        return "-"
+    found = list(values.values())
+    return f"{statistics.mean(found):.1f}" + (f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else "")
