@@ -121,11 +121,16 @@ def table(results: dict[str, Any]) -> list[list[Any]]:
     """The rows of a results file: mean and standard deviation of each metric, seeds, mean seconds."""
     rows = []
     for row, values in results.items():
-        metrics = [v for label, v in values.items() if label not in ("flags", "seconds")]
+        metrics = [values[label] for label in metrics_of(results)]
         seconds = list(values["seconds"].values())
         mean = f"{statistics.mean(seconds):.0f}" if seconds else "-"
         rows.append([row, *map(mean_and_spread, metrics), len(metrics[0]), mean])
     return rows
+
+
+def metrics_of(results: dict[str, Any]) -> list[str]:
+    """The names of the metrics in a results file."""
+    return [label for label in next(iter(results.values())) if label not in ("flags", "seconds")]
 
 
 def mean_and_spread(values: dict[str, float]) -> str:

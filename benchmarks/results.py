@@ -1,0 +1,38 @@
+"""Writes the tables of docs/results.md from the files in benchmarks/results, so that no figure is typed by hand.
+
+A table stands between `<!-- results: NAME -->` and `<!-- end -->`; its rows are those of `NAME.json`, what
+`python -m benchmarks quality lists/NAME.yaml` wrote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+from benchmarks.quality import metrics_of, table
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
+
+
+def markdown(name: str) -> str:
+    """The table of one results file."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["rows"]
+    head = ["", *metrics_of(rows), "seeds", "seconds"]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *table(rows)]
+    return "\n" + "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines) + "\n"
+
+
+def fill(page: str) -> str:
+    """A page with its tables made anew."""
+    return BLOCK.sub(lambda block: block[1] + markdown(block[2]) + block[3], page)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks results", description=__doc__.splitlines()[0])
+    parser.parse_args(argv)
+    path = ROOT / "docs" / "results.md"
+    path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")
+    return 0

@@ -1,0 +1,107 @@
+"""Lists of runs: their commands parse, what is done is not run again, and the printed tables are those of the results."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import quality, results  # noqa: E402
+
+LISTS = sorted((ROOT / "benchmarks" / "lists").glob("*.yaml"))
+
+
+def commands(path: Path) -> list[str]:
+    spec: dict[str, Any] = yaml.safe_load(path.read_text())
+    before = spec.get("before") or {}
+    variants = (spec.get("variants") or {"": ""}).values()
+    found = [
+        *before.values(),
+        *(f"{spec['common']} {row} {more}" for row in spec["rows"].values() for more in variants),
+    ]
+    folders = dict.fromkeys(before, "a/teacher")
+    return [os.path.expandvars(command.format(out="a/run", seed=0, **folders)) for command in found]
+
+
+@pytest.mark.parametrize("path", LISTS, ids=lambda path: path.stem)
+def test_the_commands_of_the_lists_parse(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+
+    monkeypatch.setenv("DATA", "data")
+    monkeypatch.setenv("MINILM", "minilm")
+    for command in commands(path):
+        program, *argv = shlex.split(command)
+        if program == "kd-timm-train":
+            from kd_timm.arguments import parse_args as parse_timm
+
+            args = parse_timm(argv)
+            name, options = args.distill, args.distill_args
+        else:
+            from kd_transformers.arguments import parse_args as parse_transformers
+
+            arguments = parse_transformers(argv)
+            name, options = arguments.distillation.distill, arguments.distillation.distill_args
+        if name:
+            from kd_plugins import create_distiller
+            from kd_plugins.options import options_from_strings
+
+            create_distiller(name, **options_from_strings(name, options))
+
+
+def test_a_list_runs_once_and_keeps_its_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import json, pathlib, sys\n"
+        "out, value, seed = pathlib.Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])\n"
+        "count = out / 'count.txt'\n"
+        "count.write_text(str(int(count.read_text()) + 1 if count.is_file() else 1))\n"
+        "(out / 'results.json').write_text(json.dumps({'evaluation': {'top1': value + seed}}))\n"
+    )
+    spec = {
+        "seeds": [0, 2],
+        "metrics": {"accuracy": "evaluation.top1", "agreement": "evaluation.agreement"},
+        "common": f"{sys.executable} {script} {{out}}",
+        "rows": {"low": "0.25 {seed}", "high, wide": "0.5 {seed}"},
+        "scale": 10,
+    }
+    path, target = tmp_path / "list.yaml", tmp_path / "list.json"
+    path.write_text(yaml.safe_dump(spec, sort_keys=False))
+    for _ in range(2):
+        assert quality.main([str(path), "--output", str(tmp_path), "--json", str(target), "--jobs", "2"]) == 0
+    rows = json.loads(target.read_text())["rows"]
+    assert rows["low"]["accuracy"] == {"0": 2.5, "2": 22.5}
+    assert quality.table(rows)[1][:4] == ["high, wide", "15.0 ± 14.1", "-", 2]
+    assert {p.read_text() for p in tmp_path.rglob("count.txt")} == {"1"}
+    assert "high, wide" in capsys.readouterr().out
+
+
+def test_a_failed_run_is_told_and_leaves_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = "import sys; open(sys.argv[1] + '/results.json', 'w').write('{\"top1\": 1}')"
+    bad = "raise SystemExit('no such flag')"
+    spec = {
+        "seeds": [0],
+        "metrics": {"accuracy": "top1"},
+        "common": f"{sys.executable} -c",
+        "rows": {"bad": f'"{bad}" {{out}}', "good": shlex.quote(good).replace("{", "{{").replace("}", "}}") + " {out}"},
+    }
+    path, target = tmp_path / "list.yaml", tmp_path / "list.json"
+    path.write_text(yaml.safe_dump(spec, sort_keys=False))
+    quality.main([str(path), "--output", str(tmp_path), "--json", str(target), "--jobs", "1"])
+    assert list(json.loads(target.read_text())["rows"]) == ["good"]
+    out = capsys.readouterr().out
+    assert "FAILED" in out
+    assert "no such flag" in out
+
+
+def test_the_page_of_results_is_that_of_the_files() -> None:
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert results.BLOCK.search(page)
+    assert results.fill(page) == page, "run: python -m benchmarks results"
