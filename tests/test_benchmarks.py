@@ -1,4 +1,4 @@
-"""Lists of runs: their commands parse, what is done is not run again, and the printed tables are those of the results."""
+"""Lists of runs: their commands parse, what is done is not run again, and printed tables are those of the results."""
 
 from __future__ import annotations
 
