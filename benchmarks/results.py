@@ -20,7 +20,7 @@ BLOCK = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
 def markdown(name: str) -> str:
     """The table of one results file."""
     rows = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["rows"]
-    head = ["", *metrics_of(rows), "seeds", "seconds"]
+    head = ["", *metrics_of(rows), "seeds", "CPU seconds"]
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *table(rows)]
     return "\n" + "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines) + "\n"
 
