@@ -83,8 +83,11 @@ class Net:
             return self.network.read(batch, reads, forward=self.forward, replace=replace)
         if self.module.training:
             self.module.eval()
-        with torch.set_grad_enabled(input_grad and torch.is_grad_enabled()):
-            view = self.network.read(self._translate(batch), reads, forward=self.forward, replace=replace)
+        if batch.teacher_logits is not None and not (reads.taps or replace or input_grad):
+            view = View(batch.teacher_logits, labels=batch.labels)
+        else:
+            with torch.set_grad_enabled(input_grad and torch.is_grad_enabled()):
+                view = self.network.read(self._translate(batch), reads, forward=self.forward, replace=replace)
         if self.order is not None and view._logits is not None:
             view._logits = view._logits[..., list(self.order)]
         return view

@@ -117,6 +117,7 @@ class Batch:
         kwargs: The networks' other inputs by name (`attention_mask`, ...).
         name: Keyword of the main input; None passes it by position.
         teacher_kwargs: Inputs that a teacher gets in place of the student's.
+        teacher_logits: What the only teacher says of these inputs, where it was asked before the training.
         mask: `[B, L]`, 1 for a real token, 0 for padding; None when nothing is padded.
         mean: Per-channel mean that the images were normalised with.
         std: Per-channel standard deviation that the images were normalised with.
@@ -133,6 +134,7 @@ class Batch:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     name: str | None = None
     teacher_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    teacher_logits: Tensor | None = None
     mask: Tensor | None = None
     mean: Any = None
     std: Any = None
@@ -178,7 +180,7 @@ class Batch:
 
     def with_inputs(self, inputs: Tensor) -> Batch:
         """The same batch with another main input."""
-        return dataclasses.replace(self, inputs=inputs, size=len(inputs))
+        return dataclasses.replace(self, inputs=inputs, size=len(inputs), teacher_logits=None)
 
     def with_labels(self, labels: Any) -> Batch:
         """The same batch with other targets; where the host's loss is in its forward, ask with this one."""

@@ -98,6 +98,9 @@ class DistillationArguments:
     teacher_checkpoint: list[str] = _list(
         'weights of the i-th teacher: a folder or a file ("": the published ones)', "PATH"
     )
+    cache_teacher: bool = _field(
+        False, help="ask the teacher once for each row, before the training, where a method reads its logits alone"
+    )
     peer: list[str] = _list(
         "checkpoint that is trained together with the student, of an online method (repeatable)", "MODEL"
     )
@@ -205,6 +208,8 @@ def _problem(arguments: Arguments, given: set[str]) -> str | None:
             "expected --distill with a teacher, got none: say which method (--distill kd), or that the teacher is only"
             " where the student starts (--student_init teacher), or what it is compared with (--student_init scratch)"
         )
+    if distillation.cache_teacher and (not distillation.distill or len(distillation.teacher) > 1 or not taught):
+        return "--cache_teacher expects --distill and one teacher"
     if distillation.peer and not distillation.distill:
         return "--peer is trained by an online method of --distill, which is not given"
     if training.do_predict:

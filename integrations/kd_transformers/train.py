@@ -38,6 +38,7 @@ from kd_plugins.options import options_from_strings
 from kd_plugins.registry import distiller_classes
 from kd_transformers import DistillationTrainer
 from kd_transformers.arguments import Arguments, parse_args
+from kd_transformers.cache import cache_teacher
 from kd_transformers.checks import class_order
 from kd_transformers.data import Labels, fingerprint, load_text
 from kd_transformers.metrics import agreement, build_metrics, default_metrics
@@ -174,6 +175,8 @@ class Session:
         training = self.arguments.training
         if self.trains_teacher:
             self._train_teacher(self.teachers[0])
+        if self.arguments.distillation.cache_teacher and training.do_train:
+            self._cache_teacher()
         if training.do_train:
             self._train()
         if training.do_eval:
@@ -184,6 +187,18 @@ class Session:
         self.trainer.accelerator.wait_for_everyone()
         path = self.output / "all_results.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def _cache_teacher(self) -> None:
+        """Adds the teacher's logits to the training rows."""
+        training = self.arguments.training
+        with training.main_process_first(desc="asking the teacher"):
+            self.trainer.train_dataset = cache_teacher(
+                self.train_set,
+                self.teachers[0],
+                self.collate,
+                batch_size=training.per_device_eval_batch_size,
+                device=training.device,
+            )
 
     def _say(self, text: str) -> None:
         if self.arguments.training.process_index == 0:

@@ -16,10 +16,11 @@ from transformers.utils import logging
 
 from kd_accelerate import TurnPlayer
 from kd_accelerate.streams import StagedDataset, Streams
-from kd_plugins import Batch, Distiller, DistillError, Net, Nets, View, create_distiller
+from kd_plugins import Batch, Distiller, DistillError, Net, Nets, Reads, View, create_distiller
 from kd_plugins.nets import connect, needs_pass, prepare, set_up
 from kd_plugins.network import adapt
 from kd_plugins.options import to_json
+from kd_transformers.cache import TEACHER_LOGITS, check_cache
 from kd_transformers.checks import (
     check_checkpointing,
     check_fit,
@@ -54,7 +55,8 @@ class DistillationTrainer(Trainer):
     `distiller.json`). With `model_init` every run starts with a fresh copy of the distiller.
 
     Columns of the data named `teacher_<input>` go to the teacher alone, in place of the student's; so do inputs that
-    only the teacher's forward takes (a BERT teacher's `token_type_ids` beside a DistilBERT student).
+    only the teacher's forward takes (a BERT teacher's `token_type_ids` beside a DistilBERT student). A column
+    `teacher_logits`, which `cache_teacher` makes, stands for the teacher's forward where only its logits are read.
 
     Args:
         *args: As for `Trainer`.
@@ -149,7 +151,7 @@ class DistillationTrainer(Trainer):
 
     def _check_vocabularies(self, columns: Iterable[Any]) -> None:
         """Networks that read the same token ids must share a vocabulary."""
-        own = any(str(column).startswith(_TEACHER) for column in columns)
+        own = any(str(column).startswith(_TEACHER) and column != TEACHER_LOGITS for column in columns)
         for network in [*([] if own else self.teachers), *self.peer_models]:
             check_vocabulary(self.model, network)
 
@@ -167,12 +169,24 @@ class DistillationTrainer(Trainer):
             raise DistillError("Expected at least one training example, got an empty train_dataset.")
         check_fit(distiller, batch.task, self.model)
         self._check_vocabularies(_TEACHER + name for name in batch.teacher_kwargs)
+        self._check_cache(batch)
         set_up(distiller, nets, batch)
         if any(distiller.needs_in(stage).student.taps for stage in range(len(distiller.stages()))):
             check_checkpointing(self.model)
         if needs_pass(distiller) and not self._resuming and self.args.process_index == 0:
             prepare(distiller, nets, self._pass())
         self._bound_to = self.model
+
+    def _check_cache(self, batch: Batch) -> None:
+        """Asks the teacher once, to see that the column of its logits is its own."""
+        if batch.teacher_logits is None or self._nets is None:
+            return
+        if len(self.teachers) != 1:
+            raise DistillError(
+                f"The column {TEACHER_LOGITS} belongs to one teacher, got {len(self.teachers)}: remove it."
+            )
+        teacher, uncached = self._nets.teacher, dataclasses.replace(batch, teacher_logits=None)
+        check_cache(*(teacher(asked, reads=Reads()).logits for asked in (batch, uncached)))
 
     def _pass(self) -> Iterator[Batch]:
         """Batches of the training set in its order, outside of the training's random state."""
@@ -196,10 +210,11 @@ class DistillationTrainer(Trainer):
         only = self._teacher_only()
         theirs = {name: value for name, value in inputs.items() if name in only}
         theirs |= {k.removeprefix(_TEACHER): v for k, v in inputs.items() if k.startswith(_TEACHER)}
+        cached = theirs.pop(TEACHER_LOGITS.removeprefix(_TEACHER), None)
         name = getattr(self.model, "main_input_name", None)
         fields = {"index": inputs.get(_INDEX), **self._normalisation()}
         task = task_of(self.model, own.get("labels"))
-        return Batch.of(own, name=name, task=task, teacher_kwargs=theirs, **fields)
+        return Batch.of(own, name=name, task=task, teacher_kwargs=theirs, teacher_logits=cached, **fields)
 
     def _normalisation(self) -> dict[str, Any]:
         """The mean and std of the images, where an image processor tells."""
@@ -255,7 +270,7 @@ class DistillationTrainer(Trainer):
         super()._set_signature_columns_if_needed()
         if self.distiller is not None and not known:
             columns = dict.fromkeys([*self._signature_columns, *sorted(self._teacher_only())])
-            self._signature_columns = [*columns, *(_TEACHER + name for name in columns), _INDEX]
+            self._signature_columns = [*columns, *(_TEACHER + name for name in columns), TEACHER_LOGITS, _INDEX]
 
     # Training
 

@@ -579,3 +579,13 @@ def test_sessions_raise_what_the_command_prints(taught):
     with pytest.raises(DistillError, match="at most the teacher's 4"):
         parse_and_build(taught, "--student_layers", "9")
     assert np.isfinite(parse_and_build(taught).trainer.args.learning_rate)
+
+
+def test_the_teacher_is_asked_once_where_it_says_the_same(run, taught, capsys):
+    words = ["--teacher", str(taught), "--student_layers", "2", "--distill", "kd", "--num_train_epochs", "2"]
+    plain, _ = run(*words, name="plain")
+    cached, _ = run(*words, "--cache_teacher", name="cached")
+    for name, value in weights(plain).items():
+        torch.testing.assert_close(weights(cached)[name], value, rtol=0, atol=1e-5)
+    words = ["--student_layers", "1", "--cache_teacher"]
+    assert "--cache_teacher expects --distill and one teacher" in fails(capsys, words)

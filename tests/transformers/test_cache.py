@@ -1,0 +1,134 @@
+"""The teacher's logits as a column: the same training without its forward, made once, never another teacher's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trainer_kit as kit
+from datasets import Dataset
+from torch import nn
+
+from kd_plugins import Batch, Distiller, DistillError
+from kd_transformers import DistillationTrainer, cache_teacher
+from kd_transformers.cache import TEACHER_LOGITS
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Dataset:
+    """Tokenized rows in an Arrow file, as a user has them; what is computed of them is kept beside it."""
+    texts = kit.Texts()
+    Dataset.from_list([{k: v.tolist() for k, v in texts[i].items()} for i in range(len(texts))]).save_to_disk(tmp_path)
+    return Dataset.load_from_disk(str(tmp_path))
+
+
+def train(folder: Path, dataset: Any, teacher: Any = None, **options: Any) -> DistillationTrainer:
+    run = DistillationTrainer(
+        kit.bert(),
+        kit.arguments(folder),
+        train_dataset=dataset,
+        teacher_model=kit.teacher() if teacher is None else teacher,
+        **{"distiller": "kd", **options},
+    )
+    run.train()
+    return run
+
+
+def test_it_trains_the_same_student_without_the_teachers_forward(rows, tmp_path):
+    teacher = kit.teacher()
+    plain = train(tmp_path / "a", rows, teacher)
+    cached = cache_teacher(rows, teacher, batch_size=4)
+    with kit.calls({"teacher": teacher}) as count:
+        quick = train(tmp_path / "b", cached, teacher)
+    assert count["teacher"] == 1, "only the comparison before the training"
+    assert kit.difference(kit.weights(plain.model), kit.weights(quick.model)) < 1e-6
+
+
+def test_it_is_what_the_teacher_says_and_leaves_the_teacher_as_it_was(rows):
+    teacher = kit.teacher(dropout=True).train()
+    logits = torch.tensor(cache_teacher(rows, teacher)[TEACHER_LOGITS])
+    assert teacher.training
+    with torch.no_grad():
+        torch.testing.assert_close(logits, teacher.eval()(**kit.Texts().batch()).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_the_same_teacher_is_asked_once_and_another_anew(rows):
+    teacher = kit.teacher()
+    first = cache_teacher(rows, teacher)
+    with kit.calls({"teacher": teacher}) as count:
+        again = cache_teacher(rows, teacher)
+        assert not count.get("teacher")
+        with torch.no_grad():
+            teacher.classifier.bias += 1
+        other = cache_teacher(rows, teacher)
+        assert count["teacher"]
+    assert again[TEACHER_LOGITS] == first[TEACHER_LOGITS]
+    assert other[TEACHER_LOGITS] != first[TEACHER_LOGITS]
+    assert cache_teacher(other, teacher)[TEACHER_LOGITS] == other[TEACHER_LOGITS]
+
+
+def test_a_column_of_another_teacher_is_refused(rows, tmp_path):
+    cached = cache_teacher(rows, kit.teacher())
+    with pytest.raises(DistillError, match="is not what teacher_model says of these rows"):
+        train(tmp_path, cached, kit.bert(4, seed=7))
+
+
+def test_a_column_of_other_rows_is_refused(rows, tmp_path):
+    cached = cache_teacher(rows, kit.teacher())
+    mixed = cached.remove_columns(TEACHER_LOGITS).add_column(TEACHER_LOGITS, cached[TEACHER_LOGITS][::-1])
+    with pytest.raises(DistillError, match="is not what teacher_model says"):
+        train(tmp_path, mixed)
+
+
+def test_a_method_that_reads_more_runs_the_teacher(rows, tmp_path):
+    teacher = kit.teacher()
+    options = {"distiller": "internal", "distiller_args": {"schedule": "stacked"}}
+    plain = train(tmp_path / "a", rows, teacher, **options)
+    cached = cache_teacher(rows, teacher)
+    with kit.calls({"teacher": teacher}) as count:
+        quick = train(tmp_path / "b", cached, teacher, **options)
+    steps = plain.state.max_steps
+    assert 1 < count["teacher"] < steps, "the layers' phases read attention; the last reads logits, which are there"
+    assert kit.difference(kit.weights(plain.model), kit.weights(quick.model)) < 1e-6
+
+
+def test_changed_inputs_drop_what_the_teacher_said():
+    batch = Batch.of(torch.zeros(2, 3), teacher_logits=torch.ones(2, 4))
+    assert batch.with_inputs(batch.inputs + 1).teacher_logits is None
+
+
+class Many(Distiller):
+    teachers = "many"
+
+    def loss(self, student, teacher, batch):
+        return {"logits": (student.logits - teacher.logits).square().mean()}
+
+
+def test_several_teachers_have_no_one_column(rows, tmp_path):
+    cached = cache_teacher(rows, kit.teacher())
+    with pytest.raises(DistillError, match="belongs to one teacher, got 2"):
+        train(tmp_path, cached, [kit.teacher(), kit.teacher()], distiller=Many())
+
+
+def test_rows_that_change_are_refused(rows):
+    with pytest.raises(DistillError, match=r"Expected a datasets\.Dataset.*got Texts"):
+        cache_teacher(kit.Texts(), kit.teacher())  # type: ignore[arg-type]
+    with pytest.raises(DistillError, match="got a data set with a transform"):
+        cache_teacher(rows.with_transform(lambda batch: batch), kit.teacher())
+
+
+def test_only_one_vector_for_each_row(rows):
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Embedding(64, 3)
+
+        def forward(self, input_ids: Any, **_: Any) -> Any:
+            from transformers.modeling_outputs import TokenClassifierOutput
+
+            return TokenClassifierOutput(logits=self.head(input_ids))
+
+    with pytest.raises(DistillError, match=r"Expected a teacher with logits \[B, K\], got \[\d+, \d+, 3\]"):
+        cache_teacher(rows, Tagger())
