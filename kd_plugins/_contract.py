@@ -238,9 +238,11 @@ def check_needs(distiller: Distiller, nets: Nets) -> None:
     """Clause `needs`: what is read exists, in every stage."""
     for number, stage in enumerate(distiller.stages()):
         needs = distiller.needs_in(number)
-        for who, net in _named(nets):
+        reads = [needs.student, *(needs.peer(i) for i in range(len(nets.peers) - 1))]
+        reads += [needs.teacher] * len(nets.teachers)
+        for (who, net), read in zip(_named(nets), reads, strict=True):
             try:
-                net.network.install(needs.teacher if net.frozen else needs.student)
+                net.network.install(read)
             except DistillError as error:
                 raise ContractError(
                     "needs",

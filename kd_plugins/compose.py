@@ -44,14 +44,22 @@ class Composite(Distiller):
             raise DistillError(f"{leads[0]} plays turns of its own and cannot follow the stages of {staged[0]}.")
         self._lead = leads[0] if leads else None
         self._staged = staged[0] if staged else None
-        counts = [part.teachers for part in parts.values()]
-        self.teachers = "many" if "many" in counts else max((int(c) for c in counts), default=0)
-        self.peers = any(part.peers for part in parts.values())
+        self._count_networks()
         self.data = all(part.data for part in parts.values())
         self.accumulation = all(part.accumulation for part in parts.values())
         tasks = [part.tasks for part in parts.values()]
         self.tasks = tuple(t for t in tasks[0] if all(t in other for other in tasks)) if tasks else ()
         self.progress = self.progress
+
+    def _count_networks(self) -> None:
+        counts = [part.teachers for part in self.methods.values()]
+        self.teachers = "many" if "many" in counts else max((int(c) for c in counts), default=0)
+        self.peers = any(part.peers for part in self.methods.values())
+
+    def networks_given(self, teachers: int, peers: int) -> None:
+        for part in self.methods.values():
+            part.networks_given(teachers, peers)
+        self._count_networks()
 
     @property
     def methods(self) -> dict[str, Distiller]:

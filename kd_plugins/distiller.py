@@ -114,7 +114,10 @@ class Distiller(nn.Module):
         return {}
 
     def shared(self, nets: Nets) -> dict[str, list[nn.Parameter]]:
-        """Groups that move parameters of a network by an optimizer of their own, beside the network's own updates."""
+        """Groups that move parameters of a network by an optimizer of their own, beside the network's own updates.
+
+        A group that is in `extras()` too moves both: a network's features together with a layer on top of them.
+        """
         return {}
 
     def optimizers(self) -> dict[str, OptimSpec]:
@@ -167,6 +170,12 @@ class Distiller(nn.Module):
         Must answer the same on every process; `mean_over_processes` helps.
         """
         return False
+
+    def networks_given(self, teachers: int, peers: int) -> None:
+        """Told how many teachers and other peers there are, before their number is checked.
+
+        A method that works with either sets its own `teachers` and `peers` here.
+        """
 
     def check(self, nets: Nets) -> None:
         """Refuses networks that the method cannot work with; called before `setup`, before any training time."""

@@ -133,7 +133,8 @@ class Groups:
         if overrides(distiller, "shared"):
             if self.nets is None:
                 raise DistillError(f"{distiller.name} shares parameters of a network: make_optimizers(..., nets=nets).")
-            extra |= distiller.shared(self.nets)
+            for name, parameters in distiller.shared(self.nets).items():
+                extra[name] = [*extra.get(name, []), *parameters]
         specs = distiller.optimizers()
         unknown = set(distiller.optim_overrides) - set(extra)
         if unknown:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -213,6 +214,7 @@ def connect(
         transforms: How each teacher's images are made of the student's.
         orders: Each teacher's class numbers in the student's order, where they differ.
     """
+    distiller.networks_given(len(teachers), len(peers))
     expected = distiller.teachers
     fits = len(teachers) >= 1 if expected == "many" else len(teachers) == expected
     if not fits:
@@ -236,6 +238,9 @@ def connect(
     def student_reads() -> Reads:
         return distiller.needs().student
 
+    def peer_reads(number: int) -> Reads:
+        return distiller.needs().peer(number)
+
     def teacher_reads() -> Reads:
         return distiller.needs().teacher
 
@@ -245,7 +250,10 @@ def connect(
             Net(network, teacher_reads, frozen=True, transform=transform, order=order)
             for network, transform, order in zip(teachers, transforms, orders, strict=True)
         ],
-        [Net(p, student_reads, forward=f) for p, f in zip(peers, forwards[1:], strict=True)],
+        [
+            Net(network, partial(peer_reads, i), forward=forward)
+            for i, (network, forward) in enumerate(zip(peers, forwards[1:], strict=True))
+        ],
     )
 
 
@@ -274,8 +282,9 @@ def set_up(distiller: Distiller, nets: Nets, batch: Batch) -> None:
         distiller.check(nets)
         distiller.setup(nets, batch)
         needs = distiller.needs()
-        for net in nets.peers:
-            net.network.install(needs.student)
+        nets.student.network.install(needs.student)
+        for i, net in enumerate(nets.peers[1:]):
+            net.network.install(needs.peer(i))
         for net in nets.teachers:
             net.network.install(needs.teacher)
     reference = next(nets.student.module.parameters(), None)

@@ -77,19 +77,27 @@ class Needs:
         streams: Extra streams of batches by name, with the share of the training set that is held out for each:
             `{"search": 0.5}` gives `batch.stream("search")` half of the training set and `batch` the other half.
         index: Whether `batch.index`, the row numbers in the data set, is needed.
+        peers: Reads of the other peers in their order, where these are not the student's.
     """
 
     student: Reads = Reads()
     teacher: Reads = Reads()
     streams: Mapping[str, float] = field(default_factory=dict)
     index: bool = False
+    peers: tuple[Reads, ...] = ()
+
+    def peer(self, number: int) -> Reads:
+        """What is read of the other peer with this number, counted from 0."""
+        return self.peers[number] if number < len(self.peers) else self.student
 
     def __or__(self, other: Needs) -> Needs:
+        peers = range(max(len(self.peers), len(other.peers)))
         return Needs(
             self.student | other.student,
             self.teacher | other.teacher,
             {**self.streams, **other.streams},
             self.index or other.index,
+            tuple(self.peer(i) | other.peer(i) for i in peers),
         )
 
 

@@ -67,6 +67,10 @@ KEEPERS: list[tuple[str, dict[str, Any], bool]] = [
     ("internal", {"schedule": "progressive", "freeze_lower": True}, True),
     ("internal", {"schedule": "stacked", "phase_epochs": 1.0, "gold": 0.5, "layers": "1:1,2:4"}, True),
     ("kd+internal", {"schedule": "all"}, True),
+    ("afd", {}, False),
+    ("afd", {"logit_only": True, "topology": "all"}, False),
+    ("afd", {"discriminators": "one", "layer": "layer1", "peer_layers": ("conv1",)}, False),
+    ("afd", {"feature_loss": "l1", "adversarial_only": True}, False),
 ]
 
 

@@ -5,19 +5,21 @@ the mean over the examples of the batch, `"sum"` their sum, `"none"` one value f
 what is wrong with the inputs.
 """
 
-from kd_plugins.functional.adversarial import lsgan_discriminator, lsgan_generator, wgan_gp
+from kd_plugins.functional.adversarial import lsgan_classes, lsgan_discriminator, lsgan_generator, wgan_gp
 from kd_plugins.functional.internal import attention_kl, cls_cosine
 from kd_plugins.functional.kd import kd, kd_multilabel
 from kd_plugins.functional.nst import match_spatial, nst
-from kd_plugins.functional.similarity import feature_l2, linear_cka
+from kd_plugins.functional.similarity import feature_l1, feature_l2, linear_cka
 
 __all__ = [
     "attention_kl",
     "cls_cosine",
+    "feature_l1",
     "feature_l2",
     "kd",
     "kd_multilabel",
     "linear_cka",
+    "lsgan_classes",
     "lsgan_discriminator",
     "lsgan_generator",
     "match_spatial",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kd_plugins.functional._common import exact, no_autocast
 
-__all__ = ["lsgan_discriminator", "lsgan_generator", "wgan_gp"]
+__all__ = ["lsgan_classes", "lsgan_discriminator", "lsgan_generator", "wgan_gp"]
 
 
 def lsgan_discriminator(real: Tensor, fake: Tensor) -> Tensor:
@@ -56,6 +56,34 @@ def lsgan_generator(fake: Tensor) -> Tensor:
     with no_autocast(fake):
         (fake,) = exact(fake)
         return (1 - fake).square().mean()
+
+
+def lsgan_classes(scores: Tensor, source: int) -> Tensor:
+    """Least-squares loss of one discriminator that tells which of K networks a feature map comes from.
+
+    `1/2 mean sum_j ([j = source] - p_j)^2` with `p = softmax(scores)`: the targets 1 and 0 of `lsgan_discriminator` for
+    K classes. The factor makes the sum over two networks that of one discriminator with `D = p_2`: `(1 - D(f_2))^2 +
+    D(f_1)^2`. What is judged then minimises `lsgan_generator(p_j)` for the network j that it imitates.
+
+    Our own: AFD (Chung, Park, Kim, Kwak, ICML 2020, arXiv 2002.01775) has K discriminators of two classes.
+
+    Args:
+        scores: `[B, K]`, before the softmax, of maps that come from one network.
+        source: The network, 0 to K - 1.
+
+    Returns:
+        A scalar from 0 to 1.
+
+    >>> lsgan_classes(torch.zeros(1, 2), 0)
+    tensor(0.2500)
+    """
+    if scores.dim() != 2 or not 0 <= source < scores.shape[1]:
+        raise ValueError(f"Expected scores [B, K] and a network 0 to K - 1, got {list(scores.shape)} and {source}.")
+    with no_autocast(scores):
+        (scores,) = exact(scores)
+        target = torch.zeros_like(scores)
+        target[:, source] = 1
+        return (target - scores.softmax(1)).square().sum(1).mean() / 2
 
 
 def wgan_gp(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kd_plugins.functional._common import Reduction, check_reduction, exact, no_autocast, per_example, reduce
 
-__all__ = ["feature_l2", "linear_cka"]
+__all__ = ["feature_l1", "feature_l2", "linear_cka"]
 
 
 def linear_cka(x: Tensor, y: Tensor) -> Tensor:
@@ -73,12 +73,42 @@ def feature_l2(student: Tensor, teacher: Tensor, *, reduction: Reduction = "mean
     >>> feature_l2(torch.zeros(1, 2, 1, 1), torch.tensor([1.0, 3.0]).reshape(1, 2, 1, 1))
     tensor(5.)
     """
+    ours, theirs = _checked(student, teacher, reduction)
+    with no_autocast(student):
+        return reduce(per_example((ours - theirs).square()), reduction)
+
+
+def feature_l1(student: Tensor, teacher: Tensor, *, reduction: Reduction = "mean") -> Tensor:
+    """Mean absolute difference of features, whatever their shape and size.
+
+    The direct alignment of feature maps that AFD is compared with (Chung, Park, Kim, Kwak, ICML 2020, arXiv
+    2002.01775): `|f_s - f_t|_1`.
+
+    Departures: divided by the number of entries, so that a weight means the same for every size of map. Both sides get
+    a gradient: give a detached teacher where it should not.
+
+    Args:
+        student: `[B, ...]`.
+        teacher: The same shape.
+        reduction: `"mean"` over the batch, `"sum"`, or `"none"`.
+
+    Returns:
+        A scalar, or `[B]` for `"none"`.
+
+    >>> feature_l1(torch.zeros(1, 2, 1, 1), torch.tensor([1.0, -3.0]).reshape(1, 2, 1, 1))
+    tensor(2.)
+    """
+    ours, theirs = _checked(student, teacher, reduction)
+    with no_autocast(student):
+        return reduce(per_example((ours - theirs).abs()), reduction)
+
+
+def _checked(student: Tensor, teacher: Tensor, reduction: str) -> tuple[Tensor, ...]:
+    """Features of one shape, in float32."""
     check_reduction(reduction)
     if student.shape != teacher.shape or student.dim() < 1:
         raise ValueError(
             f"Expected features of one shape [B, ...], got {list(student.shape)} and {list(teacher.shape)}: connect"
             " them by a layer that maps the student's to the teacher's."
         )
-    with no_autocast(student):
-        ours, theirs = exact(student, teacher)
-        return reduce(per_example((ours - theirs).square()), reduction)
+    return exact(student, teacher)
