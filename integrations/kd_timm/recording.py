@@ -49,7 +49,7 @@ class Recorder:
             self.record.time_steps(distillation.player)
 
     def epoch(self, epoch: int, training: Mapping[str, float], evaluation: Mapping[str, float], rate: float) -> None:
-        """Adds the row of an evaluated epoch."""
+        """Adds the row of an epoch, evaluated or not."""
         row: dict[str, Any] = {"epoch": epoch + 1, "step": (epoch + 1) * self.session.updates_per_epoch}
         row |= {f"train_{key}": value for key, value in training.items()}
         row |= {f"eval_{key}": value for key, value in evaluation.items()}

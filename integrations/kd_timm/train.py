@@ -263,6 +263,8 @@ class Session:
             if self.distillation is not None:
                 self.distillation.player.average_buffers()
         if (epoch + 1) % args.val_interval and epoch + 1 != self.epochs:
+            if self.primary:
+                self.recorder.epoch(epoch, training, {}, rate)
             if run.scheduler is not None:
                 run.scheduler.step(done + 1, None)
             return

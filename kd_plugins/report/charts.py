@@ -22,7 +22,7 @@ def number(value: float, digits: int = 3) -> str:
     """A number for people.
 
     >>> number(0.12345), number(123456.0), number(0.0000123), number(2.0)
-    ('0.123', '123,456', '1.23e-05', '2')
+    ('0.123', '123,456', '1.23e-5', '2')
     """
     if value == 0:
         return "0"
@@ -30,7 +30,8 @@ def number(value: float, digits: int = 3) -> str:
     if size >= 10 ** (digits + 1):
         return f"{value:,.0f}"
     if size < 10**-4:
-        return f"{value:.{digits - 1}e}"
+        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+        return f"{mantissa.rstrip('0').rstrip('.') if '.' in mantissa else mantissa}e{int(exponent)}"
     decimals = max(digits - 1 - math.floor(math.log10(size)), 0)
     text = f"{value:.{decimals}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
@@ -91,7 +92,7 @@ def lines(
     ys = [y for s in series for _, y in s.points]
     x0, x1 = min(xs), max(xs)
     y0, y1 = min(ys), max(ys)
-    x0 = 0.0 if 0 < x0 < 0.25 * x1 else x0
+    x0 = 0.0 if 0 < x0 < 0.25 * x1 or 0 < x0 == x1 else x0
     x1 = x1 if x1 > x0 else x0 + 1
     flat = y1 - y0 < 1e-6 * abs(y1)
     pad = 0.25 * abs(y1) if flat else (y1 - y0) * 0.06 or 1.0

@@ -13,7 +13,7 @@ __all__ = ["axis", "final_metric", "metric_key", "points", "section"]
 
 _AXES = ("step", "epoch")
 _RATES = ("lr", "learning_rate")
-_COST = ("runtime", "per_second", "flos", "samples_per", "steps_per", "grad_norm", "seconds", "memory")
+_COST = ("runtime", "per_second", "flos", "samples", "steps_per", "grad_norm", "seconds", "memory")
 
 
 def section(run: Run) -> str:

@@ -39,3 +39,10 @@ def test_a_resumed_run_goes_on_with_its_record(run):
     info = json.loads((resumed.folder / "run.json").read_text())
     assert info["resumed"] == 1
     assert [row["epoch"] for row in load_run(resumed.folder).history] == [1, 2, 3]
+
+
+def test_the_losses_of_epochs_that_are_not_evaluated_are_kept(run):
+    session = run("--epochs", "3", "--val-interval", "5")
+    history = load_run(session.folder).history
+    assert [row["epoch"] for row in history if "train_loss" in row] == [1, 2, 3]
+    assert [row["epoch"] for row in history if "eval_top1" in row] == [3]
