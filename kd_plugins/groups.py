@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,9 @@ class Group:
         parameters: Its parameters.
         optimizer: Its optimizer.
         spec: How its learning rate runs and its gradient is clipped; None follows the student's optimizer.
+
+    Attributes:
+        clip: Clips the gradients in the parameters' `.grad`; hosts that clip the student's set it for peers.
     """
 
     def __init__(
@@ -36,6 +40,9 @@ class Group:
         self.parameters = list(parameters)
         self.optimizer = optimizer
         self.spec = spec
+        self.clip: Callable[[list[nn.Parameter]], Any] | None = None
+        if spec is not None and spec.clip is not None:
+            self.clip = partial(nn.utils.clip_grad_norm_, max_norm=spec.clip)
 
     def follow(self, student: Optimizer) -> None:
         """Sets the learning rate for the coming update."""
@@ -62,8 +69,8 @@ class Group:
     def update(self, student: Optimizer) -> None:
         """Updates the parameters by what is in `.grad`."""
         self.follow(student)
-        if self.spec is not None and self.spec.clip is not None:
-            nn.utils.clip_grad_norm_(self.parameters, self.spec.clip)
+        if self.clip is not None:
+            self.clip(self.parameters)
         self.optimizer.step()
 
 

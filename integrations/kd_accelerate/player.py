@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ class TurnPlayer:
         nets: The networks; the student's forward goes through the prepared model.
         optimizer: The student's optimizer, prepared.
         model: The prepared student, for DDP; by default what the student's forward goes through.
-        max_grad_norm: Largest norm of the student's and the own group's joint gradient in `step`; None does not clip.
+        max_grad_norm: Largest norm of the student's and the own group's joint gradient in `step`, and of each peer's
+            gradient; None does not clip.
 
     Raises:
         DistillError: The student is sharded (FSDP, DeepSpeed), or the method cannot accumulate and shall.
@@ -96,6 +98,8 @@ class TurnPlayer:
         if distributed():
             distiller.seed_streams(broadcast_object_list([torch.initial_seed()])[0])
         self._by_hand = distributed() and not self._leaves_ddp_alone()
+        if max_grad_norm is not None:
+            self.clip_peers(partial(nn.utils.clip_grad_norm_, max_norm=max_grad_norm))
 
     def _leaves_ddp_alone(self) -> bool:
         needs = self.distiller.needs()
@@ -111,6 +115,11 @@ class TurnPlayer:
     def clip_parameters(self) -> list[nn.Parameter]:
         """The group `"own"`, which a host clips jointly with the student."""
         return self.groups.own.parameters if self.groups.own else []
+
+    def clip_peers(self, clip: Callable[[list[nn.Parameter]], Any]) -> None:
+        """Has the gradient of each peer clipped, as the host clips the student's."""
+        for i in range(1, len(self.nets.peers)):
+            self.groups[f"peer{i}"].clip = clip
 
     # The three parts
 
@@ -206,9 +215,9 @@ class TurnPlayer:
         return True
 
     def average_buffers(self) -> None:
-        """Averages the batch statistics of student and peers, before they are evaluated or saved."""
-        for peer in self.nets.peers:
-            average_buffers(peer.module)
+        """Averages the batch statistics of student, peers and own parts, before they are evaluated or saved."""
+        for module in (*(peer.module for peer in self.nets.peers), self.distiller):
+            average_buffers(module)
 
     # Gradients of groups
 
@@ -253,8 +262,8 @@ class TurnPlayer:
             parameter.grad = gradient
         group.follow(self.groups.optimizer)
         scaler.unscale_(group.optimizer)
-        if group.spec is not None and group.spec.clip is not None:
-            nn.utils.clip_grad_norm_(group.parameters, group.spec.clip)
+        if group.clip is not None:
+            group.clip(group.parameters)
         scaler.step(group.optimizer)
         scaler.update()
         for parameter, gradient in zip(group.parameters, before, strict=True):

@@ -198,6 +198,7 @@ class Distillation:
         self.nets.student.forward = run.model
         self.criterion = run.criterion
         self.player = TurnPlayer(run.accelerator, self.distiller, self.nets, run.optimizer, model=run.model)
+        self.player.clip_peers(run.clip_network)
         run.step = DistillStep(run, self)
 
     @property
@@ -241,6 +242,8 @@ class DistillStep:
         self._streams: dict[str, Iterator[Any]] = {}
 
     def begin_epoch(self) -> None:
+        for peer in self.distillation.peers:
+            peer.train()
         self._streams = self.run.data.stream_iterators()
 
     def __call__(self, inputs: Tensor, targets: Any, accumulate: int, update: bool) -> Tensor:

@@ -87,11 +87,16 @@ class Run:
 
     def clip(self, others: Sequence[nn.Parameter] = ()) -> None:
         """Clips the student's gradients as `--clip-grad` and `--clip-mode` say, jointly with those of others."""
+        if self.args.clip_grad is None:
+            return
+        self.accelerator.unscale_gradients(self.optimizer)
+        self.clip_network(list(self.model.parameters()), others)
+
+    def clip_network(self, parameters: Sequence[nn.Parameter], others: Sequence[nn.Parameter] = ()) -> None:
+        """Clips the gradients of one network, which are not scaled, as `--clip-grad` and `--clip-mode` say."""
         args = self.args
         if args.clip_grad is None:
             return
-        self.accelerator.unscale_gradients(self.optimizer)
-        parameters = list(self.model.parameters())
         # Adaptive clipping leaves the classifier alone, as in timm's script.
         parameters = parameters[:-2] if args.clip_mode == "agc" else parameters
         dispatch_clip_grad([*parameters, *others], value=args.clip_grad, mode=args.clip_mode)

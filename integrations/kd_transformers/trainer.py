@@ -147,7 +147,8 @@ class DistillationTrainer(Trainer):
         columns = getattr(self.train_dataset, "column_names", None)
         if columns is not None:
             self._check_vocabularies(columns)
-        return Nets(_Student(self, nets.student), nets.teachers, nets.peers[1:])
+        student, *peers = (_Trained(self, net, student=net is nets.student) for net in nets.peers)
+        return Nets(student, nets.teachers, peers)
 
     def _check_vocabularies(self, columns: Iterable[Any]) -> None:
         """Networks that read the same token ids must share a vocabulary."""
@@ -302,7 +303,10 @@ class DistillationTrainer(Trainer):
             self._created_lr_scheduler = True
         else:
             super().create_scheduler(num_training_steps, optimizer)
-        self.player = TurnPlayer(self.accelerator, distiller, self._nets, optimizer or self.optimizer)
+        norm = self.args.max_grad_norm if self.args.max_grad_norm and self.args.max_grad_norm > 0 else None
+        self.player = TurnPlayer(
+            self.accelerator, distiller, self._nets, optimizer or self.optimizer, max_grad_norm=norm
+        )
         return self.lr_scheduler
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -395,12 +399,13 @@ class DistillationTrainer(Trainer):
             save_file(state, folder / "distiller.safetensors")
 
 
-class _Student(Net):
-    """The student under Trainer: its view holds the task loss that Trainer computes in its forward."""
+class _Trained(Net):
+    """The student, or a peer, under Trainer: its view holds the task loss that Trainer computes in its forward."""
 
-    def __init__(self, trainer: DistillationTrainer, net: Net) -> None:
+    def __init__(self, trainer: DistillationTrainer, net: Net, *, student: bool) -> None:
         super().__init__(net.network, lambda: net.reads, forward=self._call)
         self.trainer = trainer
+        self.student = student
         self._labels: Any = None
         self._loss: Tensor | None = None
 
@@ -414,17 +419,18 @@ class _Student(Net):
     def _call(self, **inputs: Any) -> Any:
         trainer = self.trainer
         if not trainer._playing:
-            return trainer.model(**inputs)
+            return (trainer.model if self.student else self.module)(**inputs)
+        model = trainer.model_wrapped if self.student else self.module
         if self._labels is not None:
             inputs["labels"] = self._labels
         elif not any(name in inputs for name in trainer.label_names):
-            return trainer.model_wrapped(**inputs)
+            return model(**inputs)
         items = None
         if trainer.compute_loss_func is not None:
             items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
         # What follows in the bases: the task loss of Trainer, or of a class that changes it.
         task: Any = super(DistillationTrainer, trainer).compute_loss  # type: ignore[misc]
-        self._loss, outputs = task(trainer.model_wrapped, inputs, return_outputs=True, num_items_in_batch=items)
+        self._loss, outputs = task(model, inputs, return_outputs=True, num_items_in_batch=items)
         return outputs
 
 

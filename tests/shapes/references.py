@@ -65,8 +65,11 @@ def own(steps: int, accumulation: int, clip: float | None = None, decay: bool = 
     return states(student=student, distiller__connector=connector)
 
 
-def online(steps: int, accumulation: int) -> dict[str, Tensor]:
-    """Two peers: critics move first, then the features by the adversarial loss, then the peers by the logit loss."""
+def online(steps: int, accumulation: int, clip: float | None = None) -> dict[str, Tensor]:
+    """Two peers: critics move first, then the features by the adversarial loss, then the peers by the logit loss.
+
+    Each peer's gradient of the logit loss is clipped by itself.
+    """
     peers = [TinyNet(4, 100), TinyNet(4, 300)]
     critics = [Critic(4, 10), Critic(4, 11)]
     low = [[*p.layer1.parameters(), *p.layer2.parameters()] for p in peers]
@@ -80,11 +83,13 @@ def online(steps: int, accumulation: int) -> dict[str, Tensor]:
             slot = 1000 * key + i
             sums[slot] = sums[slot] + g if slot in sums else g
 
-    def step(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], key: int, clip: bool = False) -> None:
+    def step(
+        optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], key: int, norm: float | None = None
+    ) -> None:
         for i, p in enumerate(parameters):
             p.grad = sums.pop(1000 * key + i)
-        if clip:
-            nn.utils.clip_grad_norm_(parameters, 1.0)
+        if norm is not None:
+            nn.utils.clip_grad_norm_(parameters, norm)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -96,7 +101,7 @@ def online(steps: int, accumulation: int) -> dict[str, Tensor]:
             add(list(critic.parameters()), k, ((1 - critic(other)) ** 2).mean() + (critic(own_map) ** 2).mean())
         if last:
             for k, critic in enumerate(critics):
-                step(critic_steps[k], list(critic.parameters()), k, clip=True)
+                step(critic_steps[k], list(critic.parameters()), k, norm=1.0)
         for k, critic in enumerate(critics):
             add(low[k], 2 + k, ((1 - critic(maps[k])) ** 2).mean())
         add(list(peers[0].parameters()), 4, F.cross_entropy(scores0, y) + divergence(scores0, scores1.detach()))
@@ -105,7 +110,7 @@ def online(steps: int, accumulation: int) -> dict[str, Tensor]:
             for k in range(2):
                 step(low_steps[k], low[k], 2 + k)
             for k in range(2):
-                step(steppers[k], list(peers[k].parameters()), 4 + k)
+                step(steppers[k], list(peers[k].parameters()), 4 + k, norm=clip)
     return states(student=peers[0], peer1=peers[1], distiller__critics__0=critics[0], distiller__critics__1=critics[1])
 
 

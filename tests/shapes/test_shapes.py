@@ -108,6 +108,13 @@ def test_own_parts_are_clipped_with_the_student(host):
     assert distance(run(host, "own", accumulation=2, clip=0.3), expected) <= 1e-6
 
 
+@pytest.mark.parametrize("host", OTHERS)
+def test_every_peer_is_clipped_by_itself(host):
+    expected = REFERENCES["online"](STEPS, 2, clip=0.1)
+    assert distance(expected, REFERENCES["online"](STEPS, 2)) > 1e-2
+    assert distance(run(host, "online", accumulation=2, clip=0.1), expected) <= 1e-6
+
+
 @pytest.mark.parametrize("host", ["bare", *OTHERS])
 def test_own_parts_follow_the_learning_rate(host):
     assert distance(run(host, "own", decay=True), REFERENCES["own"](STEPS, 1, decay=True)) <= 1e-6
