@@ -44,6 +44,7 @@ def save_state(session: Session, epoch: int) -> None:
             "epoch": epoch,
             "processes": session.processes,
             "kept": session.checkpoints.kept,
+            "peers": session.peers.best,
             "seconds": session.seconds,
             "updates": session.updates,
             "arguments": session.given,
@@ -85,6 +86,7 @@ def load_state(session: Session) -> int:
         session.run.scheduler.restore_lr = state["scheduler"]["restore_lr"]
     session.seconds, session.updates = saved["seconds"], saved["updates"]
     session.checkpoints.kept = [(metric, epoch) for metric, epoch in saved["kept"]]
+    session.peers.best = saved["peers"]
     random = torch.load(folder / f"random-{session.accelerator.process_index}.pt", weights_only=True)
     load_random_state(random)
     session.reporter.line(f"Continuing with epoch {saved['epoch']} from {folder}")

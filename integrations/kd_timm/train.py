@@ -33,10 +33,11 @@ from kd_timm.build import (
     create_student,
     resolve_learning_rate,
 )
-from kd_timm.checkpoint import Checkpoints, Summary, find_state, load_weights, save_weights, write_json
+from kd_timm.checkpoint import Checkpoints, Summary, find_state, load_weights, write_json
 from kd_timm.data import apply_data_defaults, create_data, create_datasets
 from kd_timm.distillation import create_distillation
 from kd_timm.engine import PlainStep, Run, evaluate, train_one_epoch
+from kd_timm.peers import Peers
 from kd_timm.progress import Reporter
 from kd_timm.recording import Recorder
 from kd_timm.resume import load_state, save_state
@@ -221,6 +222,8 @@ class Session:
             folder.mkdir(parents=True, exist_ok=True)
         self.folder: Path = broadcast_object_list([folder])[0]
         self.checkpoints = Checkpoints(self.folder, args.checkpoint_hist, self.metric == "loss")
+        peers = [] if self.distillation is None else self.distillation.peers
+        self.peers = Peers(args.peer, peers, self.folder, self.metric)
         if self.primary:
             (self.folder / "args.yaml").write_text(
                 yaml.safe_dump({**self.given, "config": "", "resume": ""}), encoding="utf-8"
@@ -270,6 +273,7 @@ class Session:
             return
         evaluation = {} if self.data.evaluation is None else self._evaluate()
         metric = (evaluation or training)[self.metric]
+        evaluation |= self.peers.evaluate(run, self.evaluated, epoch)
         if run.scheduler is not None:
             run.scheduler.step(done + 1, metric)
         if self.primary:
@@ -298,8 +302,8 @@ class Session:
             load_weights(self.evaluated, exported)
             others = [] if self.distillation is None else self.distillation.asked()
             results["evaluation"] = evaluate(self.run, self.evaluated, others=others)
-        if self.distillation is not None and self.distillation.peers:
-            results["peers"] = self._finish_peers()
+        if self.peers.names:
+            results["peers"] = self.peers.finish(self.run, self.evaluated)
         results |= {
             "parameters": sum(p.numel() for p in self.student.parameters()),
             "bytes": exported.stat().st_size,
@@ -310,17 +314,6 @@ class Session:
             self.recorder.finish(results)
         final = "  ".join(f"{key} {value:.4g}" for key, value in results.get("evaluation", {}).items())
         self.reporter.line(f"best {self.metric} {best[0]:.4g} (epoch {best[1]})  {final}  {exported}")
-        return results
-
-    def _finish_peers(self) -> list[dict[str, Any]]:
-        """Evaluates and exports the networks that were trained with the student, as they are at the end."""
-        assert self.distillation is not None
-        results = []
-        for i, (name, peer) in enumerate(zip(self.args.peer, self.distillation.peers, strict=True), 1):
-            if self.primary:
-                save_weights(peer, self.folder / f"peer{i}.safetensors")
-            metrics = {} if self.data.evaluation is None else evaluate(self.run, peer)
-            results.append({"model": name, **metrics})
         return results
 
 

@@ -175,9 +175,54 @@ def test_peers_train_together(run):
     assert set(load_file(session.folder / "state" / "distiller" / "peer1.safetensors")) == set(
         session.student.state_dict()
     )
-    assert len(session.results["peers"]) == 1
-    assert session.results["peers"][0]["model"] == "resnet10t"
-    assert (session.folder / "peer1.safetensors").is_file()
+    (result,) = session.results["peers"]
+    assert result["model"] == "resnet10t"
+    rows = list(csv.DictReader((session.folder / "summary.csv").open()))
+    column = [float(row["eval_peer1-resnet10t_top1"]) for row in rows]
+    assert result["top1"] == max(column) == column[result["best_epoch"]]
+    # What was exported is what was evaluated, and timm loads it.
+    exported = timm.create_model(
+        "resnet10t",
+        num_classes=10,
+        channels=(8, 8, 16, 16),
+        stem_width=8,
+        checkpoint_path=session.folder / result["file"],
+    )
+    student, counts = session.student.eval(), torch.zeros(3)
+    with torch.no_grad():
+        for images, labels in session.data.evaluation:
+            ours, theirs = exported.eval()(images).argmax(1), student(images).argmax(1)
+            counts += torch.tensor([len(labels), (ours == labels).sum(), (ours == theirs).sum()])
+    assert 100 * counts[1] / counts[0] == pytest.approx(result["top1"])
+    assert 100 * counts[2] / counts[0] == pytest.approx(result["agreement"])
+
+
+def test_a_peer_of_the_same_architecture_starts_elsewhere(run, monkeypatch):
+    from kd_timm.train import Session
+
+    seen = {}
+
+    def stop(session):
+        seen["nets"] = [net.module.state_dict() for net in session.distillation.nets.peers]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Session, "fit", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run("--distill", "timm_distillers:Pair", "--peer", "resnet10t", "--peer", "resnet10t")
+    for i, ours in enumerate(seen["nets"]):
+        for theirs in seen["nets"][:i]:
+            same = [key for key, value in ours.items() if value.dim() > 1 and torch.equal(value, theirs[key])]
+            assert not same
+
+
+def test_peers_resume_with_their_best_epoch(run, monkeypatch):
+    flags = ["--distill", "timm_distillers:Pair", "--peer", "resnet10t", "--epochs", "3"]
+    whole = run(*flags, name="whole")
+    parts = interrupted(run, monkeypatch, flags, epochs=2)
+    assert whole.results["peers"] == parts.results["peers"]
+    assert (whole.folder / "summary.csv").read_text() == (parts.folder / "summary.csv").read_text()
+    file = whole.results["peers"][0]["file"]
+    assert same(load_file(whole.folder / file), load_file(parts.folder / file))
 
 
 def test_a_method_that_makes_its_own_data_gets_none(run, teacher):

@@ -1,0 +1,86 @@
+"""The networks that are trained with the student: evaluated with it, and exported under their own names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from timm.models import safe_model_name
+from torch import nn
+
+from kd_timm.checkpoint import load_weights, save_weights
+from kd_timm.engine import Run, evaluate
+
+__all__ = ["Peers"]
+
+
+class Peers:
+    """Follows the peers of a run.
+
+    `peer1-NAME.safetensors`, ... hold the weights of each peer's own best epoch, as `timm.create_model` loads them;
+    without an evaluation set those of the newest.
+
+    Args:
+        names: Their models.
+        modules: The networks, bare.
+        folder: Output folder of the run.
+        metric: What makes an epoch the best: `"top1"`, `"top5"`, `"loss"`.
+    """
+
+    def __init__(self, names: Sequence[str], modules: Sequence[nn.Module], folder: Path, metric: str) -> None:
+        self.names, self.modules = list(names), list(modules)
+        self.labels = [f"peer{i}-{safe_model_name(name)}" for i, name in enumerate(names, 1)]
+        self.folder, self.metric = folder, metric
+        self.best: dict[str, list[float]] = {}
+
+    def evaluate(self, run: Run, student: nn.Module, epoch: int) -> dict[str, float]:
+        """Evaluates and saves the peers after an epoch; called on every process.
+
+        Args:
+            run: The run.
+            student: The student that is evaluated in this epoch.
+            epoch: The epoch that ended.
+
+        Returns:
+            The metrics of all peers, such as `peer1-resnet8_top1`, and their agreement with the student.
+        """
+        found: dict[str, float] = {}
+        for label, peer in zip(self.labels, self.modules, strict=True):
+            metrics = {} if run.data.evaluation is None else evaluate(run, peer, others=[student])
+            found |= {f"{label}_{key}": value for key, value in metrics.items()}
+            if self._improves(label, metrics):
+                self.best[label] = [metrics.get(self.metric, 0.0), epoch]
+                if run.accelerator.is_main_process:
+                    save_weights(peer, self.path(label))
+        return found
+
+    def _improves(self, label: str, metrics: Mapping[str, float]) -> bool:
+        if label not in self.best or not metrics:
+            return True
+        best, now = self.best[label][0], metrics[self.metric]
+        return now < best if self.metric == "loss" else now > best
+
+    def path(self, label: str) -> Path:
+        """The file of a peer."""
+        return self.folder / f"{label}.safetensors"
+
+    def finish(self, run: Run, student: nn.Module) -> list[dict[str, Any]]:
+        """Evaluates what was exported, beside the exported student, and leaves the peers with these weights."""
+        best = broadcast_object_list([self.best])[0]
+        results = []
+        for name, label, peer in zip(self.names, self.labels, self.modules, strict=True):
+            load_weights(peer, self.path(label))
+            metrics = {} if run.data.evaluation is None else evaluate(run, peer, others=[student])
+            parameters = sum(p.numel() for p in peer.parameters())
+            results.append(
+                {
+                    "model": name,
+                    "file": self.path(label).name,
+                    "best_epoch": int(best[label][1]),
+                    **metrics,
+                    "parameters": parameters,
+                }
+            )
+        return results
