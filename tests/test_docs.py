@@ -85,3 +85,13 @@ def test_commands_parse(page: str, line: str) -> None:
         from kd_transformers.arguments import parse_args as parse
 
         assert parse([*argv, "--output_dir", "output", "--use_cpu"]).training
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "methods").glob("*.md")), ids=lambda page: page.stem)
+def test_a_methods_page_names_every_option(page: Path) -> None:
+    from kd_plugins import get_distiller
+    from kd_plugins.options import options_of
+
+    text = page.read_text(encoding="utf-8")
+    missing = [name for name in options_of(get_distiller(page.stem)) if f"| `{name}` |" not in text]
+    assert not missing
