@@ -62,7 +62,8 @@ def images() -> dict[str, object]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_python_blocks_run(page: Path, tmp_path: Path) -> None:
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     scope = surroundings()
     scope["args"] = scope["arguments"](output_dir=str(tmp_path), max_steps=6, report_to="none", use_cpu=True)
     for code in blocks(page, "python"):
