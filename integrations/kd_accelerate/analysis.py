@@ -71,6 +71,9 @@ def analyse(
 ) -> Analysis:
     """Compares the student with its teacher (or with the first of its peers) on evaluation batches.
 
+    Of all networks that were trained together it tells accuracy, agreement with the student, and the similarity of
+    their last layers, each with each (`peers/similarity` `[P, P]`, the student first).
+
     Layer similarity is linear CKA (Kornblith et al., "Similarity of Neural Network Representations Revisited", ICML
     2019, arXiv 1905.00414) with the unbiased estimator summed over minibatches (Nguyen et al., "Do Wide and Deep
     Networks Learn the Same Things?", ICLR 2021, arXiv 2010.15327). Calibration is the expected calibration error with
@@ -97,13 +100,14 @@ def analyse(
         ensemble = [_fresh(t) for t in nets.teachers[1:]]
         predictions, similarity = Predictions(list(readers)), Similarity([len(r.places) for r in readers.values()])
         pick = _pick(first, shown)
+        shown_networks = ("student", list(readers)[-1])
         count = 0
         chunk: Batch | None = first
         while chunk is not None:
             logits, features = {}, []
             for name, reader in readers.items():
                 logits[name], seen = reader(chunk)
-                if chunk is first:
+                if chunk is first and name in shown_networks:
                     _keep_maps(found, name, reader, seen, chunk, pick)
                 features += [_vectors(seen[place.name], chunk) for place in reader.places]
             if ensemble:
@@ -115,12 +119,18 @@ def analyse(
             chunk = next(stream, None) if time.monotonic() - began < seconds else None
         for name, reader in readers.items():
             found.summary[name] = {"layers": [place.name for place in reader.places], **found.summary.get(name, {})}
-            _keep_attention(found, name, reader, first, pick)
+            if name in shown_networks:
+                _keep_attention(found, name, reader, first, pick)
         _keep_examples(found, first, pick, decode)
     matrices = similarity.matrices()
     if matrices is not None:
         names = list(readers)
         found.arrays["cka"] = matrices[0, len(names) - 1]
+        trained = [names.index(name) for name in _trained(nets) if readers[name].places]
+        if len(trained) == len(nets.peers) > 1:
+            rows = [torch.stack([matrices[i, j][-1, -1] for j in trained]) for i in trained]
+            found.arrays["peers/similarity"] = torch.stack(rows)
+    found.summary["peers"] = _trained(nets)[1:]
     summary, arrays = predictions.result()
     found.arrays |= arrays
     found.summary |= {
@@ -133,11 +143,20 @@ def analyse(
     return found
 
 
+def _trained(nets: Nets) -> list[str]:
+    """Names of the networks that were trained together; the first peer is what a student without teacher meets."""
+    first = "peer1" if nets.teachers else "peer"
+    return ["student", first, *(f"peer{i}" for i in range(2, len(nets.peers)))][: len(nets.peers)]
+
+
 def _compared(nets: Nets) -> dict[str, Net]:
-    """The student, and what it is compared with: its teacher, else its first peer, else nothing."""
+    """All networks that are looked at; the last is what the student is compared with, its teacher or its first peer."""
+    named = dict(zip(_trained(nets), nets.peers, strict=True))
     if nets.teachers:
-        return {"student": nets.student, "teacher": nets.teachers[0]}
-    return {"student": nets.student} | ({"peer": nets.peers[1]} if len(nets.peers) > 1 else {})
+        return {**named, "teacher": nets.teachers[0]}
+    if len(nets.peers) > 1:
+        named["peer"] = named.pop("peer")
+    return named
 
 
 # Reading without a trace

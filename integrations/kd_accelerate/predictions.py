@@ -124,13 +124,16 @@ class Predictions:
                 self._add(f"{name}/label", labels)
                 self._add(f"{name}/nll", F.nll_loss(logs, labels.clamp_max(logs.shape[1] - 1), reduction="none"))
             if name != self.names[0] and logits.shape == student.logits.shape:
-                self._add("kl", (logs.exp() * (logs - own)).nan_to_num().sum(-1))
+                self._add(f"{name}/kl", (logs.exp() * (logs - own)).nan_to_num().sum(-1))
 
     def _add(self, name: str, value: Tensor) -> None:
         self._rows.setdefault(name, []).append(value.cpu())
 
     def result(self) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
-        """Numbers for JSON, and arrays: reliability diagrams and confusion matrices by network."""
+        """Numbers for JSON, and arrays: reliability diagrams and confusion matrices by network.
+
+        Agreement and KL are with the student; those of the last network are given for the whole as well.
+        """
         all_ = {name: torch.cat(parts) for name, parts in self._rows.items()}
         student = self.names[0]
         if f"{student}/predicted" not in all_:
@@ -155,9 +158,10 @@ class Predictions:
                 if self.classes <= _CLASSES and predicted.max() < self.classes:
                     cells = torch.bincount(labels * self.classes + predicted, minlength=self.classes**2)
                     arrays[f"{name}/confusion"] = cells.view(self.classes, self.classes).int()
+            if f"{name}/kl" in all_:
+                same = all_[f"{student}/predicted"] == predicted
+                both = {"agreement": float(same.float().mean()), "kl": float(all_[f"{name}/kl"].mean())}
+                own |= both
+                summary |= both if name == self.names[-1] else {}
             summary[name] = own
-        if "kl" in all_:
-            other = self.names[-1]
-            same = all_[f"{student}/predicted"] == all_[f"{other}/predicted"]
-            summary |= {"agreement": float(same.float().mean()), "kl": float(all_["kl"].mean())}
         return summary, arrays

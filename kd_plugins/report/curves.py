@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from kd_plugins.report import charts
@@ -13,6 +14,8 @@ __all__ = ["axis", "final_metric", "metric_key", "points", "section"]
 
 _AXES = ("step", "epoch")
 _RATES = ("lr", "learning_rate")
+# Metrics of networks that were trained with the student: `eval_peer1-resnet8_top1`.
+_PEER = re.compile(r"eval_(?P<name>peer(?P<number>\d+))-.+_(?P<metric>[^_]+)")
 _COST = ("runtime", "per_second", "flos", "samples", "steps_per", "grad_norm", "seconds", "memory")
 
 
@@ -66,15 +69,20 @@ def _panels(run: Run) -> dict[str, list[Series]]:
     losses = [k for k in keys if k.removeprefix("train_").removeprefix("eval_") == "loss"]
     terms = [k for k in keys if "distill/" in k and not k.startswith("eval_")]
     rates = [k for k in keys if k in _RATES]
-    metrics = [k for k in keys if k.startswith("eval_") and k not in losses]
-    others = [k for k in keys if k not in (*losses, *terms, *rates, *metrics)]
+    peers = {k: found for k in keys if (found := _PEER.fullmatch(k))}
+    metrics = [k for k in keys if k.startswith("eval_") and k not in losses and k not in peers]
+    others = [k for k in keys if k not in (*losses, *terms, *rates, *metrics, *peers)]
     panels: dict[str, list[Series]] = {}
     if losses:
         names = {"eval_loss": ("evaluation", "c1")}
         panels["loss"] = [_series(run, k, *names.get(k, ("training", "c0"))) for k in losses]
     first = metric_key(run)
     for key in sorted(metrics, key=lambda k: k != first):
-        panels[key.removeprefix("eval_")] = [_series(run, key, key, "c1")]
+        panels[key.removeprefix("eval_")] = [_series(run, key, "student" if peers else key, "c1")]
+    for key, found in peers.items():
+        # All networks in one panel.
+        panel = panels.setdefault(found["metric"], [])
+        panel.append(_series(run, key, found["name"], f"c{2 + int(found['number']) % 6}"))
     for key in [*terms, *others]:
         panels[key.rpartition("distill/")[2].replace("/", ": ")] = [_series(run, key, key, "c0")]
     for key in rates:

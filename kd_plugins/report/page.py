@@ -24,6 +24,7 @@ def run_page(run: Run) -> str:
     sections = [
         Section("run", "What was run", _what(run)),
         Section("results", "Results", _results(run)),
+        Section("peers", "Peers", _peers(run)),
         Section("calibration", "Calibration", _calibration(run)),
         Section("curves", "Learning curves", curves.section(run)),
         Section("similarity", "Layer similarity", _similarity(run)),
@@ -207,9 +208,54 @@ def _results(run: Run) -> str:
     return html
 
 
+def _peers(run: Run) -> str:
+    """The networks that were trained together: accuracy, agreement, and how alike their features are."""
+    keys = run.part("after", "peers") or run.part("before", "peers") or []
+    infos = [run.info.get("student") or {}, *(run.info.get("peers") or [])]
+    if not keys or len(infos) != len(keys) + 1:
+        return ""
+    names = ["student", *(f"peer {i}" for i in range(1, len(infos)))]
+    alike = {phase: run.array(phase, "peers/similarity") for phase in ("before", "after")}
+    rows: list[list[Any]] = []
+    for i, (name, key, info) in enumerate(zip(names, ["student", *keys], infos, strict=True)):
+        own = run.part("after", "predictions", key) or {}
+        similar = [None if m is None or not i else float(m[0, i]) for m in alike.values()]
+        rows.append(
+            [
+                f"{name}, {escape(str(info.get('name', '')))}",
+                _count(info["parameters"]) if info.get("parameters") else "–",
+                (percent(own.get("accuracy")), "strong"),
+                percent(own.get("agreement")) if i else "–",
+                *("–" if value is None else f"{value:.3f}" for value in similar),
+            ]
+        )
+    words = (
+        "Networks that were trained together. Agreement and similarity are with the student; similarity is linear CKA"
+        " of the last layers, before and after the training."
+    )
+    columns = ["", "parameters", "accuracy", "agreement", "similarity before", "similarity after"]
+    drawn = [
+        charts.heatmap(
+            matrix.clamp_min(0).tolist(),
+            names,
+            names,
+            title=f"Similarity of the last layers, {phase} training",
+            row_label="network",
+            column_label="network",
+            scale=1.0,
+            space=300,
+        )
+        for phase, matrix in alike.items()
+        if matrix is not None
+    ]
+    return caption(words) + table(columns, rows) + figure_row(drawn, "wide")
+
+
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
+        if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+            value = {str(i): item for i, item in enumerate(value, 1)}
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{key} ")
         else:

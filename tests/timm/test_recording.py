@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+
+import pytest
 
 from kd_plugins.report import load_run, render
 
@@ -25,6 +28,28 @@ def test_a_run_has_a_page(run):
     page = render([session.folder])
     for key in ("results", "calibration", "curves", "similarity", "features", "confusion", "cost"):
         assert f'id="{key}"' in page
+
+
+def test_every_peer_is_compared_with_the_student(run, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    session = run("--distill", "timm_distillers:Ring", "--peer", "resnet10t", "--peer", "resnet10t")
+    found = load_run(session.folder)
+    assert {f"eval_peer{i}-resnet10t_{key}" for i in (1, 2) for key in ("top1", "loss", "agreement")} <= set(
+        found.history[-1]
+    )
+    assert found.part("after", "peers") == ["peer", "peer2"]
+    for key, result in zip(("peer", "peer2"), session.results["peers"], strict=True):
+        own = found.part("after", "predictions", key)
+        assert 100 * own["accuracy"] == pytest.approx(result["top1"], abs=1e-3)
+        assert 100 * own["agreement"] == pytest.approx(result["agreement"], abs=1e-3)
+    alike = found.array("after", "peers/similarity")
+    assert alike.shape == (3, 3)
+    assert alike.diagonal().tolist() == pytest.approx([1.0] * 3)
+    assert alike[0, 1] == found.array("after", "cka")[-1, -1] != alike[0, 2]
+    page = render([session.folder])
+    assert 'id="peers"' in page
+    assert page.count("peer 2, resnet10t") == 1
+    assert f"{alike[0, 2]:.3f}" in page
 
 
 def _kwargs() -> list[str]:

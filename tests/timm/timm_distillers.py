@@ -103,6 +103,16 @@ class Pair(Distiller):
         }
 
 
+class Ring(Distiller):
+    """Peers without number, each for itself."""
+
+    teachers, peers = 0, True
+
+    def turns(self, nets: Any, batch: Batch) -> Iterator[Any]:
+        losses = [{"task": batch.task_loss(peer(batch))} for peer in nets.peers]
+        yield {f"peer{i}": loss for i, loss in enumerate(losses) if i} | {"student": losses[0]}
+
+
 class Dreams(Distiller):
     """Noise in place of images: the student learns the teacher's scores there."""
 
