@@ -91,12 +91,21 @@ class Checkpoints:
         """Best metric and its epoch."""
         return self.kept[0] if self.kept else None
 
-    def describe(self, model: nn.Module, data_config: Mapping[str, Any], classes: tuple[str, ...] | None) -> None:
-        """Writes `config.json`: architecture, arguments, normalisation and class names."""
+    def describe(
+        self, model: nn.Module, data_config: Mapping[str, Any], classes: tuple[str, ...] | None, name: str = "config"
+    ) -> None:
+        """Writes `config.json`: architecture, arguments, normalisation and class names.
+
+        Args:
+            model: The unwrapped model.
+            data_config: Its data configuration.
+            classes: Its class names, where they are known.
+            name: Of the file: that of a single file of weights, where another model has `config.json`.
+        """
         keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
         save_config_for_hf(
             model,
-            str(self.folder / "config.json"),
+            str(self.folder / f"{name}.json"),
             model_config={"label_names": list(classes)} if classes else None,
             data_config={key: data_config[key] for key in keys},
         )

@@ -19,8 +19,8 @@ __all__ = ["Peers"]
 class Peers:
     """Follows the peers of a run.
 
-    `peer1-NAME.safetensors`, ... hold the weights of each peer's own best epoch, as `timm.create_model` loads them;
-    without an evaluation set those of the newest.
+    `peer1-NAME.safetensors`, ... hold the weights of each peer's own best epoch, as `timm.create_model` loads them
+    (without an evaluation set, of the newest), `peer1-NAME.json` what `config.json` says of the student.
 
     Args:
         names: Their models.

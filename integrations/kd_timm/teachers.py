@@ -145,16 +145,17 @@ def _published(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
 def _from_checkpoint(
     name: str, checkpoint: str, kwargs: Mapping[str, Any], num_classes: int
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The model with the weights of a file, and what `config.json` beside it says."""
+    """The model with the weights of a file, and what the file's own `.json`, or `config.json` beside it, says."""
     if not os.path.isfile(checkpoint):
         raise DistillError(f"--teacher-checkpoint {checkpoint} is no file: name the teacher's weights.")
-    beside = Path(checkpoint).with_name("config.json")
+    own = Path(checkpoint).with_suffix(".json")
+    beside = own if own.is_file() else own.with_name("config.json")
     saved = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
     architecture = parse_model_name(name)[1].split(".")[0]
     if saved and saved.get("architecture") != architecture:
         raise DistillError(
-            f"--teacher-checkpoint {checkpoint} holds a {saved.get('architecture')} by the config.json beside it, not a"
-            f" {name}: name the right --teacher."
+            f"--teacher-checkpoint {checkpoint} holds a {saved.get('architecture')} by the {beside.name} beside it, not"
+            f" a {name}: name the right --teacher."
         )
     try:
         # Weights of a file cannot hold code: torch.load runs with weights_only=True.

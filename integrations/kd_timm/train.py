@@ -229,6 +229,8 @@ class Session:
                 yaml.safe_dump({**self.given, "config": "", "resume": ""}), encoding="utf-8"
             )
             self.checkpoints.describe(self.student, self.data.config, self.data.classes)
+            for label, peer in zip(self.peers.labels, peers, strict=True):
+                self.checkpoints.describe(peer, self.data.config, self.data.classes, name=label)
 
     def fit(self) -> dict[str, Any]:
         """Trains to the end, or to an interrupt, and evaluates the best student."""

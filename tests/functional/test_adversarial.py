@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -43,6 +45,36 @@ def test_lsgan_half_precision(dtype: torch.dtype) -> None:
     assert loss.dtype == torch.float32
     expected = KF.lsgan_discriminator(real.double(), fake.double()) + KF.lsgan_generator(fake.double())
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@settings(max_examples=20, derandomize=True, deadline=None)
+@given(st.integers(1, 4), st.integers(2, 5), st.data())
+def test_lsgan_classes_written_out(rows: int, k: int, data: st.DataObject) -> None:
+    scores = randn(rows, k, seed=data.draw(st.integers(0, 99)))
+    source = data.draw(st.integers(0, k - 1))
+    total = 0.0
+    for row in scores.tolist():
+        whole = sum(math.exp(x) for x in row)
+        total += sum(((j == source) - math.exp(x) / whole) ** 2 for j, x in enumerate(row)) / 2
+    assert KF.lsgan_classes(scores, source).item() == pytest.approx(total / rows)
+    assert 0 <= KF.lsgan_classes(100 * scores, source).item() <= 1
+
+
+def test_lsgan_classes_of_two_networks_is_one_discriminator_of_two() -> None:
+    first, second = randn(5, 2), randn(5, 2, seed=1)
+    ours = KF.lsgan_classes(first, 0) + KF.lsgan_classes(second, 1)
+    comes_from_second = [(x[:, 1] - x[:, 0]).sigmoid() for x in (second, first)]
+    torch.testing.assert_close(ours, KF.lsgan_discriminator(*comes_from_second))
+
+
+def test_lsgan_classes_gradient_precision_and_messages() -> None:
+    scores = randn(3, 4).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: KF.lsgan_classes(x, 2), (scores,))
+    half = KF.lsgan_classes(scores.detach().half(), 2)
+    assert half.dtype == torch.float32
+    for bad, source in ((torch.zeros(3), 0), (torch.zeros(3, 2), 2)):
+        with pytest.raises(ValueError, match="network 0 to K - 1"):
+            KF.lsgan_classes(bad, source)
 
 
 class Quadratic(nn.Module):

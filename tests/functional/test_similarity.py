@@ -104,3 +104,27 @@ class TestFeatureL2:
             KF.feature_l2(torch.zeros(2, 3), torch.zeros(2, 1))
         with pytest.raises(ValueError, match="reduction"):
             KF.feature_l2(torch.zeros(2, 3), torch.zeros(2, 3), reduction="batchmean")
+
+
+class TestFeatureL1:
+    @pytest.mark.parametrize("shape", [(3,), (3, 5), (3, 2, 4, 2)])
+    def test_written_out(self, shape: tuple[int, ...]) -> None:
+        s, t = randn(*shape), randn(*shape, seed=1)
+        gaps = [abs(a - b) for a, b in zip(s.flatten().tolist(), t.flatten().tolist(), strict=True)]
+        assert KF.feature_l1(s, t).item() == pytest.approx(sum(gaps) / len(gaps))
+        size = len(gaps) // 3
+        none = KF.feature_l1(s, t, reduction="none")
+        assert none.tolist() == pytest.approx([sum(gaps[i * size : (i + 1) * size]) / size for i in range(3)])
+        assert KF.feature_l1(s, t, reduction="sum").item() == pytest.approx(none.sum().item())
+
+    def test_gradients_and_precision(self) -> None:
+        s, t = randn(2, 3, 2).requires_grad_(), randn(2, 3, 2, seed=1).requires_grad_()
+        assert torch.autograd.gradcheck(KF.feature_l1, (s, t))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = KF.feature_l1(torch.full((2, 3), 1000.0, dtype=torch.float16), torch.ones(2, 3).half())
+        assert loss.dtype == torch.float32
+        assert loss.item() == 999
+
+    def test_messages(self) -> None:
+        with pytest.raises(ValueError, match=r"got \[2, 3\] and \[2, 1\].*connect"):
+            KF.feature_l1(torch.zeros(2, 3), torch.zeros(2, 1))
