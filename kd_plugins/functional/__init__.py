@@ -9,6 +9,7 @@ from kd_plugins.functional.adversarial import lsgan_classes, lsgan_discriminator
 from kd_plugins.functional.internal import attention_kl, cls_cosine
 from kd_plugins.functional.kd import kd, kd_multilabel
 from kd_plugins.functional.nst import match_spatial, nst
+from kd_plugins.functional.quest import match_sharpness, quest, soft_assignment
 from kd_plugins.functional.similarity import feature_l1, feature_l2, linear_cka
 
 __all__ = [
@@ -22,7 +23,10 @@ __all__ = [
     "lsgan_classes",
     "lsgan_discriminator",
     "lsgan_generator",
+    "match_sharpness",
     "match_spatial",
     "nst",
+    "quest",
+    "soft_assignment",
     "wgan_gp",
 ]

@@ -1,0 +1,211 @@
+"""QuEST: Quantized Embedding Space for Transferring Knowledge."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kd_plugins import functional as KF
+from kd_plugins.codebook import Sample, cached_codebook, fingerprint_of, fit_codebook
+from kd_plugins.distiller import Distiller, Terms
+from kd_plugins.errors import DistillError
+from kd_plugins.nets import Nets
+from kd_plugins.paper import Paper
+from kd_plugins.view import Batch, Needs, Reads, View
+
+__all__ = ["QUEST", "Vocabulary"]
+
+# Vectors that the temperature is chosen on.
+_CALIBRATION = 2048
+
+
+class Vocabulary(nn.Module):
+    """The words of one layer of the teacher, and the student's predictor of them.
+
+    Args:
+        words: K.
+        student_channels: C_s.
+        teacher_channels: C_t.
+        temperature: Multiplies the squared distances of the targets.
+    """
+
+    codebook: Tensor
+    counts: Tensor
+    temperature: Tensor
+    sharpness: Tensor
+
+    def __init__(self, words: int, student_channels: int, teacher_channels: int, temperature: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(words, student_channels) * math.sqrt(2 / student_channels))
+        self.scale = nn.Parameter(torch.tensor(3.0))
+        self.register_buffer("codebook", torch.zeros(words, teacher_channels))
+        self.register_buffer("counts", torch.zeros(words, dtype=torch.long))
+        self.register_buffer("temperature", torch.tensor(float(temperature)))
+        self.register_buffer("sharpness", torch.tensor(0.0))
+
+    def forward(self, student_map: Tensor, teacher_map: Tensor) -> Tensor:
+        """The divergence of the predicted words from the teacher's, of maps of the same positions."""
+        return KF.quest(student_map, teacher_map, self.weight, self.scale, self.codebook, self.temperature)
+
+
+class QUEST(Distiller):
+    """The student predicts which visual words of the teacher stand at each position of the image.
+
+    Jain, Gidaris, Komodakis, Perez, Cord, "QuEST: Quantized Embedding Space for Transferring Knowledge", ECCV 2020,
+    arXiv 1912.01540. Before the training k-means makes K words `v_k` of the teacher's feature vectors on the training
+    set. With the maps `f_t` `[B, C_t, H, W]` and `f_s` `[B, C_s, H, W]`, at every position:
+
+    - the teacher's soft assignment `p_t = softmax_k(-temperature * |f_t - v_k|^2)`;
+    - the student's prediction `q_s = softmax_k(scale * cos(w_k, f_s))`, w and the scale (3 at first) learned with it;
+    - `task + weight * mean KL(p_t || q_s)`, summed over the layers, each with its own words and predictor.
+
+    The numbers of channels may differ. The larger of two maps is averaged down to the smaller one's size, the teacher's
+    before its words are made. Layers of transformers `[B, L, C]` have a vector for each token. The words are fitted on
+    one process, with networks in evaluation mode on the batches that the host passes (no augmentation in
+    kd-timm-train), and are part of every checkpoint. The divergence is computed in pieces and its gradient along with
+    it, so that nothing of size `B * H * W * K` is held.
+
+    Departures: k-means (scikit-learn's Lloyd, 20 iterations at most from random vectors) sees `max_vectors` of the
+    vectors and not all, except where there are fewer; the released code has faiss, which re-splits empty clusters that
+    are moved to the farthest vector here. Averaging the student down, `sharpness` and tokens are ours.
+
+    Args:
+        layers: Student layers: stage numbers (-1 is the last stage) or module paths.
+        teacher_layers: Teacher layers, in the same order; the same names by default.
+        words: K, the words of each layer; the paper's.
+        weight: Weight of the divergence summed over the layers; the released code's for most pairs.
+        temperature: Multiplies the squared distances of the unnormalised features, so that a larger one makes harder
+            targets; the released code's. Its effect depends on the teacher's scale: see `sharpness`.
+        sharpness: In place of the temperature: the mean of the targets' largest probability, between 1 / K and 1,
+            that each layer's temperature is chosen for before the training.
+        max_vectors: The most feature vectors of a layer that k-means sees, drawn uniformly over images and positions;
+            our default.
+        seed: Seed of that draw and of k-means, so that runs share a codebook; by default the run's own.
+        cache: Folder for codebooks; one is found again as long as teacher, layer, pooling, data, augmentation, K and
+            seed are the same. By default nothing is kept but the checkpoint.
+    """
+
+    paper = Paper(
+        "QuEST: Quantized Embedding Space for Transferring Knowledge",
+        ("Himalaya Jain", "Spyros Gidaris", "Nikos Komodakis", "Patrick Pérez", "Matthieu Cord"),
+        "ECCV",
+        2020,
+        arxiv="1912.01540",
+    )
+    tasks = ("classification", "multilabel", "segmentation", "detection", "regression", "other")
+
+    def __init__(
+        self,
+        *,
+        layers: tuple[str | int, ...] = (-1,),
+        teacher_layers: tuple[str | int, ...] | None = None,
+        words: int = 4096,
+        weight: float = 1.0,
+        temperature: float = 5.0,
+        sharpness: float | None = None,
+        max_vectors: int = 200_000,
+        seed: int | None = None,
+        cache: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.layers = layers
+        self.teacher_layers = layers if teacher_layers is None else teacher_layers
+        if len(self.layers) != len(self.teacher_layers) or not self.layers:
+            raise DistillError(
+                f"Expected as many teacher_layers as layers, got {list(self.layers)} and {list(self.teacher_layers)}."
+            )
+        if words < 2:
+            raise DistillError(f"Expected at least 2 words, got {words}.")
+        if temperature <= 0:
+            raise DistillError(f"Expected a temperature above 0, got {temperature}: the distances' sign is the loss's.")
+        if sharpness is not None and not 1 / words < sharpness < 1:
+            raise DistillError(f"Expected sharpness between 1 / {words} and 1, got {sharpness}.")
+        if max_vectors < words:
+            raise DistillError(
+                f"k-means needs at least as many vectors as words, got max_vectors={max_vectors} for {words} words:"
+                " raise max_vectors, or ask for fewer words."
+            )
+        self.n_words, self.weight, self.temperature, self.sharpness = words, weight, temperature, sharpness
+        self.max_vectors, self.seed, self.cache = max_vectors, seed, cache
+        self.vocabularies = nn.ModuleList()
+        self._places: list[tuple[str, tuple[int, ...]]] = []
+
+    def needs(self) -> Needs:
+        return Needs(Reads(features=self.layers), Reads(logits=False, features=self.teacher_layers))
+
+    # Before the training
+
+    def setup(self, nets: Nets, batch: Batch) -> None:
+        if batch.mask is not None:
+            raise DistillError("quest reads images, and this batch is of padded sequences: use another method.")
+        student, teacher = nets.student(batch), nets.teacher(batch)
+        for ours, theirs in zip(self.layers, self.teacher_layers, strict=True):
+            pairs = zip(student.features.select(ours), teacher.features.select(theirs), strict=True)
+            for number, (f_s, f_t) in enumerate(pairs):
+                if f_s.dim() not in (3, 4) or f_s.dim() != f_t.dim() or f_s.dim() == 3 and f_s.shape[1] != f_t.shape[1]:
+                    raise DistillError(
+                        "quest reads maps [B, C, H, W] of any size, or tokens [B, L, C] of one number L, got"
+                        f" {list(f_s.shape)} at the student's layer {ours!r} and {list(f_t.shape)} at the teacher's"
+                        f" {theirs!r}: choose other layers."
+                    )
+                f_s, f_t = _positions(f_s, f_t)
+                self.vocabularies.append(Vocabulary(self.n_words, f_s.shape[1], f_t.shape[1], self.temperature))
+                self._places.append((f"{theirs}[{number}]" if number else f"{theirs}", tuple(f_t.shape[2:])))
+
+    def prepare(self, nets: Nets, batches: Iterable[Batch]) -> None:
+        """Makes the words, and where it is asked for the temperature, of the teacher's features on the training set."""
+        generator = self.generator() if self.seed is None else torch.Generator().manual_seed(self.seed)
+        seed = int(torch.randint(2**31, (), generator=generator))
+        samples = [Sample(self.max_vectors, generator) for _ in self.vocabularies]
+        for batch in batches:
+            for sample, f_t in zip(samples, self._teacher_maps(nets, batch), strict=True):
+                sample.add(f_t.flatten(2).mT.flatten(0, 1))
+        teacher = fingerprint_of(nets.teacher.module) if self.cache is not None else ""
+        for vocabulary, sample, (layer, size) in zip(self.vocabularies, samples, self._places, strict=True):
+            if not sample.seen:
+                raise DistillError("quest makes its words of the training set, and the pass over it gave no batch.")
+            vectors = sample.vectors()
+            if self.cache is None:
+                codebook, counts = fit_codebook(vectors, self.n_words, seed)
+            else:
+                described = {"teacher": teacher, "layer": layer, "pooled to": list(size), "drawn of": sample.seen}
+                codebook, counts = cached_codebook(vectors, self.n_words, seed, self.cache, described)
+            vocabulary.codebook.copy_(codebook)
+            vocabulary.counts.copy_(counts)
+            few = vectors[:_CALIBRATION]
+            if self.sharpness is not None:
+                vocabulary.temperature.fill_(KF.match_sharpness(few, codebook, self.sharpness))
+            targets = KF.soft_assignment(few, codebook, vocabulary.temperature.cpu())
+            vocabulary.sharpness.copy_(targets.amax(1).mean())
+
+    def _teacher_maps(self, nets: Nets, batch: Batch) -> list[Tensor]:
+        """The teacher's maps as they are quantised `[B, C_t, H, W]`, at the size that `setup` found."""
+        features = nets.teacher(batch).features
+        found = [f_t for layer in self.teacher_layers for f_t in features.select(layer)]
+        maps = [_positions(f_t, f_t)[1] for f_t in found]
+        sizes = [size for _, size in self._places]
+        return [
+            f if f.shape[2:] == size else F.adaptive_avg_pool2d(f, size) for f, size in zip(maps, sizes, strict=True)
+        ]
+
+    # A step
+
+    def loss(self, student: View, teacher: View, batch: Batch) -> Terms:
+        found = [
+            _positions(f_s, f_t)
+            for ours, theirs in zip(self.layers, self.teacher_layers, strict=True)
+            for f_s, f_t in zip(student.features.select(ours), teacher.features.select(theirs), strict=True)
+        ]
+        losses = [vocabulary(f_s, f_t) for vocabulary, (f_s, f_t) in zip(self.vocabularies, found, strict=True)]
+        return {"quest": self.weight * torch.stack(losses).sum()}
+
+
+def _positions(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Two layers as maps `[B, C, ...]` of the same positions; the larger is averaged down."""
+    if student.dim() == 3:
+        return student.mT, teacher.mT
+    return KF.match_spatial(student, teacher, "pool")
