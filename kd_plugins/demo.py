@@ -74,9 +74,10 @@ PARTS = {
     "text": Part(
         title="Text: paragraphs of the standard library's docstrings, by package, split by file",
         script="kd_transformers.train",
-        common="--use_cpu --save_strategy no --logging_steps 1000 --output_dir {folder}/{name}",
+        common="--use_cpu --save_strategy no --logging_steps 100 --eval_strategy epoch --output_dir {folder}/{name}",
         teacher="--student_layers 4 --num_train_epochs 8",
-        student="--teacher {teacher} --student_layers 2 --student_init teacher --num_train_epochs 6 --learning_rate 2e-4",
+        student="--teacher {teacher} --student_layers 2 --student_init teacher --num_train_epochs 6"
+        " --learning_rate 2e-4",
         students={
             "alone": "",
             "internal, progressive": "--distill internal --distill-args schedule=progressive",
@@ -127,7 +128,7 @@ def play(part: Part, folder: Path, console: Console) -> Table:
     from rich.table import Table
 
     table = Table(title=part.title, title_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for column in ("parameters", "accuracy", "agreement", "ms per step", "MB on disk"):
         table.add_column(column, justify="right")
     teacher = folder / "teacher"

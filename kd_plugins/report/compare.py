@@ -15,6 +15,8 @@ from kd_plugins.report.runs import Run
 
 __all__ = ["comparison_page"]
 
+# Metrics between 0 and 1 that are read as percentages.
+_SHARES = {"accuracy", "f1", "precision", "recall", "mean_iou"}
 # What differs between the seeds of one experiment, or says nothing about it.
 _INCIDENTAL = {"seed", "experiment", "output", "output_dir", "resume", "log_interval", "run_name", "logging_dir"}
 
@@ -55,6 +57,9 @@ def _groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
         )
         # Without settings nothing says that two runs are the same experiment.
         kept.setdefault(key if settings else (*key, run.name), []).append(run)
+    if len({run.name for run in runs}) == len(kept) == len(runs):
+        # Names that the user chose, which the table of runs explains.
+        return {run.name: [run] for run in runs}
     several = len({key[1:3] for key in kept}) > 1
     names: dict[str, list[Run]] = {}
     for key, members in kept.items():
@@ -92,13 +97,14 @@ def _step(run: Run) -> float | None:
 def _results(groups: dict[str, list[Run]]) -> str:
     names = {(curves.final_metric(r) or ("metric",))[0] for members in groups.values() for r in members}
     metric = names.pop() if len(names) == 1 else "result"
-    means = {name: [m for m in map(_metric, members) if m is not None] for name, members in groups.items()}
+    factor = 100 if metric in _SHARES else 1
+    means = {name: [factor * m for m in map(_metric, members) if m is not None] for name, members in groups.items()}
     averages = {name: statistics.fmean(values) for name, values in means.items() if values}
     lower = metric in ("loss", "perplexity", "rmse", "mse", "mae")
     best = (min if lower else max)(averages, key=lambda n: averages[n]) if averages and not names else None
     rows: list[list[Any]] = []
     for name, members in groups.items():
-        value = _mean([_metric(r) for r in members], ".2f" if averages.get(name, 0) > 1.5 else ".4f")
+        value = _mean([_metric(r) for r in members], ".2f" if averages.get(name, 0) > 1.5 else ".4f", factor)
         rows.append(
             [
                 escape(name),
@@ -111,7 +117,7 @@ def _results(groups: dict[str, list[Run]]) -> str:
                 str(len(members)),
             ]
         )
-    columns = ["", metric, "agreement", "ECE", "NLL", "step", "parameters", "runs"]
+    columns = ["", f"{metric}, %" if factor > 1 else metric, "agreement", "ECE", "NLL", "step", "parameters", "runs"]
     words = (
         "The last evaluation of each run. Runs that differ in their seed alone are one line: mean ± standard deviation."
         " Agreement, calibration error (ECE) and negative log-likelihood (NLL) are those of the analysed examples."
@@ -161,12 +167,12 @@ def _curves(groups: dict[str, list[Run]]) -> str:
 def _calibration(runs: Sequence[Run], groups: dict[str, list[Run]]) -> str:
     drawn, seen = [], set()
     for name, members in groups.items():
-        own = calibration_charts(members[0], label=name.partition(" · ")[0], note=members[0].student)
+        own = calibration_charts(members[0], label=name.partition(" · ")[0])
         drawn += own[:1]
         teacher = members[0].teacher
         if len(own) > 1 and teacher not in seen:
             seen.add(teacher)
-            drawn += calibration_charts(members[0], label=members[0].other, note=teacher)[1:]
+            drawn += calibration_charts(members[0], label=members[0].other)[1:]
     several = " The first run of each line is shown." if len(groups) < len(runs) else ""
     return (
         caption("Accuracy over confidence after the training." + several) + figure_row(drawn, "wide") if drawn else ""
@@ -175,7 +181,9 @@ def _calibration(runs: Sequence[Run], groups: dict[str, list[Run]]) -> str:
 
 def _similarity(runs: Sequence[Run]) -> str:
     drawn = [
-        similarity_chart(run, "after", f"{run.method} ({run.name})", space=290)
+        similarity_chart(
+            run, "after", run.method if run.method == run.name else f"{run.method} ({run.name})", space=290
+        )
         for run in runs
         if run.other != "student"
     ]

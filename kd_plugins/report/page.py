@@ -263,7 +263,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def calibration_charts(run: Run, *, width: int = 250, label: str = "", note: str = "") -> list[str]:
+def calibration_charts(run: Run, *, width: int = 250, label: str = "") -> list[str]:
     """Reliability diagrams of the student after the training and of what it is compared with."""
     shown = [("after", "student", "Student", "c0"), ("after", run.other, run.other.capitalize(), "c5")]
     if run.other == "student":
@@ -278,7 +278,7 @@ def calibration_charts(run: Run, *, width: int = 250, label: str = "", note: str
                 charts.reliability(
                     diagram.tolist(),
                     title=title,
-                    subtitle=", ".join(filter(None, [note, f"ECE {percent(ece)}"])),
+                    subtitle=f"ECE {percent(ece)}",
                     style=style,
                     width=width,
                 )
