@@ -47,9 +47,11 @@ def folder_name(row: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", row).strip("-")
 
 
-def run(command: str, folder: Path, wanted: str) -> dict[str, Any] | None:
-    """Runs one command unless its results are there; returns them, or None when it failed."""
+def run(command: str, folder: Path, wanted: str, start: bool = True) -> dict[str, Any] | None:
+    """Runs one command unless its results are there; returns them, or None when it failed or may not start."""
     done = next(iter(sorted(folder.rglob(wanted))), None)
+    if done is None and not start:
+        return None
     if done is None:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "log.txt", "w") as log:
@@ -76,6 +78,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", help="where the results go; by default benchmarks/results/<list>.json")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once")
     parser.add_argument("--only", nargs="*", help="rows to run")
+    parser.add_argument("--collect", action="store_true", help="run nothing: the table of what is done")
     args = parser.parse_args(argv)
     spec = yaml.safe_load(Path(args.list).read_text())
     root = Path(args.output) / Path(args.list).stem
@@ -100,7 +103,7 @@ def main(argv: list[str]) -> int:
                     continue
                 folder = root / folder_name(row) / f"seed{seed}"
                 command = f"{spec['common']} {flags}".format(out=folder, seed=seed, **names)
-                jobs[row, seed] = pool.submit(run, os.path.expandvars(command), folder, wanted)
+                jobs[row, seed] = pool.submit(run, os.path.expandvars(command), folder, wanted, not args.collect)
     results: dict[str, Any] = {}
     for row, flags in lines.items():
         found = {seed: job.result() for (name, seed), job in jobs.items() if name == row}

@@ -74,8 +74,8 @@ def test_a_list_runs_once_and_keeps_its_figures(tmp_path: Path, capsys: pytest.C
     }
     path, target = tmp_path / "list.yaml", tmp_path / "list.json"
     path.write_text(yaml.safe_dump(spec, sort_keys=False))
-    for _ in range(2):
-        assert quality.main([str(path), "--output", str(tmp_path), "--json", str(target), "--jobs", "2"]) == 0
+    for more in ([], [], ["--collect"]):
+        assert quality.main([str(path), "--output", str(tmp_path), "--json", str(target), "--jobs", "2", *more]) == 0
     rows = json.loads(target.read_text())["rows"]
     assert rows["low"]["accuracy"] == {"0": 2.5, "2": 22.5}
     assert quality.table(rows)[1][:4] == ["high, wide", "15.0 ± 14.1", "-", 2]
@@ -98,6 +98,8 @@ def test_a_failed_run_is_told_and_leaves_the_others(tmp_path: Path, capsys: pyte
     assert list(json.loads(target.read_text())["rows"]) == ["good"]
     out = capsys.readouterr().out
     assert "FAILED" in out
+    quality.main([str(path), "--output", str(tmp_path), "--json", str(target), "--jobs", "1", "--collect"])
+    assert "FAILED" not in capsys.readouterr().out
     assert "no such flag" in out
 
 
