@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from kd_plugins.distiller import Distiller, OptimSpec, Terms, Turn, overrides, overrides_turns
 from kd_plugins.errors import DistillError
 from kd_plugins.nets import Net, Nets
+from kd_plugins.picture import Picture
 from kd_plugins.stages import Stage
 from kd_plugins.view import Batch, Needs, View
 
@@ -145,6 +147,13 @@ class Composite(Distiller):
     def after_update(self) -> None:
         for part in self.methods.values():
             part.after_update()
+
+    def pictures(self) -> list[Picture]:
+        return [picture for part in self.methods.values() for picture in part.pictures()]
+
+    def export(self, folder: str | Path) -> None:
+        for part in self.methods.values():
+            part.export(folder)
 
     def begin_stage(self, stage: Stage) -> None:
         for part in self.methods.values():

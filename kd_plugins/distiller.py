@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -17,6 +18,7 @@ from kd_plugins.view import Batch, Needs, View
 if TYPE_CHECKING:
     from kd_plugins.nets import Nets
     from kd_plugins.paper import Paper
+    from kd_plugins.picture import Picture
 
 __all__ = ["Distiller", "OptimSpec", "Terms", "Turn"]
 
@@ -170,6 +172,13 @@ class Distiller(nn.Module):
         Must answer the same on every process; `mean_over_processes` helps.
         """
         return False
+
+    def pictures(self) -> list[Picture]:
+        """What the method has to show in the report of a run; asked at the end, on one process."""
+        return []
+
+    def export(self, folder: str | Path) -> None:
+        """Writes what another run may start from into a run's folder; called at the end, on one process."""
 
     def networks_given(self, teachers: int, peers: int) -> None:
         """Told how many teachers and other peers there are, before their number is checked.

@@ -74,6 +74,10 @@ KEEPERS: list[tuple[str, dict[str, Any], bool]] = [
     ("afd", {"logit_only": True, "topology": "all"}, False),
     ("afd", {"discriminators": "one", "layer": "layer1", "peer_layers": ("conv1",)}, False),
     ("afd", {"feature_loss": "l1", "adversarial_only": True}, False),
+    ("dfa", {}, False),
+    ("dfa", {"search_only": True, "regularizer": 0.1}, False),
+    ("dfa", {"aggregation": "random", "layers": ("layer2",), "teacher_layers": ("layer1.*",)}, False),
+    ("kd+dfa", {}, False),
 ]
 
 

@@ -6,6 +6,7 @@ what is wrong with the inputs.
 """
 
 from kd_plugins.functional.adversarial import lsgan_classes, lsgan_discriminator, lsgan_generator, wgan_gp
+from kd_plugins.functional.dfa import aggregate
 from kd_plugins.functional.internal import attention_kl, cls_cosine
 from kd_plugins.functional.kd import kd, kd_multilabel
 from kd_plugins.functional.nst import match_spatial, nst
@@ -13,6 +14,7 @@ from kd_plugins.functional.quest import match_sharpness, quest, soft_assignment
 from kd_plugins.functional.similarity import feature_l1, feature_l2, linear_cka
 
 __all__ = [
+    "aggregate",
     "attention_kl",
     "cls_cosine",
     "feature_l1",
