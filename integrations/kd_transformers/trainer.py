@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.utils import logging
 
 from kd_accelerate import TurnPlayer
@@ -39,6 +40,7 @@ logger = logging.get_logger(__name__)
 
 _INDEX = "kd_index"
 _TEACHER = "teacher_"
+_WEIGHTS = "model.safetensors"
 
 
 class DistillationTrainer(Trainer):
@@ -52,7 +54,8 @@ class DistillationTrainer(Trainer):
     items of its own micro-batch. Evaluation computes the task loss alone, without the teacher, so that it compares
     across the phases of a schedule. Loss terms are logged as `distill/<term>`, averaged since the last log. What is
     saved is the bare student; the distiller's own parts are saved beside it (`distiller.safetensors`,
-    `distiller.json`). With `model_init` every run starts with a fresh copy of the distiller.
+    `distiller.json`), and so is each peer, in a folder of its own (`peer1`, ...). With `model_init` every run starts
+    with a fresh copy of the distiller.
 
     Columns of the data named `teacher_<input>` go to the teacher alone, in place of the student's; so do inputs that
     only the teacher's forward takes (a BERT teacher's `token_type_ids` beside a DistilBERT student). A column
@@ -393,10 +396,20 @@ class DistillationTrainer(Trainer):
         if self.distiller is not None and self.distiller.ready and self.args.should_save and not _internal_call:
             folder = Path(output_dir or self.args.output_dir)
             to_json(self.distiller, folder / "distiller.json")
-            from safetensors.torch import save_file
-
             state = {k: v.detach().clone().contiguous() for k, v in self.distiller.state_dict().items()}
             save_file(state, folder / "distiller.safetensors")
+            self.distiller.export(folder)
+            self._export_peers(folder)
+
+    def _export_peers(self, folder: Path) -> None:
+        """Writes each peer as `from_pretrained` loads it, into a folder of its own: `peer1`, `peer2`, ..."""
+        for i, peer in enumerate(self.peer_models, 1):
+            own = folder / f"peer{i}"
+            if isinstance(peer, PreTrainedModel):
+                peer.save_pretrained(own)
+                continue
+            own.mkdir(exist_ok=True)
+            save_file({k: v.detach().clone().contiguous() for k, v in peer.state_dict().items()}, own / _WEIGHTS)
 
 
 class _Trained(Net):

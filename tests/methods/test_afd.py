@@ -513,6 +513,10 @@ def test_in_trainer_with_peers_and_label_smoothing(tmp_path):
     assert abs(first["distill/peer1/task"] - plain) > 1e-3
     assert {"distill/logits", "distill/features/student", "distill/discriminator/peer1"} <= set(first)
     assert not any(torch.equal(a, b) for a, b in zip(before.parameters(), peer.parameters(), strict=True))
+    host.save_model(str(tmp_path / "saved"))
+    loaded = type(peer).from_pretrained(tmp_path / "saved" / "peer1")
+    assert same(state(loaded), state(peer))
+    assert same(state(type(host.model).from_pretrained(tmp_path / "saved")), state(host.model))
 
 
 def test_in_trainer_with_a_teacher(tmp_path):
