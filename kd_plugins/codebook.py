@@ -82,6 +82,8 @@ def fit_codebook(vectors: Tensor, words: int, seed: int) -> tuple[Tensor, Tensor
     """
     from sklearn.cluster import KMeans
 
+    if not vectors.isfinite().all():
+        raise DistillError("Expected finite features to make a codebook of, got nan or inf: is the teacher trained?")
     distinct, weights = torch.unique(vectors, dim=0, return_counts=True)
     if len(distinct) < words:
         raise DistillError(

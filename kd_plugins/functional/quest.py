@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -15,6 +14,8 @@ __all__ = ["match_sharpness", "quest", "soft_assignment"]
 
 # Scores that live at a time, 16 MiB in float32; larger batches go in pieces.
 _SCORES = 2**22
+_EPS = 1e-12
+_DOUBLINGS = 60
 
 
 def quest(
@@ -65,7 +66,7 @@ def quest(
         # Distances do not change when everything moves, and near 0 they are rounded less.
         centre = words.mean(0)
         f_t, words = f_t - centre, words - centre
-        cosines, w = scale * F.normalize(f_s, dim=2), F.normalize(w, dim=1)
+        cosines, w = scale * _unit(f_s), _unit(w)
         examples = (
             zip(cosines, f_t, strict=True) if reduction == "none" else [(cosines.flatten(0, 1), f_t.flatten(0, 1))]
         )
@@ -123,17 +124,25 @@ def match_sharpness(vectors: Tensor, codebook: Tensor, sharpness: float) -> floa
         low = high = 1 / typical if typical > 0 else 1.0
         while sharp(low) > sharpness:
             low /= 2
-        while sharp(high) < sharpness:
+        for _ in range(_DOUBLINGS):
+            if sharp(high) >= sharpness:
+                break
             high *= 2
-            if high * typical > 1e12:
-                raise ValueError(
-                    f"No temperature makes these targets as sharp as {sharpness}: at most {sharp(high):.3f}, because"
-                    " vectors lie between words that are as near."
-                )
+        else:
+            raise ValueError(
+                f"No temperature makes these targets as sharp as {sharpness}: at most {sharp(high):.3f}, because"
+                " vectors lie between words that are as near."
+            )
         for _ in range(30):
             middle = (low + high) / 2
             low, high = (middle, high) if sharp(middle) < sharpness else (low, middle)
         return (low + high) / 2
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    """Vectors divided by their norms; a vector of zeros, as rectifiers leave them, stays so and gets no gradient."""
+    norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    return torch.where(norms > _EPS, vectors / norms.clamp_min(_EPS), 0)
 
 
 def _target_scores(x: Tensor, words: Tensor, temperature: Tensor | float) -> Tensor:

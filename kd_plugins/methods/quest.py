@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable
 
@@ -15,12 +16,18 @@ from kd_plugins.distiller import Distiller, Terms
 from kd_plugins.errors import DistillError
 from kd_plugins.nets import Nets
 from kd_plugins.paper import Paper
+from kd_plugins.patches import NearestPatches, patch_side, pixels
+from kd_plugins.picture import Images, Picture
 from kd_plugins.view import Batch, Needs, Reads, View
 
 __all__ = ["QUEST", "Vocabulary"]
 
+_logger = logging.getLogger("kd_plugins.quest")
+
 # Vectors that the temperature is chosen on.
 _CALIBRATION = 2048
+# The report's picture: words, patches of each, and numbers in the sample of images that these are looked for in.
+_WORDS, _PATCHES, _PIXELS = 8, 8, 2**25
 
 
 class Vocabulary(nn.Module):
@@ -31,21 +38,58 @@ class Vocabulary(nn.Module):
         student_channels: C_s.
         teacher_channels: C_t.
         temperature: Multiplies the squared distances of the targets.
+        layer: The teacher's layer, in words.
+        size: Height and width of the teacher's map as it is quantised, or its number of tokens.
+        side: Height and width of the patches that show a word; 0 without patches.
+
+    Attributes:
+        codebook: The words `[K, C_t]`.
+        counts: How many of the vectors that k-means saw each word stands for `[K]`.
+        temperature: Chosen for a sharpness, where that is asked for.
+        sharpness: The mean largest probability of the targets before the training.
+        patches: Of the words that stand for the most vectors, `[W, P, 3, side, side]`.
     """
 
     codebook: Tensor
     counts: Tensor
     temperature: Tensor
     sharpness: Tensor
+    patches: Tensor
 
-    def __init__(self, words: int, student_channels: int, teacher_channels: int, temperature: float) -> None:
+    def __init__(
+        self,
+        words: int,
+        student_channels: int,
+        teacher_channels: int,
+        temperature: float,
+        *,
+        layer: str = "",
+        size: tuple[int, ...] = (),
+        side: int = 0,
+    ) -> None:
         super().__init__()
+        self.layer, self.size, self.side = layer, size, side
         self.weight = nn.Parameter(torch.randn(words, student_channels) * math.sqrt(2 / student_channels))
         self.scale = nn.Parameter(torch.tensor(3.0))
         self.register_buffer("codebook", torch.zeros(words, teacher_channels))
         self.register_buffer("counts", torch.zeros(words, dtype=torch.long))
         self.register_buffer("temperature", torch.tensor(float(temperature)))
         self.register_buffer("sharpness", torch.tensor(0.0))
+        shown = min(_WORDS, words), _PATCHES, 3, side, side
+        self.register_buffer("patches", torch.full(shown, 255, dtype=torch.uint8) if side else None)
+
+    def fill(self, vectors: Tensor, codebook: Tensor, counts: Tensor, sharpness: float | None) -> None:
+        """Takes up the words of a sample of vectors `[N, C_t]`, and the temperature that makes them that sharp."""
+        self.codebook.copy_(codebook)
+        self.counts.copy_(counts)
+        few = vectors[:_CALIBRATION]
+        if sharpness is not None:
+            self.temperature.fill_(KF.match_sharpness(few, codebook, sharpness))
+        self.sharpness.copy_(KF.soft_assignment(few, codebook, self.temperature.cpu()).amax(1).mean())
+
+    def most(self, words: int) -> list[int]:
+        """The words that stand for the most vectors, most first."""
+        return self.counts.argsort(descending=True, stable=True)[:words].tolist()
 
     def forward(self, student_map: Tensor, teacher_map: Tensor) -> Tensor:
         """The divergence of the predicted words from the teacher's, of maps of the same positions."""
@@ -132,7 +176,6 @@ class QUEST(Distiller):
         self.n_words, self.weight, self.temperature, self.sharpness = words, weight, temperature, sharpness
         self.max_vectors, self.seed, self.cache = max_vectors, seed, cache
         self.vocabularies = nn.ModuleList()
-        self._places: list[tuple[str, tuple[int, ...]]] = []
 
     def needs(self) -> Needs:
         return Needs(Reads(features=self.layers), Reads(logits=False, features=self.teacher_layers))
@@ -153,43 +196,110 @@ class QUEST(Distiller):
                         f" {theirs!r}: choose other layers."
                     )
                 f_s, f_t = _positions(f_s, f_t)
-                self.vocabularies.append(Vocabulary(self.n_words, f_s.shape[1], f_t.shape[1], self.temperature))
-                self._places.append((f"{theirs}[{number}]" if number else f"{theirs}", tuple(f_t.shape[2:])))
+                size = tuple(f_t.shape[2:])
+                # Tokens have no place in the image that would be known here.
+                image = batch.inputs.shape[2:] if batch.inputs is not None and f_t.dim() == 4 else ()
+                made = Vocabulary(
+                    self.n_words,
+                    f_s.shape[1],
+                    f_t.shape[1],
+                    self.temperature,
+                    layer=f"{theirs}, output {number}" if number else str(theirs),
+                    size=size,
+                    side=patch_side(tuple(image), size) if len(image) == 2 else 0,
+                )
+                self.vocabularies.append(made)
 
     def prepare(self, nets: Nets, batches: Iterable[Batch]) -> None:
         """Makes the words, and where it is asked for the temperature, of the teacher's features on the training set."""
         generator = self.generator() if self.seed is None else torch.Generator().manual_seed(self.seed)
         seed = int(torch.randint(2**31, (), generator=generator))
         samples = [Sample(self.max_vectors, generator) for _ in self.vocabularies]
+        images, last = None, None
         for batch in batches:
             for sample, f_t in zip(samples, self._teacher_maps(nets, batch), strict=True):
                 sample.add(f_t.flatten(2).mT.flatten(0, 1))
+            # Images whose other inputs are not known by row cannot be asked again.
+            if batch.inputs is not None and not (batch.kwargs or batch.teacher_kwargs):
+                images = images or Sample(max(1, min(512, _PIXELS // batch.inputs[0].numel())), generator)
+                images.add(batch.inputs)
+                last = batch
         teacher = fingerprint_of(nets.teacher.module) if self.cache is not None else ""
-        for vocabulary, sample, (layer, size) in zip(self.vocabularies, samples, self._places, strict=True):
+        for vocabulary, sample in zip(self.vocabularies, samples, strict=True):
             if not sample.seen:
                 raise DistillError("quest makes its words of the training set, and the pass over it gave no batch.")
             vectors = sample.vectors()
             if self.cache is None:
-                codebook, counts = fit_codebook(vectors, self.n_words, seed)
+                made = fit_codebook(vectors, self.n_words, seed)
             else:
-                described = {"teacher": teacher, "layer": layer, "pooled to": list(size), "drawn of": sample.seen}
-                codebook, counts = cached_codebook(vectors, self.n_words, seed, self.cache, described)
-            vocabulary.codebook.copy_(codebook)
-            vocabulary.counts.copy_(counts)
-            few = vectors[:_CALIBRATION]
-            if self.sharpness is not None:
-                vocabulary.temperature.fill_(KF.match_sharpness(few, codebook, self.sharpness))
-            targets = KF.soft_assignment(few, codebook, vocabulary.temperature.cpu())
-            vocabulary.sharpness.copy_(targets.amax(1).mean())
+                place = {"layer": vocabulary.layer, "pooled to": list(vocabulary.size), "drawn of": sample.seen}
+                made = cached_codebook(vectors, self.n_words, seed, self.cache, {"teacher": teacher, **place})
+            vocabulary.fill(vectors, *made, self.sharpness)
+            _logger.info(
+                "%s: %d words of the teacher's layer %s, of %d of %d vectors; at temperature %.3g the targets' largest"
+                " probability is %.2f in the mean.",
+                *(self.name, self.n_words, vocabulary.layer, len(vectors), sample.seen),
+                *(vocabulary.temperature.item(), vocabulary.sharpness.item()),
+            )
+        if images is not None and last is not None and last.inputs is not None:
+            parts = images.vectors().split(last.size)
+            shown = [last.with_inputs(part.to(last.inputs)) for part in parts]
+            for vocabulary, found in zip(self.vocabularies, self.visual_words(nets, shown), strict=True):
+                if vocabulary.side:
+                    vocabulary.patches.copy_(found.images)
 
     def _teacher_maps(self, nets: Nets, batch: Batch) -> list[Tensor]:
-        """The teacher's maps as they are quantised `[B, C_t, H, W]`, at the size that `setup` found."""
+        """The teacher's maps as they are quantised `[B, C_t, H, W]`, at the sizes that `setup` found."""
         features = nets.teacher(batch).features
         found = [f_t for layer in self.teacher_layers for f_t in features.select(layer)]
         maps = [_positions(f_t, f_t)[1] for f_t in found]
-        sizes = [size for _, size in self._places]
+        sizes = [vocabulary.size for vocabulary in self.vocabularies]
         return [
             f if f.shape[2:] == size else F.adaptive_avg_pool2d(f, size) for f, size in zip(maps, sizes, strict=True)
+        ]
+
+    # What the words are
+
+    @torch.no_grad()
+    def visual_words(
+        self, nets: Nets, batches: Iterable[Batch], *, words: int = _WORDS, patches: int = _PATCHES
+    ) -> list[NearestPatches]:
+        """The image patches that are nearest to the words that stand for the most vectors, most first.
+
+        Args:
+            nets: The networks.
+            batches: The images to look through, such as the training set.
+            words: Number of words of each layer.
+            patches: Number of patches of each word.
+
+        Returns:
+            For each layer, distances `[words, patches]` and images `[words, patches, 3, side, side]`; white images at
+            distance inf for a layer of tokens.
+        """
+        found = [NearestPatches(v.codebook[v.most(words)], patches, v.side) for v in self.vocabularies]
+        for batch in batches:
+            images = pixels(batch)
+            for vocabulary, nearest, f_t in zip(self.vocabularies, found, self._teacher_maps(nets, batch), strict=True):
+                if vocabulary.side:
+                    nearest.add(images, f_t)
+        return found
+
+    def pictures(self) -> list[Picture]:
+        caption = (
+            "The visual words that stand for the most of the teacher's features, with their number of vectors, and the"
+            " patches of training images that are nearest to them: each a position of the map with its neighbours."
+        )
+        return [
+            Images(
+                f"Visual words of {vocabulary.layer}",
+                {
+                    f"word {number} ({int(vocabulary.counts[number]):,})": list(images)
+                    for number, images in zip(vocabulary.most(_WORDS), vocabulary.patches, strict=True)
+                },
+                caption,
+            )
+            for vocabulary in self.vocabularies
+            if vocabulary.side
         ]
 
     # A step

@@ -1,0 +1,83 @@
+"""Image patches whose feature vectors are nearest to given ones: a picture of what a visual word stands for."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kd_plugins.view import Batch
+
+__all__ = ["NearestPatches", "patch_side", "pixels"]
+
+# A patch shows its position with the neighbours on both sides.
+_CELLS = 3
+# The grey of what is beyond the image.
+_BEYOND = 128
+
+
+class NearestPatches:
+    """Finds, in a stream of images, the patches that are nearest to some words, one of an image for each word at most.
+
+    Args:
+        words: Feature vectors `[W, C]`.
+        count: P, the number of patches of a word.
+        side: Height and width of a patch in pixels.
+
+    Attributes:
+        distances: Squared distances of the patches found `[W, P]`, nearest first; inf where there are fewer.
+        images: The patches `[W, P, 3, side, side]`, 0 to 255.
+    """
+
+    def __init__(self, words: Tensor, count: int, side: int) -> None:
+        self.words, self.side = words.float(), side
+        self.distances = torch.full((len(words), count), torch.inf)
+        self.images = torch.full((len(words), count, 3, side, side), 255, dtype=torch.uint8)
+
+    def add(self, images: Tensor, maps: Tensor) -> None:
+        """Looks at further images.
+
+        Args:
+            images: `[B, 3, H, W]`, 0 to 255.
+            maps: Their feature maps `[B, C, h, w]`.
+        """
+        (height, width), (rows, columns) = images.shape[2:], maps.shape[2:]
+        vectors = maps.float().flatten(2).mT.to(self.words.device)
+        found, places = torch.cdist(vectors, self.words, compute_mode="donot_use_mm_for_euclid_dist").square().min(1)
+        found, places = found.mT.cpu(), places.mT.cpu()
+        kept = self.distances.shape[1]
+        self.distances, chosen = torch.cat([self.distances, found], 1).topk(kept, largest=False)
+        before, margin = self.images.clone(), self.side // 2
+        padded = F.pad(images, [margin, self.side] * 2, value=_BEYOND)
+        for word, row in enumerate(chosen.tolist()):
+            for rank, index in enumerate(row):
+                if index < kept:
+                    self.images[word, rank] = before[word, index]
+                    continue
+                i, j = divmod(int(places[word, index - kept]), columns)
+                top, left = int((i + 0.5) * height / rows), int((j + 0.5) * width / columns)
+                patch = padded[index - kept, :, top : top + self.side, left : left + self.side]
+                self.images[word, rank] = patch
+
+
+def patch_side(image: tuple[int, ...], size: tuple[int, ...]) -> int:
+    """The side of a patch in pixels, for images and maps of these heights and widths.
+
+    >>> patch_side((32, 32), (8, 8)), patch_side((32, 32), (1, 1))
+    (12, 32)
+    """
+    return min(*image, max(1, round(_CELLS * max(i / s for i, s in zip(image, size, strict=True)))))
+
+
+def pixels(batch: Batch) -> Tensor:
+    """The images of a batch as pixels `[B, 3, H, W]`, 0 to 255; each in its own range where that is not known."""
+    assert batch.inputs is not None
+    images = batch.inputs.detach().float().cpu()
+    if batch.mean is not None and batch.std is not None:
+        mean, std = (torch.as_tensor(x, dtype=torch.float32).cpu().view(1, -1, 1, 1) for x in (batch.mean, batch.std))
+        images = images * std + mean
+    else:
+        low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+        images = (images - low) / (high - low).clamp_min(1e-12)
+    images = (255 * images).round().clamp(0, 255).to(torch.uint8)
+    return images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
