@@ -1,8 +1,8 @@
 """What a run leaves for its report: what was run, one row a log, and the networks before and after the training.
 
-A run folder holds `run.json` (what was run, results, cost), `history.jsonl` (one JSON object a line), and
-`analysis.json` with `analysis.safetensors` (what `kd_accelerate.analysis` found, under `before` and `after`).
-`kd-plugins report` reads these four files and nothing else.
+A run folder holds `run.json` (what was run, results, cost), `history.jsonl` (one JSON object a line), `analysis.json`
+with `analysis.safetensors` (what `kd_accelerate.analysis` found, under `before` and `after`), and `pictures.json` (what
+the method has to show, `Distiller.pictures()`). `kd-plugins report` reads these five files and nothing else.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class RunRecord:
             lines = rows.read_text(encoding="utf-8").splitlines() if rows.is_file() else []
             kept = [line for line in lines if json.loads(line).get("step", 0) <= resume]
         else:
-            for name in ("analysis.json", "analysis.safetensors"):
+            for name in ("analysis.json", "analysis.safetensors", "pictures.json"):
                 self._file(name).unlink(missing_ok=True)
         self._spent = float(self.run["seconds"])
         self._file("history.jsonl").write_text("".join(line + "\n" for line in kept), encoding="utf-8")
@@ -165,7 +165,7 @@ class RunRecord:
     def finish(
         self, results: Mapping[str, Any], *, seconds_per_step: float | None = None, status: str = "finished"
     ) -> None:
-        """Writes results and cost.
+        """Writes results, cost, and the method's pictures.
 
         Args:
             results: Final numbers by name, nested as the script has them.
@@ -184,6 +184,7 @@ class RunRecord:
         cost |= _peak_memory(self._cuda)
         self.run |= {"results": _plain(dict(results)), "status": status}
         self._write()
+        self._draw()
 
     # Files
 
@@ -196,6 +197,18 @@ class RunRecord:
         if table is not None:
             self.run["stages"] = table.to_json()
         _replace(self._file("run.json"), json.dumps(_plain(self.run), indent=2, ensure_ascii=False) + "\n")
+
+    def _draw(self) -> None:
+        if self.distiller is None:
+            return
+        try:
+            pictures = [picture.to_json() for picture in self.distiller.pictures()]
+        except Exception as error:  # noqa: BLE001
+            self.note(f"The method's pictures could not be made: {error}")
+            warnings.warn(f"No pictures of the method: {type(error).__name__}: {error}", stacklevel=3)
+            return
+        if pictures:
+            _replace(self._file("pictures.json"), json.dumps(_plain(pictures), ensure_ascii=False) + "\n")
 
     def _analyse(
         self, phase: str, nets: Nets | nn.Module, batches: Iterable[Batch], options: Mapping[str, Any]

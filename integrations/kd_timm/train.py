@@ -313,6 +313,8 @@ class Session:
         }
         if self.primary:
             write_json(self.folder / "results.json", results)
+            if self.distillation is not None:
+                self.distillation.distiller.export(self.folder)
             self.recorder.finish(results)
         final = "  ".join(f"{key} {value:.4g}" for key, value in results.get("evaluation", {}).items())
         self.reporter.line(f"best {self.metric} {best[0]:.4g} (epoch {best[1]})  {final}  {exported}")

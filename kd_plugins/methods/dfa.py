@@ -66,6 +66,8 @@ class DFA(Distiller):
         st_weight: Weight of the bridge loss's path from student to teacher, the distance.
         ts_weight: Weight of its path from teacher to student, the task loss.
         regularizer: Weight of the squared norm of beta.
+        normalize: Divide the maps of each teacher layer by their root mean square over one batch, so that alpha does
+            not depend on how large a layer's numbers are.
         search_share: Share of the training for all searches together.
         search_epochs: Epochs of each group's search, in place of a share.
         held_out: Share of the training set that beta learns from during the searches.
@@ -96,10 +98,11 @@ class DFA(Distiller):
         search_only: bool = False,
         layers: tuple[int | str, ...] | None = None,
         teacher_layers: tuple[int | str, ...] | None = None,
-        weight: float = 10.0,
+        weight: float = 1.0,
         st_weight: float = 1.0,
         ts_weight: float = 1.0,
         regularizer: float = 0.0,
+        normalize: bool = False,
         search_share: float = 0.25,
         search_epochs: float | None = None,
         held_out: float = 0.5,
@@ -110,8 +113,8 @@ class DFA(Distiller):
             raise DistillError("weights come from a search that is done: leave aggregation and search_only out.")
         if search_only and aggregation != "search":
             raise DistillError(f"search_only needs a search, and aggregation={aggregation} has none: leave one out.")
-        if weights is not None and teacher_layers is not None:
-            raise DistillError("weights come with the teacher's layers that they belong to: leave teacher_layers out.")
+        if weights is not None and (teacher_layers is not None or normalize):
+            raise DistillError("weights come with the teacher's layers and scales: leave those options out.")
         if min(weight, st_weight, ts_weight, regularizer) < 0 or st_weight + ts_weight == 0:
             raise DistillError("Expected no weight below 0, and st_weight or ts_weight above.")
         if not (0 < search_share < 1 and 0 < held_out < 1):
@@ -119,7 +122,7 @@ class DFA(Distiller):
         self.aggregation, self.weights, self.search_only = aggregation, weights, search_only
         self.layers, self.teacher_layers = layers, teacher_layers
         self.weight, self.st_weight, self.ts_weight = weight, st_weight, ts_weight
-        self.regularizer, self.held_out, self.seed = regularizer, held_out, seed
+        self.regularizer, self.normalize, self.held_out, self.seed = regularizer, normalize, held_out, seed
         self.search_share, self.search_epochs = search_share, search_epochs
         self.groups: list[LayerGroup] = []
         self.sizes: list[tuple[int, int]] = []
@@ -138,6 +141,9 @@ class DFA(Distiller):
             ours, theirs = student[group.student], [teacher[path] for path in group.teacher]
             _check_maps(group, ours, theirs)
             self.sizes.append((ours.shape[2], ours.shape[3]))
+            size = [float(x.float().square().mean().sqrt()) if self.normalize else 1.0 for x in theirs]
+            scale = saved[i]["scale"] if saved else [1 / max(s, 1e-12) for s in size]
+            self.register_buffer(f"scale{i}", torch.tensor(scale, dtype=torch.float32))
             self._add(i, ours.shape[1], theirs[0].shape[1], saved and saved[i]["alpha"])
             self._say(i, ours.shape, theirs[0].shape)
         if self.search_only and not len(self.betas):
@@ -281,7 +287,8 @@ class DFA(Distiller):
         """The teacher's maps of group i as one, of the size of the student's."""
         maps = [teacher.features[path] for path in self.groups[i].teacher]
         size = self.sizes[i]
-        return KF.aggregate([m if m.shape[2:] == size else F.adaptive_avg_pool2d(m, size) for m in maps], alpha)
+        maps = [m if m.shape[2:] == size else F.adaptive_avg_pool2d(m, size) for m in maps]
+        return KF.aggregate(maps, alpha * getattr(self, f"scale{i}"))
 
     # What the search has found
 
@@ -296,7 +303,12 @@ class DFA(Distiller):
     def export(self, folder: str | Path) -> None:
         """Writes the weights as search.json, for `weights=` of another run."""
         groups = [
-            {"student": group.student, "teacher": list(group.teacher), "alpha": self.alpha(i).tolist()}
+            {
+                "student": group.student,
+                "teacher": list(group.teacher),
+                "alpha": self.alpha(i).tolist(),
+                "scale": getattr(self, f"scale{i}").tolist(),
+            }
             for i, group in enumerate(self.groups)
         ]
         text = json.dumps({"method": "dfa", "aggregation": self.aggregation, "groups": groups}, indent=2)
@@ -304,28 +316,26 @@ class DFA(Distiller):
 
     def pictures(self) -> list[Picture]:
         """The weights of each group, and how they have moved in its search."""
-        drawn: list[Picture] = []
+        bars, maps = [], []
         for i, group in enumerate(self.groups):
-            title = f"Weights for {group.student}"
             values = list(zip(group.teacher, self.alpha(i).tolist(), strict=True))
             words = "Weight of each teacher layer in what the student's layer learns from; the line: all the same."
-            drawn.append(Bars(title, values, mark=1 / len(values), caption=words))
+            bars.append(Bars(f"Weights for {group.student}", values, mark=1 / len(values), caption=words))
             if str(i) in self.betas:
                 trace: Tensor = getattr(self, f"trace{i}")
                 kept = [p for p in range(len(trace)) if not trace[p].isnan().any()]
-                columns = [f"{100 * p // _POINTS} %" for p in kept]
-                drawn.append(
+                maps.append(
                     Heatmap(
                         f"Search for {group.student}",
                         trace[kept].T.tolist(),
                         group.teacher,
-                        columns,
+                        [f"{100 * p // _POINTS} %" for p in kept],
                         row_label="teacher layer",
                         column_label="part of the search",
-                        caption="The same weights from the begin to the end of the group's search.",
+                        caption="The same weights from the beginning of each group's search to its end.",
                     )
                 )
-        return drawn
+        return [*bars, *maps]
 
 
 def _check_maps(group: LayerGroup, ours: Tensor, theirs: Sequence[Tensor]) -> None:
@@ -344,10 +354,10 @@ def _check_maps(group: LayerGroup, ours: Tensor, theirs: Sequence[Tensor]) -> No
 def _load(path: str) -> list[dict[str, Any]]:
     """The groups in a search.json."""
     try:
-        groups = json.loads(Path(path).read_text(encoding="utf-8"))["groups"]
-        fits = all(len(g["teacher"]) == len(g["alpha"]) > 0 and isinstance(g["student"], str) for g in groups)
+        groups: list[dict[str, Any]] = json.loads(Path(path).read_text(encoding="utf-8"))["groups"]
+        sizes = [(len(g["teacher"]), len(g["alpha"]), len(g["scale"]), bool(g["student"])) for g in groups]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DistillError(f"Expected the search.json of a run with dfa, got {path} ({error}).") from error
-    if not groups or not fits:
-        raise DistillError(f"Expected groups with a student layer, teacher layers and alpha in {path}: search anew.")
-    return groups  # type: ignore[no-any-return]
+        raise DistillError(f"Expected the search.json of a run with dfa, got {path} ({error!r}).") from error
+    if not groups or any(not a == b == c > 0 for a, b, c, _ in sizes):
+        raise DistillError(f"Expected as many teacher layers as alphas and scales in each group of {path}: search anew.")
+    return groups

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
-__all__ = ["Series", "bars", "heatmap", "lines", "number", "reliability", "stacked", "svg", "ticks"]
+__all__ = ["Series", "bars", "heatmap", "lines", "number", "points", "reliability", "stacked", "svg", "ticks"]
 
 
 class Series(NamedTuple):
@@ -307,6 +307,7 @@ def bars(
     unit: str = "",
     width: int = 480,
     mark: float | None = None,
+    zero: bool = False,
 ) -> str:
     """Horizontal bars with their numbers, and a whisker for the spread where there are several seeds.
 
@@ -316,6 +317,7 @@ def bars(
         unit: Behind the numbers.
         width: In pixels.
         mark: A line to compare with, such as the teacher's value.
+        zero: Whether the axis begins at 0, also where all values lie close together.
     """
     left = min(max((len(name) for name, *_ in values), default=0), 44) * 6.3 + 12
     right, row, top = 96, 26, 28
@@ -323,7 +325,7 @@ def bars(
     high = max([v + (sd or 0) for _, v, sd in values] + ([mark] if mark is not None else [])) or 1.0
     # Accuracies lie close together: the axis begins below the lowest, and says so by its numbers.
     low = min([v - (sd or 0) for _, v, sd in values] + ([mark] if mark is not None else []))
-    low = 0.0 if low < 0.5 * high else low - 0.5 * (high - low) if high > low else 0.0
+    low = 0.0 if zero or low < 0.5 * high else low - 0.5 * (high - low) if high > low else 0.0
     height = top + row * len(values) + 22
 
     def px(v: float) -> float:
@@ -345,4 +347,33 @@ def bars(
         body.append(_text(end, y + 14, f"{v:.2f}{f' ± {sd:.2f}' if sd else ''}{unit}", "small"))
     if mark is not None:
         body.append(f'<path class="diagonal" d="M{px(mark):.1f} {top - 4}v{row * len(values) + 4}"/>')
+    return svg(width, height, body, title)
+
+
+def points(groups: Mapping[str, Sequence[Sequence[float]]], *, title: str, width: int = 420, height: int = 380) -> str:
+    """Points in a plane, in a colour for each group; the axes have no unit and so no numbers.
+
+    Args:
+        groups: Pairs (x, y) by the group's name; at most eight groups.
+        title: What is drawn.
+        width: In pixels.
+        height: In pixels.
+    """
+    pad, top = 12, 44
+    xs, ys = ([float(p[k]) for group in groups.values() for p in group] or [0.0] for k in (0, 1))
+    x0, y0 = min(xs), min(ys)
+    wide, tall = (max(xs) - x0) or 1.0, (max(ys) - y0) or 1.0
+    body, place = [_text(0, 13, title, "title")], 0.0
+    for i, (name, group) in enumerate(groups.items()):
+        body.append(f'<circle class="dot c{i % 8}" cx="{place + 5:.1f}" cy="27" r="4"/>')
+        body.append(_text(place + 14, 31, name, "key"))
+        place += 5.8 * len(name) + 30
+        for n, (x, y) in enumerate(group):
+            cx = pad + (float(x) - x0) / wide * (width - 2 * pad)
+            cy = top + pad + (1 - (float(y) - y0) / tall) * (height - top - 2 * pad)
+            tip = f"<title>{escape(name)} {n}</title>"
+            body.append(
+                f'<circle class="dot c{i % 8}" cx="{cx:.1f}" cy="{cy:.1f}" r="3" fill-opacity="0.75">{tip}</circle>'
+            )
+    body.append(f'<rect class="frame" x="0.5" y="{top}" width="{width - 1}" height="{height - top - 1}"/>')
     return svg(width, height, body, title)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from kd_plugins.report import charts, curves, pictures
+from kd_plugins.report import charts, curves, found, pictures
 from kd_plugins.report.charts import number
 from kd_plugins.report.document import Section, caption, definitions, document, figure_row, percent, table, text, tiles
 from kd_plugins.report.runs import Run
@@ -27,6 +27,7 @@ def run_page(run: Run) -> str:
         Section("peers", "Peers", _peers(run)),
         Section("calibration", "Calibration", _calibration(run)),
         Section("curves", "Learning curves", curves.section(run)),
+        Section("method", "Found by the method", found.section(run)),
         Section("similarity", "Layer similarity", _similarity(run)),
         Section("features", "Feature maps", pictures.features(run)),
         Section("attention", "Attention", pictures.attention(run)),

@@ -29,6 +29,7 @@ class Run:
         history: One row a log, numbers only.
         analysis: `analysis.json`: `before` and `after` the training.
         arrays: `analysis.safetensors`, by name.
+        pictures: `pictures.json`: what the method shows of itself.
     """
 
     folder: Path
@@ -36,6 +37,7 @@ class Run:
     history: list[Row] = field(default_factory=list)
     analysis: dict[str, Any] = field(default_factory=dict)
     arrays: dict[str, Tensor] = field(default_factory=dict)
+    pictures: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -98,7 +100,8 @@ def load_run(folder: str | Path) -> Run:
         from safetensors.torch import load_file
 
         arrays = load_file(folder / "analysis.safetensors")
-    return Run(folder, info, history, _json(folder / "analysis.json") or {}, arrays)
+    pictures = _json(folder / "pictures.json") or []
+    return Run(folder, info, history, _json(folder / "analysis.json") or {}, arrays, pictures)
 
 
 def _json(path: Path) -> Any:
