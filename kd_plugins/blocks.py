@@ -64,7 +64,8 @@ def find_trunk(net: Net, batch: Batch) -> Trunk:
     A map has the proportions of the input. The blocks of a stage are the modules of its outermost list whose last
     output is the stage's own: a residual block adds something to what its inner lists give, and so stays whole. Without
     such a list they are its children, where these are of one class and give maps of one shape. A list in a list is
-    taken apart as well. A stage without blocks, such as a stem, counts as one block where no stage has any.
+    taken apart as well. A named stage without blocks, such as a stem, counts as one block where no stage has any; an
+    entry of an outermost list always does.
 
     Left out is what runs more than once in a forward, or is overwritten in place before the forward ends.
 
@@ -78,16 +79,17 @@ def find_trunk(net: Net, batch: Batch) -> Trunk:
     seen = _probe(net, batch)
     root = net.module
     try:
-        paths = net.network.stages()
+        paths, named = net.network.stages(), True
     except DistillError:
-        paths = list(_outermost(root, "", seen))
+        paths, named = list(_outermost(root, "", seen)), False
     stages = [path for path in paths if path in seen]
     if not stages:
         raise DistillError(
             f"{type(root).__name__} has no stages that give maps [B, C, H, W]: name layers by their module paths."
         )
     inner = {path: _blocks(root, path, seen) for path in stages}
-    blocks = [path for found in inner.values() for path in found] or stages
+    whole = not named or not any(inner.values())
+    blocks = [path for stage, found in inner.items() for path in found or ([stage] if whole else [])]
 
     def described(paths: list[str]) -> list[Block]:
         return [_described(path, x) for path, x in seen.items() if path in paths]

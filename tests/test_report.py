@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,8 +20,10 @@ from kd_accelerate import TurnPlayer
 from kd_accelerate.analysis import Similarity, analyse, as_nets
 from kd_accelerate.predictions import calibration, rows_of
 from kd_accelerate.record import RunRecord
-from kd_plugins import Batch, DistillError, bind, create_distiller
+from kd_plugins import Batch, Distiller, DistillError, bind, create_distiller
 from kd_plugins.cli import main as kd_plugins_main
+from kd_plugins.compose import Composite
+from kd_plugins.picture import Bars, Heatmap, Images, Points
 from kd_plugins.report import charts, load_run, main, render
 
 STATS = (0.5, 0.5, 0.5)
@@ -139,6 +142,61 @@ def train(folder: Path | None, method: str = "kd", *, seed: int = 0, steps: int 
         record.after(nets, halves(batch))
         record.finish({"top1": 30.0, "evaluation": {"loss": 1.0}}, seconds_per_step=0.01)
     return student, player, record
+
+
+class Shows(Distiller):
+    """Shows one picture of every kind."""
+
+    def pictures(self):
+        red = torch.tensor([255, 0, 0]).view(3, 1, 1).expand(3, 4, 4)
+        return [
+            Bars("Lengths <b>", [("first", 0.31), ("second", 0.33)], mark=0.32, caption="How long & why."),
+            Bars("Widths", [("first", 1.0)], caption="How long & why."),
+            Heatmap("Mix", [[0.25, -0.75]], ["row"], ["a", "b"], row_label="from", column_label="to", signed=True),
+            Images("Words", {"word 7": [red, red]}),
+            Points("Plane", {"student": [(0.0, 1.0), (2.0, 3.0)], "teacher": [(1.0, 1.0)]}),
+        ]
+
+
+def test_methods_show_their_pictures(tmp_path):
+    distiller = Composite({"kd": create_distiller("kd"), "shows": Shows()})
+    assert [picture.kind for picture in distiller.pictures()] == ["bars", "bars", "heatmap", "images", "points"]
+    record = RunRecord(tmp_path, host="bare loop", nets=nn.Linear(4, 2), distiller=distiller, command=["train.py"])
+    record.log({"step": 1, "loss": 0.5})
+    assert not (tmp_path / "pictures.json").exists()
+    record.finish({}, status="interrupted")
+    run = load_run(tmp_path)
+    assert [picture["title"] for picture in run.pictures] == ["Lengths <b>", "Widths", "Mix", "Words", "Plane"]
+    html = render([tmp_path])
+    page = Page(html)
+    assert "method" in page.ids
+    for words in ("Lengths <b>", "0.31", "0.33", "Mix", "−0.75", "from", "word 7", "student 1", "teacher 0"):
+        assert words in page.words, words
+    # Neighbours share their words.
+    assert page.words.count("How long & why.") == 1
+    assert page.tags.count("img") == 2
+    # Bars begin at 0: these two are almost as long as each other.
+    lengths = [float(w) for w in re.findall(r'<rect class="bar c0"[^>]* width="([0-9.]+)"', html)[:2]]
+    assert lengths[0] / lengths[1] == pytest.approx(0.31 / 0.33, rel=1e-2)
+
+
+def test_pictures_of_another_version_are_left_out_and_bad_ones_do_not_stop_a_run(tmp_path):
+    class Broken(Distiller):
+        def pictures(self):
+            raise RuntimeError("no codebook")
+
+    def recorded(distiller):
+        return RunRecord(tmp_path, host="loop", nets=nn.Linear(4, 2), distiller=distiller, command=["train.py"])
+
+    recorded(Shows()).finish({})
+    (tmp_path / "pictures.json").write_text('[{"kind": "hologram", "title": "later"}]')
+    assert 'id="method"' not in render([tmp_path])
+    record = recorded(Broken())
+    assert not (tmp_path / "pictures.json").exists()
+    with pytest.warns(UserWarning, match="No pictures of the method: RuntimeError: no codebook"):
+        record.finish({"top1": 1.0})
+    assert load_run(tmp_path).info["status"] == "finished"
+    assert "no codebook" in render([tmp_path])
 
 
 # Analysis

@@ -359,5 +359,5 @@ def _load(path: str) -> list[dict[str, Any]]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DistillError(f"Expected the search.json of a run with dfa, got {path} ({error!r}).") from error
     if not groups or any(not a == b == c > 0 for a, b, c, _ in sizes):
-        raise DistillError(f"Expected as many teacher layers as alphas and scales in each group of {path}: search anew.")
+        raise DistillError(f"Expected an alpha and a scale for each teacher layer in {path}: search anew.")
     return groups
