@@ -287,7 +287,8 @@ class QUEST(Distiller):
     def pictures(self) -> list[Picture]:
         caption = (
             "The visual words that stand for the most of the teacher's features, with their number of vectors, and the"
-            " patches of training images that are nearest to them: each a position of the map with its neighbours."
+            " patches of a sample of training images that are nearest to them: each a position of the map with its"
+            " neighbours, grey beyond the image."
         )
         return [
             Images(
