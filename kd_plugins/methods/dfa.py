@@ -133,18 +133,22 @@ class DFA(Distiller):
     # The layer groups
 
     def setup(self, nets: Nets, batch: Batch) -> None:
-        saved = _load(self.weights) if self.weights is not None else None
+        saved = None if self.weights is None else _load(self.weights)
         self.groups = self._find(nets, batch, saved)
-        student = nets.student(batch, reads=self._reads(range(len(self.groups)))[0]).features
-        teacher = nets.teacher(batch, reads=self._reads(range(len(self.groups)))[1]).features
+        reads = self._reads(range(len(self.groups)))
+        student = nets.student(batch, reads=reads[0]).features
+        teacher = nets.teacher(batch, reads=reads[1]).features
         for i, group in enumerate(self.groups):
             ours, theirs = student[group.student], [teacher[path] for path in group.teacher]
             _check_maps(group, ours, theirs)
             self.sizes.append((ours.shape[2], ours.shape[3]))
-            size = [float(x.float().square().mean().sqrt()) if self.normalize else 1.0 for x in theirs]
-            scale = saved[i]["scale"] if saved else [1 / max(s, 1e-12) for s in size]
+            if saved is not None:
+                scale = saved[i]["scale"]
+            else:
+                norms = [float(x.float().square().mean().sqrt()) for x in theirs]
+                scale = [1 / max(norm, 1e-12) if self.normalize else 1.0 for norm in norms]
             self.register_buffer(f"scale{i}", torch.tensor(scale, dtype=torch.float32))
-            self._add(i, ours.shape[1], theirs[0].shape[1], saved and saved[i]["alpha"])
+            self._add(i, ours.shape[1], theirs[0].shape[1], None if saved is None else saved[i]["alpha"])
             self._say(i, ours.shape, theirs[0].shape)
         if self.search_only and not len(self.betas):
             raise DistillError(
@@ -165,7 +169,7 @@ class DFA(Distiller):
         if saved is not None:
             alpha = torch.tensor(saved, dtype=torch.float32)
         elif self.aggregation == "random":
-            generator = torch.Generator().manual_seed(self.seed + i)
+            generator = torch.Generator().manual_seed(1000 * self.seed + i)
             alpha = F.normalize(-torch.rand(n, generator=generator).clamp_min(1e-6).log(), p=1, dim=0)
         elif self.aggregation == "last":
             alpha = F.one_hot(torch.tensor(n - 1), n).float()
