@@ -1,9 +1,10 @@
-"""Every Python block of README and docs runs, and every command line in them is one that our parsers take."""
+"""Every Python block of README and docs runs, every command line is one that our parsers take, every name is there."""
 
 from __future__ import annotations
 
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -13,19 +14,23 @@ from torch import nn
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
+LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
+# As the index writes it: `functional/kd.py: kd, kd_multilabel`.
+PLACE = re.compile(r"`([\w/]+)\.py: ([\w., ]+)`")
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    return [code for found, code in BLOCK.findall(page.read_text()) if found == language]
+    return [code for found, code in BLOCK.findall(page.read_text(encoding="utf-8")) if found == language]
 
 
-def commands() -> list[tuple[str, str]]:
+def commands(*programs: str) -> list[tuple[str, str]]:
+    """The lines of shell blocks that start one of the programs, with the page that they stand on."""
     found = []
     for page in PAGES:
         for code in blocks(page, "bash"):
             for line in code.replace("\\\n", " ").splitlines():
-                if line.startswith(("kd-timm-train", "kd-transformers-train")):
-                    found.append((page.name, line.partition("  #")[0]))
+                parts = [part.strip() for part in line.partition("  #")[0].split("&&")]
+                found += [(page.name, part) for part in parts if part.startswith(programs)]
     return found
 
 
@@ -43,6 +48,7 @@ def surroundings() -> dict[str, object]:
         "teacher": teacher,
         "train": rows,
         "evaluation": rows,
+        "batches": [{name: torch.tensor(rows[name]) for name in rows.column_names} for _ in range(6)],
         "arguments": TrainingArguments,
     }
 
@@ -75,17 +81,62 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert scope
 
 
-@pytest.mark.parametrize(("page", "line"), commands())
+@pytest.mark.parametrize(("page", "line"), commands("kd-timm-train", "kd-transformers-train"))
 def test_commands_parse(page: str, line: str) -> None:
+    from kd_plugins.options import options_from_strings
+
     program, *argv = shlex.split(line)
     if program == "kd-timm-train":
         from kd_timm.arguments import parse_args
 
-        assert parse_args(argv).model
+        given = parse_args(argv)
+        assert given.model
     else:
         from kd_transformers.arguments import parse_args as parse
 
-        assert parse([*argv, "--output_dir", "output", "--use_cpu"]).training
+        arguments = parse([*argv, "--output_dir", "output", "--use_cpu"])
+        assert arguments.training
+        given = arguments.distillation
+    if given.distill and ":" not in given.distill and given.distill != "mine":
+        options_from_strings(given.distill, given.distill_args)
+
+
+@pytest.mark.parametrize(("page", "line"), commands("kd-plugins"))
+def test_kd_plugins_commands(page: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """`list` and `info` run; what takes minutes, or a folder of runs, only has to be there."""
+    from kd_plugins.cli import main
+
+    _, *argv = shlex.split(line)
+    if argv and argv[0] in ("demo", "report"):
+        with pytest.raises(SystemExit) as ended:
+            main([argv[0], "--help"])
+        assert ended.value.code == 0
+    else:
+        assert main(argv) == 0
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    missing = [link for link in LINK.findall(page.read_text(encoding="utf-8")) if not (page.parent / link).exists()]
+    assert not missing
+
+
+def test_the_index_names_what_is_there() -> None:
+    """Files and functions of the index exist, and every method has a row."""
+    from kd_plugins import list_distillers
+    from kd_plugins.registry import distribution_of
+
+    page = ROOT / "docs" / "paper_index.md"
+    text = page.read_text(encoding="utf-8")
+    places = [(file, name.strip()) for file, names in PLACE.findall(text) for name in names.split(",")]
+    assert places
+    for file, name in places:
+        found = import_module("kd_plugins." + file.replace("/", "."))
+        for part in name.split("."):
+            found = getattr(found, part)
+    ours = [name for name in list_distillers() if str(distribution_of(name)).startswith("kd-plugins ")]
+    assert not [name for name in ours if f"| `{name}` |" not in text]
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs" / "methods").glob("*.md")), ids=lambda page: page.stem)

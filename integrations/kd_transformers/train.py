@@ -448,7 +448,10 @@ class Session:
 
     def _taught(self) -> np.ndarray:
         """The teachers' mean logits on the evaluation set, classes in the student's order."""
-        args = dataclasses.replace(self.arguments.training, report_to="none", push_to_hub=False)
+        quiet = {"report_to": "none", "push_to_hub": False}
+        # A `Trainer` that only predicts has no evaluation set, and refuses a schedule of evaluations.
+        unscheduled = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+        args = dataclasses.replace(self.arguments.training, **quiet, **unscheduled)
         logits = []
         for teacher in self.teachers:
             trainer = Trainer(model=teacher, args=args, data_collator=self.collate)

@@ -179,6 +179,14 @@ def test_distillation_continues_from_the_last_checkpoint_exactly(run, taught):
     assert same(weights(resumed), expected)
 
 
+def test_distillation_with_evaluations_and_the_best_checkpoint(run, taught):
+    best = "--save_strategy epoch --eval_strategy epoch --load_best_model_at_end --num_train_epochs 2 --max_steps -1".split()
+    folder, results = run("--distill", "kd", "--teacher", str(taught), *best)
+    assert 0 <= results["eval_teacher_agreement"] <= 1
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    assert [entry["epoch"] for entry in log if "eval_loss" in entry][:2] == [1.0, 2.0]
+
+
 def test_evaluation_alone(run, taught):
     _, trained = run("--model_name_or_path", str(taught), "--do_eval", name="evaluated")
     assert trained["eval_accuracy"] == json.loads((taught / "all_results.json").read_text())["eval_accuracy"]
