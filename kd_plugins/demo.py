@@ -129,8 +129,8 @@ def play(part: Part, folder: Path, console: Console) -> Table:
 
     table = Table(title=part.title, title_justify="left")
     table.add_column("", no_wrap=True)
-    for column in ("parameters", "accuracy", "agreement", "ms per step", "MB on disk"):
-        table.add_column(column, justify="right")
+    for column in ("weights", "accuracy", "agreement", "ms/step", "MB"):  # fits 80 characters
+        table.add_column(column, justify="right", no_wrap=True)
     teacher = folder / "teacher"
     for row, flags in {"teacher": part.teacher, **{n: f"{part.student} {f}" for n, f in part.students.items()}}.items():
         name = folder_name(row)

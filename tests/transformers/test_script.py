@@ -180,7 +180,8 @@ def test_distillation_continues_from_the_last_checkpoint_exactly(run, taught):
 
 
 def test_distillation_with_evaluations_and_the_best_checkpoint(run, taught):
-    best = "--save_strategy epoch --eval_strategy epoch --load_best_model_at_end --num_train_epochs 2 --max_steps -1".split()
+    best = "--save_strategy epoch --eval_strategy epoch --load_best_model_at_end".split()
+    best += "--num_train_epochs 2 --max_steps -1".split()
     folder, results = run("--distill", "kd", "--teacher", str(taught), *best)
     assert 0 <= results["eval_teacher_agreement"] <= 1
     log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
