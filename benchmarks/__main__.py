@@ -9,6 +9,7 @@ NAMES = {
     "speed": "seconds per step against the floor",
     "nst": "NST's forms",
     "quest": "QuEST's loss in pieces, and all at once",
+    "detector": "NST on Faster R-CNN",
     "quality": "lists of training runs",
     "results": "the tables of docs/results.md, from the runs' results",
     "demo_data": "the demo's training rows, a part of them held out to choose its settings on",

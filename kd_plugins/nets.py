@@ -173,7 +173,8 @@ def bind(
     def start(batch: Batch) -> None:
         for net in nets:
             net._before = None
-        with torch.autocast(batch.inputs.device.type if batch.inputs is not None else "cpu", enabled=False):
+        weight = next(nets.student.module.parameters(), None)
+        with torch.autocast("cpu" if weight is None else weight.device.type, enabled=False):
             set_up(distiller, nets, batch)
             if needs_pass(distiller) and batches is not None:
                 prepare(distiller, nets, batches)

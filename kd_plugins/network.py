@@ -60,12 +60,17 @@ class Network:
                 output = self.call(self.module if forward is None else forward, batch)
             except Reached:
                 pass
-        return View(
-            _logits=self.logits(output) if reads.logits else None,
-            features=self._features(paths, seen),
-            output=output,
-            labels=batch.labels,
-        )
+        logits, missing = None, ""
+        if reads.logits:
+            try:
+                logits = self.logits(output)
+            except DistillError as error:
+                # A criterion reads the output itself, and may need no scores: a detector in training returns losses.
+                if batch.criterion is None:
+                    raise
+                missing = str(error)
+        features = self._features(paths, seen)
+        return View(_logits=logits, features=features, output=output, labels=batch.labels, missing=missing)
 
     def call(self, forward: Forward, batch: Batch) -> Any:
         """Calls the network."""

@@ -119,8 +119,8 @@ class Batch:
     """One batch as every host hands it to a method.
 
     Attributes:
-        inputs: The main input: images `[B, C, H, W]` (normalised), token ids `[B, L]`; None for a method that makes
-            its own data.
+        inputs: The main input: images `[B, C, H, W]` (normalised), token ids `[B, L]`, whatever else the networks take
+            (a detector's list of images); None for a method that makes its own data.
         labels: Targets, as the host's task loss takes them.
         kwargs: The networks' other inputs by name (`attention_mask`, ...).
         name: Keyword of the main input; None passes it by position.
@@ -262,6 +262,7 @@ class View:
         output: The network's raw output; None when the forward stopped early.
         loss: The task loss, where the host's forward computes it.
         labels: The labels of the batch that was asked with.
+        missing: Why the output has no scores, where it has none.
     """
 
     _logits: Tensor | None = None
@@ -271,11 +272,14 @@ class View:
     output: Any = None
     loss: Tensor | None = None
     labels: Any = None
+    missing: str = ""
 
     @property
     def logits(self) -> Tensor:
         """The network's output scores: `[B, K]`, `[B, L, K]` per token, `[B, K, H, W]` per pixel."""
         if self._logits is None:
+            if self.missing:
+                raise DistillError(self.missing)
             raise DistillError(
                 "The logits were not asked for (Reads(logits=False)), so the network did not run so far: declare"
                 " Reads(logits=True) in needs(), or drop the term that reads them (task_weight = 0 for the task loss)."

@@ -18,6 +18,7 @@ from torch import nn
 
 from kd_accelerate import TurnPlayer
 from kd_accelerate.analysis import Similarity, analyse, as_nets
+from kd_accelerate.channels import common_maps, project_channels
 from kd_accelerate.predictions import calibration, rows_of
 from kd_accelerate.record import RunRecord
 from kd_plugins import Batch, Distiller, DistillError, bind, create_distiller
@@ -300,6 +301,39 @@ def test_the_teacher_agrees_with_itself():
     assert found.arrays["cka"].diagonal().tolist() == pytest.approx([1.0] * len(found.arrays["cka"]), abs=1e-3)
     assert torch.equal(found.arrays["student/confusion"], found.arrays["teacher/confusion"])
     assert found.arrays["student/confusion"].sum() == 48
+
+
+def test_channels_are_seen_in_the_teachers_main_plane():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(3, 5, 4, 4), torch.randn(3, 7, 4, 4)
+    ours, theirs = project_channels(student, teacher)
+    assert ours.shape == (3, 5, 2)
+    assert theirs.shape == (3, 7, 2)
+    for i in range(3):
+        channels = teacher[i].flatten(1) / teacher[i].flatten(1).norm(dim=1, keepdim=True)
+        variances = torch.linalg.eigvalsh(channels.T.cov(correction=0)).flip(0)[:2]
+        assert torch.allclose(theirs[i].var(0, correction=0), variances, atol=1e-6)
+    scaled = project_channels(2 * student.flip(1), 3 * teacher)
+    assert torch.allclose(scaled[0], ours.flip(1), atol=1e-5)
+    assert torch.allclose(scaled[1], theirs, atol=1e-5)
+    assert project_channels(torch.randn(1, 600, 2, 2), torch.randn(1, 1, 2, 2))[0].shape == (1, 200, 2)
+    assert common_maps({"a": torch.zeros(1, 2, 1, 1)}, {"a": torch.zeros(1, 2, 1, 1)}) is None
+
+
+def test_channels_before_and_after_share_the_teachers_points(tmp_path):
+    train(tmp_path, "nst")
+    run = load_run(tmp_path)
+    before, after = (run.array(phase, "teacher/channels") for phase in ("before", "after"))
+    assert torch.equal(before, after)
+    assert not torch.equal(run.array("before", "student/channels"), run.array("after", "student/channels"))
+    assert "channels" in Page(render([tmp_path])).ids
+
+    teacher = cnn(8, 1)
+    nets = bind(create_distiller("kd"), cnn(8, 1), teacher, batch=images(8))
+    nets.student.module.load_state_dict(teacher.state_dict())
+    found = analyse(nets, [images()])
+    assert found.summary["channels"]["mmd"] == pytest.approx(0, abs=1e-6)
+    assert torch.equal(found.arrays["student/channels"], found.arrays["teacher/channels"])
 
 
 def test_layers_of_a_network_without_a_library():

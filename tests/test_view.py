@@ -294,3 +294,20 @@ def test_a_teacher_gets_its_own_images_columns_and_class_order(images):
 
 def test_everything_public_is_there():
     assert all(hasattr(kd_plugins, name) for name in kd_plugins.__all__)
+
+
+def test_a_criterion_may_read_an_output_without_scores():
+    class Losses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+
+        def forward(self, pictures, targets):
+            return {"loss": self.layer(torch.stack(pictures)).square().mean() + targets[0]}
+
+    targets = [torch.tensor(1.0)]
+    batch = Batch([torch.ones(2)], targets, {"targets": targets}, criterion=lambda view, _: view.output["loss"], size=1)
+    view = Network(Losses()).read(batch, Reads())
+    assert batch.task_loss(view) > 1
+    with pytest.raises(DistillError, match="Expected Losses to return its scores"):
+        _ = view.logits

@@ -17,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kd_accelerate.channels import common_maps, project_channels
 from kd_accelerate.predictions import Predictions, rows_of
 from kd_plugins import Batch, DistillError, Net, Nets, Reads
+from kd_plugins import functional as KF
 from kd_plugins.layered import LayeredNetwork
 from kd_plugins.network import adapt
 
@@ -40,7 +42,8 @@ class Analysis:
         summary: Numbers and names, ready for JSON.
         arrays: Tensors by name: `cka` `[Ls, Lt]`, `images` `[n, 3, H, W]`, `student/map/0` `[n, h, w]`,
             `student/attention` `[layers, n, L, L]` or `[layers, n, h, w]`, `student/confusion` `[K, K]` (true class,
-            predicted class), `student/reliability` `[bins, 3]` (examples, confidence, accuracy).
+            predicted class), `student/reliability` `[bins, 3]` (examples, confidence, accuracy), `student/channels`
+            `[n, C, 2]` (points, see `kd_accelerate.channels`).
     """
 
     summary: dict[str, Any] = field(default_factory=dict)
@@ -105,11 +108,16 @@ def analyse(
         chunk: Batch | None = first
         while chunk is not None:
             logits, features = {}, []
+            first_maps: dict[str, dict[str, Tensor]] = {}
             for name, reader in readers.items():
                 logits[name], seen = reader(chunk)
+                if chunk is first:
+                    first_maps[name] = seen
                 if chunk is first and name in shown_networks:
                     _keep_maps(found, name, reader, seen, chunk, pick)
                 features += [_vectors(seen[place.name], chunk) for place in reader.places]
+            if "teacher" in first_maps:
+                _keep_channels(found, first_maps["student"], first_maps["teacher"], chunk, pick)
             if ensemble:
                 others = [logits["teacher"], *(t(chunk, reads=Reads()).logits for t in ensemble)]
                 logits["teacher"] = torch.stack([o.float().softmax(-1) for o in others]).mean(0).log()
@@ -482,6 +490,22 @@ def _keep_maps(
     chosen = _last_of_each_size(maps)
     found.summary[name] = {**found.summary.get(name, {}), "maps": chosen}
     found.arrays |= {f"{name}/map/{i}": maps[layer] for i, layer in enumerate(chosen)}
+
+
+def _keep_channels(
+    found: Analysis, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], batch: Batch, pick: Tensor
+) -> None:
+    """Keeps the channels of the deepest maps of one size as points of a plane."""
+    if not _is_image(batch):
+        return
+    ours, theirs = ({k: _channels_first(x) for k, x in maps.items() if x.dim() == 4} for maps in (student, teacher))
+    layers = common_maps(ours, theirs)
+    if layers is None:
+        return
+    a, b = ours[layers[0]], theirs[layers[1]]
+    found.arrays["student/channels"], found.arrays["teacher/channels"] = project_channels(a[pick], b[pick])
+    distance = float(KF.nst(a.float(), b.float(), "poly"))
+    found.summary["channels"] = {"student": layers[0], "teacher": layers[1], "mmd": distance, "examples": len(a)}
 
 
 def _last_of_each_size(maps: Mapping[str, Tensor]) -> list[str]:

@@ -198,7 +198,7 @@ class QUEST(Distiller):
                 f_s, f_t = _positions(f_s, f_t)
                 size = tuple(f_t.shape[2:])
                 # Tokens have no place in the image that would be known here.
-                image = batch.inputs.shape[2:] if batch.inputs is not None and f_t.dim() == 4 else ()
+                image = batch.inputs.shape[2:] if isinstance(batch.inputs, Tensor) and f_t.dim() == 4 else ()
                 made = Vocabulary(
                     self.n_words,
                     f_s.shape[1],

@@ -350,17 +350,26 @@ def bars(
     return svg(width, height, body, title)
 
 
-def points(groups: Mapping[str, Sequence[Sequence[float]]], *, title: str, width: int = 420, height: int = 380) -> str:
+def points(
+    groups: Mapping[str, Sequence[Sequence[float]]],
+    *,
+    title: str,
+    limits: Sequence[Sequence[float]] | None = None,
+    width: int = 420,
+    height: int = 380,
+) -> str:
     """Points in a plane, in a colour for each group; the axes have no unit and so no numbers.
 
     Args:
         groups: Pairs (x, y) by the group's name; at most eight groups.
         title: What is drawn.
+        limits: Points that the frame holds; by default those of the groups.
         width: In pixels.
         height: In pixels.
     """
     pad, top = 12, 44
-    xs, ys = ([float(p[k]) for group in groups.values() for p in group] or [0.0] for k in (0, 1))
+    held = [p for group in groups.values() for p in group] if limits is None else limits
+    xs, ys = ([float(p[k]) for p in held] or [0.0] for k in (0, 1))
     x0, y0 = min(xs), min(ys)
     wide, tall = (max(xs) - x0) or 1.0, (max(ys) - y0) or 1.0
     body, place = [_text(0, 13, title, "title")], 0.0

@@ -30,6 +30,7 @@ def run_page(run: Run) -> str:
         Section("method", "Found by the method", found.section(run)),
         Section("similarity", "Layer similarity", _similarity(run)),
         Section("features", "Feature maps", pictures.features(run)),
+        Section("channels", "Channels", pictures.channels(run)),
         Section("attention", "Attention", pictures.attention(run)),
         Section("confusion", "Confusion", _confusion(run)),
         Section("cost", "Cost", _cost(run)),

@@ -7,16 +7,17 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from kd_plugins.report import charts
-from kd_plugins.report.document import caption
+from kd_plugins.report.document import caption, figure_row
 from kd_plugins.report.images import heat, rgb, shade
 from kd_plugins.report.runs import Run
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["attention", "features"]
+__all__ = ["attention", "channels", "features"]
 
 _SENTENCES = 3
+_CHANNEL_EXAMPLES = 2
 
 
 def features(run: Run) -> str:
@@ -34,6 +35,36 @@ def features(run: Run) -> str:
         " one resolution, over the depth. Each map is scaled to its own range."
     )
     return caption(words) + _examples(run, lines)
+
+
+def channels(run: Run) -> str:
+    """The section with the channels of student and teacher as points of a plane; empty without maps of one size."""
+    phases = [phase for phase in ("before", "after") if run.array(phase, "student/channels") is not None]
+    drawn = []
+    for i in range(_CHANNEL_EXAMPLES):
+        planes = {}
+        for phase in phases:
+            networks = {who: run.array(phase, f"{who}/channels") for who in ("teacher", "student")}
+            planes[phase] = {who: x[i].tolist() for who, x in networks.items() if x is not None and i < len(x)}
+        # Both phases are drawn on one scale: what moves is the student.
+        everything = [point for groups in planes.values() for group in groups.values() for point in group]
+        drawn += [
+            charts.points(groups, title=f"{_label(run, i)}, {phase} training", limits=everything)
+            for phase, groups in planes.items()
+            if groups
+        ]
+    if not drawn:
+        return ""
+    places = [run.part(phase, "channels") for phase in phases]
+    distances = ", ".join(f"{charts.number(x['mmd'])} {phase}" for phase, x in zip(phases, places, strict=True))
+    last = places[-1]
+    words = (
+        "One point is one channel: its map of one example, scaled to length 1, in the plane of the two main directions"
+        f" of the teacher's channels (principal components). Layers: {escape(last['student'])} of the student,"
+        f" {escape(last['teacher'])} of the teacher. Squared MMD of all channels (polynomial kernel), mean of"
+        f" {last['examples']} examples: {distances} the training."
+    )
+    return caption(words) + figure_row(drawn, "wide")
 
 
 def attention(run: Run) -> str:
