@@ -12,6 +12,7 @@ NAMES = {
     "detector": "NST on Faster R-CNN",
     "quality": "lists of training runs",
     "results": "the tables of docs/results.md, from the runs' results",
+    "idx_data": "MNIST and Fashion-MNIST as parquet files",
     "demo_data": "the demo's training rows, a part of them held out to choose its settings on",
 }
 

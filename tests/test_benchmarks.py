@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shlex
@@ -9,13 +10,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from datasets import load_dataset
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import quality, results  # noqa: E402
+from benchmarks import idx_data, quality, results  # noqa: E402
+from benchmarks.__main__ import NAMES  # noqa: E402
 
 LISTS = sorted((ROOT / "benchmarks" / "lists").glob("*.yaml"))
 
@@ -39,6 +43,10 @@ def test_the_commands_of_the_lists_parse(path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("MINILM", "minilm")
     for command in commands(path):
         program, *argv = shlex.split(command)
+        if program == "python":
+            assert argv[:2] == ["-m", "benchmarks"]
+            assert argv[2] in NAMES
+            continue
         if program == "kd-timm-train":
             from kd_timm.arguments import parse_args as parse_timm
 
@@ -107,3 +115,17 @@ def test_the_page_of_results_is_that_of_the_files() -> None:
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     assert results.BLOCK.search(page)
     assert results.fill(page) == page, "run: python -m benchmarks results"
+
+
+def test_idx_files_become_images(tmp_path: Path) -> None:
+    pixels = bytes(range(2 * 3 * 4))
+    for split in ("train", "t10k"):
+        for what, sizes, data in (("images-idx3", (2, 3, 4), pixels), ("labels-idx1", (2,), b"\x03\x01")):
+            head = b"\x00\x00\x08" + bytes([len(sizes)]) + b"".join(n.to_bytes(4, "big") for n in sizes)
+            with gzip.open(tmp_path / f"{split}-{what}-ubyte.gz", "wb") as file:
+                file.write(head + data)
+    assert idx_data.main([str(tmp_path), str(tmp_path / "out")]) == 0
+    rows = load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == {"train": 2, "test": 2}
+    assert rows["train"]["label"] == [3, 1]
+    assert np.asarray(rows["test"][1]["image"]).tolist() == np.frombuffer(pixels[12:], np.uint8).reshape(3, 4).tolist()
