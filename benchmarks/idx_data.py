@@ -1,4 +1,4 @@
-"""Writes a data set in MNIST's own format (Fashion-MNIST, MNIST: four `*-ubyte.gz` files) as parquet files of images."""
+"""Writes a data set in MNIST's format (Fashion-MNIST, MNIST: four `*-ubyte.gz` files) as parquet files of images."""
 
 from __future__ import annotations
 
