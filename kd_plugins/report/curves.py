@@ -87,7 +87,10 @@ def _panels(run: Run) -> dict[str, list[Series]]:
         panels[key.rpartition("distill/")[2].replace("/", ": ")] = [_series(run, key, key, "c0")]
     for key in rates:
         panels["learning rate"] = [_series(run, key, key, "c5")]
-    return {title: [s for s in series if s.points] for title, series in panels.items() if any(s.points for s in series)}
+    panels = {title: [s for s in series if s.points] for title, series in panels.items()}
+    # One point is no curve; it stands among the results.
+    curves = {title: series for title, series in panels.items() if any(len(s.points) > 1 for s in series)}
+    return curves or {title: series for title, series in panels.items() if series}
 
 
 def _series(run: Run, key: str, name: str, style: str) -> Series:

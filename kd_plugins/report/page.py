@@ -289,7 +289,7 @@ def calibration_charts(run: Run, *, width: int = 250, label: str = "") -> list[s
 
 
 def _calibration(run: Run) -> str:
-    drawn = calibration_charts(run, width=470)
+    drawn = calibration_charts(run, width=400)
     words = (
         "Accuracy over confidence in 15 bins; a calibrated network follows the dashed diagonal. Red: more confident"
         " than right; pale: more often right than confident. The mean of these gaps over the examples is the expected"
