@@ -88,9 +88,9 @@ def _panels(run: Run) -> dict[str, list[Series]]:
     for key in rates:
         panels["learning rate"] = [_series(run, key, key, "c5")]
     panels = {title: [s for s in series if s.points] for title, series in panels.items()}
-    # One point is no curve; it stands among the results.
-    curves = {title: series for title, series in panels.items() if any(len(s.points) > 1 for s in series)}
-    return curves or {title: series for title, series in panels.items() if series}
+    # Of a run that is finished one point is no curve: it stands among the results.
+    least = 2 if run.info.get("status") == "finished" else 1
+    return {title: series for title, series in panels.items() if any(len(s.points) >= least for s in series)}
 
 
 def _series(run: Run, key: str, name: str, style: str) -> Series:
