@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import socket
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from distributed_kit import keep, kept, on_two_processes
 from torch import Tensor, nn
 
 from kd_plugins import Batch, DistillError, bind, create_distiller, make_optimizers, play
@@ -566,21 +564,9 @@ def accelerated(folder: Path, processes: int) -> list[Tensor]:
 
 @pytest.mark.distributed
 def test_two_processes_with_accumulation_clipping_and_resume(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    done = subprocess.run(
-        [*command, __file__, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_processes(__file__, str(tmp_path))
     alone = accelerated(tmp_path / "alone", 1)
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for found in kept(tmp_path):
         assert same(found, alone, 1e-5)
     assert not same(alone, [v.double() for v in state(*networks((4, 4, 4), norm=False))], 1e-3)
     saved = json.loads((tmp_path / "distiller" / "distiller.json").read_text())
@@ -589,7 +575,4 @@ def test_two_processes_with_accumulation_clipping_and_resume(tmp_path):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
-    result = accelerated(folder, 2)
-    torch.save(result, folder / f"{torch.distributed.get_rank()}.pt")
-    torch.distributed.destroy_process_group()
+    keep(accelerated(Path(sys.argv[1]), 2), sys.argv[1])

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from distributed_kit import keep, kept, on_two_processes
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -484,20 +481,9 @@ def accelerated(processes: int) -> dict[str, Tensor]:
 
 @pytest.mark.distributed
 def test_two_processes_have_the_words_of_the_first(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    done = subprocess.run(
-        [*command, __file__, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_processes(__file__, str(tmp_path))
     alone = accelerated(1)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    first, second = kept(tmp_path)
     assert same(first, second)
     assert same(first, alone, 1e-5)
     assert not same({"w": first["high.0.weight"]}, {"w": Net(4, 1).high[0].weight.detach()}, 1e-3)
@@ -505,6 +491,4 @@ def test_two_processes_have_the_words_of_the_first(tmp_path):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    result = accelerated(2)
-    torch.save(result, Path(sys.argv[1]) / f"{torch.distributed.get_rank()}.pt")
-    torch.distributed.destroy_process_group()
+    keep(accelerated(2), sys.argv[1])
