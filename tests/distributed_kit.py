@@ -13,13 +13,14 @@ import torch
 HERE = Path(__file__).parent
 
 
-def on_two_processes(*words: str, timeout: int = 300) -> None:
-    """Runs `python WORDS` on two processes, one thread each; test modules find the kits beside this one."""
+def on_two_processes(*words: str, timeout: int = 300) -> str:
+    """Runs `python WORDS` on two processes of one thread each, and gives what they printed."""
     paths = os.pathsep.join([str(HERE), str(HERE / "timm"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
 
 
 def keep(result: Any, folder: str | Path) -> None:

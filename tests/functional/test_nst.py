@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sizes import Sizes
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from kd_plugins import functional as KF
 from kd_plugins.functional import _common
@@ -115,19 +114,6 @@ def test_second_degree_is_the_difference_of_normalised_grams(shapes: str) -> Non
     torch.testing.assert_close(KF.nst(student, teacher), expected, rtol=0, atol=1e-12)
 
 
-class _Sizes(TorchDispatchMode):
-    """Notes the sizes of the tensors that operations make."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.largest = max([self.largest, *(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor))])
-        return out
-
-
 @pytest.mark.parametrize(
     ("options", "student", "teacher", "largest"),
     [
@@ -141,7 +127,7 @@ class _Sizes(TorchDispatchMode):
 def test_memory(options: str, student: tuple[int, ...], teacher: tuple[int, ...], largest: int) -> None:
     """No tensor exceeds the maps, or the inner products of the cheaper side."""
     f_s, f_t = randn(*student).requires_grad_(), randn(*teacher, seed=1)
-    with _Sizes() as sizes:
+    with Sizes() as sizes:
         KF.nst(f_s, f_t, **KERNELS[options]).backward()
     assert 0 < sizes.largest <= max(largest, 2 * f_s.numel())
 
@@ -149,7 +135,7 @@ def test_memory(options: str, student: tuple[int, ...], teacher: tuple[int, ...]
 def test_memory_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(KF.nst.__globals__, "_ENTRIES", 3 * 32**2)
     f_s, f_t = randn(6, 32, 2, 2).requires_grad_(), randn(6, 32, 2, 2, seed=1)
-    with _Sizes() as sizes:
+    with Sizes() as sizes:
         KF.nst(f_s, f_t, "gaussian").backward()
     assert sizes.largest <= 32**2
 

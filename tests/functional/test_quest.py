@@ -8,9 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sizes import Sizes
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from kd_plugins import functional as KF
 
@@ -127,25 +126,12 @@ def test_a_student_that_knows_the_words_pays_nothing():
     assert KF.quest(maps.flip(1), maps, words, 50.0, words, 100.0) > 10
 
 
-class _Sizes(TorchDispatchMode):
-    """Notes the sizes of the tensors that operations make."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.largest = max([self.largest, *(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor))])
-        return out
-
-
 def test_memory_in_pieces(monkeypatch):
     monkeypatch.setitem(KF.quest.__globals__, "_SCORES", 2**10)
     x = given_tensors(8, 4, 4, 256, (8, 8))
     for name in ("student", "weight", "scale"):
         x[name].requires_grad_()
-    with _Sizes() as sizes:
+    with Sizes() as sizes:
         values(x).backward()
     assert sizes.largest == 8 * 4 * 8 * 8
 

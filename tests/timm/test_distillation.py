@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from distributed_kit import on_two_processes
 from safetensors.torch import load_file, save_file
 from timm.data import create_loader
 from timm.loss import LabelSmoothingCrossEntropy
@@ -346,13 +344,8 @@ def test_a_teacher_that_does_not_fit_is_refused(run, teacher, tiny, tmp_path, ca
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", ["kd+nst", "timm_distillers:Adversary"])
 def test_two_processes(run, teacher, tiny, tmp_path, name):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "kd_timm.train", *tiny, "--distill", name, *teacher]
-    command += ["--output", str(tmp_path), "--experiment", "two"]
-    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=paths)
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr[-3000:]
+    flags = ["--distill", name, *teacher, "--output", str(tmp_path), "--experiment", "two"]
+    on_two_processes("-m", "kd_timm.train", *tiny, *flags)
     results = json.loads((tmp_path / "two" / "results.json").read_text())
     assert results["evaluation"]["agreement"] > 0
     assert (tmp_path / "two" / "state" / "distiller" / "distiller_random_1.safetensors").is_file()

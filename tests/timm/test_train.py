@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from distributed_kit import on_two_processes
 from safetensors.torch import load_file
 from timm.data import FastCollateMixup, create_loader
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -222,22 +220,13 @@ def test_bad_input_is_refused_before_training(tiny, few_digits, tmp_path, flags,
 @pytest.mark.distributed
 def test_two_processes(tiny, tmp_path):
     """Two processes, with an odd number of evaluation images: every process counts its own, none counts twice."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "kd_timm.train", *tiny, "--epochs", "1", "-vb", "33", "--output", str(tmp_path)]
-    env = dict(os.environ, OMP_NUM_THREADS="1")
-    done = subprocess.run(
-        [*command, "--experiment", "two"],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    flags = ["--epochs", "1", "-vb", "33", "--output", str(tmp_path), "--experiment", "two"]
+    printed = on_two_processes("-m", "kd_timm.train", *tiny, *flags)
     folder = Path(tmp_path) / "two"
     results = json.loads((folder / "results.json").read_text())
     assert json.loads((folder / "state" / "state.json").read_text())["processes"] == 2
     # 1,297 rows in two shares of 649, in batches of 64.
-    assert "of 10 updates" in done.stderr + done.stdout
+    assert "of 10 updates" in printed
     model = timm.create_model("resnet10t", checkpoint_path=folder / "model_best.safetensors", **MODEL).eval()
     args = parse_args([*tiny])
     args.dataset = "digits"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset
+from distributed_kit import on_two_processes
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
 
@@ -396,10 +396,7 @@ def test_two_processes_train_as_one(run, colours, tmp_path):
     words += ["--train_sampling_strategy", "sequential", "--optim", "sgd"]
     one, results = run(*words, "--per_device_train_batch_size", "16", name="one")
     two = tmp_path / "two"
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    again = [*start, "-m", "kd_transformers.train", *words, "--output_dir", str(two)]
-    done = subprocess.run(again, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_processes("-m", "kd_transformers.train", *words, "--output_dir", str(two))
     for part in ("teacher", "."):
         for name, value in weights(one / part).items():
             assert torch.allclose(value, weights(two / part)[name], atol=1e-5), (part, name)

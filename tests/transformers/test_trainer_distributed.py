@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from distributed_kit import on_two_processes
 from safetensors.torch import load_file
 from trainer_kit import difference, logged, weights
 from trainer_worker import RUNS, run_of
@@ -21,13 +19,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes ended with; one start for all tests, because importing takes most of the time."""
     folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    worker = Path(__file__).with_name("trainer_worker.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, str(worker), str(folder)], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    on_two_processes(str(Path(__file__).with_name("trainer_worker.py")), str(folder), timeout=600)
     return folder
 
 
