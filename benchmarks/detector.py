@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +17,7 @@ from torchvision.models.detection.rpn import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 
 import kd_plugins
-from benchmarks.timing import machine, peak_mib, print_table, write
+from benchmarks.timing import machine, measured, peak_mib, print_table, write
 from kd_plugins.view import Batch, Reads, View
 
 # Of the two photographs that scikit-learn carries, (x, y, x, y) in pixels of the crop below: the pagoda, the flower.
@@ -108,14 +106,11 @@ def main(argv: list[str]) -> int:
         print(json.dumps(measure(case, int(images), args.repeats, args.weights)))
         return 0
     rows, results = [], {}
-    command = [sys.executable, "-m", "benchmarks", "detector", "--repeats", str(args.repeats)]
-    command += ["--weights", args.weights] if args.weights else []
+    command = ["detector", "--repeats", str(args.repeats), *(["--weights", args.weights] if args.weights else [])]
     for images in (1, 2):
         found = {}
         for case in ("alone", "nst"):
-            words = [*command, "--measure", case, str(images)]
-            done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
-            found[case] = json.loads(done.stdout.splitlines()[-1])
+            found[case] = measured(*command, "--measure", case, str(images))
         alone, nst = found["alone"], found["nst"]
         size = " x ".join(str(n) for n in nst["map"])
         rows.append([images, size, alone["seconds"], nst["seconds"], alone["mib"], nst["mib"]])

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.timing import machine, peak_mib, print_table, write
+from benchmarks.timing import machine, measured, peak_mib, print_table, write
 from kd_plugins import functional as KF
 
 SHAPES = {
@@ -68,9 +66,7 @@ def main(argv: list[str]) -> int:
         # The broadcast keeps the products of student and student, and of student and teacher, for its backward pass.
         needed = 4 * batch * height * width * (c_s * c_s + c_s * c_t + c_t * c_t) / 2**30
         for form in ("ours", "broadcast") if needed <= args.limit_gib else ("ours",):
-            command = [sys.executable, "-m", "benchmarks", "nst", "--repeats", str(args.repeats)]
-            done = subprocess.run([*command, "--measure", form, shape], capture_output=True, text=True, check=True)
-            found[form] = json.loads(done.stdout)
+            found[form] = measured("nst", "--repeats", str(args.repeats), "--measure", form, shape)
         ours, theirs = found["ours"], found.get("broadcast")
         ratio = [theirs["ms"] / ours["ms"], theirs["mib"]] if theirs else ["-", f"> {needed:.0f} GiB needed"]
         rows.append([shape, ours["ms"], ours["mib"], theirs["ms"] if theirs else "-", *reversed(ratio)])

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.timing import machine, peak_mib, print_table, write
+from benchmarks.timing import machine, measured, peak_mib, print_table, write
 from kd_plugins import functional as KF
 
 # Batch, channels of the student and of the teacher, height and width, words.
@@ -73,9 +71,7 @@ def main(argv: list[str]) -> int:
     for shape in SHAPES:
         found: dict[str, dict[str, float]] = {}
         for form in ("ours", "at once"):
-            command = [sys.executable, "-m", "benchmarks", "quest", "--repeats", str(args.repeats)]
-            done = subprocess.run([*command, "--measure", form, shape], capture_output=True, text=True, check=True)
-            found[form] = json.loads(done.stdout)
+            found[form] = measured("quest", "--repeats", str(args.repeats), "--measure", form, shape)
         ours, theirs = found["ours"], found["at once"]
         rows.append([shape, ours["ms"], ours["mib"], ours["process_mib"], theirs["ms"], theirs["mib"]])
         results[shape] = found

@@ -7,6 +7,8 @@ import platform
 import random
 import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["compare", "machine", "print_table", "write"]
+__all__ = ["compare", "machine", "measured", "peak_mib", "print_table", "ratios", "write"]
 
 
 def compare(cases: Mapping[str, Callable[[], Any]], *, repeats: int, warmup: int = 3) -> dict[str, list[float]]:
@@ -56,6 +58,14 @@ def machine() -> dict[str, Any]:
     """What the figures were taken on."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def measured(*words: str) -> dict[str, Any]:
+    """What `python -m benchmarks WORDS` prints last, as JSON: peak memory is that of a process, so each has its own."""
+    command = [sys.executable, "-m", "benchmarks", *words]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def peak_mib() -> float:
