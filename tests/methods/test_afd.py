@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from distributed_kit import keep, kept, on_two_processes
+from image_kit import Images, image_classifier, image_trainer
 from torch import Tensor, nn
 
 from kd_plugins import Batch, DistillError, bind, create_distiller, make_optimizers, play
@@ -439,67 +440,15 @@ def _fresh() -> None:
         shared._shared_state.clear()
 
 
-def image_classifier(widths: list[int], seed: int) -> Any:
-    from transformers import ResNetConfig, ResNetForImageClassification
-
-    torch.manual_seed(seed)
-    config = ResNetConfig(
-        embedding_size=4,
-        hidden_sizes=widths,
-        depths=[1, 1],
-        layer_type="basic",
-        num_labels=3,
-        downsample_in_first_stage=True,
-    )
-    return ResNetForImageClassification(config)
-
-
-class Images(torch.utils.data.Dataset):
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.images = torch.randn(16, 3, 16, 16, generator=generator)
-        self.labels = torch.randint(3, (16,), generator=generator)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, row: int) -> dict[str, Tensor]:
-        return {"pixel_values": self.images[row], "labels": self.labels[row]}
-
-
-def trainer(folder: Path, *, peers: Sequence[Any] = (), teacher: Any = None, **options: Any) -> Any:
-    from transformers import TrainingArguments
-
-    from kd_transformers import DistillationTrainer
-
-    args = TrainingArguments(
-        str(folder),
-        num_train_epochs=2,
-        per_device_train_batch_size=8,
-        logging_steps=1,
-        learning_rate=1e-2,
-        use_cpu=True,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        train_sampling_strategy="sequential",
-        **options,
-    )
-    return DistillationTrainer(
-        image_classifier([4, 8], 0),
-        args,
-        train_dataset=Images(),
-        peer_models=peers,
-        teacher_model=teacher,
-        distiller="afd",
-        distiller_args={"layer": "resnet.encoder.stages.1", "features.lr": 1e-3, "discriminator.lr": 1e-3},
-    )
+def trainer(folder: Path, **options: Any) -> Any:
+    rates = {"layer": "resnet.encoder.stages.1", "features.lr": 1e-3, "discriminator.lr": 1e-3}
+    return image_trainer(folder, image_classifier([4, 8], 0), distiller="afd", distiller_args=rates, **options)
 
 
 def test_in_trainer_with_peers_and_label_smoothing(tmp_path):
     peer = image_classifier([4, 12], 1)
     before = copy.deepcopy(peer)
-    host = trainer(tmp_path, peers=[peer], label_smoothing_factor=0.2)
+    host = trainer(tmp_path, peer_models=[peer], label_smoothing_factor=0.2)
     host.train()
     data = Images()
     scores = before.train()(data.images[:8]).logits
@@ -520,7 +469,7 @@ def test_in_trainer_with_peers_and_label_smoothing(tmp_path):
 def test_in_trainer_with_a_teacher(tmp_path):
     teacher = image_classifier([4, 12], 1)
     before = state(teacher)
-    host = trainer(tmp_path, teacher=teacher)
+    host = trainer(tmp_path, teacher_model=teacher)
     host.train()
     assert same(before, state(teacher))
     assert {"distill/logits", "distill/features/student"} <= set(host.state.log_history[0])

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from distributed_kit import keep, kept, on_two_processes
+from image_kit import image_classifier, image_trainer
 from torch import Tensor, nn
 
 from kd_plugins import Batch, DistillError, bind, make_optimizers, play
@@ -539,51 +540,17 @@ def test_by_name_in_kd_timm_train(tmp_path, monkeypatch):
     exported.load_state_dict(load_file(tmp_path / "both" / "model_best.safetensors"))
 
 
-class Images(torch.utils.data.Dataset):
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.images = torch.randn(32, 3, 16, 16, generator=generator)
-        self.labels = torch.randint(3, (32,), generator=generator)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, row: int) -> dict[str, Tensor]:
-        return {"pixel_values": self.images[row], "labels": self.labels[row]}
-
-
-def image_classifier(widths: list[int], depths: list[int], seed: int) -> Any:
-    from transformers import ResNetConfig, ResNetForImageClassification
-
-    torch.manual_seed(seed)
-    options = {"embedding_size": 4, "layer_type": "basic", "num_labels": 3, "downsample_in_first_stage": False}
-    return ResNetForImageClassification(ResNetConfig(hidden_sizes=widths, depths=depths, **options))
-
-
 def test_in_trainer_with_an_image_classifier(tmp_path):
-    from transformers import TrainingArguments
-
     from kd_plugins.report import load_run
-    from kd_transformers import DistillationTrainer
     from kd_transformers.recording import RecordCallback
 
-    args = TrainingArguments(
-        str(tmp_path),
-        num_train_epochs=4,
-        per_device_train_batch_size=8,
-        logging_steps=1,
-        learning_rate=1e-2,
-        use_cpu=True,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
-    teacher = image_classifier([4, 12], [2, 3], 1)
+    teacher = image_classifier([4, 12], 1, [2, 3])
     before = copy.deepcopy(teacher.state_dict())
-    host = DistillationTrainer(
-        image_classifier([4, 8], [1, 1], 0),
-        args,
-        train_dataset=Images(),
+    host = image_trainer(
+        tmp_path,
+        image_classifier([4, 8], 0),
+        epochs=4,
+        rows=32,
         teacher_model=teacher,
         distiller="dfa",
         distiller_args={"search_epochs": 1.0, "beta.lr": 0.05},

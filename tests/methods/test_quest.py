@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from distributed_kit import keep, kept, on_two_processes
+from image_kit import image_classifier, image_trainer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -392,28 +393,6 @@ def test_by_name_in_kd_timm_train_with_resume(tmp_path, monkeypatch):
     assert same(*students)
 
 
-class Images(torch.utils.data.Dataset):
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.images = torch.randn(16, 3, 16, 16, generator=generator)
-        self.labels = torch.randint(3, (16,), generator=generator)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, row: int) -> dict[str, Tensor]:
-        return {"pixel_values": self.images[row], "labels": self.labels[row]}
-
-
-def resnet(widths: list[int], seed: int) -> Any:
-    from transformers import ResNetConfig, ResNetForImageClassification
-
-    torch.manual_seed(seed)
-    return ResNetForImageClassification(
-        ResNetConfig(embedding_size=4, hidden_sizes=widths, depths=[1, 1], layer_type="basic", num_labels=3)
-    )
-
-
 def vit(width: int, seed: int) -> Any:
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -422,40 +401,21 @@ def vit(width: int, seed: int) -> Any:
     return ViTForImageClassification(ViTConfig(image_size=16, patch_size=4, num_labels=3, **size))
 
 
-@pytest.mark.parametrize(("make", "layer"), [(resnet, "resnet.encoder.stages.1"), (vit, "vit.layers.1")])
+@pytest.mark.parametrize(("make", "layer"), [(image_classifier, "resnet.encoder.stages.1"), (vit, "vit.layers.1")])
 def test_in_trainer(make, layer, tmp_path):
-    from transformers import TrainingArguments
-
-    from kd_transformers import DistillationTrainer
-
-    student, teacher = (make([4, 8], 0), make([4, 12], 1)) if make is resnet else (make(8, 0), make(12, 1))
+    convolutional = make is image_classifier
+    student, teacher = (make([4, 8], 0), make([4, 12], 1)) if convolutional else (make(8, 0), make(12, 1))
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    host = DistillationTrainer(
-        student,
-        TrainingArguments(
-            str(tmp_path),
-            num_train_epochs=2,
-            per_device_train_batch_size=8,
-            logging_steps=1,
-            learning_rate=1e-2,
-            use_cpu=True,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        ),
-        train_dataset=Images(),
-        teacher_model=teacher,
-        distiller="quest",
-        distiller_args={"layers": (layer,), "words": 10},
-    )
+    words = {"layers": (layer,), "words": 10}
+    host = image_trainer(tmp_path, student, teacher_model=teacher, distiller="quest", distiller_args=words)
     host.train()
     assert same(before, teacher.state_dict())
     (part,) = host.distiller.vocabularies
     # Two images wide and high, or 16 patches and the class token.
-    assert part.counts.sum() == 16 * (4 if make is resnet else 17)
+    assert part.counts.sum() == 16 * (4 if convolutional else 17)
     logs = [row["distill/quest"] for row in host.state.log_history if "distill/quest" in row]
     assert logs[-1] < logs[0]
-    assert len(host.distiller.pictures()) == (make is resnet)
+    assert len(host.distiller.pictures()) == convolutional
 
 
 def accelerated(processes: int) -> dict[str, Tensor]:

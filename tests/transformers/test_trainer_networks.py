@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers as hf
 from datasets import Dataset
+from image_kit import Images
 from torch import Tensor
 from trainer_kit import NO_DROPOUT, TINY, Texts, bert, calls, logged, moved, teacher, trainer, weights
 
@@ -35,21 +36,6 @@ TEXT_MODELS: dict[str, Any] = {
         hf.DebertaV2Config(**TINY, **NO_DROPOUT, **DEBERTA, num_hidden_layers=n)
     ),
 }
-
-
-class Images(torch.utils.data.Dataset):
-    """Random images as dicts."""
-
-    def __init__(self, rows: int = 8, channels: int = 3) -> None:
-        generator = torch.Generator().manual_seed(1)
-        self.images = torch.randn(rows, channels, 32, 32, generator=generator)
-        self.labels = torch.randint(3, (rows,), generator=generator)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        return {"pixel_values": self.images[i], "labels": self.labels[i]}
 
 
 def vit(layers: int) -> Any:
@@ -106,7 +92,7 @@ def test_text_models_by_structure(tmp_path: Path, name: str) -> None:
 
 def test_vision_transformers(tmp_path: Path) -> None:
     """A pair of ViTs under internal: no mask, one image a row."""
-    run = trainer(tmp_path, "internal", student=vit(2), of=vit(4), data=Images(), max_steps=6)
+    run = trainer(tmp_path, "internal", student=vit(2), of=vit(4), data=Images(8, size=32), max_steps=6)
     run.train()
     finite(run, "kl_attention", "cos_hidden", "soft_labels")
 
@@ -119,7 +105,13 @@ def test_convolutional_networks(tmp_path: Path, layers: tuple[Any, ...], expecte
     """A pair of ResNets under nst: stage numbers, or module paths."""
     options = {"layers": layers}
     run = trainer(
-        tmp_path, "nst", options, student=resnet([1, 1]), of=resnet([2, 2], width=16), data=Images(), max_steps=3
+        tmp_path,
+        "nst",
+        options,
+        student=resnet([1, 1]),
+        of=resnet([2, 2], width=16),
+        data=Images(8, size=32),
+        max_steps=3,
     )
     before = weights(run.model)
     run.train()
@@ -131,7 +123,7 @@ def test_convolutional_networks(tmp_path: Path, layers: tuple[Any, ...], expecte
 
 def test_nst_equals_the_function(tmp_path: Path) -> None:
     """What is logged is the published function of the stages' outputs."""
-    student, of, data = resnet([1, 1]), resnet([2, 2]), Images()
+    student, of, data = resnet([1, 1]), resnet([2, 2]), Images(8, size=32)
     inputs = data.images[:4]
     with torch.no_grad():
         theirs = of.eval()(inputs, output_hidden_states=True).hidden_states[-1]
