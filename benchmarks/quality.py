@@ -35,10 +35,13 @@ from benchmarks.timing import machine, print_table, write
 
 
 def find(results: dict[str, Any], key: str) -> float | None:
-    """A value by a dotted key, `evaluation.top1`; None where the run has none."""
+    """A value by a dotted key, `evaluation.top1` or `peers.0.top1`; None where the run has none."""
     value: Any = results
     for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
+        if isinstance(value, list):
+            value = dict(enumerate(value)).get(int(part))
+        else:
+            value = value.get(part) if isinstance(value, dict) else None
     return None if value is None else float(value)
 
 

@@ -91,6 +91,12 @@ def test_a_list_runs_once_and_keeps_its_figures(tmp_path: Path, capsys: pytest.C
     assert "high, wide" in capsys.readouterr().out
 
 
+def test_metrics_are_found_by_dotted_keys() -> None:
+    results = {"evaluation": {"top1": 60}, "peers": [{"top1": 61.5}]}
+    keys = ("evaluation.top1", "peers.0.top1", "peers.1.top1", "evaluation.agreement", "teacher.top1")
+    assert [quality.find(results, key) for key in keys] == [60.0, 61.5, None, None, None]
+
+
 def test_a_failed_run_is_told_and_leaves_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = "import sys; open(sys.argv[1] + '/results.json', 'w').write('{\"top1\": 1}')"
     bad = "raise SystemExit('no such flag')"
