@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--output", default="output/quality", help="where the runs go")
     parser.add_argument("--json", help="where the results go; by default benchmarks/results/<list>.json")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once")
-    parser.add_argument("--only", nargs="*", help="rows to run")
+    parser.add_argument("--only", nargs="*", help="rows to run; the table has all that are done")
     parser.add_argument("--collect", action="store_true", help="run nothing: the table of what is done")
     args = parser.parse_args(argv)
     spec = yaml.safe_load(Path(args.list).read_text())
@@ -98,15 +98,16 @@ def main(argv: list[str]) -> int:
         for variant, more in (spec.get("variants") or {"": ""}).items()
         for row, flags in spec["rows"].items()
     }
+    if unknown := set(args.only or ()) - set(lines):
+        parser.error(f"--only: expected rows of the list, got {sorted(unknown)}; it has {list(lines)}")
     jobs = {}
     with ThreadPoolExecutor(args.jobs) as pool:
         for seed in spec["seeds"]:
             for row, flags in lines.items():
-                if args.only and row not in args.only:
-                    continue
                 folder = root / folder_name(row) / f"seed{seed}"
                 command = f"{spec['common']} {flags}".format(out=folder, seed=seed, **names)
-                jobs[row, seed] = pool.submit(run, os.path.expandvars(command), folder, wanted, not args.collect)
+                start = not args.collect and row in (args.only or lines)
+                jobs[row, seed] = pool.submit(run, os.path.expandvars(command), folder, wanted, start)
     results: dict[str, Any] = {}
     for row, flags in lines.items():
         found = {seed: job.result() for (name, seed), job in jobs.items() if name == row}

@@ -82,7 +82,10 @@ def test_a_list_runs_once_and_keeps_its_figures(tmp_path: Path, capsys: pytest.C
     }
     path, target = tmp_path / "list.yaml", tmp_path / "list.json"
     path.write_text(yaml.safe_dump(spec, sort_keys=False))
-    for more in ([], [], ["--collect"]):
+    with pytest.raises(SystemExit):
+        quality.main([str(path), "--only", "highest"])
+    assert "expected rows of the list, got ['highest']" in capsys.readouterr().err
+    for more in (["--only", "low"], [], ["--only", "low"], ["--collect"]):
         assert quality.main([str(path), "--output", str(tmp_path), "--json", str(target), "--jobs", "2", *more]) == 0
     rows = json.loads(target.read_text())["rows"]
     assert rows["low"]["accuracy"] == {"0": 2.5, "2": 22.5}
