@@ -145,6 +145,9 @@ def fingerprint_of(source: nn.Module | Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     state = source.state_dict() if isinstance(source, nn.Module) else source
     for name, value in sorted(state.items()):
+        if not isinstance(value, Tensor):  # a module's own state, which need not be a tensor
+            digest.update(f"{name} {value!r} ".encode())
+            continue
         digest.update(f"{name} {value.dtype} {list(value.shape)} ".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

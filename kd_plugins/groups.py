@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any
@@ -46,14 +47,13 @@ class Group:
 
     def follow(self, student: Optimizer) -> None:
         """Sets the learning rate for the coming update."""
-        main = largest(student)
-        now = main["lr"]
         if self.spec is None:
-            lr = now
-        elif self.spec.schedule == "student":
-            lr = self.spec.lr * float(now) / max(float(main["initial_lr"]), 1e-30)
-        else:
-            lr = self.spec.lr
+            for group in self.optimizer.param_groups:
+                group["lr"] = student.param_groups[group["follows"]]["lr"]
+            return
+        lr, main = self.spec.lr, student.param_groups[largest(student)]
+        if self.spec.schedule == "student":
+            lr *= float(main["lr"]) / max(float(main["initial_lr"]), 1e-30)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
@@ -79,7 +79,9 @@ class Groups:
 
     Ours are made when they are first asked for, after the method has built its parts. `"own"` and the peers get an
     optimizer of the student's class, hyper-parameters and learning-rate curve; extra and shared groups get what the
-    method and the user's overrides say.
+    method and the user's overrides say. Where the student's optimizer has several parameter groups, `"own"` is like the
+    largest, and a peer's parameter like the student's of its name, else like most of its kind (weights, or vectors such
+    as biases and norms).
 
     Args:
         distiller: The method.
@@ -132,10 +134,11 @@ class Groups:
         made: dict[str, Group] = {}
         own = distiller.own_parameters()
         if own:
-            made["own"] = Group("own", own, like(self.optimizer, own), None)
+            made["own"] = Group("own", own, like(self.optimizer, {largest(self.optimizer): own}), None)
         for i, peer in enumerate(self.nets.peers[1:] if self.nets else (), 1):
-            parameters = [p for p in peer.module.parameters() if p.requires_grad]
-            made[f"peer{i}"] = Group(f"peer{i}", parameters, like(self.optimizer, parameters), None)
+            split = like_student(self.optimizer, self.nets.student.module, peer.module)  # type: ignore[union-attr]
+            parameters = [p for part in split.values() for p in part]
+            made[f"peer{i}"] = Group(f"peer{i}", parameters, like(self.optimizer, split), None)
         extra = {name: list(module.parameters()) for name, module in distiller.extras().items()}
         if overrides(distiller, "shared"):
             if self.nets is None:
@@ -180,17 +183,56 @@ class Groups:
         self.enter_stage()
 
 
-def largest(optimizer: Optimizer) -> dict[str, Any]:
+def largest(optimizer: Optimizer) -> int:
     """The parameter group that holds most of the weights: hosts put biases and norms apart, without weight decay."""
-    return max(optimizer.param_groups, key=lambda group: sum(p.numel() for p in group["params"]))
+    sizes = [sum(p.numel() for p in group["params"]) for group in optimizer.param_groups]
+    return sizes.index(max(sizes))
 
 
-def like(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> Optimizer:
-    """Another optimizer of the same class, with the hyper-parameters of the largest group."""
+def like_student(optimizer: Optimizer, student: nn.Module, peer: nn.Module) -> dict[int, list[nn.Parameter]]:
+    """A peer's parameters by the number of the group of the student's optimizer that they are to be treated as."""
+    number = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    of_name = {name: p for name, p in student.named_parameters() if id(p) in number}
+    sizes: Counter[tuple[bool, int]] = Counter()
+    for p in of_name.values():
+        sizes[p.dim() > 1, number[id(p)]] += p.numel()
+    split: dict[int, list[nn.Parameter]] = {}
+    for name, p in peer.named_parameters():
+        if not p.requires_grad:
+            continue
+        same = of_name.get(name)
+        if same is not None and same.dim() == p.dim():
+            group = number[id(same)]
+        else:
+            kind = [(size, group) for (matrix, group), size in sizes.items() if matrix == (p.dim() > 1)]
+            group = max(kind)[1] if kind else largest(optimizer)
+        split.setdefault(group, []).append(p)
+    return split
+
+
+def like(optimizer: Optimizer, split: Mapping[int, Sequence[nn.Parameter]]) -> Optimizer:
+    """Another optimizer of the same class.
+
+    Args:
+        optimizer: The optimizer.
+        split: The other's parameters, by the number of the group whose hyper-parameters they get; each group of the
+            other keeps that number as `follows`.
+    """
     cls = type(optimizer)
     accepted = inspect.signature(cls).parameters
-    first = largest(optimizer)
-    return cls(list(parameters), **{k: first[k] for k in optimizer.defaults if k in accepted and k in first})
+    groups, names = optimizer.param_groups, [k for k in optimizer.defaults if k in accepted]
+    made = [
+        {"params": list(part), "follows": i, **{k: groups[i][k] for k in names if k in groups[i]}}
+        for i, part in split.items()
+    ]
+    first = groups[largest(optimizer)]
+    try:
+        return cls(made, **{k: first[k] for k in names if k in first})
+    except (TypeError, AttributeError) as error:
+        raise DistillError(
+            f"Peers and the distiller's own parts get an optimizer like the student's, and a {cls.__name__} cannot be"
+            f" made of parameters alone ({error}): choose another optimizer."
+        ) from error
 
 
 def make(spec: OptimSpec, parameters: Sequence[nn.Parameter]) -> Optimizer:

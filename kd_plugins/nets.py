@@ -297,7 +297,17 @@ def set_up(distiller: Distiller, nets: Nets, batch: Batch) -> None:
 def prepare(distiller: Distiller, nets: Nets, batches: Iterable[Batch]) -> None:
     """Lets the method pass over the training data before the training, leaving the networks untouched."""
     with _untouched(distiller, nets):
-        distiller.prepare(nets, batches)
+        distiller.prepare(nets, _checked(batches))
+
+
+def _checked(batches: Iterable[Batch]) -> Iterator[Batch]:
+    for batch in batches:
+        if not isinstance(batch, Batch):
+            raise DistillError(
+                f"The pass over the training set is of Batch objects, got {type(batch).__name__}: make them with"
+                " Batch.of(inputs, labels)."
+            )
+        yield batch
 
 
 def needs_pass(distiller: Distiller) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
@@ -120,6 +119,14 @@ class Network:
             raise DistillError(f"{type(self.module).__name__} has stages 0 to {len(names) - 1}, got {number}.")
         return names[number]
 
+    def check_map(self, method: str, layer: str | int, activation: Tensor) -> None:
+        """Raises for an activation that is no map `[B, C, H, W]`, for methods that read maps."""
+        if activation.dim() != 4:
+            raise DistillError(
+                f"{method} reads maps [B, C, H, W], got {list(activation.shape)} at the layer {layer!r} of"
+                f" {type(self.module).__name__}: choose a convolution's output, or a stage number."
+            )
+
     def install(self, reads: Reads) -> None:
         """Makes everything in `reads` readable now, before the network is compiled; raises for what does not exist."""
         self._paths(reads)
@@ -144,7 +151,8 @@ class Network:
             if len(expanded) == 1:
                 features[name] = seen[expanded[0]]
             else:
-                features.update({key: seen[key] for key in expanded if fnmatch.fnmatch(key, str(name))})
+                features.globs[name] = expanded
+                features.update({key: seen[key] for key in expanded})
         return features
 
 

@@ -73,8 +73,9 @@ def pixels(batch: Batch) -> Tensor:
     """The images of a batch as pixels `[B, 3, H, W]`, 0 to 255; each in its own range where that is not known."""
     assert batch.inputs is not None
     images = batch.inputs.detach().float().cpu()
-    if batch.mean is not None and batch.std is not None:
-        mean, std = (torch.as_tensor(x, dtype=torch.float32).cpu().view(1, -1, 1, 1) for x in (batch.mean, batch.std))
+    known = [torch.as_tensor(x, dtype=torch.float32).cpu().flatten() for x in (batch.mean, batch.std) if x is not None]
+    if len(known) == 2 and all(len(x) in (1, images.shape[1]) for x in known):
+        mean, std = (x.view(1, -1, 1, 1) for x in known)
         images = images * std + mean
     else:
         low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
-from collections.abc import Callable, Mapping
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kd_plugins.errors import DistillError, did_you_mean
 
-__all__ = ["Attention", "Batch", "Features", "Needs", "Reads", "View"]
+__all__ = ["Attention", "Batch", "Features", "Needs", "Pair", "Reads", "View", "paired"]
 
 
 class Attention(NamedTuple):
@@ -130,7 +130,7 @@ class Batch:
         mean: Per-channel mean that the images were normalised with.
         std: Per-channel standard deviation that the images were normalised with.
         index: Row numbers in the data set `[B]`.
-        size: Number of examples.
+        size: Number of examples; by default those of the inputs, or of the labels.
         task: What the logits are: `"classification"`, `"multilabel"`, `"token"` (labels per token, -100 ignored),
             `"causal-lm"` (labels one token ahead), `"regression"`, `"segmentation"`.
         criterion: The host's task loss of a view and the labels.
@@ -151,6 +151,11 @@ class Batch:
     task: str = "classification"
     criterion: Callable[[View, Any], Tensor] | None = None
     streams: Mapping[str, Batch] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        source = self.inputs if isinstance(self.inputs, Tensor) else self.labels
+        if not self.size and isinstance(source, Tensor) and source.dim():
+            object.__setattr__(self, "size", len(source))
 
     @classmethod
     def of(cls, inputs: Tensor | Mapping[str, Any] | None = None, labels: Any = None, **fields: Any) -> Batch:
@@ -181,9 +186,6 @@ class Batch:
             mask = fields.get("kwargs", {}).get("attention_mask")
             if isinstance(mask, Tensor) and mask.dim() == 2:
                 fields["mask"] = mask
-        if "size" not in fields:
-            source = inputs if isinstance(inputs, Tensor) else labels
-            fields["size"] = len(source) if isinstance(source, Tensor) else 0
         return cls(inputs=inputs, labels=labels, **fields)
 
     def with_inputs(self, inputs: Tensor) -> Batch:
@@ -235,7 +237,15 @@ class Batch:
 
 
 class Features(dict[Any, Tensor]):
-    """Activations by the name they were asked for, in the order of the network for a glob."""
+    """Activations by the name they were asked for.
+
+    Attributes:
+        globs: The keys behind each name that stands for several, in the order of the network.
+    """
+
+    def __init__(self, activations: Mapping[Any, Tensor] = types.MappingProxyType({})) -> None:
+        super().__init__(activations)
+        self.globs: dict[str | int, list[str]] = {}
 
     def __missing__(self, key: Any) -> Tensor:
         raise DistillError(
@@ -245,10 +255,7 @@ class Features(dict[Any, Tensor]):
 
     def select(self, name: str | int) -> list[Tensor]:
         """All activations that a name or a glob stands for."""
-        if name in self:
-            return [self[name]]
-        found = [v for k, v in self.items() if isinstance(k, str) and fnmatch.fnmatch(k, str(name))]
-        return found or [self[name]]
+        return [self[key] for key in self.globs.get(name, [name])]
 
 
 @dataclass
@@ -285,3 +292,30 @@ class View:
                 " Reads(logits=True) in needs(), or drop the term that reads them (task_weight = 0 for the task loss)."
             )
         return self._logits
+
+
+class Pair(NamedTuple):
+    """An activation of the student and the teacher's that it learns from, and how both were asked for."""
+
+    student: Tensor
+    teacher: Tensor
+    layer: str | int
+    teacher_layer: str | int
+
+
+def paired(
+    student: View, teacher: View, layers: Sequence[str | int], teacher_layers: Sequence[str | int]
+) -> Iterator[Pair]:
+    """The activations of student layers with those of teacher layers, in order; a glob's with a glob's.
+
+    Raises:
+        DistillError: A glob stands for other numbers of modules in student and teacher.
+    """
+    for ours, theirs in zip(layers, teacher_layers, strict=True):
+        found = student.features.select(ours), teacher.features.select(theirs)
+        if len(found[0]) != len(found[1]):
+            raise DistillError(
+                f"Expected as many teacher layers as student layers, got {len(found[0])} for {ours!r} in the student"
+                f" and {len(found[1])} for {theirs!r} in the teacher: name them one by one."
+            )
+        yield from (Pair(f_s, f_t, ours, theirs) for f_s, f_t in zip(*found, strict=True))

@@ -79,6 +79,23 @@ def turns_of(distiller, student, teacher, batch):
     return list(distiller.turns(bind(distiller, student, teacher, batch=batch), batch))
 
 
+def test_a_glob_stands_for_its_own_parts_layers(pair):
+    """What another part reads of the same network is none of its business, whatever it is called."""
+    student, teacher, batch = pair
+
+    def terms(name, **options):
+        nets = bind(method := create_distiller(name, **options), student, teacher, batch=batch, batches=[batch])
+        (turn,) = method.turns(nets, batch)
+        return turn["student"]
+
+    alone = terms("nst", layers=("layer?",))
+    words = {"quest.layers": ("layer1.0",), "quest.words": 4}
+    both = terms("nst+quest", **{"nst.layers": ("layer?",), **words})
+    torch.testing.assert_close(both["nst"], alone["nst"], rtol=0, atol=0)
+    inner = terms("nst+quest", **{"nst.layers": ("layer*",), **words})
+    torch.testing.assert_close(inner["nst"], alone["nst"], rtol=0, atol=0)
+
+
 def test_the_terms_are_those_of_the_parts_over_one_task_loss(pair):
     student, teacher, batch = pair
     both = create_distiller("kd+nst", **{"kd.alpha": 0.75, "kd.temperature": 2.0, "layers": ("layer2",), "weight": 3.0})

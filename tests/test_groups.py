@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from kd_plugins import Distiller, DistillError, OptimSpec, bind, create_distiller, make_optimizers, play
-from kd_plugins.groups import Groups, like
+from kd_plugins import Batch, Distiller, DistillError, OptimSpec, bind, create_distiller, make_optimizers, play
+from kd_plugins.groups import Groups, largest, like, like_student
 from kd_plugins.testing import TinyNet, tiny_batches
 
 
@@ -259,16 +259,71 @@ def test_frozen_parts_of_the_student_stay_out():
 def test_an_optimizer_is_made_like_another(cls):
     net = TinyNet()
     first = cls(net.parameters(), lr=0.03, weight_decay=0.01)
-    second = like(first, list(TinyNet().parameters()))
-    a, b = ({k: v for k, v in o.param_groups[0].items() if k not in ("params", "initial_lr")} for o in (first, second))
+    second = like(first, {0: list(TinyNet().parameters())})
+    a, b = (
+        {k: v for k, v in o.param_groups[0].items() if k not in ("params", "initial_lr", "follows")}
+        for o in (first, second)
+    )
     assert a == b
 
 
 def test_own_parts_take_the_hyper_parameters_of_the_largest_group() -> None:
-    from kd_plugins.groups import like
-
     weight, bias, own = (nn.Parameter(torch.zeros(n)) for n in (8, 2, 4))
     optimizer = torch.optim.SGD(
         [{"params": [bias], "weight_decay": 0.0}, {"params": [weight]}], lr=0.1, weight_decay=0.3
     )
-    assert like(optimizer, [own]).param_groups[0]["weight_decay"] == 0.3
+    assert largest(optimizer) == 1
+    assert like(optimizer, {1: [own]}).param_groups[0]["weight_decay"] == 0.3
+
+
+class Parted(nn.Module):
+    def __init__(self, body, head):
+        super().__init__()
+        self.body, self.head = body, head
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def test_a_peers_parameters_are_treated_as_the_students():
+    """By name where the student has it, else by kind; here weight decay spares vectors, the head has its own rate."""
+
+    def net(width: int, deep: bool = False) -> nn.Module:
+        body = [nn.Linear(4, width), nn.LayerNorm(width), *([nn.Linear(width, width)] if deep else [])]
+        return Parted(nn.Sequential(*body), nn.Linear(width, 2))
+
+    student, peer = net(8), net(6, deep=True)
+    vectors = [p for p in student.parameters() if p.dim() == 1 and p is not student.head.bias]
+    groups = [
+        {"params": [student.body[0].weight]},
+        {"params": vectors, "weight_decay": 0.0},
+        {"params": list(student.head.parameters()), "lr": 0.5},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=0.1, weight_decay=0.3)
+    split = like_student(optimizer, student, peer)
+    names = {id(p): name for name, p in peer.named_parameters()}
+    found = {number: sorted(names[id(p)] for p in part) for number, part in split.items()}
+    assert found == {
+        0: ["body.0.weight", "body.2.weight"],
+        1: ["body.0.bias", "body.1.bias", "body.1.weight", "body.2.bias"],
+        2: ["head.bias", "head.weight"],
+    }
+    distiller = create_distiller("afd", logit_only=True)
+    made = Groups(distiller, optimizer, bind(distiller, student, peers=[peer], batch=Batch(torch.zeros(2, 4))))["peer1"]
+    rates = {group["follows"]: (group["lr"], group["weight_decay"]) for group in made.optimizer.param_groups}
+    assert rates == {0: (0.1, 0.3), 1: (0.1, 0.0), 2: (0.5, 0.3)}
+    for group, lr in zip(optimizer.param_groups, (0.01, 0.02, 0.03), strict=True):
+        group["lr"] = lr
+    made.follow(optimizer)
+    assert {g["follows"]: g["lr"] for g in made.optimizer.param_groups} == {0: 0.01, 1: 0.02, 2: 0.03}
+
+
+def test_an_optimizer_of_other_things_than_parameters_is_refused():
+    class Lookahead(torch.optim.Optimizer):
+        def __init__(self, base: torch.optim.Optimizer) -> None:
+            self.base, self.param_groups, self.defaults = base, base.param_groups, base.defaults
+
+    student = TinyNet()
+    optimizer = Lookahead(torch.optim.SGD(student.parameters(), lr=0.1))
+    with pytest.raises(DistillError, match="a Lookahead cannot be made of parameters alone"):
+        like(optimizer, {0: list(TinyNet().parameters())})

@@ -120,8 +120,16 @@ def test_declarations_add_up_without_repeats():
     assert both.teacher.taps
 
 
+def test_the_size_is_that_of_the_inputs_or_of_the_labels():
+    images, labels = torch.zeros(3, 1, 2, 2), torch.zeros(5)
+    made = Batch(images), Batch(list(images), labels), Batch(), Batch(images, size=2)
+    assert [batch.size for batch in made] == [3, 5, 0, 2]
+    assert (Batch.of(images).size, Batch.of(images).with_inputs(images[:1]).size) == (3, 1)
+
+
 def test_what_was_not_read_is_named():
     features = Features({"layer1": torch.ones(1), "blocks.0": torch.ones(2), "blocks.1": torch.ones(3)})
+    features.globs["blocks.*"] = ["blocks.0", "blocks.1"]
     assert [len(f) for f in features.select("blocks.*")] == [2, 3]
     assert [len(f) for f in features.select("layer1")] == [1]
     with pytest.raises(DistillError, match=r"Nothing was read at 'layer2'.*Did you mean layer1.*Declare it in needs"):

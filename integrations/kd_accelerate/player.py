@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -22,6 +23,8 @@ from kd_plugins.groups import total
 from kd_plugins.options import config_of
 
 __all__ = ["TurnPlayer"]
+
+_logger = logging.getLogger(__name__)
 
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
@@ -345,13 +348,28 @@ class TurnPlayer:
                 " with save_only_model: resume from another one, or start anew."
             )
         state = json.loads((folder / "distiller.json").read_text())
-        name = config_of(self.distiller)["distiller"]
+        config = json.loads(json.dumps(config_of(self.distiller)))
+        name = config["distiller"]
         if state["distiller"] != name:
             raise DistillError(
                 f"The checkpoint {folder} was written with the distiller {state['distiller']!r}, this run has"
                 f" {name!r}: resume with the distiller that the run was started with."
             )
-        self.distiller.load_state_dict(load_file(folder / "distiller.safetensors"))
+        before, now = state["options"], config["options"]
+        options = {k: (before.get(k), now.get(k)) for k in sorted({*before, *now}) if before.get(k) != now.get(k)}
+        words = ", ".join(f"{option}={now} in place of {before}" for option, (before, now) in options.items())
+        try:
+            self.distiller.load_state_dict(load_file(folder / "distiller.safetensors"))
+        except RuntimeError as error:
+            raise DistillError(
+                f"The checkpoint {folder} does not fit the distiller of this run, which has"
+                f" {words or 'the same options'}: resume with what the run was started with. ({error})"
+            ) from error
+        if options:
+            _logger.warning(
+                "Resumed %s with other options, %s: what it had made before (a codebook, searched weights) stays.",
+                *(name, words),
+            )
         saved = torch.load(folder / "distiller_optimizers.pt", map_location="cpu", weights_only=True)
         for group in self.groups:
             group.optimizer.load_state_dict(saved["optimizers"][group.name])

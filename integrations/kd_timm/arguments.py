@@ -243,6 +243,14 @@ def _distillation(parser: argparse.ArgumentParser) -> None:
         help="further arguments of the i-th teacher model (repeatable)",
     )
     add("--peer", action="append", default=[], metavar="MODEL", help="model trained together with --model (repeatable)")
+    add(
+        "--peer-kwargs",
+        nargs="*",
+        default=[],
+        action=AppendKeyValues,
+        metavar="K=V",
+        help="further arguments of the i-th peer (repeatable); default --model-kwargs for the student's architecture",
+    )
 
 
 _GROUPS = (_dataset, _model, _device, _optimizer, _schedule, _augmentation, _norm_and_ema, _misc, _distillation)
@@ -284,6 +292,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--teacher-checkpoint: the i-th belongs to the i-th --teacher, and there are more of them")
     if len(args.teacher_kwargs) > len(args.teacher):
         parser.error("--teacher-kwargs: the i-th belongs to the i-th --teacher, and there are more of them")
+    if len(args.peer_kwargs) > len(args.peer):
+        parser.error("--peer-kwargs: the i-th belongs to the i-th --peer, and there are more of them")
     return args
 
 

@@ -49,19 +49,21 @@ def check_model_name(name: str, flag: str) -> None:
         raise DistillError(f"{flag}: timm has no model named {name!r}.{hint} timm.list_models() names them all.")
 
 
-def create_student(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
+def create_student(args: argparse.Namespace, flag: str = "--model") -> tuple[nn.Module, dict[str, Any]]:
     """Makes the model to train and resolves its data configuration; fills in `args.num_classes`.
 
     Args:
         args: Parsed arguments, after `apply_data_defaults`.
+        flag: Where the model was named.
 
     Returns:
         The model, on the CPU, and the data configuration (input size, mean, std, interpolation, crop).
     """
-    check_model_name(args.model, "--model")
-    for flag, path in (("--initial-checkpoint", args.initial_checkpoint), ("--pretrained-path", args.pretrained_path)):
+    check_model_name(args.model, flag)
+    files = {"--initial-checkpoint": args.initial_checkpoint, "--pretrained-path": args.pretrained_path}
+    for option, path in files.items():
         if path and not os.path.exists(path):
-            raise DistillError(f"{flag} {path} does not exist: mend the path.")
+            raise DistillError(f"{option} {path} does not exist: mend the path.")
     overlay = dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else None
     channels = args.in_chans if args.in_chans is not None else (args.input_size or (None,))[0]
     wanted: dict[str, Any] = dict(
@@ -85,7 +87,7 @@ def create_student(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]
         )
         config = resolve_input_data_config(model, vars(args))
     except (ValueError, TypeError) as error:
-        raise DistillError(f"--model {args.model} cannot be made with these arguments: {error}") from error
+        raise DistillError(f"{flag} {args.model} cannot be made with these arguments: {error}") from error
     with torch.no_grad():
         head: Any = (
             model.get_classifier() if args.head_init_scale is not None or args.head_init_bias is not None else None

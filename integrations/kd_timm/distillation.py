@@ -93,7 +93,7 @@ class Distillation:
             )
             for i, name in enumerate(args.teacher)
         ]
-        self.peers = [self._peer(name) for name in args.peer]
+        self.peers = [self._peer(i, name) for i, name in enumerate(args.peer)]
         for module in (*(t.module for t in self.teachers), *self.peers):
             module.to(device)
             if args.channels_last:
@@ -119,11 +119,16 @@ class Distillation:
         if self.args.grad_accum_steps > 1 and not self.distiller.accumulation:
             raise DistillError(f"{self.distiller.name} does not fit gradient accumulation: drop --grad-accum-steps.")
 
-    def _peer(self, name: str) -> nn.Module:
-        """Another network to train, made as the student is."""
+    def _peer(self, number: int, name: str) -> nn.Module:
+        """Another network to train, made as the student is; files of weights are the student's alone."""
         args = copy.copy(self.args)
-        args.model, args.initial_checkpoint = name, ""
-        return create_student(args)[0]
+        args.initial_checkpoint = args.pretrained_path = None
+        if number < len(args.peer_kwargs):
+            args.model_kwargs = args.peer_kwargs[number]
+        elif name != args.model:
+            args.model_kwargs = {}
+        args.model = name
+        return create_student(args, "--peer")[0]
 
     # Data
 
@@ -152,10 +157,10 @@ class Distillation:
         with forked_random_state():
             set_up(self.distiller, self.nets, next(self._pass(dataset)))
             if fresh and needs_pass(self.distiller):
-                prepare(self.distiller, self.nets, self._pass(dataset))
+                prepare(self.distiller, self.nets, self._pass(dataset, self.args.workers))
         self.distiller.to(self.device)
 
-    def _pass(self, dataset: Any) -> Iterator[Batch]:
+    def _pass(self, dataset: Any, workers: int = 0) -> Iterator[Batch]:
         """The training set in its order, without augmentation."""
         if not self.distiller.data:
             yield Batch(size=self.args.batch_size, mean=self.config["mean"], std=self.config["std"])
@@ -170,7 +175,7 @@ class Distillation:
             std=self.config["std"],
             crop_pct=self.config["crop_pct"],
             crop_mode=self.config["crop_mode"],
-            num_workers=0,
+            num_workers=workers,
             device=self.device,
             persistent_workers=False,
         )

@@ -87,10 +87,19 @@ class TimmNetwork(LayeredNetwork):
         record: Any = self.tap.record(keys, replace=replace) if keys or replace else nullcontext({})
         with record as seen:
             logits, maps = self._through(forward)(batch.inputs, stages=stages, logits=reads.logits, **batch.kwargs)
-            features = Features(self._features(paths, seen) if keys else {})
+            features = self._features(paths, seen) if keys else Features()
         for name, number in numbers.items():
             features[name] = maps[stages.index(number)]
         return View(_logits=logits, features=features, output=logits, labels=batch.labels)
+
+    def check_map(self, method: str, layer: str | int, activation: Tensor) -> None:
+        super().check_map(method, layer, activation)
+        # Swin and its like; their stages by number are maps [B, C, H, W].
+        if isinstance(layer, str) and getattr(self.module, "output_fmt", None) == "NHWC":
+            raise DistillError(
+                f"{method} reads maps [B, C, H, W], and the layers of {type(self.module).__name__} keep their channels"
+                f" last, got {list(activation.shape)} at the layer {layer!r}: name a stage by its number."
+            )
 
     def install(self, reads: Reads) -> None:
         for name in reads.features:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from kd_accelerate import TurnPlayer
@@ -178,7 +180,7 @@ class DistillationTrainer(Trainer):
         if any(distiller.needs_in(stage).student.taps for stage in range(len(distiller.stages()))):
             check_checkpointing(self.model)
         if needs_pass(distiller) and not self._resuming and self.args.process_index == 0:
-            prepare(distiller, nets, self._pass())
+            prepare(distiller, nets, self._pass(self.args.dataloader_num_workers))
         self._bound_to = self.model
 
     def _check_cache(self, batch: Batch) -> None:
@@ -192,16 +194,20 @@ class DistillationTrainer(Trainer):
         teacher, uncached = self._nets.teacher, dataclasses.replace(batch, teacher_logits=None)
         check_cache(*(teacher(asked, reads=Reads()).logits for asked in (batch, uncached)))
 
-    def _pass(self) -> Iterator[Batch]:
-        """Batches of the training set in its order, outside of the training's random state."""
+    def _pass(self, workers: int = 0) -> Iterator[Batch]:
+        """Batches of the training set in its order, outside of the training's random state.
+
+        Of a data set without a length, which may be endless, no more than the training reads.
+        """
         dataset, collate = self.train_dataset, self.data_collator
         if hasattr(dataset, "column_names"):
             dataset = self._remove_unused_columns(dataset, description="Training")
         else:
             collate = self._get_collator_with_removed_columns(collate, description="Training")
-        loader = DataLoader(dataset, batch_size=self._train_batch_size, collate_fn=collate)
+        loader = DataLoader(dataset, self._train_batch_size, collate_fn=collate, num_workers=workers)
+        reads = self.args.max_steps * self.args.gradient_accumulation_steps * self.args.world_size
         iterator = None
-        while True:
+        for _ in itertools.count() if has_length(dataset) else range(max(reads, 1)):
             with torch.random.fork_rng(devices=[]):
                 iterator = iter(loader) if iterator is None else iterator
                 inputs = next(iterator, None)

@@ -13,7 +13,7 @@ from kd_plugins import functional as KF
 from kd_plugins.distiller import Distiller, OptimSpec, Terms, Turn
 from kd_plugins.errors import DistillError
 from kd_plugins.methods.kd import soft_labels
-from kd_plugins.nets import Nets
+from kd_plugins.nets import Net, Nets
 from kd_plugins.paper import Paper
 from kd_plugins.view import Batch, Needs, Reads, View
 
@@ -188,12 +188,8 @@ class AFD(Distiller):
         if not self.reads_features:
             return
         widths = []
-        for view, layer in zip(views, self._layers(len(views)), strict=True):
-            if view.features[layer].dim() != 4:
-                raise DistillError(
-                    f"afd reads maps [B, C, H, W], got {list(view.features[layer].shape)} at the layer {layer!r}:"
-                    " choose a convolution's output, or a stage number."
-                )
+        for net, view, layer in zip(self._networks(nets), views, self._layers(len(views)), strict=True):
+            net.network.check_map(self.name, layer, view.features[layer])
             widths.append(view.features[layer].shape[1])
         # Nothing would train a transfer layer of a frozen teacher.
         width = max(widths) if self.peers else widths[-1]
@@ -207,8 +203,10 @@ class AFD(Distiller):
 
     def _views(self, nets: Nets, batch: Batch) -> list[View]:
         """One forward of every network: the trained ones, then the teacher of the offline form."""
-        networks = nets.peers if self.peers else (nets.student, nets.teacher)
-        return [network(batch) for network in networks]
+        return [network(batch) for network in self._networks(nets)]
+
+    def _networks(self, nets: Nets) -> Sequence[Net]:
+        return nets.peers if self.peers else (nets.student, nets.teacher)
 
     def _layers(self, networks: int) -> list[str | int]:
         others = self.peer_layers or (self.layer,) * (networks - 1)

@@ -140,7 +140,7 @@ class DFA(Distiller):
         teacher = nets.teacher(batch, reads=reads[1]).features
         for i, group in enumerate(self.groups):
             ours, theirs = student[group.student], [teacher[path] for path in group.teacher]
-            _check_maps(group, ours, theirs)
+            _check_maps(group, nets, ours, theirs)
             self.sizes.append((ours.shape[2], ours.shape[3]))
             if saved is not None:
                 scale = saved[i]["scale"]
@@ -342,11 +342,11 @@ class DFA(Distiller):
         return [*bars, *maps]
 
 
-def _check_maps(group: LayerGroup, ours: Tensor, theirs: Sequence[Tensor]) -> None:
+def _check_maps(group: LayerGroup, nets: Nets, ours: Tensor, theirs: Sequence[Tensor]) -> None:
     """Refuses what cannot be summed."""
-    for path, x in zip((group.student, *group.teacher), (ours, *theirs), strict=True):
-        if x.dim() != 4:
-            raise DistillError(f"dfa sums maps [B, C, H, W], got {list(x.shape)} at {path!r}: name another layer.")
+    nets.student.network.check_map("dfa", group.student, ours)
+    for path, x in zip(group.teacher, theirs, strict=True):
+        nets.teacher.network.check_map("dfa", path, x)
     channels = [x.shape[1] for x in theirs]
     if len(set(channels)) > 1:
         raise DistillError(

@@ -9,7 +9,7 @@ from kd_plugins.distiller import Distiller, Terms
 from kd_plugins.errors import DistillError
 from kd_plugins.nets import Nets
 from kd_plugins.paper import Paper
-from kd_plugins.view import Batch, Needs, Reads, View
+from kd_plugins.view import Batch, Needs, Reads, View, paired
 
 __all__ = ["NST"]
 
@@ -65,6 +65,10 @@ class NST(Distiller):
             raise DistillError(
                 f"Expected as many teacher_layers as layers, got {list(self.layers)} and {list(self.teacher_layers)}."
             )
+        if weight < 0 or d < 1 or (bandwidth is not None and bandwidth <= 0):
+            raise DistillError(
+                f"Expected weight from 0, d from 1 and bandwidth above 0, got {weight}, {d} and {bandwidth}."
+            )
         self.kernel, self.weight, self.c, self.d = kernel, weight, c, d
         self.bandwidth, self.spatial = bandwidth, spatial
 
@@ -72,21 +76,19 @@ class NST(Distiller):
         return Needs(Reads(features=self.layers), Reads(logits=False, features=self.teacher_layers))
 
     def setup(self, nets: Nets, batch: Batch) -> None:
-        views = nets.student(batch), nets.teacher(batch)
-        for who, view, layers in zip(("student", "teacher"), views, (self.layers, self.teacher_layers), strict=True):
-            for layer in layers:
-                for found in view.features.select(layer):
-                    if found.dim() != 4:
-                        raise DistillError(
-                            f"nst compares maps [B, C, H, W], got {list(found.shape)} at the {who}'s layer {layer!r}:"
-                            " choose a convolution's output, or a stage number."
-                        )
+        for pair in paired(nets.student(batch), nets.teacher(batch), self.layers, self.teacher_layers):
+            read = (nets.student, pair.layer, pair.student), (nets.teacher, pair.teacher_layer, pair.teacher)
+            for net, layer, found in read:
+                net.network.check_map(self.name, layer, found)
+                if found.shape[2] * found.shape[3] == 1:
+                    raise DistillError(
+                        f"nst compares where in the image the channels respond, and the map at the layer {layer!r} of"
+                        f" {type(net.module).__name__} has one position, {list(found.shape)}: choose an earlier layer."
+                    )
 
     def loss(self, student: View, teacher: View, batch: Batch) -> Terms:
         distance = 0.0
-        for ours, theirs in zip(self.layers, self.teacher_layers, strict=True):
-            pairs = zip(student.features.select(ours), teacher.features.select(theirs), strict=True)
-            for f_s, f_t in pairs:
-                f_s, f_t = KF.match_spatial(f_s, f_t, self.spatial)
-                distance = distance + KF.nst(f_s, f_t, self.kernel, c=self.c, d=self.d, sigma2=self.bandwidth)
+        for f_s, f_t, *_ in paired(student, teacher, self.layers, self.teacher_layers):
+            f_s, f_t = KF.match_spatial(f_s, f_t, self.spatial)
+            distance = distance + KF.nst(f_s, f_t, self.kernel, c=self.c, d=self.d, sigma2=self.bandwidth)
         return {"nst": self.weight * distance}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterable
 
 import torch
@@ -18,7 +19,7 @@ from kd_plugins.nets import Nets
 from kd_plugins.paper import Paper
 from kd_plugins.patches import NearestPatches, patch_side, pixels
 from kd_plugins.picture import Images, Picture
-from kd_plugins.view import Batch, Needs, Reads, View
+from kd_plugins.view import Batch, Needs, Reads, View, paired
 
 __all__ = ["QUEST", "Vocabulary"]
 
@@ -123,7 +124,7 @@ class QUEST(Distiller):
         words: K, the words of each layer; the paper's.
         weight: Weight of the divergence summed over the layers; the released code's for most pairs.
         temperature: Multiplies the squared distances of the unnormalised features, so that a larger one makes harder
-            targets; the released code's. Its effect depends on the teacher's scale: see `sharpness`.
+            targets; 5 by default, the released code's. Its effect depends on the teacher's scale: see `sharpness`.
         sharpness: In place of the temperature: the mean of the targets' largest probability, between 1 / K and 1,
             that each layer's temperature is chosen for before the training.
         max_vectors: The most feature vectors of a layer that k-means sees, drawn uniformly over images and positions;
@@ -149,7 +150,7 @@ class QUEST(Distiller):
         teacher_layers: tuple[str | int, ...] | None = None,
         words: int = 4096,
         weight: float = 1.0,
-        temperature: float = 5.0,
+        temperature: float | None = None,
         sharpness: float | None = None,
         max_vectors: int = 200_000,
         seed: int | None = None,
@@ -164,7 +165,11 @@ class QUEST(Distiller):
             )
         if words < 2:
             raise DistillError(f"Expected at least 2 words, got {words}.")
-        if temperature <= 0:
+        if weight < 0:
+            raise DistillError(f"Expected a weight of 0 or more, got {weight}.")
+        if temperature is not None and sharpness is not None:
+            raise DistillError("sharpness chooses the temperature: give one of them.")
+        if temperature is not None and temperature <= 0:
             raise DistillError(f"Expected a temperature above 0, got {temperature}: the distances' sign is the loss's.")
         if sharpness is not None and not 1 / words < sharpness < 1:
             raise DistillError(f"Expected sharpness between 1 / {words} and 1, got {sharpness}.")
@@ -173,7 +178,8 @@ class QUEST(Distiller):
                 f"k-means needs at least as many vectors as words, got max_vectors={max_vectors} for {words} words:"
                 " raise max_vectors, or ask for fewer words."
             )
-        self.n_words, self.weight, self.temperature, self.sharpness = words, weight, temperature, sharpness
+        self.n_words, self.weight, self.sharpness = words, weight, sharpness
+        self.temperature = 5.0 if temperature is None else temperature
         self.max_vectors, self.seed, self.cache = max_vectors, seed, cache
         self.vocabularies = nn.ModuleList()
 
@@ -185,50 +191,59 @@ class QUEST(Distiller):
     def setup(self, nets: Nets, batch: Batch) -> None:
         if batch.mask is not None:
             raise DistillError("quest reads images, and this batch is of padded sequences: use another method.")
-        student, teacher = nets.student(batch), nets.teacher(batch)
-        for ours, theirs in zip(self.layers, self.teacher_layers, strict=True):
-            pairs = zip(student.features.select(ours), teacher.features.select(theirs), strict=True)
-            for number, (f_s, f_t) in enumerate(pairs):
-                if f_s.dim() not in (3, 4) or f_s.dim() != f_t.dim() or f_s.dim() == 3 and f_s.shape[1] != f_t.shape[1]:
-                    raise DistillError(
-                        "quest reads maps [B, C, H, W] of any size, or tokens [B, L, C] of one number L, got"
-                        f" {list(f_s.shape)} at the student's layer {ours!r} and {list(f_t.shape)} at the teacher's"
-                        f" {theirs!r}: choose other layers."
-                    )
-                f_s, f_t = _positions(f_s, f_t)
-                size = tuple(f_t.shape[2:])
-                # Tokens have no place in the image that would be known here.
-                image = batch.inputs.shape[2:] if isinstance(batch.inputs, Tensor) and f_t.dim() == 4 else ()
-                made = Vocabulary(
-                    self.n_words,
-                    f_s.shape[1],
-                    f_t.shape[1],
-                    self.temperature,
-                    layer=f"{theirs}, output {number}" if number else str(theirs),
-                    size=size,
-                    side=patch_side(tuple(image), size) if len(image) == 2 else 0,
+        numbers: Counter[str | int] = Counter()
+        for pair in paired(nets.student(batch), nets.teacher(batch), self.layers, self.teacher_layers):
+            f_s, f_t, ours, theirs = pair
+            if f_s.dim() not in (3, 4) or f_s.dim() != f_t.dim() or f_s.dim() == 3 and f_s.shape[1] != f_t.shape[1]:
+                raise DistillError(
+                    "quest reads maps [B, C, H, W] of any size, or tokens [B, L, C] of one number L, got"
+                    f" {list(f_s.shape)} at the student's layer {ours!r} and {list(f_t.shape)} at the teacher's"
+                    f" {theirs!r}: choose other layers."
                 )
-                self.vocabularies.append(made)
+            if f_s.dim() == 4:
+                nets.student.network.check_map(self.name, ours, f_s)
+                nets.teacher.network.check_map(self.name, theirs, f_t)
+            f_s, f_t = _positions(f_s, f_t)
+            size = tuple(f_t.shape[2:])
+            # Tokens have no place in the image that would be known here.
+            image = batch.inputs.shape[2:] if isinstance(batch.inputs, Tensor) and f_t.dim() == 4 else ()
+            made = Vocabulary(
+                self.n_words,
+                f_s.shape[1],
+                f_t.shape[1],
+                self.temperature,
+                layer=f"{theirs}, output {numbers[theirs]}" if numbers[theirs] else str(theirs),
+                size=size,
+                side=patch_side(tuple(image), size) if len(image) == 2 else 0,
+            )
+            self.vocabularies.append(made)
+            numbers[theirs] += 1
 
     def prepare(self, nets: Nets, batches: Iterable[Batch]) -> None:
         """Makes the words, and where it is asked for the temperature, of the teacher's features on the training set."""
         generator = self.generator() if self.seed is None else torch.Generator().manual_seed(self.seed)
         seed = int(torch.randint(2**31, (), generator=generator))
-        samples = [Sample(self.max_vectors, generator) for _ in self.vocabularies]
-        images, last = None, None
+        _logger.info("%s: reading the teacher's features of the training set.", self.name)
+        # Each has a stream of its own, so that a layer's words do not depend on what else is looked at.
+        samples = [Sample(self.max_vectors, _random(seed)) for _ in self.vocabularies]
+        images, shape, last = None, None, None
         for batch in batches:
             for sample, f_t in zip(samples, self._teacher_maps(nets, batch), strict=True):
                 sample.add(f_t.flatten(2).mT.flatten(0, 1))
             # Images whose other inputs are not known by row cannot be asked again.
-            if batch.inputs is not None and not (batch.kwargs or batch.teacher_kwargs):
-                images = images or Sample(max(1, min(512, _PIXELS // batch.inputs[0].numel())), generator)
-                images.add(batch.inputs)
-                last = batch
+            if isinstance(batch.inputs, Tensor) and not (batch.kwargs or batch.teacher_kwargs):
+                if images is None:
+                    shape = batch.inputs.shape[1:]
+                    images = Sample(max(1, min(512, _PIXELS // shape.numel())), _random(seed))
+                if batch.inputs.shape[1:] == shape:
+                    images.add(batch.inputs)
+                    last = batch
         teacher = fingerprint_of(nets.teacher.module) if self.cache is not None else ""
         for vocabulary, sample in zip(self.vocabularies, samples, strict=True):
             if not sample.seen:
                 raise DistillError("quest makes its words of the training set, and the pass over it gave no batch.")
             vectors = sample.vectors()
+            _logger.info("%s: k-means of %d vectors into %d words.", self.name, len(vectors), self.n_words)
             if self.cache is None:
                 made = fit_codebook(vectors, self.n_words, seed)
             else:
@@ -241,9 +256,8 @@ class QUEST(Distiller):
                 *(self.name, self.n_words, vocabulary.layer, len(vectors), sample.seen),
                 *(vocabulary.temperature.item(), vocabulary.sharpness.item()),
             )
-        if images is not None and last is not None and last.inputs is not None:
-            parts = images.vectors().split(last.size)
-            shown = [last.with_inputs(part.to(last.inputs)) for part in parts]
+        if images is not None and last is not None:
+            shown = [last.with_inputs(part.to(last.inputs)) for part in images.vectors().split(last.size)]
             for vocabulary, found in zip(self.vocabularies, self.visual_words(nets, shown), strict=True):
                 if vocabulary.side:
                     vocabulary.patches.copy_(found.images)
@@ -300,18 +314,17 @@ class QUEST(Distiller):
                 caption,
             )
             for vocabulary in self.vocabularies
-            if vocabulary.side
+            if vocabulary.side and vocabulary.patches.min() < 255
         ]
 
     # A step
 
     def loss(self, student: View, teacher: View, batch: Batch) -> Terms:
-        found = [
-            _positions(f_s, f_t)
-            for ours, theirs in zip(self.layers, self.teacher_layers, strict=True)
-            for f_s, f_t in zip(student.features.select(ours), teacher.features.select(theirs), strict=True)
+        pairs = paired(student, teacher, self.layers, self.teacher_layers)
+        losses = [
+            vocabulary(*_positions(pair.student, pair.teacher))
+            for vocabulary, pair in zip(self.vocabularies, pairs, strict=True)
         ]
-        losses = [vocabulary(f_s, f_t) for vocabulary, (f_s, f_t) in zip(self.vocabularies, found, strict=True)]
         return {"quest": self.weight * torch.stack(losses).sum()}
 
 
@@ -320,3 +333,7 @@ def _positions(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     if student.dim() == 3:
         return student.mT, teacher.mT
     return KF.match_spatial(student, teacher, "pool")
+
+
+def _random(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

@@ -204,6 +204,18 @@ def test_words_follow_the_runs_seed_or_their_own():
     assert torch.equal(words(1, seed=5), words(2, seed=5))
 
 
+def test_words_depend_on_their_own_layer_alone():
+    def words(data: list[Batch], **options: Any) -> Tensor:
+        distiller = create_distiller("quest", words=6, max_vectors=40, seed=5, **options)
+        bind(distiller, Net(4, 1), Net(5, 2), batch=batches()[0], batches=data)
+        return distiller.vocabularies[-1].codebook
+
+    alone = words(batches(), layers=("high",))
+    assert torch.equal(alone, words(batches(), layers=("low", "high")))
+    halves = [Batch.of(part) for batch in batches() for part in batch.inputs.split(3)]
+    torch.testing.assert_close(alone, words(halves, layers=("high",)))
+
+
 def test_the_temperature_of_a_sharpness():
     distiller, nets, _ = start(Net(4, 1), Net(5, 2), sharpness=0.7)
     (part,) = distiller.vocabularies
@@ -216,6 +228,16 @@ def test_the_temperature_of_a_sharpness():
 
 
 # The cache
+
+
+class Stateful(Net):
+    """A part of its state is no tensor."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 2}
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
 
 
 def test_the_cache_is_refitted_when_anything_differs(tmp_path, monkeypatch):
@@ -246,6 +268,7 @@ def test_the_cache_is_refitted_when_anything_differs(tmp_path, monkeypatch):
         {"words": 7},
         {"seed": 3},
         {"max_vectors": 50},
+        {"teacher": Stateful(5, 2)},
     )
     for changed in different:
         assert words(**changed)[1] == 1, changed
@@ -311,6 +334,39 @@ def test_the_report_shows_the_words():
     assert few.images.shape == (2, 3, 3, 3, 3)
 
 
+def test_images_that_cannot_be_shown_are_left_out():
+    def titles(data: list[Batch]) -> list[str]:
+        student, teacher = Net(4, 1), Net(5, 2)
+        for net in (student, teacher):
+            net.low[0] = nn.Conv2d(data[0].inputs.shape[1], net.low[0].out_channels, 3, 1, 1)
+            net.forward = lambda x, flag=None, net=net: Net.forward(net, x)  # type: ignore[method-assign]
+        return [picture.title for picture in start(student, teacher, data=data)[0].pictures()]
+
+    assert titles(batches()) == ["Visual words of high"]
+    # Images of several sizes: those of the first are shown; the words are of all.
+    larger = Batch.of(torch.randn(4, 3, 16, 16), torch.randint(4, (4,)))
+    assert titles([*batches(), larger]) == ["Visual words of high"]
+    # Further inputs are not known for the images of the sample.
+    assert titles([Batch(b.inputs, b.labels, kwargs={"flag": torch.ones(6)}) for b in batches()]) == []
+
+
+def test_images_of_another_number_of_channels_than_their_mean():
+    image = torch.rand(2, 4, 4, 4)
+    assert torch.equal(pixels(Batch(image, mean=(0.5,) * 3, std=(0.2,) * 3)), pixels(Batch(image)))
+
+
+def test_lists_of_images():
+    class Lists(Net):
+        def forward(self, images: list[Tensor]) -> Tensor:  # type: ignore[override]
+            return super().forward(torch.stack(images))
+
+    data = [Batch(list(b.inputs), b.labels) for b in batches()]
+    distiller = create_distiller("quest", layers=("high",), words=6)
+    bind(distiller, Lists(4, 1), Lists(5, 2), batch=data[0], batches=data)
+    assert distiller.vocabularies[0].counts.sum() == 3 * 6 * 4
+    assert distiller.pictures() == []
+
+
 # Networks and options
 
 
@@ -321,6 +377,8 @@ def test_the_report_shows_the_words():
         ({"layers": ()}, "as many teacher_layers as layers"),
         ({"words": 1}, "at least 2 words"),
         ({"temperature": -5.0}, "temperature above 0"),
+        ({"temperature": 5.0, "sharpness": 0.5}, "give one of them"),
+        ({"weight": -1.0}, "weight of 0 or more"),
         ({"sharpness": 1.0}, "sharpness between 1 / 4096 and 1"),
         ({"sharpness": 0.1, "words": 5}, "sharpness between 1 / 5 and 1"),
         ({"words": 100, "max_vectors": 99}, "max_vectors=99 for 100 words"),
@@ -339,6 +397,8 @@ def test_networks_and_data_that_do_not_fit():
         bind(QUEST(layers=("high",)), student, teacher, batch=batch, batches=batches())
     with pytest.raises(DistillError, match="gave no batch"):
         bind(QUEST(layers=("high",), words=5), student, teacher, batch=batch, batches=[])
+    with pytest.raises(DistillError, match=r"Batch objects, got tuple.*Batch\.of"):
+        bind(QUEST(layers=("high",), words=5), student, teacher, batch=batch, batches=[(batch.inputs, batch.labels)])
     with pytest.raises(DistillError, match=r"got \[6, 4\] at the student's layer 'head'"):
         bind(QUEST(layers=("head",)), student, teacher, batch=batch, batches=batches())
     masked = Batch.of(batch.inputs, batch.labels, mask=torch.ones(6, 8))

@@ -19,7 +19,7 @@ _module = module_from_spec(_spec)
 _spec.loader.exec_module(_module)
 DEFAULTS = _module.DEFAULTS
 
-OURS = {"help", "distill", "distill_args", "teacher", "teacher_checkpoint", "teacher_kwargs", "peer"}
+OURS = {"help", "distill", "distill_args", "teacher", "teacher_checkpoint", "teacher_kwargs", "peer", "peer_kwargs"}
 
 
 def test_every_flag_of_timms_has_timms_default():
