@@ -82,7 +82,7 @@ def find_trunk(net: Net, batch: Batch) -> Trunk:
         paths, named = net.network.stages(), True
     except DistillError:
         paths, named = list(_outermost(root, "", seen)), False
-    stages = [path for path in paths if path in seen]
+    stages = list(dict.fromkeys(_source(root, path, paths, seen) for path in paths if path in seen))
     if not stages:
         raise DistillError(
             f"{type(root).__name__} has no stages that give maps [B, C, H, W]: name layers by their module paths."
@@ -141,6 +141,15 @@ def find_groups(
             " group of the teacher's for each of the student's."
         )
     return groups
+
+
+def _source(root: nn.Module, path: str, stages: Sequence[str], seen: Mapping[str, Tensor]) -> str:
+    """The neighbour of other stages that made a map which the module at a path only passes on, as an identity does."""
+    if next(root.get_submodule(path).children(), None) is not None:
+        return path
+    lists = {stage.rpartition(".")[0] for stage in stages} - {""}
+    same = [other for other, x in seen.items() if x is seen[path] and other.rpartition(".")[0] in lists]
+    return same[-1] if same else path
 
 
 def _path(net: Net, layer: int | str) -> str:

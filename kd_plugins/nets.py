@@ -147,6 +147,7 @@ def bind(
     batch: Batch | None = None,
     batches: Iterable[Batch] | None = None,
     total_steps: int | None = None,
+    epoch_steps: int | None = None,
 ) -> Nets:
     """Makes the callables through which a method sees its networks; teachers are frozen and put in evaluation mode.
 
@@ -158,6 +159,7 @@ def bind(
         batch: One real batch to set the method up with; without it the first forward does.
         batches: One pass over the training set, for methods that look at it before the training (a codebook).
         total_steps: Length of the training, for methods with a schedule or with stages.
+        epoch_steps: Length of one epoch, where stages are to begin with one or are given in epochs.
 
     Raises:
         DistillError: The number of teachers or peers does not fit the method, or it wants a pass over the training set.
@@ -179,7 +181,7 @@ def bind(
             if needs_pass(distiller) and batches is not None:
                 prepare(distiller, nets, batches)
         if total_steps is not None:
-            distiller.schedule(total_steps)
+            distiller.schedule(total_steps, epoch=epoch_steps)
         elif len(distiller.stages()) > 1:
             raise DistillError(
                 f"{distiller.name} trains in {len(distiller.stages())} stages and needs to know how long the training"

@@ -99,8 +99,9 @@ class StageTable:
                 unit, units = epoch, total // epoch
             elif whole_epochs:
                 raise DistillError(
-                    f"Expected at least {len(stages)} whole epochs, one for each stage"
-                    f" ({', '.join(s.name for s in stages)}), got {total / epoch:g}: train for more epochs."
+                    f"Expected whole epochs, at least one for each of the {len(stages)} stages"
+                    f" ({', '.join(s.name for s in stages)}), got {total} steps, which are {total / epoch:g} epochs of"
+                    f" {epoch}: train for {max(len(stages), round(total / epoch)) * epoch} steps."
                 )
         if units < len(stages):
             raise DistillError(

@@ -49,6 +49,13 @@ def test_blocks_of_timm_models() -> None:
     assert paths("lenet5", in_chans=3) == (["act1", "act2", "act3"],) * 2
 
 
+def test_a_stage_that_is_passed_on_is_the_one_that_made_it() -> None:
+    """RepVGG names an identity behind its last stage."""
+    stages, blocks = paths("repvgg_a0", 64)
+    assert stages[-1] == "stages.3"
+    assert blocks[-1] == "stages.3.0"
+
+
 def test_channels_and_sizes() -> None:
     trunk = find_trunk(net(timm.create_model("cifar_resnet20")), images())
     assert [b.channels for b in trunk.stages] == [16, 16, 32, 64]

@@ -69,7 +69,9 @@ class StagedDataset(Dataset):
             seed,
             wrap,
         )
-        self.rows: list[int] | None = None
+        # In shared memory, where workers that outlive an epoch see it change.
+        self._rows = torch.arange(len(dataset)).share_memory_()
+        self._left = torch.tensor(len(dataset)).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
         """Takes the rows of the stage that an epoch belongs to; loaders call it before every epoch."""
@@ -78,13 +80,15 @@ class StagedDataset(Dataset):
         table = self.distiller.table
         stage = table.index(epoch * self.epoch_steps) if table else 0
         shares = self.distiller.needs_in(stage).streams
-        self.rows = split(len(self.dataset), shares, self.seed)[""] if shares else None
+        rows = split(len(self.dataset), shares, self.seed)[""] if shares else range(len(self.dataset))
+        self._rows[: len(rows)] = torch.tensor(rows)
+        self._left.fill_(len(rows))
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, position: int) -> Any:
-        row = int(position) if self.rows is None else self.rows[int(position) % len(self.rows)]
+        row = int(self._rows[int(position) % int(self._left)])
         item = self.dataset[row]
         return item if self.wrap is None else self.wrap(item, row)
 

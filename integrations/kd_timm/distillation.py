@@ -127,7 +127,7 @@ class Distillation:
             args.model_kwargs = args.peer_kwargs[number]
         elif name != args.model:
             args.model_kwargs = {}
-        args.model = name
+        args.model, args.in_chans = name, self.config["input_size"][0]
         return create_student(args, "--peer")[0]
 
     # Data

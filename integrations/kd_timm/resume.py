@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -87,6 +89,8 @@ def load_state(session: Session) -> int:
     session.seconds, session.updates = saved["seconds"], saved["updates"]
     session.checkpoints.kept = [(metric, epoch) for metric, epoch in saved["kept"]]
     session.peers.best = saved["peers"]
+    if session.primary:
+        _bring_along(folder.parent, session.folder)
     random = torch.load(folder / f"random-{session.accelerator.process_index}.pt", weights_only=True)
     load_random_state(random)
     session.reporter.line(f"Continuing with epoch {saved['epoch']} from {folder}")
@@ -97,3 +101,12 @@ def _plateau_state(scheduler: Any) -> dict[str, Any] | None:
     """The only schedule whose state is more than the epoch and the rate."""
     inner = getattr(scheduler, "lr_scheduler", None)
     return None if inner is None else {"inner": inner.state_dict(), "restore_lr": scheduler.restore_lr}
+
+
+def _bring_along(before: Path, folder: Path) -> None:
+    """Copies what a run has left so far, best weights and curves, to the folder in which it goes on."""
+    if before.resolve() == folder.resolve():
+        return
+    for path in before.iterdir():
+        if path.is_file() and path.name != "results.json" and not (folder / path.name).exists():
+            shutil.copyfile(path, folder / path.name)

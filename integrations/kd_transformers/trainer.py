@@ -121,6 +121,8 @@ class DistillationTrainer(Trainer):
         self._unused = copy.deepcopy(self.distiller)
         self._teacher_networks = [adapt(t) for t in self.teachers]
         self._nets = self._connect()
+        # model_init makes a new student in every run; its peers begin anew with it.
+        self._peers_at_first = [copy.deepcopy(p.state_dict()) for p in self.peer_models] if self.model_init else []
         self.add_callback(_Updates(self))
 
     def _distiller(self, distiller: Distiller | str | None, options: Mapping[str, Any] | None) -> Distiller | None:
@@ -289,6 +291,8 @@ class DistillationTrainer(Trainer):
         self._streams, self._resumed_from = None, None
         if self._bound_to is not None and (self.model_init is not None or self._bound_to is not self.model):
             self.distiller, self._bound_to = copy.deepcopy(self._unused), None
+            for peer, state in zip(self.peer_models, self._peers_at_first, strict=False):
+                peer.load_state_dict(state)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> Any:

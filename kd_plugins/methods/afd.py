@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -16,6 +17,8 @@ from kd_plugins.methods.kd import soft_labels
 from kd_plugins.nets import Net, Nets
 from kd_plugins.paper import Paper
 from kd_plugins.view import Batch, Needs, Reads, View
+
+_logger = logging.getLogger("kd_plugins.afd")
 
 __all__ = ["AFD", "Discriminator", "sources", "transfer_layer"]
 
@@ -165,10 +168,17 @@ class AFD(Distiller):
             raise DistillError("teacher_layer is for the offline form, which has a teacher and no peers: leave it out.")
         for k, peer in enumerate(nets.peers[1:], 1):
             for j, other in enumerate(nets.peers[:k]):
-                if _equal(peer.module, other.module):
+                same = _same(peer.module, other.module)
+                if same == 1:
                     raise DistillError(
                         f"{_name(j)} and {_name(k)} have the same architecture and weights and would stay the same:"
                         " initialise them differently."
+                    )
+                if same > 0.5:
+                    _logger.warning(
+                        "%s and %s start with the same weights but for %.1f %%: networks that are alike have little to"
+                        " teach each other.",
+                        *(_name(j), _name(k), 100 * (1 - same)),
                     )
 
     def needs(self) -> Needs:
@@ -176,7 +186,7 @@ class AFD(Distiller):
             return Needs()
         return Needs(
             Reads(features=(self.layer,)),
-            Reads(self.reads_logits, features=(self.teacher_layer,)),
+            Reads(False) if self.peers else Reads(self.reads_logits, features=(self.teacher_layer,)),
             peers=tuple(Reads(features=(layer,)) for layer in self.peer_layers or ()),
         )
 
@@ -294,8 +304,14 @@ def _probability(scores: Tensor) -> Tensor:
     return scores.float().sigmoid()
 
 
-def _equal(a: nn.Module, b: nn.Module) -> bool:
+def _same(a: nn.Module, b: nn.Module) -> float:
+    """The share of two networks' weights that are equal; 0 for different architectures."""
     ours, theirs = list(a.parameters()), list(b.parameters())
-    return len(ours) == len(theirs) and all(
-        p.shape == q.shape and p.device == q.device and torch.equal(p, q) for p, q in zip(ours, theirs, strict=True)
-    )
+    if [p.shape for p in ours] != [q.shape for q in theirs]:
+        return 0.0
+    pairs = zip(ours, theirs, strict=True)
+    # Vectors start as constants in every network.
+    weights = [(p.numel(), p.device == q.device and torch.equal(p, q)) for p, q in pairs if p.dim() > 1]
+    if not weights:
+        return float(all(torch.equal(p, q.to(p.device)) for p, q in zip(ours, theirs, strict=True)))
+    return sum(n for n, equal in weights if equal) / sum(n for n, _ in weights)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -115,6 +116,10 @@ class DFA(Distiller):
             raise DistillError(f"search_only needs a search, and aggregation={aggregation} has none: leave one out.")
         if weights is not None and (teacher_layers is not None or normalize):
             raise DistillError("weights come with the teacher's layers and scales: leave those options out.")
+        if search_epochs is not None and search_epochs <= 0:
+            raise DistillError(f"Expected search_epochs above 0, got {search_epochs}.")
+        if search_only and search_epochs is not None:
+            raise DistillError("With search_only the searches share the whole training: leave search_epochs out.")
         if min(weight, st_weight, ts_weight, regularizer) < 0 or st_weight + ts_weight == 0:
             raise DistillError("Expected no weight below 0, and st_weight or ts_weight above.")
         if not (0 < search_share < 1 and 0 < held_out < 1):
@@ -360,8 +365,12 @@ def _load(path: str) -> list[dict[str, Any]]:
     try:
         groups: list[dict[str, Any]] = json.loads(Path(path).read_text(encoding="utf-8"))["groups"]
         sizes = [(len(g["teacher"]), len(g["alpha"]), len(g["scale"]), bool(g["student"])) for g in groups]
+        sums = [math.fsum(map(float, g["alpha"])) for g in groups]
+        finite = all(math.isfinite(float(x)) for g in groups for x in g["scale"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DistillError(f"Expected the search.json of a run with dfa, got {path} ({error!r}).") from error
     if not groups or any(not a == b == c > 0 for a, b, c, _ in sizes):
         raise DistillError(f"Expected an alpha and a scale for each teacher layer in {path}: search anew.")
+    if not finite or not all(abs(x - 1) < 1e-3 for x in sums):
+        raise DistillError(f"Expected weights that sum to 1 in each group of {path}, got sums of {sums}: search anew.")
     return groups

@@ -17,7 +17,7 @@ from distributed_kit import keep, kept, on_two_processes
 from image_kit import Images, image_classifier, image_trainer
 from torch import Tensor, nn
 
-from kd_plugins import Batch, DistillError, bind, create_distiller, make_optimizers, play
+from kd_plugins import Batch, DistillError, Reads, bind, create_distiller, make_optimizers, play
 from kd_plugins.methods.afd import AFD, sources
 from kd_plugins.testing import CLAUSES, TinyNet, check_distiller
 
@@ -315,6 +315,24 @@ def test_with_kd_from_a_teacher():
     assert check_distiller("kd+afd", teacher=TinyNet(6), peers=[TinyNet(5)]) == CLAUSES
 
 
+def test_beside_peers_it_reads_nothing_of_a_teacher():
+    student, peer = networks((4, 6))
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
+    distiller = create_distiller("kd+afd", **{"afd.layer": "features"})
+    bind(distiller, student, teacher, peers=[peer], batch=batches()[0])
+    assert distiller.needs().teacher == Reads()
+
+
+def test_peers_that_start_nearly_the_same_are_warned_of(caplog):
+    student, other = networks((4, 4))
+    alike = copy.deepcopy(student)
+    nn.init.normal_(alike.head.weight)
+    bind(AFD(layer="features"), student, peers=[other], batch=batches()[0])
+    assert not caplog.records
+    bind(AFD(layer="features"), student, peers=[alike], batch=batches()[0])
+    assert "student and peer1 start with the same weights but for" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -464,6 +482,18 @@ def test_in_trainer_with_peers_and_label_smoothing(tmp_path):
     loaded = type(peer).from_pretrained(tmp_path / "saved" / "peer1")
     assert same(state(loaded), state(peer))
     assert same(state(type(host.model).from_pretrained(tmp_path / "saved")), state(host.model))
+
+
+def test_model_init_begins_with_fresh_peers(tmp_path):
+    peer = image_classifier([4, 12], 1)
+    options = {"layer": "resnet.encoder.stages.1", "features.lr": 1e-3, "discriminator.lr": 1e-3}
+    model_init = {"model_init": lambda: image_classifier([4, 8], 0), "peer_models": [peer]}
+    host = image_trainer(tmp_path, None, distiller="afd", distiller_args=options, **model_init)
+    runs = []
+    for _ in range(2):
+        host.train()
+        runs.append([value.clone() for value in (*state(host.model), *state(peer))])
+    assert same(*runs)
 
 
 def test_in_trainer_with_a_teacher(tmp_path):

@@ -454,6 +454,8 @@ def test_groups_of_one_layer_need_no_search():
         ({"st_weight": 0.0, "ts_weight": 0.0}, "st_weight or ts_weight above"),
         ({"regularizer": -1.0}, "no weight below 0"),
         ({"search_share": 1.0}, "between 0 and 1"),
+        ({"search_epochs": 0.0}, "search_epochs above 0"),
+        ({"search_epochs": 1.0, "search_only": True}, "leave search_epochs out"),
         ({"held_out": 0.0}, "between 0 and 1"),
     ],
 )
@@ -474,6 +476,12 @@ def test_networks_and_files_that_do_not_fit(tmp_path):
     file.write_text('{"groups": [{"student": "layer1", "teacher": ["layer1.0"], "alpha": [0.5, 0.5], "scale": [1.0]}]}')
     with pytest.raises(DistillError, match=r"an alpha and a scale for each teacher layer"):
         start(student, teacher, weights=str(file))
+    for alpha in ("[0.5]", "[NaN]", '["one"]'):
+        file.write_text(
+            f'{{"groups": [{{"student": "layer1", "teacher": ["layer1.0"], "alpha": {alpha}, "scale": [1]}}]}}'
+        )
+        with pytest.raises(DistillError, match=r"sum to 1 in each group|Expected the search.json"):
+            start(student, teacher, weights=str(file))
     file.write_text('{"options": {}}')
     with pytest.raises(DistillError, match=r"Expected the search.json of a run with dfa"):
         start(student, teacher, weights=str(file))
@@ -481,6 +489,13 @@ def test_networks_and_files_that_do_not_fit(tmp_path):
     alone = Batch.of(torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.long))
     with pytest.raises(DistillError, match=r"reads the stream 'search'"):
         list(distiller.turns(nets, alone))
+
+
+def test_epochs_of_a_search_in_a_bare_loop():
+    student, teacher = pair()
+    distiller = DFA(search_epochs=1.0)
+    bind(distiller, student, teacher, batch=batches()[0], total_steps=12, epoch_steps=3)
+    assert distiller.table.starts == [0, 3, 6]
 
 
 # Hosts
@@ -538,6 +553,31 @@ def test_by_name_in_kd_timm_train(tmp_path, monkeypatch):
     assert (tmp_path / "both" / "search.json").is_file()
     exported = timm.create_model("resnet10t", in_chans=1, num_classes=10, **small)
     exported.load_state_dict(load_file(tmp_path / "both" / "model_best.safetensors"))
+
+
+def test_workers_that_outlive_an_epoch_see_the_stage_change(tmp_path):
+    """The searches hold rows out; the distillation that follows sees all of them."""
+    options = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    host = image_trainer(
+        tmp_path,
+        image_classifier([4, 8], 0),
+        epochs=3,
+        rows=32,
+        teacher_model=image_classifier([4, 12], 1, [2, 2]),
+        distiller="dfa",
+        distiller_args={"search_epochs": 1.0},
+        **options,
+    )
+    seen: list[set[int]] = [set() for _ in range(3)]
+    step = host.training_step
+
+    def record(model, inputs, *args):
+        seen[int(host.state.epoch)].update(inputs["kd_index"].tolist())
+        return step(model, inputs, *args)
+
+    host.training_step = record
+    host.train()
+    assert [len(rows) for rows in seen] == [16, 16, 32]
 
 
 def test_in_trainer_with_an_image_classifier(tmp_path):

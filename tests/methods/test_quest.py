@@ -363,7 +363,7 @@ def test_lists_of_images():
     data = [Batch(list(b.inputs), b.labels) for b in batches()]
     distiller = create_distiller("quest", layers=("high",), words=6)
     bind(distiller, Lists(4, 1), Lists(5, 2), batch=data[0], batches=data)
-    assert distiller.vocabularies[0].counts.sum() == 3 * 6 * 4
+    assert distiller.vocabularies[0].counts.sum() == 3 * 6 * 16
     assert distiller.pictures() == []
 
 

@@ -42,6 +42,11 @@ def teacher(run) -> list[str]:
     return ["--teacher", "resnet10t", "--teacher-checkpoint", str(session.folder / "model_best.safetensors")]
 
 
+def methods(name: str) -> list[str]:
+    """A method's flags; the last maps of these networks have one position, which NST refuses."""
+    return [name, "--distill-args", "layers=2", "weight=1"] if "nst" in name else [name]
+
+
 def interrupted(run, monkeypatch, flags: list[str], epochs: int):
     """A run that stops in the evaluation of an epoch, and is taken up again."""
     evaluate, calls = train.evaluate, []
@@ -61,7 +66,7 @@ def interrupted(run, monkeypatch, flags: list[str], epochs: int):
 
 @pytest.mark.parametrize("name", ["kd", "kd+nst"])
 def test_equals_a_bare_loop(run, teacher, name):
-    session = run("--distill", name, *teacher)
+    session = run("--distill", *methods(name), *teacher)
 
     made = create_teacher("resnet10t", teacher[3], {}, config=CONFIG, num_classes=10, classes=None)
     sample = Batch.of(torch.randn(2, 3, 16, 16))
@@ -83,7 +88,7 @@ def test_equals_a_bare_loop(run, teacher, name):
     optimizer = create_optimizer_v2(student, opt="sgd", lr=0.02, weight_decay=2e-5, momentum=0.9)
     scheduler, _ = create_scheduler_v2(optimizer, "cosine", num_epochs=2, warmup_epochs=0)
     criterion = LabelSmoothingCrossEntropy(0.1)
-    distiller = kd_plugins.create_distiller(name)
+    distiller = kd_plugins.create_distiller(name, **({"layers": (2,), "weight": 1.0} if "nst" in name else {}))
     nets = kd_plugins.bind(distiller, student, made.module, batch=sample)
     groups = kd_plugins.make_optimizers(distiller, optimizer, nets)
     for epoch in range(2):
@@ -103,7 +108,7 @@ def test_equals_a_bare_loop(run, teacher, name):
 @pytest.mark.parametrize(
     "flags",
     [
-        "--distill kd+nst --distill-args nst.weight=10 --grad-accum-steps 3 --model-ema --model-ema-decay 0.9",
+        "--distill kd+nst --distill-args nst.weight=10 layers=2 --grad-accum-steps 3 --model-ema --model-ema-decay 0.9",
         "--distill timm_distillers:Adversary --distill-args critic.lr=0.02 --clip-grad 1 --opt adamw --workers 1",
         "--distill timm_distillers:Search --epochs 4",
     ],
@@ -121,7 +126,7 @@ def test_resume_is_exact(run, teacher, flags, monkeypatch):
 
 @pytest.mark.parametrize("name", ["kd", "kd+nst"])
 def test_compiled_training_equals_eager(run, teacher, name):
-    flags = ["--distill", name, *teacher]
+    flags = ["--distill", *methods(name), *teacher]
     plain = run(*flags, name="plain")
     compiled = run(*flags, "--torchcompile", "aot_eager", name="compiled")
     trained = load_file(compiled.folder / "state" / "model.safetensors")
@@ -223,6 +228,41 @@ def test_peers_resume_with_their_best_epoch(run, monkeypatch):
     assert same(load_file(whole.folder / file), load_file(parts.folder / file))
 
 
+def test_a_run_that_goes_on_elsewhere_brings_its_files(run, monkeypatch):
+    flags = ["--distill", "timm_distillers:Pair", "--peer", "resnet10t", "--epochs", "2"]
+    evaluate, calls = train.evaluate, []
+
+    def stop(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(train, "evaluate", stop)
+    first = run(*flags, name="before")
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    # No epoch from here on is better than the first.
+    monkeypatch.setattr(
+        "kd_timm.checkpoint.Checkpoints.best", property(lambda self: min(self.kept, key=lambda k: k[1]))
+    )
+    monkeypatch.setattr("kd_timm.peers.Peers._improves", lambda self, label, metrics: label not in self.best)
+    second = run(*flags, "--resume", str(first.folder), name="after")
+    assert second.results["best_epoch"] == second.results["peers"][0]["best_epoch"] == 0
+    for name in ("model_best.safetensors", second.results["peers"][0]["file"]):
+        assert same(load_file(first.folder / name), load_file(second.folder / name))
+    assert len((second.folder / "summary.csv").read_text().splitlines()) == 3
+
+
+def test_peers_have_arguments_of_their_own(run):
+    """The student's are for its architecture alone."""
+    flags = ["--epochs", "1", "--distill", "timm_distillers:Pair", "--peer"]
+    session = run(*flags, "resnet8")
+    student = sum(p.numel() for p in session.student.parameters())
+    assert session.results["peers"][0]["parameters"] != student
+    wide = run(*flags, "resnet10t", "--peer-kwargs", "channels=(8,8,16,32)", "stem_width=8", name="wide")
+    assert wide.results["peers"][0]["parameters"] > student
+
+
 def test_a_method_that_makes_its_own_data_gets_none(run, teacher):
     session = run("--distill", "timm_distillers:Dreams", *teacher)
     rows = list(csv.DictReader((session.folder / "summary.csv").open()))
@@ -296,6 +336,7 @@ def test_a_teacher_keeps_the_configuration_it_was_trained_with(run):
         ("--distill kd --teacher resnet18 --teacher-kwargs num_classes=10", "head would be random"),
         ("--distill timm_distillers:ForText --teacher resnet18", "token"),
         ("--distill timm_distillers:Pair", "--peer"),
+        ("--distill timm_distillers:Pair --peer resnet10", "--peer: timm has no model named"),
         ("--distill timm_distillers:Impatient --epochs 2", "--epochs"),
     ],
 )
@@ -344,7 +385,7 @@ def test_a_teacher_that_does_not_fit_is_refused(run, teacher, tiny, tmp_path, ca
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", ["kd+nst", "timm_distillers:Adversary"])
 def test_two_processes(run, teacher, tiny, tmp_path, name):
-    flags = ["--distill", name, *teacher, "--output", str(tmp_path), "--experiment", "two"]
+    flags = ["--distill", *methods(name), *teacher, "--output", str(tmp_path), "--experiment", "two"]
     on_two_processes("-m", "kd_timm.train", *tiny, *flags)
     results = json.loads((tmp_path / "two" / "results.json").read_text())
     assert results["evaluation"]["agreement"] > 0

@@ -99,7 +99,8 @@ def timms_loop(task: DistillationTask, data) -> torch.optim.Optimizer:
 def test_equals_a_bare_loop(networks, name):
     student, teacher = networks
     start = {k: v.clone() for k, v in student.state_dict().items()}
-    task = DistillationTask(student, name, teacher, data_config=CONFIG, verbose=False)
+    options = {"layers": (2,)} if "nst" in name else {}
+    task = DistillationTask(student, name, teacher, distiller_args=options, data_config=CONFIG, verbose=False)
     optimizer = create_optimizer_v2(task.get_trainable_module(), opt="sgd", lr=0.1, momentum=0.9)
     task.get_trainable_module().train()
     for images, labels in batches():
@@ -123,7 +124,7 @@ def test_equals_a_bare_loop(networks, name):
         def forward(self, images: Tensor) -> Tensor:
             return self.teacher(images * std + mean)
 
-    layers = {} if name == "kd" else {"layers": "layer4", "teacher_layers": "teacher.layer4"}
+    layers = {} if name == "kd" else {"layers": "layer2", "teacher_layers": "teacher.layer2"}
     distiller = kd_plugins.create_distiller(name, **layers)
     nets = kd_plugins.bind(distiller, student, InPixels(), batch=Batch.of(*batches(1)[0]))
     plain = create_optimizer_v2(student, opt="sgd", lr=0.1, momentum=0.9)

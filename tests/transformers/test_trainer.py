@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,18 @@ def test_resume_from_a_plain_checkpoint_is_refused(tmp_path: Path) -> None:
     trainer(tmp_path / "b", save_strategy="epoch").train()
     with pytest.raises(DistillError, match="was written with the distiller 'kd'"):
         trainer(tmp_path / "b", "internal", {"schedule": "all"}).train(resume_from_checkpoint=True)
+
+
+def test_resume_with_other_options(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What the distiller has stored stays, and that is said; what does not fit it is an error in words."""
+    both = {"num_train_epochs": 2, "save_strategy": "epoch"}
+    trainer(tmp_path, "internal", {"schedule": "all"}, **both).train()
+    again = trainer(tmp_path, "internal", {"schedule": "all", "attention_weight": 0.5}, **both)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert "other options, attention_weight=0.5 in place of" in caplog.text
+    other = trainer(tmp_path, "internal", {"schedule": "all", "project": True}, of=teacher(hidden_size=32), **both)
+    with pytest.raises(DistillError, match="does not fit the distiller of this run, which has project=True"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
 def test_model_init_and_repeated_training(tmp_path: Path) -> None:
@@ -333,6 +346,27 @@ def test_iterable_dataset(tmp_path: Path) -> None:
     run.add_callback(At(on_step_end=lambda state: stages.append(run.distiller.progress.stage)))
     run.train()
     assert stages == [0, 0, 1, 1, 2, 2, 2, 2]
+
+
+def test_the_pass_before_the_training_ends_in_an_endless_stream(tmp_path: Path) -> None:
+    """It reads no more than the training does."""
+    read: list[int] = []
+
+    class Passes(Distiller):
+        """Looks at the training set, 2020."""
+
+        def prepare(self, nets: Any, batches: Any) -> None:
+            read.extend(batch.size for batch in batches)
+
+        def loss(self, student: Any, teacher: Any, batch: Any) -> Any:
+            return {"kd": (student.logits - teacher.logits).square().mean()}
+
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Any:
+            return (Texts()[i % 16] for i in itertools.count())
+
+    trainer(tmp_path, Passes(), data=Endless(), max_steps=3, gradient_accumulation_steps=2).train()
+    assert len(read) == 6
 
 
 def test_multi_label_is_seen_by_the_labels(tmp_path: Path) -> None:
