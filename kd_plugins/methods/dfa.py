@@ -124,6 +124,19 @@ class DFA(Distiller):
             raise DistillError("Expected no weight below 0, and st_weight or ts_weight above.")
         if not (0 < search_share < 1 and 0 < held_out < 1):
             raise DistillError(f"Expected search_share and held_out between 0 and 1, got {search_share}, {held_out}.")
+        of_a_search = {
+            "st_weight": st_weight != 1,
+            "ts_weight": ts_weight != 1,
+            "regularizer": regularizer != 0,
+            "search_share": search_share != 0.25,
+            "search_epochs": search_epochs is not None,
+            "held_out": held_out != 0.5,
+        }
+        idle = [name for name, given in of_a_search.items() if given]
+        if idle and (aggregation != "search" or weights is not None):
+            raise DistillError(f"{', '.join(idle)}: only a search has that, and this run has none; leave it out.")
+        if seed and aggregation != "random":
+            raise DistillError(f"seed is of random weights, and aggregation is {aggregation}: leave it out.")
         self.aggregation, self.weights, self.search_only = aggregation, weights, search_only
         self.layers, self.teacher_layers = layers, teacher_layers
         self.weight, self.st_weight, self.ts_weight = weight, st_weight, ts_weight

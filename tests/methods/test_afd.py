@@ -506,13 +506,13 @@ def test_in_trainer_with_a_teacher(tmp_path):
     assert set(host.model.state_dict()) == set(image_classifier([4, 8], 0).state_dict())
 
 
-def accelerated(folder: Path, processes: int) -> list[Tensor]:
+def accelerated(folder: Path, processes: int, precision: str = "no") -> list[Tensor]:
     """A short training under Accelerate, with accumulation and clipping, stopped and taken up in the middle."""
     from accelerate import Accelerator
 
     from kd_accelerate import TurnPlayer
 
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, mixed_precision=precision)
 
     def begin() -> tuple[TurnPlayer, list[Net]]:
         nets = networks((4, 4, 4), norm=False)
@@ -539,6 +539,20 @@ def accelerated(folder: Path, processes: int) -> list[Tensor]:
             with accelerator.accumulate(player.model):
                 player.step(Batch.of(half.inputs[rows], half.labels[rows]))
     return [value.double() for value in state(*nets, player.distiller)]
+
+
+def test_bfloat16_goes_the_way_of_float32(tmp_path):
+    """It keeps eight bits: the networks end within a fifth of the way that they have gone."""
+    begin = [value.double() for value in state(*networks((4, 4, 4), norm=False))]
+    exact = accelerated(tmp_path / "float32", 1)
+    _fresh()
+    half = accelerated(tmp_path / "bfloat16", 1, "bf16")
+
+    def distance(a: list[Tensor], b: list[Tensor]) -> float:
+        return float(torch.cat([(x - y).flatten() for x, y in zip(a, b, strict=False)]).norm())
+
+    assert 0 < distance(begin, exact)
+    assert 0 < distance(exact[: len(begin)], half) < 0.2 * distance(begin, exact)
 
 
 @pytest.mark.distributed

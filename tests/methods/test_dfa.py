@@ -455,6 +455,9 @@ def test_groups_of_one_layer_need_no_search():
         ({"regularizer": -1.0}, "no weight below 0"),
         ({"search_share": 1.0}, "between 0 and 1"),
         ({"search_epochs": 0.0}, "search_epochs above 0"),
+        ({"aggregation": "uniform", "st_weight": 0.5, "held_out": 0.3}, "st_weight, held_out: only a search"),
+        ({"weights": "search.json", "search_epochs": 1.0}, "search_epochs: only a search"),
+        ({"seed": 1}, "seed is of random weights"),
         ({"search_epochs": 1.0, "search_only": True}, "leave search_epochs out"),
         ({"held_out": 0.0}, "between 0 and 1"),
     ],
@@ -616,13 +619,13 @@ def test_in_trainer_with_an_image_classifier(tmp_path):
     assert found[1]["alpha"] == distiller.alpha(1).tolist()
 
 
-def accelerated(folder: Path, processes: int) -> list[Tensor]:
+def accelerated(folder: Path, processes: int, precision: str = "no") -> list[Tensor]:
     """A short training under Accelerate with accumulation, stopped and taken up in the middle of a search."""
     from accelerate import Accelerator
 
     from kd_accelerate import TurnPlayer
 
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, mixed_precision=precision)
     data = batches(24, 8)
 
     def begin() -> tuple[TurnPlayer, Net]:
@@ -655,6 +658,20 @@ def accelerated(folder: Path, processes: int) -> list[Tensor]:
                 player.step(Batch.of(half.inputs[rows], half.labels[rows], streams=streams))
     modules = (student, player.distiller)
     return [v.detach().nan_to_num(-1).double() for m in modules for v in m.state_dict().values()]
+
+
+def test_bfloat16_goes_the_way_of_float32(tmp_path):
+    """It keeps eight bits: the networks end within a fifth of the way that they have gone."""
+    begin = [value.double() for value in pair()[0].state_dict().values()]
+    exact = accelerated(tmp_path / "float32", 1)
+    _fresh()
+    half = accelerated(tmp_path / "bfloat16", 1, "bf16")
+
+    def distance(a: list[Tensor], b: list[Tensor]) -> float:
+        return float(torch.cat([(x - y).flatten() for x, y in zip(a, b, strict=False)]).norm())
+
+    assert 0 < distance(begin, exact)
+    assert 0 < distance(exact[: len(begin)], half) < 0.2 * distance(begin, exact)
 
 
 @pytest.mark.distributed
