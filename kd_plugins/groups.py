@@ -135,8 +135,9 @@ class Groups:
         own = distiller.own_parameters()
         if own:
             made["own"] = Group("own", own, like(self.optimizer, {largest(self.optimizer): own}), None)
-        for i, peer in enumerate(self.nets.peers[1:] if self.nets else (), 1):
-            split = like_student(self.optimizer, self.nets.student.module, peer.module)  # type: ignore[union-attr]
+        nets = self.nets.peers if self.nets else ()
+        for i, peer in enumerate(nets[1:], 1):
+            split = like_student(self.optimizer, nets[0].module, peer.module)
             parameters = [p for part in split.values() for p in part]
             made[f"peer{i}"] = Group(f"peer{i}", parameters, like(self.optimizer, split), None)
         extra = {name: list(module.parameters()) for name, module in distiller.extras().items()}

@@ -18,9 +18,9 @@ from kd_plugins.nets import Net, Nets
 from kd_plugins.paper import Paper
 from kd_plugins.view import Batch, Needs, Reads, View
 
-_logger = logging.getLogger("kd_plugins.afd")
-
 __all__ = ["AFD", "Discriminator", "sources", "transfer_layer"]
+
+_logger = logging.getLogger("kd_plugins.afd")
 
 
 class Discriminator(nn.Sequential):
