@@ -110,7 +110,7 @@ def train(folder: Path | None, method: str = "kd", *, seed: int = 0, steps: int 
     """A short distillation; with a folder it is recorded."""
     teacher, student = cnn(8, 1), cnn(4, seed)
     batch = images()
-    distiller = create_distiller(method)
+    distiller = create_distiller(method, **({"layers": (1,)} if "nst" in method else {}))
     nets = bind(distiller, student, teacher, batch=batch, total_steps=steps)
     accelerator = Accelerator(cpu=True)
     model, optimizer = accelerator.prepare(student, torch.optim.SGD(student.parameters(), lr=0.05))
