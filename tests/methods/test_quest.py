@@ -29,6 +29,7 @@ def _fresh() -> None:
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerate():
+    _fresh()
     yield
     _fresh()
 

@@ -19,7 +19,7 @@ from timm.utils import random_seed
 
 import kd_plugins
 from kd_plugins import Batch
-from kd_timm import data, teachers, train
+from kd_timm import data, distillation, teachers, train
 from kd_timm.teachers import InputTransform, create_teacher
 
 WIDE = ["--model-kwargs", "channels=(8,8,16,16)", "stem_width=16"]
@@ -47,8 +47,8 @@ def methods(name: str) -> list[str]:
     return [name, "--distill-args", "layers=2", "weight=1"] if "nst" in name else [name]
 
 
-def interrupted(run, monkeypatch, flags: list[str], epochs: int):
-    """A run that stops in the evaluation of an epoch, and is taken up again."""
+def interrupted(run, monkeypatch, flags: list[str], epochs: int, into: str = "parts"):
+    """A run, `parts`, that stops in the evaluation of an epoch, and is taken up again."""
     evaluate, calls = train.evaluate, []
 
     def stop(*args, **kwargs):
@@ -61,7 +61,7 @@ def interrupted(run, monkeypatch, flags: list[str], epochs: int):
     first = run(*flags, name="parts")
     assert first.results == {}
     monkeypatch.setattr(train, "evaluate", evaluate)
-    return run(*flags, "--resume", str(first.folder), name="parts")
+    return run(*flags, "--resume", str(first.folder), name=into)
 
 
 @pytest.mark.parametrize("name", ["kd", "kd+nst"])
@@ -230,26 +230,16 @@ def test_peers_resume_with_their_best_epoch(run, monkeypatch):
 
 def test_a_run_that_goes_on_elsewhere_brings_its_files(run, monkeypatch):
     flags = ["--distill", "timm_distillers:Pair", "--peer", "resnet10t", "--epochs", "2"]
-    evaluate, calls = train.evaluate, []
-
-    def stop(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return evaluate(*args, **kwargs)
-
-    monkeypatch.setattr(train, "evaluate", stop)
-    first = run(*flags, name="before")
-    monkeypatch.setattr(train, "evaluate", evaluate)
-    # No epoch from here on is better than the first.
+    # No epoch is better than the first.
     monkeypatch.setattr(
         "kd_timm.checkpoint.Checkpoints.best", property(lambda self: min(self.kept, key=lambda k: k[1]))
     )
     monkeypatch.setattr("kd_timm.peers.Peers._improves", lambda self, label, metrics: label not in self.best)
-    second = run(*flags, "--resume", str(first.folder), name="after")
+    second = interrupted(run, monkeypatch, flags, epochs=1, into="after")
+    first = second.folder.parent / "parts"
     assert second.results["best_epoch"] == second.results["peers"][0]["best_epoch"] == 0
     for name in ("model_best.safetensors", second.results["peers"][0]["file"]):
-        assert same(load_file(first.folder / name), load_file(second.folder / name))
+        assert same(load_file(first / name), load_file(second.folder / name))
     assert len((second.folder / "summary.csv").read_text().splitlines()) == 3
 
 
@@ -261,6 +251,16 @@ def test_peers_have_arguments_of_their_own(run):
     assert session.results["peers"][0]["parameters"] != student
     wide = run(*flags, "resnet10t", "--peer-kwargs", "channels=(8,8,16,32)", "stem_width=8", name="wide")
     assert wide.results["peers"][0]["parameters"] > student
+
+
+def test_the_pass_before_the_training_has_the_loaders_workers(run, teacher, monkeypatch):
+    made, workers = distillation.create_loader, []
+    monkeypatch.setattr(
+        distillation, "create_loader", lambda *a, **k: (workers.append(k["num_workers"]), made(*a, **k))[1]
+    )
+    run(*"--epochs 1 --workers 1 --distill quest --distill-args layers=1 words=4".split(), *teacher)
+    # The first batch alone is not worth them.
+    assert workers == [0, 1]
 
 
 def test_a_method_that_makes_its_own_data_gets_none(run, teacher):

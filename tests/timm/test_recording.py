@@ -13,18 +13,8 @@ from kd_plugins.report import load_run, render
 def test_a_run_has_a_page(run):
     teacher = run("--epochs", "1", name="teacher")
     flags = ["--teacher", "resnet10t", "--teacher-checkpoint", str(teacher.folder / "model_best.safetensors")]
-    session = run(
-        "--distill",
-        "kd+nst",
-        "--distill-args",
-        "layers=2",
-        *flags,
-        "--teacher-kwargs",
-        *_kwargs(),
-        "--img-size",
-        "32",
-        name="student",
-    )
+    nst = "--distill kd+nst --distill-args layers=2 --img-size 32".split()
+    session = run(*nst, *flags, "--teacher-kwargs", *_kwargs(), name="student")
     found = load_run(session.folder)
     assert found.info["status"] == "finished"
     assert found.info["results"]["best_metric"] == session.results["best_metric"]

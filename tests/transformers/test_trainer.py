@@ -348,25 +348,46 @@ def test_iterable_dataset(tmp_path: Path) -> None:
     assert stages == [0, 0, 1, 1, 2, 2, 2, 2]
 
 
+class Passes(Distiller):
+    """Looks at the training set, 2020."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: list[int] = []
+
+    def prepare(self, nets: Any, batches: Any) -> None:
+        self.read.extend(batch.size for batch in batches)
+
+    def loss(self, student: Any, teacher: Any, batch: Any) -> Any:
+        return {"kd": (student.logits - teacher.logits).square().mean()}
+
+
 def test_the_pass_before_the_training_ends_in_an_endless_stream(tmp_path: Path) -> None:
     """It reads no more than the training does."""
-    read: list[int] = []
-
-    class Passes(Distiller):
-        """Looks at the training set, 2020."""
-
-        def prepare(self, nets: Any, batches: Any) -> None:
-            read.extend(batch.size for batch in batches)
-
-        def loss(self, student: Any, teacher: Any, batch: Any) -> Any:
-            return {"kd": (student.logits - teacher.logits).square().mean()}
 
     class Endless(torch.utils.data.IterableDataset):
         def __iter__(self) -> Any:
             return (Texts()[i % 16] for i in itertools.count())
 
-    trainer(tmp_path, Passes(), data=Endless(), max_steps=3, gradient_accumulation_steps=2).train()
-    assert len(read) == 6
+    distiller = Passes()
+    trainer(tmp_path, distiller, data=Endless(), max_steps=3, gradient_accumulation_steps=2).train()
+    assert len(distiller.read) == 6
+
+
+def test_the_pass_before_the_training_has_the_loaders_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first batch alone is not worth them."""
+    workers: list[int] = []
+
+    class Loader(torch.utils.data.DataLoader):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            workers.append(kwargs["num_workers"])
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr("kd_transformers.trainer.DataLoader", Loader)
+    distiller = Passes()
+    trainer(tmp_path, distiller, dataloader_num_workers=1, max_steps=1).train()
+    assert workers == [0, 1]
+    assert sum(distiller.read) == len(Texts())
 
 
 def test_multi_label_is_seen_by_the_labels(tmp_path: Path) -> None:
