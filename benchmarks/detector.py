@@ -18,7 +18,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 import kd_plugins
 from benchmarks.timing import machine, measured, peak_mib, print_table, write
-from kd_plugins.view import Batch, Reads, View
+from kd_plugins.reading.view import Batch, Reads, View
 
 # Of the two photographs that scikit-learn carries, (x, y, x, y) in pixels of the crop below: the pagoda, the flower.
 BOXES = ((10.0, 60.0, 560.0, 330.0), (150.0, 20.0, 480.0, 420.0))

@@ -1,15 +1,15 @@
 """Knowledge distillation that plugs into the training code people already have."""
 
+from kd_plugins.catalog.paper import Paper
+from kd_plugins.catalog.registry import create_distiller, get_distiller, list_distillers
 from kd_plugins.distiller import Distiller, OptimSpec
 from kd_plugins.errors import DistillError
 from kd_plugins.groups import Groups, make_optimizers, play
-from kd_plugins.nets import Net, Nets, bind
-from kd_plugins.network import Network
-from kd_plugins.paper import Paper
-from kd_plugins.registry import create_distiller, get_distiller, list_distillers
+from kd_plugins.reading.nets import Net, Nets, bind
+from kd_plugins.reading.network import Network
+from kd_plugins.reading.tap import Tap
+from kd_plugins.reading.view import Attention, Batch, Needs, Reads, View
 from kd_plugins.stages import Progress, Stage
-from kd_plugins.tap import Tap
-from kd_plugins.view import Attention, Batch, Needs, Reads, View
 
 __version__ = "0.1.0"
 

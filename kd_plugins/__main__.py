@@ -2,7 +2,7 @@
 
 import sys
 
-from kd_plugins.cli import main
+from kd_plugins.catalog.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

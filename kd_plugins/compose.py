@@ -10,10 +10,10 @@ from torch import nn
 
 from kd_plugins.distiller import Distiller, OptimSpec, Terms, Turn, overrides, overrides_turns
 from kd_plugins.errors import DistillError
-from kd_plugins.nets import Net, Nets
 from kd_plugins.picture import Picture
+from kd_plugins.reading.nets import Net, Nets
+from kd_plugins.reading.view import Batch, Needs, View
 from kd_plugins.stages import Stage
-from kd_plugins.view import Batch, Needs, View
 
 __all__ = ["Composite"]
 

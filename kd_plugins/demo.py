@@ -143,7 +143,7 @@ def play(part: Part, folder: Path, console: Console) -> Table:
 
 def report(part: Part, folder: Path) -> Path:
     """Writes a page for each run of a part and one that compares them, whose path it returns."""
-    from kd_plugins.report import render
+    from kd_report import render
 
     runs = [folder / folder_name(row) for row in ("teacher", *part.students)]
     for path in runs:

@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kd_plugins.reading.view import Batch, Needs, View
 from kd_plugins.stages import Progress, Stage, StageTable
-from kd_plugins.view import Batch, Needs, View
 
 if TYPE_CHECKING:
-    from kd_plugins.nets import Nets
-    from kd_plugins.paper import Paper
+    from kd_plugins.catalog.paper import Paper
     from kd_plugins.picture import Picture
+    from kd_plugins.reading.nets import Nets
 
 __all__ = ["Distiller", "OptimSpec", "Terms", "Turn"]
 

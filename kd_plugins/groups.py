@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from kd_plugins.distiller import Distiller, OptimSpec, Turn, overrides
 from kd_plugins.errors import DistillError, did_you_mean
-from kd_plugins.nets import Nets
+from kd_plugins.reading.nets import Nets
 from kd_plugins.stages import Stage
 
 __all__ = ["Group", "Groups", "make_optimizers", "play", "total"]

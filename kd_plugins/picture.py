@@ -81,7 +81,7 @@ class Images(Picture):
     caption: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        from kd_plugins.report.images import rgb
+        from kd_report.images import rgb
 
         rows = {name: [rgb(image.detach().cpu()) for image in images] for name, images in self.rows.items()}
         return {**super().to_json(), "rows": rows}

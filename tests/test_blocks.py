@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import kd_timm.models  # noqa: F401
 from kd_plugins import Batch, DistillError, Net, Reads
-from kd_plugins.blocks import find_groups, find_trunk
-from kd_plugins.network import adapt
+from kd_plugins.reading.network import adapt
+from kd_plugins.reading.trunk import find_groups, find_trunk
 
 
 def net(module: nn.Module) -> Net:

@@ -9,11 +9,11 @@ from importlib.metadata import EntryPoint, entry_points, version
 
 import pytest
 
-from kd_plugins.cli import main
+from kd_plugins.catalog.cli import main
+from kd_plugins.catalog.paper import Paper
+from kd_plugins.catalog.registry import GROUP, describe, list_distillers
 from kd_plugins.distiller import Distiller, OptimSpec
 from kd_plugins.errors import DistillError
-from kd_plugins.paper import Paper
-from kd_plugins.registry import GROUP, describe, list_distillers
 
 
 class Shown(Distiller):
@@ -45,7 +45,7 @@ def shown(monkeypatch):
         EntryPoint("shown", "shown_by_test:Shown", GROUP),
         EntryPoint("shattered", "no_such_module_here:Nothing", GROUP),
     ]
-    monkeypatch.setattr("kd_plugins.registry.entry_points", lambda group: [*entry_points(group=group), *extra])
+    monkeypatch.setattr("kd_plugins.catalog.registry.entry_points", lambda group: [*entry_points(group=group), *extra])
 
 
 def test_the_list_has_one_line_for_each_and_says_what_is_broken(shown, capsys):
@@ -74,7 +74,9 @@ def test_without_a_command_it_lists(capsys):
 def test_a_terminal_of_80_columns_loses_no_text(shown, capsys, monkeypatch):
     from rich.console import Console
 
-    monkeypatch.setattr("kd_plugins.cli._console", lambda: Console(force_terminal=True, width=80, color_system=None))
+    monkeypatch.setattr(
+        "kd_plugins.catalog.cli._console", lambda: Console(force_terminal=True, width=80, color_system=None)
+    )
     main(["list"])
     out = capsys.readouterr().out
     assert "…" not in out
@@ -131,8 +133,8 @@ def test_errors_are_plain_and_exit_with_2(shown, capsys):
 
 def test_demo_and_report_get_the_rest_of_the_command_line(monkeypatch):
     given = {}
-    for command in ("demo", "report"):
-        module = types.ModuleType(f"kd_plugins.{command}")
+    for command, name in (("demo", "kd_plugins.demo"), ("report", "kd_report")):
+        module = types.ModuleType(name)
         module.main = lambda argv, command=command: given.update({command: argv})
         monkeypatch.setitem(sys.modules, module.__name__, module)
     assert main(["demo", "--epochs", "1"]) == 0
@@ -142,7 +144,7 @@ def test_demo_and_report_get_the_rest_of_the_command_line(monkeypatch):
     def fail(argv: list[str]) -> int:
         raise DistillError("expected a run, got nothing")
 
-    monkeypatch.setattr(sys.modules["kd_plugins.report"], "main", fail)
+    monkeypatch.setattr(sys.modules["kd_report"], "main", fail)
     assert main(["report"]) == 2
 
 

@@ -8,9 +8,9 @@ from torch import nn
 
 from kd_plugins import Distiller, DistillError, Needs, OptimSpec, Reads, Stage, bind, create_distiller
 from kd_plugins import functional as KF
+from kd_plugins.catalog.options import config_of, from_json
 from kd_plugins.compose import Composite
 from kd_plugins.groups import make_optimizers, play
-from kd_plugins.options import config_of, from_json
 from kd_plugins.testing import TinyNet, check_distiller, tiny_batches
 
 

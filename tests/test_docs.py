@@ -83,7 +83,7 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(("page", "line"), commands("kd-timm-train", "kd-transformers-train"))
 def test_commands_parse(page: str, line: str) -> None:
-    from kd_plugins.options import options_from_strings
+    from kd_plugins.catalog.options import options_from_strings
 
     program, *argv = shlex.split(line)
     if program == "kd-timm-train":
@@ -104,7 +104,7 @@ def test_commands_parse(page: str, line: str) -> None:
 @pytest.mark.parametrize(("page", "line"), commands("kd-plugins"))
 def test_kd_plugins_commands(page: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
     """`list` and `info` run; what takes minutes, or a folder of runs, only has to be there."""
-    from kd_plugins.cli import main
+    from kd_plugins.catalog.cli import main
 
     _, *argv = shlex.split(line)
     if argv and argv[0] in ("demo", "report"):
@@ -125,7 +125,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_the_index_names_what_is_there() -> None:
     """Files and functions of the index exist, and every method has a row."""
     from kd_plugins import list_distillers
-    from kd_plugins.registry import distribution_of
+    from kd_plugins.catalog.registry import distribution_of
 
     page = ROOT / "docs" / "paper_index.md"
     text = page.read_text(encoding="utf-8")
@@ -142,7 +142,7 @@ def test_the_index_names_what_is_there() -> None:
 @pytest.mark.parametrize("page", sorted((ROOT / "docs" / "methods").glob("*.md")), ids=lambda page: page.stem)
 def test_a_methods_page_names_every_option(page: Path) -> None:
     from kd_plugins import get_distiller
-    from kd_plugins.options import options_of
+    from kd_plugins.catalog.options import options_of
 
     text = page.read_text(encoding="utf-8")
     missing = [name for name in options_of(get_distiller(page.stem)) if f"| `{name}` |" not in text]

@@ -10,9 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kd_plugins.distiller import Distiller
-from kd_plugins.errors import DistillError
-from kd_plugins.options import (
+from kd_plugins.catalog.options import (
     check,
     config_of,
     from_json,
@@ -21,8 +19,10 @@ from kd_plugins.options import (
     parse,
     to_json,
 )
-from kd_plugins.registry import create_distiller
-from kd_plugins.values import as_text, convert
+from kd_plugins.catalog.registry import create_distiller
+from kd_plugins.catalog.values import as_text, convert
+from kd_plugins.distiller import Distiller
+from kd_plugins.errors import DistillError
 
 
 class Everything(Distiller):

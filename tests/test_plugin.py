@@ -9,7 +9,7 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from kd_plugins import list_distillers
-from kd_plugins.cli import main as cli
+from kd_plugins.catalog.cli import main as cli
 from kd_plugins.testing import check_distiller
 
 NAMES = ("example_attention_transfer", "example_logit_regression")

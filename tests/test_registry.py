@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from kd_plugins import Batch, Distiller, DistillError, bind, make_optimizers, play
-from kd_plugins.options import options_from_strings
-from kd_plugins.registry import (
+from kd_plugins.catalog.options import options_from_strings
+from kd_plugins.catalog.registry import (
     create_distiller,
     describe,
     distribution_of,
@@ -69,7 +69,7 @@ def install(tmp_path, monkeypatch):
 
 def test_the_list_has_what_is_installed_and_imports_no_method():
     code = (
-        "import sys; from kd_plugins.registry import list_distillers; names = list_distillers();"
+        "import sys; from kd_plugins.catalog.registry import list_distillers; names = list_distillers();"
         "print(*names); print([m for m in sys.modules if m.startswith('kd_plugins.methods.')])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
@@ -152,7 +152,7 @@ def test_the_same_distribution_found_twice_is_one(install):
 
 
 def test_without_any_distiller_the_error_says_how_to_install(monkeypatch):
-    monkeypatch.setattr("kd_plugins.registry.entry_points", lambda group: [])
+    monkeypatch.setattr("kd_plugins.catalog.registry.entry_points", lambda group: [])
     assert list_distillers() == []
     with pytest.raises(DistillError, match="pip install -e ."):
         get_distiller("kd")

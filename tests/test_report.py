@@ -17,16 +17,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kd_accelerate import TurnPlayer
-from kd_accelerate.analysis import analyse, as_nets
-from kd_accelerate.channels import common_maps, project_channels
-from kd_accelerate.predictions import calibration, rows_of
-from kd_accelerate.record import RunRecord
-from kd_accelerate.similarity import Similarity
 from kd_plugins import Batch, Distiller, DistillError, bind, create_distiller
-from kd_plugins.cli import main as kd_plugins_main
+from kd_plugins.catalog.cli import main as kd_plugins_main
 from kd_plugins.compose import Composite
 from kd_plugins.picture import Bars, Heatmap, Images, Points
-from kd_plugins.report import charts, load_run, main, render
+from kd_report import charts, load_run, main, render
+from kd_report.analysis import analyse, as_nets
+from kd_report.channels import common_maps, project_channels
+from kd_report.predictions import calibration, rows_of
+from kd_report.record import RunRecord
+from kd_report.similarity import Similarity
 
 STATS = (0.5, 0.5, 0.5)
 VISION = ["run", "results", "calibration", "curves", "similarity", "features", "confusion", "cost"]

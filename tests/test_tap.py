@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from kd_plugins import Batch, DistillError, Network, Reads, Tap
-from kd_plugins.tap import Reached
+from kd_plugins.reading.tap import Reached
 
 
 class Block(nn.Module):

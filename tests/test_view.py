@@ -9,9 +9,9 @@ from torch import nn
 
 import kd_plugins
 from kd_plugins import Batch, Distiller, DistillError, Needs, Network, Reads, View, bind
-from kd_plugins.network import adapt
+from kd_plugins.reading.network import adapt
+from kd_plugins.reading.view import Features
 from kd_plugins.testing import TinyNet
-from kd_plugins.view import Features
 
 
 @pytest.fixture
@@ -281,7 +281,7 @@ def test_setup_refuses_before_any_training(images):
 
 
 def test_a_teacher_gets_its_own_images_columns_and_class_order(images):
-    from kd_plugins.nets import connect
+    from kd_plugins.reading.nets import connect
 
     teacher = TinyNet()
     nets = connect(Reader(), adapt(TinyNet()), [adapt(teacher)], transforms=[lambda x: 2 * x], orders=[[3, 2, 1, 0]])

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from kd_accelerate.averaging import average_buffers, average_gradients, broadcast, distributed
 from kd_plugins import Batch, Distiller, DistillError, Groups, Nets
+from kd_plugins.catalog.options import config_of
 from kd_plugins.distiller import Turn, overrides_turns
 from kd_plugins.groups import total
-from kd_plugins.options import config_of
 
 __all__ = ["TurnPlayer"]
 

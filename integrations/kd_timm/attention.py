@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from kd_plugins.attention import AttentionCall, AttentionTap, BaseAttentionTaps, Layer, TapHook, Trace
-from kd_plugins.view import Attention
+from kd_plugins.reading.attention import AttentionCall, AttentionTap, BaseAttentionTaps, Layer, TapHook, Trace
+from kd_plugins.reading.view import Attention
 
 __all__ = ["Attention", "AttentionTaps", "Layer"]
 

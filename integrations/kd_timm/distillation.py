@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from kd_accelerate import TurnPlayer
 from kd_plugins import Batch, Distiller, DistillError, Net, Reads, Stage, create_distiller
-from kd_plugins.nets import connect, needs_pass, prepare, set_up
-from kd_plugins.options import options_from_strings
+from kd_plugins.catalog.options import options_from_strings
+from kd_plugins.reading.nets import connect, needs_pass, prepare, set_up
 from kd_plugins.stages import StageTable
 from kd_timm.build import create_student
 from kd_timm.checkpoint import forked_random_state

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError
-from kd_plugins.layered import LayeredNetwork
-from kd_plugins.network import Forward
-from kd_plugins.view import Batch, Features, Reads, View
+from kd_plugins.reading.layered import LayeredNetwork
+from kd_plugins.reading.network import Forward
+from kd_plugins.reading.view import Batch, Features, Reads, View
 from kd_timm.attention import AttentionTaps
 
 __all__ = ["StagedModel", "TimmNetwork"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from kd_accelerate.record import RunRecord
 from kd_plugins import Batch, Net, Nets, Reads
+from kd_report.record import RunRecord
 from kd_timm.arguments import parse_args
 from kd_timm.network import TimmNetwork
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kd_plugins import Batch, Distiller, DistillError, Nets, create_distiller
 from kd_plugins.compose import Composite
 from kd_plugins.distiller import Turn
-from kd_plugins.nets import connect, needs_pass, set_up
+from kd_plugins.reading.nets import connect, needs_pass, set_up
 from kd_timm.network import TimmNetwork
 from kd_timm.teachers import InputTransform, create_teacher
 

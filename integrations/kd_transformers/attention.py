@@ -20,9 +20,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kd_plugins.attention import AttentionCall, AttentionTap, BaseAttentionTaps, Layer, Trace
 from kd_plugins.errors import DistillError
-from kd_plugins.view import Attention
+from kd_plugins.reading.attention import AttentionCall, AttentionTap, BaseAttentionTaps, Layer, Trace
+from kd_plugins.reading.view import Attention
 
 __all__ = ["Attention", "AttentionTaps", "Layer"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from kd_plugins.errors import DistillError
-from kd_plugins.layered import LayeredNetwork
+from kd_plugins.reading.layered import LayeredNetwork
 from kd_transformers.attention import AttentionTaps
 
 __all__ = ["TransformersNetwork"]

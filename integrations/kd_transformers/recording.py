@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
-from kd_accelerate.record import RunRecord
 from kd_plugins import Batch, Net, Nets, Reads
-from kd_plugins.network import adapt
+from kd_plugins.reading.network import adapt
+from kd_report.record import RunRecord
 from kd_transformers.checks import class_order, task_of
 from kd_transformers.trainer import DistillationTrainer
 

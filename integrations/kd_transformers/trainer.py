@@ -20,9 +20,9 @@ from transformers.utils import logging
 from kd_accelerate import TurnPlayer
 from kd_accelerate.streams import StagedDataset, Streams
 from kd_plugins import Batch, Distiller, DistillError, Net, Nets, Reads, View, create_distiller
-from kd_plugins.nets import connect, needs_pass, prepare, set_up
-from kd_plugins.network import adapt
-from kd_plugins.options import to_json
+from kd_plugins.catalog.options import to_json
+from kd_plugins.reading.nets import connect, needs_pass, prepare, set_up
+from kd_plugins.reading.network import adapt
 from kd_transformers.cache import TEACHER_LOGITS, check_cache
 from kd_transformers.checks import (
     check_checkpointing,

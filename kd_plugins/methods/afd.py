@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_plugins import functional as KF
+from kd_plugins.catalog.paper import Paper
 from kd_plugins.distiller import Distiller, OptimSpec, Terms, Turn
 from kd_plugins.errors import DistillError
 from kd_plugins.methods.kd import soft_labels
-from kd_plugins.nets import Net, Nets
-from kd_plugins.paper import Paper
-from kd_plugins.view import Batch, Needs, Reads, View
+from kd_plugins.reading.nets import Net, Nets
+from kd_plugins.reading.view import Batch, Needs, Reads, View
 
 __all__ = ["AFD", "Discriminator", "sources", "transfer_layer"]
 

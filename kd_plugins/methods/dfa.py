@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_plugins import functional as KF
-from kd_plugins.blocks import LayerGroup, find_groups
+from kd_plugins.catalog.paper import Paper
 from kd_plugins.distiller import Distiller, OptimSpec, Terms, Turn
 from kd_plugins.errors import DistillError
-from kd_plugins.nets import Nets
-from kd_plugins.paper import Paper
 from kd_plugins.picture import Bars, Heatmap, Picture
+from kd_plugins.reading.nets import Nets
+from kd_plugins.reading.trunk import LayerGroup, find_groups
+from kd_plugins.reading.view import Batch, Needs, Reads, View
 from kd_plugins.stages import Stage
-from kd_plugins.view import Batch, Needs, Reads, View
 
 __all__ = ["DFA"]
 

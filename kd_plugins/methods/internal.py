@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from kd_plugins import functional as KF
+from kd_plugins.catalog.paper import Paper
 from kd_plugins.distiller import Distiller, Terms
 from kd_plugins.errors import DistillError
 from kd_plugins.methods.kd import soft_labels
-from kd_plugins.nets import Nets
-from kd_plugins.paper import Paper
+from kd_plugins.reading.nets import Nets
+from kd_plugins.reading.view import Batch, Needs, Reads, View
 from kd_plugins.stages import Stage
-from kd_plugins.view import Batch, Needs, Reads, View
 
 __all__ = ["Internal"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from kd_plugins import functional as KF
+from kd_plugins.catalog.paper import Paper
 from kd_plugins.distiller import Distiller, Terms
 from kd_plugins.errors import DistillError
-from kd_plugins.paper import Paper
-from kd_plugins.view import Batch, View
+from kd_plugins.reading.view import Batch, View
 
 __all__ = ["KD", "soft_labels"]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Literal
 
 from kd_plugins import functional as KF
+from kd_plugins.catalog.paper import Paper
 from kd_plugins.distiller import Distiller, Terms
 from kd_plugins.errors import DistillError
-from kd_plugins.nets import Nets
-from kd_plugins.paper import Paper
-from kd_plugins.view import Batch, Needs, Reads, View, paired
+from kd_plugins.reading.nets import Nets
+from kd_plugins.reading.view import Batch, Needs, Reads, View, paired
 
 __all__ = ["NST"]
 

@@ -14,9 +14,9 @@ from dfa_kit import LR, MOMENTUM, Net, batches, pair
 from torch import Tensor, nn
 
 from kd_plugins import Batch, DistillError, bind, make_optimizers, play
-from kd_plugins._contract_runs import Run, Setting, difference
 from kd_plugins.methods.dfa import DFA
-from kd_plugins.network import adapt
+from kd_plugins.reading.network import adapt
+from kd_plugins.testing.runs import Run, Setting, difference
 
 
 def start(student: nn.Module, teacher: nn.Module, steps: int = 8, **options: Any) -> tuple[DFA, Any, Any]:

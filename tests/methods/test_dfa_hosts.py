@@ -18,8 +18,8 @@ from precision_kit import share_of_the_way
 from torch import Tensor
 
 from kd_plugins import Batch, bind
-from kd_plugins._contract_runs import difference
 from kd_plugins.methods.dfa import DFA
+from kd_plugins.testing.runs import difference
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def test_by_name_in_kd_timm_train(tmp_path, monkeypatch):
     import timm
     from safetensors.torch import load_file, save_file
 
-    from kd_plugins.report import render
+    from kd_report import render
     from kd_timm import data
     from kd_timm.arguments import parse_args
     from kd_timm.digits import Digits
@@ -114,7 +114,7 @@ def test_workers_that_outlive_an_epoch_see_the_stage_change(tmp_path):
 
 
 def test_in_trainer_with_an_image_classifier(tmp_path):
-    from kd_plugins.report import load_run
+    from kd_report import load_run
     from kd_transformers.recording import RecordCallback
 
     teacher = image_classifier([4, 12], 1, [2, 3])

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from kd_plugins import Batch, DistillError, bind, codebook, create_distiller, make_optimizers, play
 from kd_plugins import functional as KF
-from kd_plugins.codebook import Sample, fit_codebook
 from kd_plugins.methods.quest import QUEST
-from kd_plugins.patches import NearestPatches, patch_side, pixels
+from kd_plugins.nn.codebook import Sample, fit_codebook
+from kd_plugins.nn.patches import NearestPatches, patch_side, pixels
 
 
 def _fresh() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kd_plugins.report import load_run, render
+from kd_report import load_run, render
 
 
 def test_a_run_has_a_page(run):

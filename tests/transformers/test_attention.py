@@ -14,9 +14,9 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from kd_plugins.attention import AttentionCall
 from kd_plugins.errors import DistillError
-from kd_plugins.tap import Reached
+from kd_plugins.reading.attention import AttentionCall
+from kd_plugins.reading.tap import Reached
 from kd_transformers.attention import AttentionTaps
 
 N, HEADS, LENGTH = 3, 4, 9

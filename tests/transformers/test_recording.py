@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from trainer_kit import Texts, bert, difference, plain, teacher, trainer, weights
 
-from kd_plugins.report import load_run, render
+from kd_report import load_run, render
 from kd_transformers.recording import RecordCallback
 
 STAGED = ("internal", {"schedule": "progressive"})

@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 
 from kd_plugins import Distiller, DistillError
 from kd_plugins import functional as KF
-from kd_plugins.report import load_run
+from kd_report import load_run
 from kd_transformers import data as data_module
 from kd_transformers.arguments import build_parser, parse_args
 from kd_transformers.data import read_labels

@@ -45,13 +45,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from kd_plugins._contract import ContractError, broken, check_class, check_needs, check_parts, parts_of
-from kd_plugins._contract_runs import Run, Setting, difference, matches, under_accelerate, walk
+from kd_plugins.catalog.registry import create_distiller
 from kd_plugins.distiller import Distiller
 from kd_plugins.errors import DistillError
-from kd_plugins.network import Network, adapt
-from kd_plugins.registry import create_distiller
-from kd_plugins.view import Batch, Reads
+from kd_plugins.reading.network import Network, adapt
+from kd_plugins.reading.view import Batch, Reads
+from kd_plugins.testing.clauses import ContractError, broken, check_class, check_needs, check_parts, parts_of
+from kd_plugins.testing.runs import Run, Setting, difference, matches, under_accelerate, walk
 
 __all__ = ["CLAUSES", "ContractError", "TinyNet", "check_distiller", "tiny_batches"]
 

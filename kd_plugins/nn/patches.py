@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_plugins.view import Batch
+from kd_plugins.reading.view import Batch
 
 __all__ = ["NearestPatches", "patch_side", "pixels"]
 

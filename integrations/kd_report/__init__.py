@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd_plugins.report.compare import comparison_page
-from kd_plugins.report.page import run_page
-from kd_plugins.report.runs import Run, load_run
+from kd_report.compare import comparison_page
+from kd_report.page import run_page
+from kd_report.runs import Run, load_run
 
 __all__ = ["Run", "load_run", "main", "render"]
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kd_plugins._contract import ContractError, broken
 from kd_plugins.distiller import Distiller, Turn
 from kd_plugins.errors import DistillError
 from kd_plugins.groups import Groups, play, total
-from kd_plugins.nets import Nets, connect, needs_pass, prepare, set_up
-from kd_plugins.network import Network
-from kd_plugins.view import Batch
+from kd_plugins.reading.nets import Nets, connect, needs_pass, prepare, set_up
+from kd_plugins.reading.network import Network
+from kd_plugins.reading.view import Batch
+from kd_plugins.testing.clauses import ContractError, broken
 
 __all__ = ["Run", "Setting", "difference", "gradient_names", "under_accelerate", "walk"]
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError
-from kd_plugins.tap import Reached
-from kd_plugins.view import Attention
+from kd_plugins.reading.tap import Reached
+from kd_plugins.reading.view import Attention
 
 __all__ = ["MASKED", "AttentionCall", "BaseAttentionTaps", "Layer", "Mode"]
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from kd_plugins.report import charts, curves, found, pictures
-from kd_plugins.report.charts import number
-from kd_plugins.report.document import Section, caption, definitions, document, figure_row, percent, table, text, tiles
-from kd_plugins.report.runs import Run
+from kd_report import charts, curves, found, pictures
+from kd_report.charts import number
+from kd_report.document import Section, caption, definitions, document, figure_row, percent, table, text, tiles
+from kd_report.runs import Run
 
 __all__ = ["calibration_charts", "run_page", "similarity_chart"]
 

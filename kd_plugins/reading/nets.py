@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from kd_plugins.distiller import Distiller, overrides
 from kd_plugins.errors import DistillError
-from kd_plugins.network import Forward, Network, adapt
-from kd_plugins.view import Batch, Reads, View
+from kd_plugins.reading.network import Forward, Network, adapt
+from kd_plugins.reading.view import Batch, Reads, View
 
 __all__ = ["Net", "Nets", "bind", "prepare", "set_up"]
 

@@ -14,9 +14,9 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from kd_plugins.catalog.options import Option, options_of, resolve
+from kd_plugins.catalog.paper import Paper
 from kd_plugins.errors import DistillError, did_you_mean
-from kd_plugins.options import Option, options_of, resolve
-from kd_plugins.paper import Paper
 
 if TYPE_CHECKING:
     from kd_plugins.distiller import Distiller, OptimSpec

@@ -8,7 +8,7 @@ from html import escape
 from importlib.resources import files
 from typing import NamedTuple
 
-from kd_plugins.report.charts import number
+from kd_report.charts import number
 
 __all__ = ["Section", "caption", "definitions", "document", "figure_row", "percent", "table", "text", "tiles"]
 
@@ -47,7 +47,7 @@ def document(title: str, lead: str, sections: Sequence[Section], *, head: str = 
 
 
 def _asset(name: str) -> str:
-    return (files("kd_plugins.report") / name).read_text(encoding="utf-8")
+    return (files("kd_report") / name).read_text(encoding="utf-8")
 
 
 def text(value: object) -> str:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError
-from kd_plugins.tap import Reached, Seen, Tap
-from kd_plugins.view import Batch, Features, Reads, View
+from kd_plugins.reading.tap import Reached, Seen, Tap
+from kd_plugins.reading.view import Batch, Features, Reads, View
 
 __all__ = ["Network", "adapt"]
 

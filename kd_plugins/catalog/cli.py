@@ -9,9 +9,9 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
+from kd_plugins.catalog.options import options_table
+from kd_plugins.catalog.registry import Description, describe, distribution_of, list_distillers
 from kd_plugins.errors import DistillError
-from kd_plugins.options import options_table
-from kd_plugins.registry import Description, describe, distribution_of, list_distillers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,7 +21,7 @@ __all__ = ["main"]
 # Commands with a command line of their own, imported only when asked for.
 _MODULES = {
     "demo": ("kd_plugins.demo", "distil small networks and show what comes of it"),
-    "report": ("kd_plugins.report", "tables and curves of finished runs"),
+    "report": ("kd_report", "tables and curves of finished runs"),
 }
 
 

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from kd_plugins.attention import BaseAttentionTaps, Layer
 from kd_plugins.errors import DistillError
-from kd_plugins.network import Forward, Network
-from kd_plugins.tap import Reached
-from kd_plugins.view import Attention, Batch, Features, Reads, View
+from kd_plugins.reading.attention import BaseAttentionTaps, Layer
+from kd_plugins.reading.network import Forward, Network
+from kd_plugins.reading.tap import Reached
+from kd_plugins.reading.view import Attention, Batch, Features, Reads, View
 
 __all__ = ["LayeredNetwork"]
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 import torch
 from torch import nn
 
+from kd_plugins.catalog.values import as_text, choices_of, convert, label
 from kd_plugins.errors import DistillError, did_you_mean
-from kd_plugins.values import as_text, choices_of, convert, label
 
 if TYPE_CHECKING:
     from kd_plugins.distiller import Distiller
@@ -199,7 +199,7 @@ def options_from_strings(name: str, strings: Iterable[str]) -> dict[str, Any]:
         name: Of the distiller; several are joined with "+".
         strings: `option=value` each; also `part.option=value`, `group.lr=value` and `part.group.lr=value`.
     """
-    from kd_plugins.registry import distiller_classes
+    from kd_plugins.catalog.registry import distiller_classes
 
     return _flat(resolve(distiller_classes(name), _split(strings), text=True))
 
@@ -260,8 +260,8 @@ def config_of(distiller: Distiller) -> dict[str, Any]:
 
     `from_json` makes the same distiller again, with fresh weights; its `state_dict()` belongs beside it.
     """
+    from kd_plugins.catalog.registry import distribution_of, name_of
     from kd_plugins.compose import Composite
-    from kd_plugins.registry import distribution_of, name_of
 
     parts = distiller.methods if isinstance(distiller, Composite) else {name_of(type(distiller)): distiller}
     names = [name_of(type(part)) for part in parts.values()]
@@ -294,7 +294,7 @@ def from_json(source: str | Path | Mapping[str, Any]) -> Distiller:
     Args:
         source: A path to a JSON file, or the dict.
     """
-    from kd_plugins.registry import create_distiller
+    from kd_plugins.catalog.registry import create_distiller
 
     config = source if isinstance(source, Mapping) else json.loads(Path(source).read_text(encoding="utf-8"))
     if "distiller" not in config:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from kd_plugins.report import charts
-from kd_plugins.report.charts import Series
-from kd_plugins.report.document import caption, figure_row
-from kd_plugins.report.runs import Run
+from kd_report import charts
+from kd_report.charts import Series
+from kd_report.document import caption, figure_row
+from kd_report.runs import Run
 
 __all__ = ["axis", "final_metric", "metric_key", "points", "section"]
 

@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd_accelerate.channels import common_maps, project_channels
-from kd_accelerate.predictions import Predictions, rows_of
-from kd_accelerate.similarity import Similarity
 from kd_plugins import Batch, DistillError, Net, Nets, Reads
 from kd_plugins import functional as KF
-from kd_plugins.layered import LayeredNetwork
-from kd_plugins.network import adapt
+from kd_plugins.reading.layered import LayeredNetwork
+from kd_plugins.reading.network import adapt
+from kd_report.channels import common_maps, project_channels
+from kd_report.predictions import Predictions, rows_of
+from kd_report.similarity import Similarity
 
 __all__ = ["Analysis", "analyse", "as_nets"]
 
@@ -44,7 +44,7 @@ class Analysis:
         arrays: Tensors by name: `cka` `[Ls, Lt]`, `images` `[n, 3, H, W]`, `student/map/0` `[n, h, w]`,
             `student/attention` `[layers, n, L, L]` or `[layers, n, h, w]`, `student/confusion` `[K, K]` (true class,
             predicted class), `student/reliability` `[bins, 3]` (examples, confidence, accuracy), `student/channels`
-            `[n, C, 2]` (points, see `kd_accelerate.channels`).
+            `[n, C, 2]` (points, see `kd_report.channels`).
     """
 
     summary: dict[str, Any] = field(default_factory=dict)

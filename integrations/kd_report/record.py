@@ -1,7 +1,7 @@
 """What a run leaves for its report: what was run, one row a log, and the networks before and after the training.
 
 A run folder holds `run.json` (what was run, results, cost), `history.jsonl` (one JSON object a line), `analysis.json`
-with `analysis.safetensors` (what `kd_accelerate.analysis` found, under `before` and `after`), and `pictures.json` (what
+with `analysis.safetensors` (what `kd_report.analysis` found, under `before` and `after`), and `pictures.json` (what
 the method has to show, `Distiller.pictures()`). `kd-plugins report` reads these five files and nothing else.
 """
 
@@ -24,11 +24,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kd_accelerate.analysis import Decode, analyse, as_nets
-from kd_accelerate.timing import StepTimer
 from kd_plugins import Batch, Distiller, Nets
-from kd_plugins.nets import describe
-from kd_plugins.options import config_of
+from kd_plugins.catalog.options import config_of
+from kd_plugins.reading.nets import describe
+from kd_report.analysis import Decode, analyse, as_nets
+from kd_report.timing import StepTimer
 
 __all__ = ["RunRecord"]
 
@@ -137,7 +137,7 @@ class RunRecord:
         Args:
             nets: The networks, unwrapped.
             batches: Evaluation batches in a fixed order; made lazily, outside of the training's random state.
-            **options: Of `kd_accelerate.analysis.analyse`.
+            **options: Of `kd_report.analysis.analyse`.
         """
         self._analyse("before", nets, batches, options)
 

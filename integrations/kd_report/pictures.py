@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from kd_plugins.report import charts
-from kd_plugins.report.document import caption, figure_row
-from kd_plugins.report.images import heat, rgb, shade
-from kd_plugins.report.runs import Run
+from kd_report import charts
+from kd_report.document import caption, figure_row
+from kd_report.images import heat, rgb, shade
+from kd_report.runs import Run
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from kd_plugins.report import charts, curves
-from kd_plugins.report.charts import Series, number
-from kd_plugins.report.document import Section, caption, document, figure_row, table, text
-from kd_plugins.report.page import calibration_charts, similarity_chart
-from kd_plugins.report.runs import Run
+from kd_report import charts, curves
+from kd_report.charts import Series, number
+from kd_report.document import Section, caption, document, figure_row, table, text
+from kd_report.page import calibration_charts, similarity_chart
+from kd_report.runs import Run
 
 __all__ = ["comparison_page"]
 

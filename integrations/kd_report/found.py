@@ -7,9 +7,9 @@ from html import escape
 from itertools import groupby
 from typing import Any
 
-from kd_plugins.report import charts
-from kd_plugins.report.document import caption, figure_row
-from kd_plugins.report.runs import Run
+from kd_report import charts
+from kd_report.document import caption, figure_row
+from kd_report.runs import Run
 
 __all__ = ["section"]
 

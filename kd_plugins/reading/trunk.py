@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError
-from kd_plugins.nets import Net
-from kd_plugins.tap import _first_tensor
-from kd_plugins.view import Batch, Reads
+from kd_plugins.reading.nets import Net
+from kd_plugins.reading.tap import _first_tensor
+from kd_plugins.reading.view import Batch, Reads
 
 __all__ = ["Block", "LayerGroup", "Trunk", "find_groups", "find_trunk"]
 

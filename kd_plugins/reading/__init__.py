@@ -1,0 +1,1 @@
+"""What a network is asked with, and what is read of it."""
