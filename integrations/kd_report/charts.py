@@ -6,7 +6,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from html import escape
 from typing import Any, NamedTuple
@@ -18,52 +18,26 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-__all__ = ["Series", "attention", "bars", "dots", "heatmap", "lines", "number", "points", "reliability"]
+__all__ = ["Series", "attention", "bars", "dots", "heatmap", "lines", "number", "own_ids", "points", "reliability"]
 
 # Colours of the style sheet; each is drawn as a colour of its own, whose name is put in its place afterwards.
 _NAMES = ("ink", "muted", "line", "soft", "accent", "on-accent", "minus", "dim", *(f"c{i}" for i in range(8)))
-_PAINT = {name: f"#fe01{i:02x}" for i, name in enumerate(_NAMES)}
-_INK, _MUTED, _LINE, _SOFT, _ACCENT, _ON_ACCENT, _MINUS, _DIM, *_C = _PAINT.values()
-_LEFT_OUT = (
-    r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>|font-family: [^;]*; | transform=\"rotate\(-0 [^)]*\)\""
-)
+_INK, _MUTED, _LINE, _SOFT, _ACCENT, _ON_ACCENT, _MINUS, _DIM, *_C = (f"#fe01{i:02x}" for i in range(len(_NAMES)))
 _SHADE = (72 / 255, 112 / 255, 214 / 255)  # The accent in a tone between its two themes.
+_LEFT_OUT = (
+    r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>|<g/>|font-family: [^;]*; | transform=\"rotate\(-0 [^)]*\)\""
+)
 
-_STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "text.color": _INK,
-    "text.parse_math": False,
-    "axes.edgecolor": _LINE,
-    "axes.labelcolor": _MUTED,
-    "axes.labelsize": 9.5,
-    "axes.titlesize": 11.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 9,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "grid.color": _LINE,
-    "grid.linewidth": 1,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "xtick.labelsize": 9.5,
-    "ytick.labelsize": 9.5,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "xtick.major.pad": 6,
-    "legend.frameon": False,
-    "legend.fontsize": 9.5,
-    "legend.labelcolor": _MUTED,
-    "legend.handlelength": 1.1,
-    "legend.handletextpad": 0.5,
-    "legend.borderaxespad": 0,
-    "legend.columnspacing": 1.2,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "kd",
-}
+_STYLE: dict[str, Any] = {"font.family": "DejaVu Sans", "font.size": 10, "text.color": _INK, "text.parse_math": False}
+_STYLE |= {"svg.fonttype": "none", "svg.hashsalt": "kd", "grid.color": _LINE, "grid.linewidth": 1}
+_STYLE |= {"axes.edgecolor": _LINE, "axes.labelcolor": _MUTED, "axes.labelsize": 9.5, "axes.axisbelow": True}
+_STYLE |= {"axes.titlesize": 11.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlepad": 9}
+_STYLE |= {f"axes.spines.{side}": False for side in ("top", "right", "left")}
+for _axis in ("xtick", "ytick"):
+    _STYLE |= {f"{_axis}.color": _MUTED, f"{_axis}.labelsize": 9.5, f"{_axis}.major.size": 0, f"{_axis}.major.pad": 6}
+_STYLE |= {"legend.frameon": False, "legend.fontsize": 9.5, "legend.labelcolor": _MUTED, "legend.borderaxespad": 0}
+_STYLE |= {"legend.handlelength": 1.1, "legend.handletextpad": 0.5, "legend.columnspacing": 1.2}
+_DASHED: dict[str, Any] = {"color": _MUTED, "linewidth": 1, "linestyle": (0, (3, 4))}
 
 
 class Series(NamedTuple):
@@ -80,40 +54,51 @@ def number(value: float, digits: int = 3) -> str:
     >>> number(0.12345), number(123456.0), number(0.0000123), number(2.0)
     ('0.123', '123,456', '1.23e-5', '2')
     """
-    if value == 0:
-        return "0"
     size = abs(value)
     if size >= 10 ** (digits + 1):
         return f"{value:,.0f}"
-    if size < 10**-4:
+    if 0 < size < 10**-4:
         mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
         return f"{mantissa.rstrip('0').rstrip('.') if '.' in mantissa else mantissa}e{int(exponent)}"
-    text = f"{value:.{max(digits - 1 - math.floor(math.log10(size)), 0)}f}"
+    text = f"{value:.{max(digits - 1 - math.floor(math.log10(size)), 0) if size else 0}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-class Sheet:
-    """A drawing of a size in pixels.
+def _minus(text: str) -> str:
+    return text.replace("-", "−")
 
-    Attributes:
-        tips: What is told of each mark of a collection under the pointer, by the collection's id.
-    """
+
+def _short(name: object, longest: int = 16) -> str:
+    text = str(name)
+    return text if len(text) <= longest else "…" + text[-(longest - 1) :]
+
+
+def _longest(names: Iterable[object], most: int) -> int:
+    return min(max((len(str(name)) for name in names), default=0), most)
+
+
+class Sheet:
+    """A drawing of a size in pixels."""
 
     def __init__(self, width: float, height: float) -> None:
         self.width, self.height = width, height
         self.figure = Figure((width / 72, height / 72))
         self.tips: dict[str, list[str]] = {}
 
-    def axes(self, left: float, top: float, width: float, height: float, title: str = "") -> Axes:
+    def axes(self, left: float, top: float, width: float, height: float) -> Axes:
         """Axes at a place in pixels, counted from the upper left corner."""
         bottom = self.height - top - height
-        rectangle = (left / self.width, bottom / self.height, width / self.width, height / self.height)
-        axes = self.figure.add_axes(rectangle)
-        axes.set_title(title)
-        return axes
+        return self.figure.add_axes((left / self.width, bottom / self.height, width / self.width, height / self.height))
 
-    def marks(self, axes: Axes, xy: Sequence[tuple[float, float]], tips: Sequence[str], **style: Any) -> None:
-        """Marks that tell what they are."""
+    def text(self, left: float, top: float, words: str, **style: Any) -> None:
+        """Words at a place in pixels; in bold type a title."""
+        self.figure.text(left / self.width, 1 - top / self.height, words, **style)
+
+    def title(self, left: float, words: str) -> None:
+        self.text(left, 13, words, size=11.5, weight="bold")
+
+    def marks(self, axes: Axes, xy: Sequence[tuple[float, float]], tips: Iterable[str], **style: Any) -> None:
+        """Marks that tell what they are under the pointer."""
         if xy:
             name = f"tips{len(self.tips)}"
             self.tips[name] = list(tips)
@@ -131,14 +116,15 @@ class Sheet:
         for name, tips in self.tips.items():
             head, mark, rest = text.partition(f'<g id="{name}">')
             body, end, tail = rest.partition("\n   </g>")
-            uses = re.split(r"(?<=<use )([^>]*)/>", body)
-            told = [f"{use}><title>{escape(tip)}</title></use>" for use, tip in zip(uses[1::2], tips, strict=False)]
-            body = "".join(x + y for x, y in zip(uses[::2], [*told, ""], strict=True))
-            text = head + mark + body + end + tail
+            # Many marks are uses of one path, few are paths of their own.
+            tag = "use" if "<use " in body else "path"
+            marks = re.split(rf"(<{tag} [^>]*)/>", body)
+            marks[1::2] = [f"{m}><title>{escape(t)}</title></{tag}>" for m, t in zip(marks[1::2], tips, strict=True)]
+            text = head + mark + "".join(marks) + end + tail
         used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
         text = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", text)
         text = re.sub(r"#fe01([0-9a-f]{2})", lambda m: f"var(--{_NAMES[int(m[1], 16)]})", text)
-        text = re.sub(r"\n\s*", "\n", text.replace("xlink:href=", "href="))
+        text = re.sub(r"\s*\n\s*", "\n", text.replace("xlink:href=", "href="))
         size = f'width="{self.width:g}" height="{self.height:g}" viewBox="0 0 {self.width:g} {self.height:g}"'
         opening = f'<svg class="chart" {size} role="img" aria-label="{escape(label)}">'
         return Markup(opening + text.partition(">")[2].strip())
@@ -146,13 +132,10 @@ class Sheet:
 
 def own_ids(page: str) -> str:
     """Gives every chart of a page ids of its own."""
-    count = iter(range(page.count("<svg")))
-
-    def renamed(found: re.Match[str]) -> str:
-        prefix = f"s{next(count)}-"
-        return re.sub(r'( id="| href="#|url\(#)', lambda m: m[1] + prefix, found[0])
-
-    return re.sub(r"<svg.*?</svg>", renamed, page, flags=re.DOTALL)
+    parts = re.split(r"(<svg.*?</svg>)", page, flags=re.DOTALL)
+    for i in range(1, len(parts), 2):
+        parts[i] = re.sub(r'( id="| href="#|url\(#)', rf"\g<1>s{i}-", parts[i])
+    return "".join(parts)
 
 
 def chart(draw: Callable[..., Markup]) -> Callable[..., Markup]:
@@ -166,12 +149,7 @@ def chart(draw: Callable[..., Markup]) -> Callable[..., Markup]:
     return styled
 
 
-def _short(name: object, longest: int = 16) -> str:
-    text = str(name)
-    return text if len(text) <= longest else "…" + text[-(longest - 1) :]
-
-
-_TICKS = FuncFormatter(lambda value, _: number(value, 4).replace("-", "−"))
+_TICKS = FuncFormatter(lambda value, _: _minus(number(value, 4)))
 
 
 @chart
@@ -183,37 +161,27 @@ def lines(
     x_label: str = "step",
     legend: bool = True,
 ) -> Markup:
-    """Curves over the training, with a band for each stage.
-
-    Args:
-        series: At least one, none empty.
-        title: What is drawn.
-        stages: Name, start and end of each stage on the x axis; fewer than two are not drawn.
-        x_label: Name of the x axis.
-        legend: Whether the series are named in the chart.
-    """
+    """Curves over the training, with a band for each stage: its name, its start and its end."""
     sheet = Sheet(336, 214)
     axes = sheet.axes(46, 36, 280, 142)
-    sheet.figure.text(0, 1 - 13 / 214, title, size=11.5, weight="bold")
+    sheet.title(0, title)
     for name, points, colour in series:
         axes.plot(*zip(*points, strict=True), color=_C[colour % 8], linewidth=1.8, label=name)
-        tips = [f"{name} at {x_label} {number(x, 4)}: {number(y, 4)}" for x, y in points]
         if len(points) <= 40:
+            tips = [f"{name} at {x_label} {number(x, 4)}: {number(y, 4)}" for x, y in points]
             sheet.marks(axes, points, tips, s=20, color=_C[colour % 8], zorder=3)
-    for i, (name, start, end) in enumerate(stages if len(stages) > 1 else ()):
-        axes.axvspan(start, end, color=_SOFT, alpha=(1, 0)[i % 2], linewidth=0, zorder=0, gid=f"stage{i}")
+    for i, (name, start, end) in enumerate(stages):
+        axes.axvspan(start, end, color=_SOFT, alpha=1 - i % 2, linewidth=0, zorder=0)
         axes.text(start, 1.03, name, size=9, color=_MUTED, transform=axes.get_xaxis_transform())
-    xs = [x for s in series for x, _ in s.points]
-    ys = [y for s in series for _, y in s.points]
-    low, high = min(ys), max(ys)
+    xs, ys = ([point[k] for s in series for point in s.points] for k in (0, 1))
+    xs += [x for _, *ends in stages for x in ends]
+    (left, right), (low, high) = (min(xs), max(xs)), (min(ys), max(ys))
     flat = high - low < 1e-6 * abs(high)
-    pad = 0.25 * abs(high) if flat else 0.06 * (high - low) or 1.0
+    pad = 0.25 * abs(high) if flat else 0.06 * (high - low)
     # A quantity that is never negative is read from 0 when it comes near it.
-    axes.set_ylim(0 if low >= 0 and (flat or low < 0.4 * high) else low - pad, high + pad or 1)
-    if 0 < min(xs) < 0.25 * max(xs) or min(xs) == max(xs):
-        axes.set_xlim(0 if min(xs) > 0 else min(xs) - 1, max(xs) if min(xs) > 0 else max(xs) + 1)
-    else:
-        axes.margins(x=0)
+    axes.set_ylim(0 if low >= 0 and (flat or low < 0.4 * high) else low - pad, high + (pad or 1))
+    left = 0 if 0 < left < 0.25 * right or 0 < left == right else left
+    axes.set_xlim(left, right if right > left else left + 1)
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=x_label == "step"))
     axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.set_major_formatter(_TICKS)
@@ -221,8 +189,7 @@ def lines(
     axes.set_xlabel(x_label)
     axes.grid(axis="y")
     if legend and len(series) > 1:
-        place = {"bbox_to_anchor": (326 / 336, 1 - 3 / 214), "ncols": len(series)}
-        sheet.figure.legend(*axes.get_legend_handles_labels(), loc="upper right", **place)
+        axes.legend(loc="upper right", bbox_to_anchor=(1, 1 + 33 / 142), ncols=len(series))
     return sheet.svg(title)
 
 
@@ -257,38 +224,32 @@ def heatmap(
     n, m = len(rows), len(columns)
     side = max(min(space / max(m, 1), 40), 5)
     full = scale or max((abs(v) for row in values for v in row), default=1.0) or 1.0
-    longest = [min(max((len(str(name)) for name in names), default=0), 16) for names in (rows, columns)]
     numbers, named = side >= 26, side >= 11
-    upright = longest[1] * 6.4 < side
-    left = 26 + (longest[0] * 6.4 if named else 0)
-    below = 24 + (0 if not named else 12 if upright else longest[1] * 4.6)
+    upright = _longest(columns, 16) * 6.4 < side
+    left = 26 + (_longest(rows, 16) * 6.4 if named else 0)
+    below = 24 + (0 if not named else 12 if upright else _longest(columns, 16) * 4.6)
     sheet = Sheet(max(left + m * side, left + 8 * len(title)) + 8, 28 + n * side + below)
-    axes = sheet.axes(left, 28, m * side, n * side, title)
-    cells: list[tuple[tuple[float, float], str, tuple[str, float]]] = []
-    for i, row in enumerate(values):
-        for j, value in enumerate(row):
-            strength = min(abs(value) / full, 1.0)
-            shown = (f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}").replace("-", "−")
-            if strength or numbers:
-                paint = _MINUS if signed and value < 0 else _ACCENT
-                cells.append(((j, i), f"{rows[i]} / {columns[j]}: {shown}", (paint, strength)))
-            if numbers:
-                blank = signed and float(f"{value:.{digits}f}") == 0
-                text = "·" if blank else shown.removeprefix("0") if digits and not signed else shown
-                colour = _ON_ACCENT if strength > 0.55 else _INK
-                axes.text(j, i, text, size=9, ha="center", va="center_baseline", color=colour)
-    places, tips, paints = zip(*cells, strict=True) if cells else ((), (), ())
-    sheet.marks(axes, places, tips, marker="s", s=(side - 1) ** 2, color=list(map(to_rgba, paints)))
-    axes.set_xlim(-0.5, m - 0.5)
-    axes.set_ylim(n - 0.5, -0.5)
+    axes = sheet.axes(left, 28, m * side, n * side)
+    axes.set_title(title)
+    cells = [(i, j, value, min(abs(value) / full, 1.0)) for i, row in enumerate(values) for j, value in enumerate(row)]
+    form = f"{'+' if signed else ''}.{digits}f"
+    seen = [cell for cell in cells if cell[3]]
+    tips = [f"{rows[i]} / {columns[j]}: {_minus(format(value, form))}" for i, j, value, _ in seen]
+    paints = [to_rgba(_MINUS if signed and value < 0 else _ACCENT, strength) for _, _, value, strength in seen]
+    sheet.marks(axes, [(j, i) for i, j, *_ in seen], tips, marker="s", s=(side - 1) ** 2, color=paints)
+    for i, j, value, strength in cells if numbers else ():
+        words = _minus(format(value, form)) if not signed or float(format(value, form)) else "·"
+        words = words if signed or not digits else words.removeprefix("0")
+        colour = _ON_ACCENT if strength > 0.55 else _INK
+        axes.text(j, i, words, size=9, ha="center", va="center_baseline", color=colour)
+    axes.set(xlim=(-0.5, m - 0.5), ylim=(n - 0.5, -0.5))
     axes.spines[:].set_visible(True)
-    slant = {} if upright else {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
-    axes.set_xticks(range(m) if named else [], [_short(name) for name in columns] if named else [], color=_INK, **slant)
-    axes.set_yticks(range(n) if named else [], [_short(name) for name in rows] if named else [], color=_INK)
-    axes.tick_params(pad=5)
-    sheet.figure.text((left + m * side / 2) / sheet.width, 4 / sheet.height, column_label, color=_MUTED, ha="center")
-    middle = 1 - (28 + n * side / 2) / sheet.height
-    sheet.figure.text(10 / sheet.width, middle, row_label, color=_MUTED, rotation=90, ha="center", va="center")
+    slant: dict[str, Any] = {} if upright else {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(range(m if named else 0), [_short(name) for name in columns[: m if named else 0]], **slant)
+    axes.set_yticks(range(n if named else 0), [_short(name) for name in rows[: n if named else 0]])
+    axes.tick_params(labelcolor=_INK, pad=5)
+    sheet.text(left + m * side / 2, sheet.height - 4, column_label, color=_MUTED, ha="center")
+    sheet.text(10, 28 + n * side / 2, row_label, color=_MUTED, rotation=90, ha="center", va="center")
     return sheet.svg(title or f"{row_label} by {column_label}")
 
 
@@ -303,19 +264,18 @@ def reliability(diagram: Sequence[Sequence[float]], *, title: str, subtitle: str
         colour: Number of the bars' colour.
     """
     sheet = Sheet(300, 300)
-    axes = sheet.axes(46, 42, 246, 172)
-    sheet.figure.text(46 / 300, 1 - 13 / 300, title, size=11.5, weight="bold")
-    sheet.figure.text(46 / 300, 1 - 30 / 300, subtitle, color=_MUTED)
-    counts = sheet.axes(46, 226, 246, 34)
+    axes, counts = sheet.axes(46, 42, 246, 172), sheet.axes(46, 226, 246, 34)
+    sheet.title(46, _short(title, 32))
+    sheet.text(46, 30, subtitle, color=_MUTED)
+    width = 0.88 / len(diagram)
     for i, (count, confidence, accuracy) in enumerate(diagram):
         if count:
             x, low, high = (i + 0.5) / len(diagram), *sorted((accuracy, confidence))
-            style = {"width": 0.88 / len(diagram), "linewidth": 0}
-            gap = {"color": _C[colour], "alpha": 0.45} if accuracy > confidence else {"color": _MINUS, "alpha": 0.32}
-            axes.bar(x, low, color=_C[colour], **style)
-            axes.bar(x, high - low, bottom=low, **gap, **style)
-            counts.bar(x, count, color=_DIM, alpha=0.75, **style)
-    axes.plot((0, 1), (0, 1), color=_MUTED, linewidth=1, linestyle=(0, (3, 4)))
+            gap = to_rgba(_C[colour], 0.45) if accuracy > confidence else to_rgba(_MINUS, 0.32)
+            axes.bar(x, low, width, color=_C[colour])
+            axes.bar(x, high - low, width, low, color=gap)
+            counts.bar(x, count, width, color=to_rgba(_DIM, 0.75))
+    axes.plot((0, 1), (0, 1), **_DASHED)
     axes.set(xlim=(0, 1), ylim=(0, 1), xticks=[], yticks=(0, 0.25, 0.5, 0.75, 1), ylabel="accuracy")
     axes.yaxis.set_major_formatter(_TICKS)
     axes.grid(axis="y")
@@ -326,9 +286,10 @@ def reliability(diagram: Sequence[Sequence[float]], *, title: str, subtitle: str
 
 def _rows(names: Sequence[str], width: float, title: str) -> tuple[Sheet, Axes]:
     """Axes with a line for each name, the first on top."""
-    left = min(max((len(name) for name in names), default=0), 44) * 6.6 + 14
+    left = _longest(names, 44) * 6.6 + 14
     sheet = Sheet(width, 32 + 26 * len(names) + 24)
-    axes = sheet.axes(left, 32, width - left - 100, 26 * len(names), title)
+    axes = sheet.axes(left, 32, width - left - 100, 26 * len(names))
+    axes.set_title(title)
     axes.set_yticks(range(len(names)), [_short(name, 44) for name in names], color=_INK)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.xaxis.set_major_locator(MaxNLocator(4))
@@ -343,10 +304,11 @@ def bars(values: Sequence[tuple[str, float]], *, title: str, mark: float | None 
     sheet, axes = _rows([name for name, _ in values], 480, title)
     lengths = [float(value) for _, value in values]
     drawn = axes.barh(range(len(values)), lengths, height=0.58, color=_C[0])
-    axes.bar_label(drawn, [f"{value:.2f}".replace("-", "−") for value in lengths], padding=6, color=_INK)
+    axes.bar_label(drawn, [_minus(f"{value:.2f}") for value in lengths], padding=6)
     if mark is not None:
-        axes.axvline(mark, color=_MUTED, linewidth=1, linestyle=(0, (3, 4)))
-    axes.set_xlim(min([0.0, *lengths]), max([0.0, *lengths, mark or 0.0]) or 1.0)
+        axes.axvline(mark, **_DASHED)
+    held = [0.0, *lengths, mark or 0.0]
+    axes.set_xlim(min(held), max(held) if any(held) else 1)
     return sheet.svg(title)
 
 
@@ -357,11 +319,12 @@ def dots(values: Sequence[tuple[str, Sequence[float]]], *, title: str) -> Markup
     for i, (_, found) in enumerate(values):
         mean = math.fsum(found) / len(found)
         spread = (math.fsum((x - mean) ** 2 for x in found) / max(len(found) - 1, 1)) ** 0.5
+        text = _minus(f"{mean:.2f}" if abs(mean) > 1.5 else f"{mean:.4f}")
         if len(found) > 1:
+            text += f" ± {spread:.2f}" if abs(mean) > 1.5 else f" ± {spread:.4f}"
             axes.errorbar(mean, i, xerr=spread, color=_INK, linewidth=1.3, capsize=3)
-            sheet.marks(axes, [(x, i) for x in found], map(number, found), s=18, color=to_rgba(_C[0], 0.45), zorder=3)
+            sheet.marks(axes, [(x, i) for x in found], map(number, found), s=18, color=to_rgba(_C[0], 0.5), zorder=3)
         sheet.marks(axes, [(mean, i)], [number(mean, 4)], s=48, color=_C[0], zorder=4)
-        text = f"{mean:.2f}" + (f" ± {spread:.2f}" if len(found) > 1 else "")
         axes.annotate(text, (1, i), (10, 0), ("axes fraction", "data"), "offset points", va="center")
     axes.margins(x=0.08)
     return sheet.svg(title)
@@ -369,23 +332,17 @@ def dots(values: Sequence[tuple[str, Sequence[float]]], *, title: str) -> Markup
 
 @chart
 def points(
-    groups: Mapping[str, Sequence[Sequence[float]]],
-    *,
-    title: str,
-    limits: Sequence[Sequence[float]] | None = None,
+    groups: Mapping[str, Sequence[Sequence[float]]], *, title: str, limits: Sequence[Sequence[float]] | None = None
 ) -> Markup:
-    """Points in a plane, in a colour for each group; the axes have no unit and so no numbers.
+    """Points (x, y) in a plane, in a colour for each of at most eight groups, in a frame that holds `limits` too.
 
-    Args:
-        groups: Pairs (x, y) by the group's name; at most eight groups.
-        title: What is drawn.
-        limits: Points that the frame holds; by default those of the groups.
+    The axes have no unit and so no numbers.
     """
     sheet = Sheet(420, 380)
     axes = sheet.axes(1, 46, 418, 332)
-    sheet.figure.text(0, 1 - 13 / 380, title, size=11.5, weight="bold")
-    held = [(p[0], p[1]) for p in (limits or [p for group in groups.values() for p in group])]
-    axes.scatter(*zip(*held, strict=True), alpha=0) if held else None
+    sheet.title(0, title)
+    held = limits if limits is not None else [p for group in groups.values() for p in group]
+    axes.scatter([p[0] for p in held], [p[1] for p in held], alpha=0)
     for i, (name, group) in enumerate(groups.items()):
         tips = [f"{name} {n}" for n in range(len(group))]
         sheet.marks(axes, [(p[0], p[1]) for p in group], tips, s=28, color=to_rgba(_C[i % 8], 0.75))
@@ -398,25 +355,19 @@ def points(
 
 @chart
 def attention(maps: Sequence[tuple[str, Any]], tokens: Sequence[str], full: float) -> Markup:
-    """Attention matrices `[n, n]` of several layers of one network side by side, the tokens beside the first.
-
-    Args:
-        maps: Name and probabilities of each layer.
-        tokens: The sentence.
-        full: The probability of full colour.
-    """
+    """Attention `[n, n]` of one network's layers side by side, the tokens beside the first; `full` has full colour."""
     n = min(len(tokens), *(len(probs) for _, probs in maps))
     side = max(min(196 / max(n, 1), 18), 7.5)
-    named = side >= 8.5
-    left = max((min(len(str(t)), 13) for t in tokens[:n]), default=0) * 6 + 8 if named else 2
-    sheet = Sheet(left + len(maps) * (n * side + 20), n * side + 32)
+    names = [str(t) if len(str(t)) < 14 else f"{str(t)[:12]}…" for t in tokens[: n if side >= 8.5 else 0]]
+    left, step = _longest(names, 13) * 6 + 8, n * side + 20
+    sheet = Sheet(left + len(maps) * step, n * side + 32)
     for k, (layer, probs) in enumerate(maps):
-        axes = sheet.axes(left + k * (n * side + 20), 22, n * side, n * side)
+        axes = sheet.axes(left + k * step, 22, n * side, n * side)
         axes.set_title(layer, size=9.5, color=_MUTED, weight="normal", pad=6)
-        alpha = (probs[:n, :n].float() / max(full, 1e-12)).clamp(0, 1)
-        axes.imshow([[(*_SHADE, a) for a in row] for row in alpha.tolist()], interpolation="none", aspect="auto")
+        shades = (probs[:n, :n].float() / max(full, 1e-12)).clamp(0, 1).tolist()
+        axes.imshow([[(*_SHADE, a) for a in row] for row in shades], interpolation="none", aspect="auto")
         axes.spines[:].set_visible(True)
-        shown = [str(t) if len(str(t)) < 14 else f"{str(t)[:12]}…" for t in tokens[:n]] if named and not k else []
-        axes.set(xticks=[], yticks=range(len(shown)))
-        axes.set_yticklabels(shown, color=_INK, size=9)
+        axes.set(xticks=[], yticks=[])
+        if not k:
+            axes.set_yticks(range(len(names)), names, color=_INK, size=9)
     return sheet.svg("attention of " + ", ".join(layer for layer, _ in maps))

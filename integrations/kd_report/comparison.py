@@ -87,7 +87,13 @@ def _experiments(runs: Sequence[Run]) -> dict[str, list[Run]]:
     for run in runs:
         settings = {k: v for k, v in (run.info.get("settings") or {}).items() if k not in _INCIDENTAL}
         options = (run.info.get("method") or {}).get("options")
-        key = (run.method, run.student, run.teacher, str(run.info.get("data")), repr(options), repr(settings))
+        key: tuple[str, ...] = (
+            run.method,
+            run.student,
+            run.teacher,
+            str(run.info.get("data")),
+            repr((options, settings)),
+        )
         # Without settings nothing says that two runs are the same experiment.
         kept.setdefault(key if settings else (*key, run.name), []).append(run)
     if len({run.name for run in runs}) == len(kept) == len(runs):
@@ -185,7 +191,7 @@ def _calibrations(groups: Groups) -> list[Markup]:
 
 
 def _similarities(groups: Groups) -> list[Markup]:
-    shown = [(run, run.method if run.method == run.name else f"{run.method} ({run.name})") for run in groups.all]
+    shown = [(run, name if len(runs) == 1 else run.name) for name, runs in groups.runs.items() for run in runs]
     drawn = [similarity_chart(run, "after", name, 290) for run, name in shown if run.other != "student"]
     return [chart for chart in drawn if chart is not None]
 

@@ -48,7 +48,7 @@ def final_metric(run: Run) -> tuple[str, float] | None:
 def panels(run: Run) -> dict[str, list[tuple[str, Points, int]]]:
     """Panels by title: the losses, the metrics, every term, the rate; each line with its name and colour."""
     keys, x, first = _keys(run), axis(run), metric_key(run)
-    peers = {k: found for k in keys if (found := _PEER.fullmatch(k))}
+    peers = {k: match for k in keys if (match := _PEER.fullmatch(k))}
     losses = [k for k in keys if k in ("loss", "train_loss", "eval_loss")]
     metrics = sorted(
         (k for k in keys if k.startswith("eval_") and k not in (*losses, *peers)), key=lambda k: k != first

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -334,8 +334,7 @@ ENVIRONMENT.tests |= {
     "pair": lambda cell: isinstance(cell, tuple),
     "png": lambda source: isinstance(source, str) and _PNG.fullmatch(source) is not None,
 }
-ENVIRONMENT.globals |= {"axis": curves.axis, "final_metric": curves.final_metric, "stages": curves.stages}
-for _one in (_predictions, _peer_rows, _peer_charts, calibration_charts, _curve_charts, similarity_chart, _confusions):
-    ENVIRONMENT.globals[_one.__name__.lstrip("_")] = _one
-for _one in (_feature_maps, _attention_maps, _sentences, _channel_charts, _pictures, _flat, _label, _options, _sizes):
-    ENVIRONMENT.globals[_one.__name__.lstrip("_")] = _one
+_GLOBALS: list[Callable[..., Any]] = [_predictions, _peer_rows, _peer_charts, calibration_charts, _curve_charts, _sizes]
+_GLOBALS += [similarity_chart, _confusions, _feature_maps, _attention_maps, _sentences, _channel_charts, _pictures]
+_GLOBALS += [_flat, _label, _options, curves.axis, curves.final_metric, curves.stages]
+ENVIRONMENT.globals |= {one.__name__.lstrip("_"): one for one in _GLOBALS}
