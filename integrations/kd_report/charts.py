@@ -25,7 +25,7 @@ _NAMES = ("ink", "muted", "line", "soft", "accent", "on-accent", "minus", "dim",
 _INK, _MUTED, _LINE, _SOFT, _ACCENT, _ON_ACCENT, _MINUS, _DIM, *_C = (f"#fe01{i:02x}" for i in range(len(_NAMES)))
 _SHADE = (72 / 255, 112 / 255, 214 / 255)  # The accent in a tone between its two themes.
 _LEFT_OUT = (
-    r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>|<g/>|font-family: [^;]*; | transform=\"rotate\(-0 [^)]*\)\""
+    r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>|font-family: [^;]*; | transform=\"rotate\(-0 [^)]*\)\""
 )
 
 _STYLE: dict[str, Any] = {"font.family": "DejaVu Sans", "font.size": 10, "text.color": _INK, "text.parse_math": False}
@@ -124,7 +124,7 @@ class Sheet:
         used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
         text = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", text)
         text = re.sub(r"#fe01([0-9a-f]{2})", lambda m: f"var(--{_NAMES[int(m[1], 16)]})", text)
-        text = re.sub(r"\s*\n\s*", "\n", text.replace("xlink:href=", "href="))
+        text = re.sub(r"(\s*(<g/>)?\n)+\s*", "\n", text.replace("xlink:href=", "href="))
         size = f'width="{self.width:g}" height="{self.height:g}" viewBox="0 0 {self.width:g} {self.height:g}"'
         opening = f'<svg class="chart" {size} role="img" aria-label="{escape(label)}">'
         return Markup(opening + text.partition(">")[2].strip())
