@@ -22,7 +22,7 @@ from kd_plugins import Batch, Distiller, DistillError, bind, create_distiller
 from kd_plugins.catalog.cli import main as kd_plugins_main
 from kd_plugins.compose import Composite
 from kd_plugins.picture import Bars, Heatmap, Images, Points
-from kd_report import charts, load_run, main, render
+from kd_report import charts, load_run, main, page_hint, render
 from kd_report.analysis import analyse, as_nets
 from kd_report.measures import Similarity, calibration, common_maps, project_channels, rows_of
 from kd_report.record import RunRecord
@@ -235,6 +235,7 @@ def test_without_the_extra_one_sentence_says_what_to_install(tmp_path, monkeypat
         said = capsys.readouterr().err
         assert len(said.splitlines()) == 1
         assert 'matplotlib, not installed here: pip install "kd-plugins[report]"' in said
+    assert page_hint("out") == 'Report: pip install "kd-plugins[report]", then kd-plugins report out'
 
 
 # Analysis

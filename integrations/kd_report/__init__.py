@@ -10,16 +10,22 @@ from pathlib import Path
 from kd_plugins.errors import DistillError
 from kd_report.runs import Run, load_run
 
-__all__ = ["Run", "check_pages", "load_run", "main", "render"]
+__all__ = ["Run", "check_pages", "load_run", "main", "page_hint", "render"]
 
 INSTALL = 'pip install "kd-plugins[report]"'
 
 
 def check_pages() -> None:
     """Raises `DistillError` where the packages that pages are made with are not installed."""
-    missing = [name for name, module in (("Jinja2", "jinja2"), ("matplotlib", "matplotlib")) if not find_spec(module)]
+    missing = [name for name in ("jinja2", "matplotlib") if not find_spec(name)]
     if missing:
         raise DistillError(f"Report pages are made with {' and '.join(missing)}, not installed here: {INSTALL}")
+
+
+def page_hint(folder: str | Path) -> str:
+    """How to get the page of a run, for the last line of a script."""
+    installed = find_spec("jinja2") and find_spec("matplotlib")
+    return f"Report: {'' if installed else f'{INSTALL}, then '}kd-plugins report {folder}"
 
 
 def render(folders: Sequence[str | Path]) -> str:
