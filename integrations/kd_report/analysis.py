@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from kd_plugins import Batch, DistillError, Net, Nets, Reads
 from kd_plugins import functional as KF
-from kd_plugins.reading.layered import LayeredNetwork
 from kd_plugins.reading.network import adapt
 from kd_report.measures import Predictions, Similarity, common_maps, project_channels, rows_of
 
@@ -212,7 +211,7 @@ class _Reader:
     def __init__(self, net: Net, batch: Batch) -> None:
         self.net, self.attention = _fresh(net), 0
         two = _part(batch, torch.arange(min(batch.size, 2)))
-        if isinstance(self.net.network, LayeredNetwork):
+        if self.net.network.attention is not None:
             try:
                 self.attention = self.net.layers(two)
             except DistillError:
@@ -235,7 +234,7 @@ class _Reader:
         return logits, {name: x for name, x in found.items() if x.dim() > 1 and len(x) == batch.size}
 
     def _candidates(self) -> list[Place]:
-        if self.attention and isinstance(self.net.network, LayeredNetwork):
+        if self.attention and self.net.network.attention is not None:
             layers = enumerate(self.net.network.attention.layers, 1)
             listed = [Place(f"layer {i}", x.layer, x.layer_call) for i, x in layers if x.layer is not None]
             if listed:

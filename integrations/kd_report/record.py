@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kd_plugins import Batch, Distiller, Nets
-from kd_plugins.catalog.options import config_of
+from kd_plugins.catalog.registry import config_of
 from kd_plugins.reading.nets import describe
 from kd_report.analysis import Decode, analyse, as_nets
 from kd_report.timing import StepTimer
@@ -204,8 +204,8 @@ class RunRecord:
 
     def _write(self) -> None:
         self.run["seconds"] = self._spent + time.monotonic() - self._began
-        if self.distiller is not None and self.distiller.table is not None:
-            self.run["stages"] = self.distiller.table.to_json()
+        if self.distiller is not None and self.distiller.progress.table is not None:
+            self.run["stages"] = self.distiller.progress.table.to_json()
         self._replace("run.json", self.run)
 
     def _failed(self, note: str, warning: str, error: Exception) -> None:

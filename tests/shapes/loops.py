@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from kd_accelerate import TurnPlayer
 from kd_accelerate.streams import StagedDataset, split
 from kd_plugins import Batch, make_optimizers, play
+from kd_plugins.binding import needs_in, schedule
 
 
 class Bare(Host):
@@ -23,7 +24,7 @@ class Bare(Host):
     def __init__(self, job: Job, folder: Path, shift: float = 0.0) -> None:
         super().__init__(job, folder, shift)
         self.nets = self.bound()
-        self.distiller.schedule(job.steps, epoch=EPOCH)
+        schedule(self.distiller, job.steps, epoch=EPOCH)
         self.moved(self.distiller)
         self.optimizers = make_optimizers(self.distiller, self.optimizer(), self.nets)
         self.curve = self.scheduler(self.optimizers.optimizer)
@@ -54,34 +55,12 @@ class Bare(Host):
                 self.curve.step()
 
     def save(self) -> None:
-        state = {
-            "student": self.student.state_dict(),
-            "peers": [peer.state_dict() for peer in self.peers],
-            "optimizer": self.optimizers.optimizer.state_dict(),
-            "groups": {group.name: group.optimizer.state_dict() for group in self.optimizers},
-            "initial": self.optimizers.initial,
-            "distiller": self.distiller.state_dict(),
-            "random": self.distiller.random_state(),
-            "stage": self.distiller.progress.stage,
-            "step": self.distiller.progress.step,
-            "drawn": self.streams.drawn,
-        }
-        torch.save(state, self.folder / "run.pt")
+        self.optimizers.save(self.folder)
+        self.streams.save(self.folder)
 
     def load(self) -> None:
-        state = torch.load(self.folder / "run.pt", weights_only=True)
-        self.student.load_state_dict(state["student"])
-        for peer, saved in zip(self.peers, state["peers"], strict=True):
-            peer.load_state_dict(saved)
-        self.optimizers.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizers:
-            group.optimizer.load_state_dict(state["groups"][group.name])
-        self.optimizers.initial = state["initial"]
-        self.distiller.load_state_dict(state["distiller"])
-        self.distiller.load_random_state(state["random"])
-        self.distiller.progress.stage = state["stage"]
-        self.distiller.at(state["step"])
-        self.streams = self.further(state["drawn"])
+        self.optimizers.load(self.folder)
+        self.streams.load(self.folder)
 
 
 class Accelerated(Host):
@@ -98,7 +77,7 @@ class Accelerated(Host):
             accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
         distiller = self.distiller
         self.nets = self.bound()
-        distiller.schedule(job.steps, epoch=EPOCH)
+        schedule(distiller, job.steps, epoch=EPOCH)
         self.moved(distiller)
         self.staged = StagedDataset(self.data, distiller, EPOCH, SEED, with_row)
         loader = DataLoader(self.staged, batch_size=job.micro)
@@ -127,7 +106,7 @@ class Accelerated(Host):
     def _batch(self, items: dict[str, Tensor]) -> Batch:
         if not self.distiller.data:
             return Batch()
-        wanted = self.distiller.needs_in(self.distiller.table.index(self.distiller.progress.step)).streams
+        wanted = needs_in(self.distiller, self.distiller.progress.table.index(self.distiller.progress.step)).streams
         return self.wrap(items, {name: self.wrap(self.streams.draw(name)) for name in wanted})
 
     def save(self) -> None:
