@@ -58,8 +58,8 @@ def dist(
     with no_autocast(student_logits):
         y_s, y_t = ((z / temperature).softmax(-1) for z in exact(student_logits, teacher_logits.detach()))
         between_classes = per_example(1 - _pearson(y_s, y_t, -1), mask).mean()
-        rows = (y.flatten(0, -2) if mask is None else y[mask.bool()] for y in (y_s, y_t))
-        between_rows = (1 - _pearson(*rows, 0)).mean()
+        s, t = (y.flatten(0, -2) if mask is None else y[mask.bool()] for y in (y_s, y_t))
+        between_rows = (1 - _pearson(s, t, 0)).mean()
         return temperature**2 * (beta * between_classes + gamma * between_rows)
 
 
