@@ -6,19 +6,27 @@ what is wrong with the inputs.
 """
 
 from kd_plugins.functional.adversarial import lsgan_classes, lsgan_discriminator, lsgan_generator, wgan_gp
+from kd_plugins.functional.at import at
+from kd_plugins.functional.crd import crd, crd_log_z
 from kd_plugins.functional.dfa import aggregate
 from kd_plugins.functional.internal import attention_kl, cls_cosine
 from kd_plugins.functional.kd import kd, kd_multilabel
 from kd_plugins.functional.nst import match_spatial, nst
 from kd_plugins.functional.quest import match_sharpness, quest, soft_assignment
+from kd_plugins.functional.reviewkd import hcl
 from kd_plugins.functional.similarity import feature_l1, feature_l2, linear_cka
+from kd_plugins.functional.vid import vid
 
 __all__ = [
     "aggregate",
+    "at",
     "attention_kl",
     "cls_cosine",
+    "crd",
+    "crd_log_z",
     "feature_l1",
     "feature_l2",
+    "hcl",
     "kd",
     "kd_multilabel",
     "linear_cka",
@@ -30,5 +38,6 @@ __all__ = [
     "nst",
     "quest",
     "soft_assignment",
+    "vid",
     "wgan_gp",
 ]
