@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError
+from kd_plugins.nn.connectors import UnitHead
 
-__all__ = ["MemoryBank", "OtherRows", "of_all_processes"]
+__all__ = ["MemoryBank", "OtherRows", "PairMemory", "of_all_processes"]
 
 
 def of_all_processes(x: Tensor) -> Tensor:
@@ -103,3 +104,48 @@ class OtherRows(nn.Module):
         uniform = torch.rand(len(classes), count, dtype=torch.float64, device=classes.device, generator=generator)
         places = (uniform * others.unsqueeze(1)).long()
         return self.order[torch.where(places < start.unsqueeze(1), places, places + (end - start).unsqueeze(1))]
+
+
+class PairMemory(nn.Module):
+    """The embeddings of two networks' layers, beside those of all rows of the training set.
+
+    Tian, Krishnan, Isola, "Contrastive Representation Distillation", ICLR 2020, arXiv 1910.10699.
+
+    Args:
+        student: C_s.
+        teacher: C_t.
+        dim: D.
+        rows: M.
+        momentum: Share of the old vector in a row's new one.
+        normalize: Whether each side has a normalising constant; without, it is 1.
+
+    Attributes:
+        others: Draws rows of other classes.
+        log_z: The logarithms of the constants `[2]`, nan before they are known.
+    """
+
+    log_z: Tensor
+
+    def __init__(self, student: int, teacher: int, dim: int, rows: int, momentum: float, normalize: bool) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList([UnitHead(student, dim), UnitHead(teacher, dim)])
+        self.banks = nn.ModuleList([MemoryBank(rows, dim, momentum), MemoryBank(rows, dim, momentum)])
+        self.others = OtherRows(rows)
+        self.register_buffer("log_z", torch.full((2,), torch.nan if normalize else 0.0))
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, rows: Tensor, classes: Tensor
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Takes up a batch, and gives each side's anchors `[B, D]`, positives `[B, D]` and bank of the other `[M, D]`.
+
+        Args:
+            student: `[B, C_s, ...]`.
+            teacher: `[B, C_t, ...]`.
+            rows: The batch's rows `[B]`.
+            classes: Their classes `[B]`.
+        """
+        ours, theirs = (head(x) for head, x in zip(self.heads, (student, teacher), strict=True))
+        for bank, embedded in zip(self.banks, (ours, theirs), strict=True):
+            bank.update(rows, embedded)
+        self.others.update(rows, classes)
+        return [(ours, theirs, self.banks[1].vectors), (theirs, ours, self.banks[0].vectors)]

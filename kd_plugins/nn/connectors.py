@@ -55,7 +55,7 @@ class GaussianRegressor(nn.Module):
         widths = (student, teacher, teacher), (teacher, teacher, teacher)
         first, second, last = (nn.Conv2d(a, b, 1, bias=False) for a, b in zip(*widths, strict=True))
         self.mean = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last)
-        self.alpha = nn.Parameter(torch.full((teacher,), math.log(math.expm1(variance - eps))))
+        self.alpha = nn.Parameter(torch.full((teacher,), variance + math.log(-math.expm1(-variance))))
         self.eps = eps
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
