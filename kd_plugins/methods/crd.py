@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, Literal
 
 import torch
@@ -15,7 +14,7 @@ from kd_plugins.errors import DistillError
 from kd_plugins.layers import LayerDistiller
 from kd_plugins.nn.bank import PairMemory
 from kd_plugins.reading.nets import Nets
-from kd_plugins.reading.view import Batch, Needs
+from kd_plugins.reading.view import Batch, Needs, Reads
 
 __all__ = ["CRD"]
 
@@ -66,7 +65,7 @@ class CRD(LayerDistiller):
         super().__init__(**layers)
 
     def needs(self) -> Needs:
-        return dataclasses.replace(super().needs(), index=True)
+        return super().needs() | Needs(teacher=Reads(logits=False), index=True)
 
     def setup(self, nets: Nets, batch: Batch) -> None:
         if batch.index is None or not batch.rows:
@@ -81,7 +80,7 @@ class CRD(LayerDistiller):
         classes = batch.labels if self.others == "classes" else batch.index
         if not isinstance(classes, Tensor) or classes.dim() != 1 or classes.is_floating_point():
             raise DistillError("crd draws rows of other classes, and the labels are no classes [B]: take others=rows.")
-        sides = part(student, teacher, batch.index, classes)
+        sides: list[tuple[Tensor, Tensor, Tensor]] = part(student, teacher, batch.index, classes)
         rows = part.others.draw(classes, min(self.negatives, self.rows), self.host.generator(student.device))
         tau = self.temperature
         if part.log_z.isnan().any():
