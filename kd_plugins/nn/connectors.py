@@ -42,7 +42,7 @@ class GaussianRegressor(nn.Module):
     Args:
         student: C_s.
         teacher: C_t, also the hidden width.
-        variance: The variance at first.
+        variance: The variance at first, without eps.
         eps: The least variance.
 
     >>> mean, variance = GaussianRegressor(4, 6)(torch.zeros(2, 4, 3, 3))
