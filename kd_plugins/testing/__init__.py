@@ -115,6 +115,7 @@ def tiny_batches(
             mean=(0.5, 0.5, 0.5),
             std=(0.25, 0.25, 0.25),
             index=torch.arange(number * size, (number + 1) * size),
+            rows=count * size * (1 + len(streams)),
         )
 
     return [replace(one(i), streams={name: one(count + i) for name in streams}) for i in range(count)]
