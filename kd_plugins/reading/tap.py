@@ -116,12 +116,12 @@ def _first_tensor(value: Any) -> Tensor | None:
     return next((found for found in map(_first_tensor, items) if found is not None), None)
 
 
-def _put(value: Any, tensor: Tensor) -> Any:
+def _put(value: Any, new: Tensor | Callable[[Tensor], Tensor]) -> Any:
     """`value` with its activation replaced."""
     if isinstance(value, Tensor):
-        return tensor
+        return new if isinstance(new, Tensor) else new(value)
     if isinstance(value, tuple) and value and isinstance(value[0], Tensor):
-        return (tensor, *value[1:])
+        return (_put(value[0], new), *value[1:])
     raise DistillError(f"Expected a module that returns a tensor or a tuple to replace its output, got {type(value)}.")
 
 
