@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError
 from kd_plugins.reading.network import Forward, Network
+from kd_plugins.reading.tap import Replacement
 from kd_plugins.reading.view import Batch, Reads, View
 
 __all__ = ["Net", "Nets", "Transform", "describe"]
@@ -72,7 +73,7 @@ class Net:
         batch: Batch,
         *,
         reads: Reads | None = None,
-        replace: Mapping[str, Tensor] | None = None,
+        replace: Mapping[str, Replacement] | None = None,
         input_grad: bool = False,
     ) -> View:
         """One forward.
@@ -80,7 +81,7 @@ class Net:
         Args:
             batch: What to ask the network with.
             reads: What to read; by default what the method declared.
-            replace: Tensors to put in place of modules' outputs, by module path.
+            replace: Tensors to put in place of modules' outputs, or what makes them of these, by module path.
             input_grad: Let a gradient reach the input through a frozen network.
         """
         if self._before is not None:
