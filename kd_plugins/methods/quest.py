@@ -143,6 +143,7 @@ class QUEST(Distiller):
         arxiv="1912.01540",
     )
     tasks = ("classification", "multilabel", "segmentation", "detection", "regression", "other")
+    example = {"words": 16}
 
     def __init__(
         self,
