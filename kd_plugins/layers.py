@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,8 @@ class LayerDistiller(Distiller):
         self.connectors = nn.ModuleList()
 
     def needs(self) -> Needs:
-        return Needs(Reads(features=self.layers), Reads(logits=False, features=self.teacher_layers))
+        student = Reads(bool(self.task_weight), features=self.layers)
+        return Needs(student, Reads(logits=False, features=self.teacher_layers))
 
     def setup(self, nets: Nets, batch: Batch) -> None:
         student = nets.student(batch)
@@ -86,13 +87,13 @@ class LayerDistiller(Distiller):
         """The trained part of one pair, or None."""
         return None
 
-    def distance(self, student: Tensor, teacher: Tensor, part: nn.Module | None, batch: Batch) -> Tensor:
+    def distance(self, student: Tensor, teacher: Tensor, part: Any, batch: Batch) -> Tensor:
         """The term of one pair, a scalar.
 
         Args:
             student: The student's activation.
             teacher: The teacher's.
-            part: What `connect` made for this pair.
+            part: What `connect` made for this pair; None where it made nothing.
             batch: The batch of both.
         """
         raise NotImplementedError

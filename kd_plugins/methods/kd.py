@@ -46,7 +46,7 @@ class KD(Distiller):
         temperature: Softens both distributions; 4 is what the field's benchmarks use, the paper tried 1 to 20.
         alpha: Weight of the soft labels; the task loss gets the rest. Our default, that of the field's benchmarks.
         standardize: Standardise the logits over the classes before the temperature: Sun et al., "Logit Standardization
-            in Knowledge Distillation", CVPR 2024, arXiv 2403.01933.
+            in Knowledge Distillation", CVPR 2024, arXiv 2403.01427.
     """
 
     paper = Paper(

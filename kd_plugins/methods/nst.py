@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from kd_plugins import functional as KF
 from kd_plugins.catalog.paper import Paper
@@ -67,6 +67,6 @@ class NST(LayerDistiller):
                     f" {layer!r} has one position, {list(f.shape)}: choose an earlier layer."
                 )
 
-    def distance(self, student: Tensor, teacher: Tensor, part: nn.Module | None, batch: Batch) -> Tensor:
+    def distance(self, student: Tensor, teacher: Tensor, part: Any, batch: Batch) -> Tensor:
         f_s, f_t = KF.match_spatial(student, teacher, self.spatial)
         return KF.nst(f_s, f_t, self.kernel, c=self.c, d=self.d, sigma2=self.bandwidth)
