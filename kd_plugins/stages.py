@@ -119,13 +119,19 @@ class StageTable:
         end = self.starts[stage + 1] if stage + 1 < len(self.starts) else self.total
         return self.starts[stage], end
 
-    def end_stage(self, step: int) -> None:
-        """Lets the stage before `step` end there, and spreads the later stages over the steps that are left."""
+    def end_stage(self, step: int, unit: int = 1) -> None:
+        """Lets the stage before `step` end there, and spreads the later stages over the steps that are left.
+
+        Args:
+            step: A multiple of `unit`.
+            unit: Steps that a stage begins with, such as those of an epoch; with fewer units left than there are later
+                stages, the table stays as it is.
+        """
         current = self.index(step - 1)
         later = self.stages[current + 1 :]
-        if later and self.total - step >= len(later):
-            spread = _spread([s.share for s in later], self.total - step)
-            self.starts[current + 1 :] = [step + s for s in spread]
+        units = (self.total - step) // unit
+        if later and units >= len(later):
+            self.starts[current + 1 :] = [step + unit * s for s in _spread([s.share for s in later], units)]
 
     def to_json(self) -> dict[str, Any]:
         """The resolved table, for a checkpoint."""

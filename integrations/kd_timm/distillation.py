@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import create_loader
 from torch import Tensor, nn
 
 from kd_accelerate import TurnPlayer
@@ -22,14 +20,47 @@ from kd_plugins.reading.nets import connect, needs_pass, prepare, set_up
 from kd_plugins.stages import StageTable
 from kd_timm.build import create_student
 from kd_timm.checkpoint import forked_random_state
-from kd_timm.data import Targets
+from kd_timm.compat import set_sync_gradients
+from kd_timm.data import Targets, plain_loader
 from kd_timm.engine import Run
+from kd_timm.flags import AppendKeyValues
 from kd_timm.network import TimmNetwork
 from kd_timm.teachers import create_teacher
 
-__all__ = ["Distillation", "create_distillation"]
+__all__ = ["Distillation", "add_arguments", "create_distillation"]
 
-_logger = logging.getLogger("kd_timm.train")
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of distillation."""
+    group = parser.add_argument_group("Distillation parameters")
+    add = group.add_argument
+    add("--distill", type=str, metavar="NAME", help="distiller, or several joined with +; see `kd-plugins list`")
+    add("--distill-args", nargs="*", default=[], metavar="K=V", help="options of the distiller; see `kd-plugins info`")
+    add("--teacher", action="append", default=[], metavar="MODEL", help="teacher model (repeatable)")
+    add(
+        "--teacher-checkpoint",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help='weights of the i-th teacher ("": the published ones)',
+    )
+    add(
+        "--teacher-kwargs",
+        nargs="*",
+        default=[],
+        action=AppendKeyValues,
+        metavar="K=V",
+        help="further arguments of the i-th teacher model (repeatable)",
+    )
+    add("--peer", action="append", default=[], metavar="MODEL", help="model trained together with --model (repeatable)")
+    add(
+        "--peer-kwargs",
+        nargs="*",
+        default=[],
+        action=AppendKeyValues,
+        metavar="K=V",
+        help="further arguments of the i-th peer (repeatable); default --model-kwargs for the student's architecture",
+    )
 
 
 def create_distillation(
@@ -166,19 +197,7 @@ class Distillation:
             yield Batch(size=self.args.batch_size, mean=self.config["mean"], std=self.config["std"])
             return
         view = copy.copy(dataset)
-        loader = create_loader(
-            view,
-            self.config["input_size"],
-            self.args.batch_size,
-            interpolation=self.config["interpolation"],
-            mean=self.config["mean"],
-            std=self.config["std"],
-            crop_pct=self.config["crop_pct"],
-            crop_mode=self.config["crop_mode"],
-            num_workers=workers,
-            device=self.device,
-            persistent_workers=False,
-        )
+        loader = plain_loader(view, self.config, self.args.batch_size, self.device, workers=workers)
         row = 0
         for inputs, labels in loader:
             if self.args.channels_last:
@@ -257,7 +276,7 @@ class DistillStep:
             name: distillation.batch(*self._channels_last(*next(self._streams[name])))
             for name in distillation.distiller.needs().streams
         }
-        run.accelerator.gradient_state._set_sync_gradients(update)
+        set_sync_gradients(run.accelerator, update)
         player.accumulation = accumulate
         with nullcontext() if update else run.accelerator.no_sync(run.model):
             loss = player.forward(distillation.batch(inputs, targets, streams))

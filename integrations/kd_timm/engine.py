@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from timm.task.evaluator import ClassificationEvaluator, evaluation_sample_limit
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
+from kd_timm.compat import ClassificationEvaluator, evaluation_sample_limit
 from kd_timm.data import Data
 from kd_timm.progress import Reporter
 

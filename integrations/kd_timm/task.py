@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from timm.data import resolve_input_data_config
 from timm.models import group_parameters
-from timm.task import TrainingTask
-from timm.task.classification import resolve_classification_loss
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
@@ -17,6 +15,7 @@ from kd_plugins import Batch, Distiller, DistillError, Nets, create_distiller
 from kd_plugins.compose import Composite
 from kd_plugins.distiller import Turn
 from kd_plugins.reading.nets import connect, needs_pass, set_up
+from kd_timm.compat import TrainingTask, resolve_classification_loss
 from kd_timm.network import TimmNetwork
 from kd_timm.teachers import InputTransform, create_teacher
 

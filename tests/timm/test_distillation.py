@@ -201,15 +201,13 @@ def test_peers_train_together(run):
 
 
 def test_a_peer_of_the_same_architecture_starts_elsewhere(run, monkeypatch):
-    from kd_timm.train import Session
-
     seen = {}
 
     def stop(session):
         seen["nets"] = [net.module.state_dict() for net in session.distillation.nets.peers]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Session, "fit", stop)
+    monkeypatch.setattr(train.Session, "fit", stop)
     with pytest.raises(KeyboardInterrupt):
         run("--distill", "timm_distillers:Pair", "--peer", "resnet10t", "--peer", "resnet10t")
     for i, ours in enumerate(seen["nets"]):
@@ -254,10 +252,8 @@ def test_peers_have_arguments_of_their_own(run):
 
 
 def test_the_pass_before_the_training_has_the_loaders_workers(run, teacher, monkeypatch):
-    made, workers = distillation.create_loader, []
-    monkeypatch.setattr(
-        distillation, "create_loader", lambda *a, **k: (workers.append(k["num_workers"]), made(*a, **k))[1]
-    )
+    made, workers = distillation.plain_loader, []
+    monkeypatch.setattr(distillation, "plain_loader", lambda *a, **k: (workers.append(k["workers"]), made(*a, **k))[1])
     run(*"--epochs 1 --workers 1 --distill quest --distill-args layers=1 words=4".split(), *teacher)
     # The first batch alone is not worth them.
     assert workers == [0, 1]

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 from timm.layers import create_classifier
 from timm.models import checkpoint_seq
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError
+from kd_timm.compat import feature_take_indices
 
 __all__ = ["StagedNet", "checkpoint_filter_fn"]
 

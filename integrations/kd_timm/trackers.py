@@ -1,0 +1,81 @@
+"""Experiment trackers (Weights & Biases, TensorBoard, ...) through Accelerate, with what timm's `--log-wandb` logs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.tracking import filter_trackers
+
+from kd_plugins import DistillError
+from kd_timm.flags import switch
+
+__all__ = ["add_arguments", "start_trackers", "tracker_names"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of trackers: timm's for Weights & Biases, and `--report-to` for all that Accelerate knows."""
+    group = parser.add_argument_group("Tracker parameters")
+    add = group.add_argument
+    switch(group, "--log-wandb", help="log training and validation metrics to wandb, as --report-to wandb")
+    add("--wandb-project", type=str, help="wandb project name (default: kd-timm-train)")
+    add("--wandb-tags", default=[], type=str, nargs="+", help="wandb tags")
+    add("--wandb-resume-id", default="", type=str, metavar="ID", help="continue the wandb run with this id")
+    add(
+        "--report-to",
+        default=[],
+        nargs="+",
+        metavar="NAME",
+        help="trackers that get the columns of summary.csv: tensorboard, wandb, mlflow, ..., or all that are installed",
+    )
+
+
+def tracker_names(args: argparse.Namespace) -> list[str]:
+    """The trackers that the arguments name.
+
+    Raises:
+        DistillError: One is unknown or not installed, or an option of wandb stands without it.
+    """
+    names = list(dict.fromkeys([*args.report_to, *(["wandb"] if args.log_wandb else [])]))
+    if not {"wandb", "all"} & set(names):
+        given = [name for name in ("wandb_project", "wandb_tags", "wandb_resume_id") if getattr(args, name)]
+        if given:
+            raise DistillError(f"--{given[0].replace('_', '-')} does nothing without wandb: add --log-wandb.")
+    try:
+        found = {str(name) for name in filter_trackers(names, logging_dir=".")}
+    except ValueError as error:
+        raise DistillError(f"--report-to: {error}.") from error
+    missing = [name for name in names if name not in found and name != "all"]
+    if missing:
+        raise DistillError(f"--report-to {missing[0]}: that tracker is not installed: pip install {missing[0]}.")
+    return names
+
+
+def start_trackers(
+    accelerator: Accelerator, args: argparse.Namespace, folder: Path, settings: Mapping[str, Any]
+) -> None:
+    """Starts the accelerator's trackers; those that write files write to `logs` in the run's folder.
+
+    Args:
+        accelerator: Made with `log_with=tracker_names(args)`.
+        args: Parsed arguments.
+        folder: Output folder of the run.
+        settings: What the run was started with.
+    """
+    accelerator.project_configuration.logging_dir = str(folder / "logs")
+    wandb: dict[str, Any] = {"name": folder.name, "tags": args.wandb_tags}
+    if args.wandb_resume_id:
+        wandb |= {"id": args.wandb_resume_id, "resume": "must"}
+    # Trackers take numbers and text alone.
+    config = {k: v if v is None or isinstance(v, (bool, int, float, str)) else str(v) for k, v in settings.items()}
+    try:
+        accelerator.init_trackers(args.wandb_project or "kd-timm-train", config, {"wandb": wandb})
+    # Whatever a tracker raises (no account, no server), the remedy is the same.
+    except Exception as error:
+        raise DistillError(
+            f"The trackers {', '.join(map(str, accelerator.log_with))} cannot start ({type(error).__name__}: {error}):"
+            " mend that, or leave --report-to and --log-wandb out."
+        ) from error
