@@ -201,8 +201,12 @@ class TurnPlayer:
             self.after_update()
         return loss.detach()
 
-    def end_epoch(self, epoch: float | None = None) -> bool:
+    def end_epoch(self, epoch: float | None = None, unit: int = 1) -> bool:
         """Asks the method whether its stage is done, and lets the next one begin with the next step if so.
+
+        Args:
+            epoch: Passes over the training set so far.
+            unit: Steps that the later stages begin with, such as those of an epoch.
 
         Returns:
             Whether the stages have changed; learning-rate curves that follow them then need to be looked up anew.
@@ -213,7 +217,7 @@ class TurnPlayer:
         table = self.distiller.table
         if not self.distiller.stage_done() or table is None or self.distiller.next_stage() is not None:
             return False
-        table.end_stage(progress.step)
+        table.end_stage(progress.step, unit)
         self.distiller.at(progress.step)
         return True
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 import argparse
 
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from timm.data.loader import fast_collate
 from timm.models._features import feature_take_indices
 from timm.models._hub import save_config_for_hf
 from timm.task import ClassificationEvaluator, TrainingTask, evaluation_sample_limit, resolve_classification_loss
 
 __all__ = [
+    "LOGGER_TYPE_TO_CLASS",
     "ClassificationEvaluator",
     "TrainingTask",
     "evaluation_sample_limit",

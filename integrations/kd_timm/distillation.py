@@ -297,17 +297,4 @@ class DistillStep:
         return self.player.logs()
 
     def end_epoch(self, epoch: int) -> None:
-        table, progress = self.distillation.table, self.distillation.distiller.progress
-        before, unit, current = list(table.starts), self.run.updates_per_epoch, progress.stage
-        if not self.player.end_epoch(epoch):
-            return
-        # A stage that ended early leaves its steps to the later ones; here they go on beginning with an epoch.
-        later = range(current + 1, len(table.starts))
-        if (table.total - progress.step) // unit < len(later):
-            table.starts = before
-        else:
-            for k in later:
-                low = max(table.starts[k - 1] // unit + 1, progress.step // unit)
-                high = table.total // unit - (len(table.starts) - k)
-                table.starts[k] = unit * min(max(round(table.starts[k] / unit), low), high)
-        self.distillation.distiller.at(progress.step)
+        self.player.end_epoch(epoch, unit=self.run.updates_per_epoch)

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.tracking import filter_trackers
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 
-from kd_plugins import DistillError
+from kd_plugins.errors import DistillError, did_you_mean
+from kd_timm.compat import LOGGER_TYPE_TO_CLASS
 from kd_timm.flags import switch
 
 __all__ = ["add_arguments", "start_trackers", "tracker_names"]
@@ -44,13 +46,12 @@ def tracker_names(args: argparse.Namespace) -> list[str]:
         given = [name for name in ("wandb_project", "wandb_tags", "wandb_resume_id") if getattr(args, name)]
         if given:
             raise DistillError(f"--{given[0].replace('_', '-')} does nothing without wandb: add --log-wandb.")
-    try:
-        found = {str(name) for name in filter_trackers(names, logging_dir=".")}
-    except ValueError as error:
-        raise DistillError(f"--report-to: {error}.") from error
-    missing = [name for name in names if name not in found and name != "all"]
-    if missing:
-        raise DistillError(f"--report-to {missing[0]}: that tracker is not installed: pip install {missing[0]}.")
+    for name in names:
+        if name != "all" and name not in LOGGER_TYPE_TO_CLASS:
+            hint = did_you_mean(name, LOGGER_TYPE_TO_CLASS)
+            raise DistillError(f"--report-to {name}: Accelerate has no such tracker.{hint}")
+        if name in LoggerType and name not in map(str, get_available_trackers()) and name != "all":
+            raise DistillError(f"--report-to {name}: that tracker is not installed: pip install {name}.")
     return names
 
 
