@@ -15,7 +15,7 @@ from timm.loss import create_classification_loss
 from timm.models import parse_model_name, resolve_model_input_args
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from torch import nn
+from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError, did_you_mean
 from kd_timm.data import uses_mixup
@@ -207,19 +207,42 @@ def create_criterion(args: argparse.Namespace) -> nn.Module:
     """The training loss that timm's script selects for these arguments.
 
     Departures: `--bce-loss --smoothing 0` without Mixup is the binary loss, where timm's script falls back to softmax
-    cross entropy.
+    cross entropy; one logit (`--num-classes 1`), which timm's losses do not take, is the score of class 1 of two.
     """
-    soft = uses_mixup(args)
-    if not args.bce_loss:
-        return create_classification_loss("ce", smoothing=args.smoothing, soft_targets=soft)
-    return create_classification_loss(
-        "bce",
-        smoothing=args.smoothing,
-        soft_targets=soft,
-        bce_target_thresh=args.bce_target_thresh,
-        bce_sum=args.bce_sum,
-        pos_weight=args.bce_pos_weight,
+    one_logit = args.num_classes == 1
+    if one_logit and not args.bce_loss:
+        raise DistillError("--num-classes 1: the softmax of one class is always 1, so nothing would learn: --bce-loss.")
+    binary: dict[str, Any] = dict(
+        bce_target_thresh=args.bce_target_thresh, bce_sum=args.bce_sum, pos_weight=args.bce_pos_weight
     )
+    criterion = create_classification_loss(
+        "bce" if args.bce_loss else "ce",
+        multi_label=one_logit,
+        smoothing=args.smoothing,
+        soft_targets=uses_mixup(args),
+        **binary if args.bce_loss else {},
+    )
+    return OneLogit(criterion) if one_logit else criterion
+
+
+class OneLogit(nn.Module):
+    """Binary cross entropy of one logit.
+
+    Args:
+        loss: Of scores and targets `[B, 1]`.
+    """
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss, self.checked = loss, False
+
+    def forward(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """The loss of scores `[B, 1]` and labels 0 and 1, `[B]`, or shares of both classes, `[B, 2]`."""
+        targets = labels[:, -1:] if labels.dim() == 2 else labels[:, None]
+        if not self.checked and (targets.min() < 0 or targets.max() > 1):
+            raise DistillError(f"One logit tells two classes apart, 0 and 1, got the label {int(targets.max())}.")
+        self.checked = True
+        return self.loss(scores, targets.to(scores.dtype))
 
 
 def resolve_learning_rate(args: argparse.Namespace, processes: int) -> None:

@@ -329,7 +329,8 @@ def create_data(
             switch_prob=args.mixup_switch_prob,
             mode=args.mixup_mode,
             label_smoothing=args.smoothing,
-            num_classes=args.num_classes,
+            # One logit decides between two classes.
+            num_classes=max(args.num_classes, 2),
         )
     collate: Any = mixup or fast_collate
     needs = [] if distiller is None else [distiller.needs_in(i) for i in range(len(distiller.stages()))]

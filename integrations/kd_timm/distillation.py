@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from kd_accelerate import TurnPlayer
 from kd_plugins import Batch, Distiller, DistillError, Net, Reads, Stage, create_distiller
@@ -25,7 +26,7 @@ from kd_timm.data import Targets, plain_loader
 from kd_timm.engine import Run
 from kd_timm.flags import AppendKeyValues
 from kd_timm.network import TimmNetwork
-from kd_timm.teachers import create_teacher
+from kd_timm.teachers import check_classes, create_teacher
 
 __all__ = ["Distillation", "add_arguments", "create_distillation"]
 
@@ -139,6 +140,7 @@ class Distillation:
             orders=[teacher.order for teacher in self.teachers],
         )
         self.device = device
+        self.rows = 0
         self.player: TurnPlayer
 
     def _check_fit(self) -> None:
@@ -172,6 +174,7 @@ class Distillation:
             labels=labels if data else None,
             size=len(inputs),
             index=index,
+            rows=self.rows,
             mean=self.config["mean"],
             std=self.config["std"],
             criterion=lambda view, labels: self.criterion(view.logits, labels),
@@ -186,7 +189,9 @@ class Distillation:
             fresh: False where what a pass would find comes from a checkpoint, or from the first process.
         """
         with forked_random_state():
+            self.rows = 0 if isinstance(dataset, IterableDataset) else len(dataset)
             set_up(self.distiller, self.nets, next(self._pass(dataset)))
+            check_classes(self.distiller, self.teachers)
             if fresh and needs_pass(self.distiller):
                 prepare(self.distiller, self.nets, self._pass(dataset, self.args.workers))
         self.distiller.to(self.device)
@@ -241,12 +246,13 @@ class Distillation:
         return self.player.groups.enter_stage()
 
     def asked(self) -> list[Callable[[Tensor], Tensor]]:
-        """The teachers as functions from the student's images to scores, in the student's class order."""
+        """The teachers of the student's classes, as functions from its images to scores in its class order."""
 
         def scores(net: Net, images: Tensor) -> Tensor:
             return net(Batch.of(images), reads=Reads()).logits
 
-        return [partial(scores, net) for net in self.nets.teachers]
+        known = zip(self.teachers, self.nets.teachers, strict=True)
+        return [partial(scores, net) for teacher, net in known if not teacher.misfit]
 
     def save(self, folder: Path) -> None:
         """Writes what a resumed run needs of the method; called on every process."""

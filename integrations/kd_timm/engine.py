@@ -11,12 +11,14 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from accelerate import Accelerator
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
 from kd_timm.compat import ClassificationEvaluator, evaluation_sample_limit
 from kd_timm.data import Data
+from kd_timm.network import one_head
 from kd_timm.progress import Reporter
 
 __all__ = ["PlainStep", "Run", "Step", "evaluate", "train_one_epoch"]
@@ -111,7 +113,7 @@ class PlainStep:
     def __call__(self, inputs: Tensor, targets: Any, accumulate: int, update: bool) -> Tensor:
         run = self.run
         with nullcontext() if update else run.accelerator.no_sync(run.model):
-            output = run.model(inputs)
+            output = one_head(run.model(inputs), run.student)
             with run.accelerator.autocast():
                 loss = run.criterion(output, targets)
             run.accelerator.backward(loss / accumulate if accumulate > 1 else loss)
@@ -197,6 +199,11 @@ def _mean(run: Run, value: Tensor) -> float:
     return float(run.accelerator.reduce(value.detach().clone(), reduction="mean"))
 
 
+def _two_classes(scores: Tensor) -> Tensor:
+    """Scores `[B, K]`; one logit `[B, 1]` as the two classes between which its sign decides."""
+    return F.pad(scores, (1, 0)) if scores.shape[-1] == 1 else scores
+
+
 @torch.inference_mode()
 def evaluate(
     run: Run,
@@ -224,11 +231,10 @@ def evaluate(
         if run.args.channels_last:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         with accelerator.autocast():
-            output = model(inputs)
-            output = output[0] if isinstance(output, (tuple, list)) else output
+            output = _two_classes(one_head(model(inputs), model))
             known = None if limit is None else max(0, limit - evaluator.num_samples)
             for i, other in enumerate(others):
-                agree[i] += (other(inputs).argmax(-1) == output.argmax(-1))[:known].sum()
+                agree[i] += (_two_classes(other(inputs)).argmax(-1) == output.argmax(-1))[:known].sum()
         agree[-1] += len(output[:known])
         evaluator.update(output, targets)
     distributed = accelerator.num_processes > 1

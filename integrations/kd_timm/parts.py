@@ -66,7 +66,7 @@ class Parts:
             self.student = convert_sync_batchnorm(self.student)
         datasets = create_datasets(args, config["input_size"][0])
         classes = datasets[2]
-        if classes is not None and args.num_classes < len(classes):
+        if classes is not None and max(args.num_classes, 2) < len(classes):
             raise DistillError(
                 f"The data set has {len(classes)} classes and the model {args.num_classes}: add --num-classes"
                 f" {len(classes)}."

@@ -130,6 +130,7 @@ class Batch:
         mean: Per-channel mean that the images were normalised with.
         std: Per-channel standard deviation that the images were normalised with.
         index: Row numbers in the data set `[B]`.
+        rows: Number of rows of the training set; 0 where the host does not know.
         size: Number of examples; by default those of the inputs, or of the labels.
         task: What the logits are: `"classification"`, `"multilabel"`, `"token"` (labels per token, -100 ignored),
             `"causal-lm"` (labels one token ahead), `"regression"`, `"segmentation"`.
@@ -147,6 +148,7 @@ class Batch:
     mean: Any = None
     std: Any = None
     index: Tensor | None = None
+    rows: int = 0
     size: int = 0
     task: str = "classification"
     criterion: Callable[[View, Any], Tensor] | None = None

@@ -378,6 +378,30 @@ def test_a_teacher_that_does_not_fit_is_refused(run, teacher, tiny, tmp_path, ca
         create_teacher("resnet18", "", {}, config=CONFIG, num_classes=1000, classes=None)
 
 
+@pytest.mark.parametrize(("classes", "head"), [(7, "num_classes=7"), (0, "num_classes=0")])
+def test_feature_methods_take_a_teacher_of_other_classes(run, tmp_path, classes, head):
+    torch.manual_seed(0)
+    wide = timm.create_model("resnet10t", num_classes=classes, channels=(8, 8, 16, 16), stem_width=16)
+    save_file(wide.state_dict(), tmp_path / "wide.safetensors")
+    flags = ["--teacher", "resnet10t", "--teacher-checkpoint", str(tmp_path / "wide.safetensors"), "--teacher-kwargs"]
+    flags += ["channels=(8,8,16,16)", "stem_width=16", head, "--epochs", "1"]
+    session = run("--distill", *methods("nst"), *flags)
+    (row,) = csv.DictReader((session.folder / "summary.csv").open())
+    assert float(row["train_distill/nst"]) > 0
+    # Nothing to agree with.
+    assert "agreement" not in session.results["evaluation"]
+    with pytest.raises(kd_plugins.DistillError, match="7 classes apart" if classes else "has no classifier"):
+        run("--distill", *methods("kd+nst"), *flags)
+
+
+def test_methods_know_the_size_of_the_training_set(run, monkeypatch):
+    rows = []
+    made = distillation.Batch
+    monkeypatch.setattr(distillation, "Batch", lambda **fields: (rows.append(fields["rows"]), made(**fields))[1])
+    run("--epochs", "1", "--distill", "timm_distillers:Pair", "--peer", "resnet10t")
+    assert set(rows) == {256}
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", ["kd+nst", "timm_distillers:Adversary"])
 def test_two_processes(run, teacher, tiny, tmp_path, name):
