@@ -68,6 +68,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("--model-kwargs", nargs="*", default={}, action=KeyValues, help="further arguments of the model")
     add("--head-init-scale", type=float, help="head initialization scale")
     add("--head-init-bias", type=float, help="head initialization bias value")
+    add("--list-layers", metavar="MODEL", help="print stages, module paths and fitting methods of a model, and stop")
     add("--torchcompile", nargs="?", type=str, const="inductor", help="compile with this backend (default: inductor)")
     add("--torchcompile-mode", type=str, help="torch.compile mode")
 

@@ -16,6 +16,7 @@ from kd_plugins import DistillError
 from kd_timm.arguments import parse_args
 from kd_timm.checkpoint import Summary, load_weights, write_json
 from kd_timm.engine import evaluate, train_one_epoch
+from kd_timm.layers import list_layers
 from kd_timm.parts import Parts
 from kd_timm.recording import Recorder
 from kd_timm.resume import load_state, save_state
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not logging.getLogger().handlers:
         setup_default_logging()
     args = parse_args(argv)
-    return run_command("kd-timm-train", lambda: train(args))
+    return run_command("kd-timm-train", lambda: print(list_layers(args)) if args.list_layers else train(args))
 
 
 def train(args: argparse.Namespace) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from timm.scheduler import scheduler_kwargs
 import kd_timm
 from kd_timm.arguments import parse_args
 from kd_timm.data import LOADER_ARGUMENTS
+from kd_timm.train import main
 from kd_timm.unsupported import UNSUPPORTED
 
 _spec = spec_from_file_location("timm_defaults", Path(__file__).with_name("timm_defaults.py"))
@@ -20,16 +21,8 @@ _module = module_from_spec(_spec)
 _spec.loader.exec_module(_module)
 DEFAULTS = _module.DEFAULTS
 
-OURS = {
-    "distill",
-    "distill_args",
-    "teacher",
-    "teacher_checkpoint",
-    "teacher_kwargs",
-    "peer",
-    "peer_kwargs",
-    "report_to",
-}
+OURS = {"distill", "distill_args", "teacher", "teacher_checkpoint", "teacher_kwargs", "peer", "peer_kwargs"}
+OURS |= {"report_to", "list_layers"}
 
 
 def test_every_flag_of_timms_has_timms_default():
@@ -129,3 +122,16 @@ def test_keyword_values_are_literals_or_text():
     args = parse_args("--model-kwargs depth=3 name=ab w=(1,2) --teacher a --teacher b --teacher-kwargs x=1".split())
     assert args.model_kwargs == {"depth": 3, "name": "ab", "w": (1, 2)}
     assert args.teacher_kwargs == [{"x": 1}]
+
+
+def test_the_layers_of_a_model_are_listed(capsys):
+    small = "--img-size 64 --model-kwargs channels=(8,8,16,16) stem_width=8 --num-classes 5".split()
+    assert main(["--list-layers", "resnet10t", *small]) == 0
+    printed = capsys.readouterr().out
+    assert "images 3x64x64, 5 classes" in printed
+    assert "  2  layer2  [8, 8, 8]" in printed
+    assert "  layer4.0  BasicBlock" in printed
+    found = dict(line.split(maxsplit=1) for line in printed.partition("methods")[2].splitlines()[1:])
+    assert {found[name] for name in ("kd", "afd", "nst")} == {"fits"}
+    assert "transformer" in found["internal"]
+    assert main(["--list-layers", "resnet81"]) == 2
