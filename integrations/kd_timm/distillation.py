@@ -23,7 +23,7 @@ from kd_timm.build import create_student
 from kd_timm.checkpoint import forked_random_state
 from kd_timm.compat import set_sync_gradients
 from kd_timm.data import Targets, plain_loader
-from kd_timm.engine import Run
+from kd_timm.engine import PlainStep, Run
 from kd_timm.flags import AppendKeyValues
 from kd_timm.network import TimmNetwork
 from kd_timm.teachers import check_classes, create_teacher
@@ -263,11 +263,12 @@ class Distillation:
         self.player.load(folder / "distiller")
 
 
-class DistillStep:
+class DistillStep(PlainStep):
     """A micro-step of training with a distiller."""
 
     def __init__(self, run: Run, distillation: Distillation) -> None:
-        self.run, self.distillation = run, distillation
+        super().__init__(run)
+        self.distillation = distillation
         self.player = distillation.player
         self._streams: dict[str, Iterator[Any]] = {}
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,34 +21,7 @@ from kd_timm.data import Data
 from kd_timm.network import one_head
 from kd_timm.progress import Reporter
 
-__all__ = ["PlainStep", "Run", "Step", "evaluate", "train_one_epoch"]
-
-
-class Step(Protocol):
-    """A micro-step of training: forward, backward, and at the accumulation boundary the update."""
-
-    def __call__(self, inputs: Tensor, targets: Any, accumulate: int, update: bool) -> Tensor:
-        """Plays one batch and returns its unscaled loss.
-
-        Args:
-            inputs: Normalised images `[B, C, H, W]`.
-            targets: Labels `[B]`, or soft targets `[B, K]` of Mixup.
-            accumulate: Micro-batches in this update.
-            update: Whether this one completes the update.
-        """
-        ...
-
-    def logs(self) -> dict[str, float]:
-        """Mean loss terms since the last call, by name; must be called on every process."""
-        ...
-
-    def begin_epoch(self) -> None:
-        """Called before the first batch of an epoch."""
-        ...
-
-    def end_epoch(self, epoch: int) -> None:
-        """Called after the last update of an epoch, with the number of epochs so far."""
-        ...
+__all__ = ["PlainStep", "Run", "evaluate", "train_one_epoch"]
 
 
 @dataclass
@@ -79,7 +52,7 @@ class Run:
     data: Data
     updates_per_epoch: int
     ema: ModelEmaV3 | None = None
-    step: Step = field(default=None)  # type: ignore[assignment]
+    step: PlainStep = field(init=False)
 
     @property
     def rate(self) -> float:
@@ -105,12 +78,24 @@ class Run:
 
 
 class PlainStep:
-    """Training without a distiller: what timm's ClassificationTask and loop do."""
+    """A micro-step of training without a distiller: what timm's ClassificationTask and loop do.
+
+    Args:
+        run: The run.
+    """
 
     def __init__(self, run: Run) -> None:
         self.run = run
 
     def __call__(self, inputs: Tensor, targets: Any, accumulate: int, update: bool) -> Tensor:
+        """Plays one batch, forward, backward and update, and returns its unscaled loss.
+
+        Args:
+            inputs: Normalised images `[B, C, H, W]`.
+            targets: Labels `[B]`, or soft targets `[B, K]` of Mixup.
+            accumulate: Micro-batches in this update.
+            update: Whether this one completes the update.
+        """
         run = self.run
         with nullcontext() if update else run.accelerator.no_sync(run.model):
             output = one_head(run.model(inputs), run.student)
@@ -124,13 +109,14 @@ class PlainStep:
         return loss.detach()
 
     def logs(self) -> dict[str, float]:
+        """Mean loss terms since the last call, by name; must be called on every process."""
         return {}
 
     def begin_epoch(self) -> None:
-        pass
+        """Called before the first batch of an epoch."""
 
     def end_epoch(self, epoch: int) -> None:
-        pass
+        """Called after the last update of an epoch, with the number of epochs so far."""
 
 
 def train_one_epoch(run: Run, epoch: int, reporter: Reporter, *, first_update: int) -> dict[str, float]:
