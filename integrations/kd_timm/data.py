@@ -163,28 +163,6 @@ class CollateIndex:
         return images, Targets(labels, torch.tensor([sample[2] for sample in samples]))
 
 
-class NoImages:
-    """The loader of a method that makes its own inputs: as many empty batches as the training set has full ones.
-
-    Args:
-        batches: Batches in an epoch.
-        batch_size: Examples in a batch.
-        device: Where they are.
-    """
-
-    def __init__(self, batches: int, batch_size: int, device: torch.device) -> None:
-        self.batches, self.batch_size, self.device = batches, batch_size, device
-        self.dataset = self.sampler = None
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        empty = torch.empty(self.batch_size, 0, device=self.device)
-        for _ in range(self.batches):
-            yield empty, empty
-
-    def __len__(self) -> int:
-        return self.batches
-
-
 @dataclass
 class Data:
     """The loaders of a run.
@@ -211,9 +189,9 @@ class Data:
     def set_epoch(self, epoch: int, mixup_off_epoch: int = 0) -> None:
         """Reshuffles distributed samplers and ends mixup when its time has come."""
         for loader in (self.train, *self.streams.values()):
-            for part in (loader.dataset, loader.sampler):
-                if hasattr(part, "set_epoch"):
-                    part.set_epoch(epoch)
+            for part in ("dataset", "sampler"):
+                if hasattr(getattr(loader, part, None), "set_epoch"):
+                    getattr(loader, part).set_epoch(epoch)
         if self.mixup is not None:
             self.mixup.mixup_enabled = not (mixup_off_epoch and epoch >= mixup_off_epoch)
 
@@ -371,8 +349,12 @@ def create_data(
         return made
 
     loaded = loader(train)
+    if distiller is not None and not distiller.data:
+        # A method that makes its own inputs gets as many empty batches.
+        empty = torch.empty(args.batch_size, 0, device=device)
+        loaded = [(empty, empty)] * len(loaded)
     return Data(
-        train=loaded if distiller is None or distiller.data else NoImages(len(loaded), args.batch_size, device),
+        train=loaded,
         evaluation=None
         if evaluation is None
         else plain_loader(

@@ -28,7 +28,7 @@ from kd_timm.flags import AppendKeyValues
 from kd_timm.network import TimmNetwork
 from kd_timm.teachers import check_classes, create_teacher
 
-__all__ = ["Distillation", "add_arguments", "create_distillation"]
+__all__ = ["Distillation", "add_arguments"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,31 +62,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K=V",
         help="further arguments of the i-th peer (repeatable); default --model-kwargs for the student's architecture",
     )
-
-
-def create_distillation(
-    args: argparse.Namespace,
-    student: nn.Module,
-    config: Mapping[str, Any],
-    classes: tuple[str, ...] | None,
-    device: torch.device,
-) -> Distillation | None:
-    """What `--distill` and its fellows ask for; None without `--distill`.
-
-    Args:
-        args: Parsed arguments.
-        student: The bare student, on its device.
-        config: Its data configuration.
-        classes: Its class names, where they are known.
-        device: Where teachers and peers go.
-    """
-    if not args.distill:
-        given = [flag for flag in ("teacher", "peer", "distill_args") if getattr(args, flag)]
-        if given:
-            raise DistillError(f"--{given[0].replace('_', '-')} does nothing without --distill NAME: name a distiller.")
-        return None
-    with forked_random_state():
-        return Distillation(args, student, config, classes, device)
 
 
 class Distillation:

@@ -26,9 +26,9 @@ from kd_timm.build import (
     create_student,
     resolve_learning_rate,
 )
-from kd_timm.checkpoint import Checkpoints, find_state
+from kd_timm.checkpoint import Checkpoints, find_state, forked_random_state
 from kd_timm.data import apply_data_defaults, create_data, create_datasets
-from kd_timm.distillation import create_distillation
+from kd_timm.distillation import Distillation
 from kd_timm.engine import PlainStep, Run
 from kd_timm.peers import Peers
 from kd_timm.progress import Reporter
@@ -74,8 +74,10 @@ class Parts:
         resolve_learning_rate(args, self.processes)
         # Before any hook is set, so that the copy has none.
         self.ema_model = self._average()
-        self.distillation = create_distillation(args, self.student, config, classes, accelerator.device)
-        if self.distillation is not None:
+        self.distillation: Distillation | None = None
+        if args.distill:
+            with forked_random_state():
+                self.distillation = Distillation(args, self.student, config, classes, accelerator.device)
             self.distillation.set_up(datasets[0], fresh=self.state is None and self.primary)
         self.reporter = Reporter(self.primary)
         self.seconds, self.updates = 0.0, 0

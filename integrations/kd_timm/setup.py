@@ -59,6 +59,10 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise DistillError(f"--clip-mode: expected norm, value or agc, got {args.clip_mode}.")
     if args.dist_bn not in ("broadcast", "reduce", ""):
         raise DistillError(f"--dist-bn: expected broadcast, reduce or nothing, got {args.dist_bn}.")
+    for name in ("teacher", "peer", "distill_args"):
+        if getattr(args, name) and not args.distill:
+            flag = f"--{name.replace('_', '-')}"
+            raise DistillError(f"{flag} does nothing without --distill NAME: name a distiller.")
 
 
 def create_accelerator(args: argparse.Namespace) -> Accelerator:
