@@ -77,8 +77,8 @@ class StageTable:
     ([0, 25], 0, 1, (25, 100))
     """
 
-    def __init__(self, stages: Sequence[Stage], starts: Sequence[int], total: int) -> None:
-        self.stages, self.starts, self.total = tuple(stages), list(starts), total
+    def __init__(self, stages: Sequence[Stage], starts: Sequence[int], total: int, epoch: int | None = None) -> None:
+        self.stages, self.starts, self.total, self.epoch = tuple(stages), list(starts), total, epoch
 
     @classmethod
     def resolve(
@@ -108,7 +108,7 @@ class StageTable:
                 f"Expected at least one step for each of the {len(stages)} stages"
                 f" ({', '.join(s.name for s in stages)}), got {total} steps: train longer or use fewer stages."
             )
-        return cls(stages, [s * unit for s in _spread(shares, units)], total)
+        return cls(stages, [s * unit for s in _spread(shares, units)], total, epoch)
 
     def index(self, step: int) -> int:
         """The stage that a step belongs to."""
@@ -131,7 +131,8 @@ class StageTable:
         later = self.stages[current + 1 :]
         units = (self.total - step) // unit
         if later and units >= len(later):
-            self.starts[current + 1 :] = [step + unit * s for s in _spread([s.share for s in later], units)]
+            shares = _shares(later, self.total - step, self.epoch)
+            self.starts[current + 1 :] = [step + unit * s for s in _spread(shares, units)]
 
     def to_json(self) -> dict[str, Any]:
         """The resolved table, for a checkpoint."""

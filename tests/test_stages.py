@@ -96,6 +96,14 @@ def test_the_later_stages_begin_with_whole_units():
     assert few.starts == [0, 7, 10]  # one unit is left for two stages
 
 
+def test_fixed_lengths_stay_when_a_stage_ends_early():
+    stages = [Stage("a", 2.0), Stage("b", epochs=1), Stage("c", 1.0)]
+    resolved = StageTable.resolve(stages, 40, epoch=10)
+    assert resolved.starts == [0, 20, 30]
+    resolved.end_stage(10, unit=10)
+    assert resolved.starts == [0, 10, 20]
+
+
 def test_the_last_stage_does_not_end_early():
     resolved = table(1, 1, total=10)
     resolved.end_stage(8)
