@@ -16,14 +16,14 @@ from torch.utils.data import IterableDataset
 
 from kd_accelerate import TurnPlayer
 from kd_plugins import Batch, Distiller, DistillError, Net, Reads, Stage, create_distiller
-from kd_plugins.catalog.options import options_from_strings
-from kd_plugins.reading.nets import connect, needs_pass, prepare, set_up
+from kd_plugins.binding import connect, needs_pass, prepare, schedule, set_up
+from kd_plugins.catalog.registry import options_from_strings
 from kd_plugins.stages import StageTable
 from kd_timm.build import create_student
 from kd_timm.checkpoint import forked_random_state
 from kd_timm.compat import set_sync_gradients
 from kd_timm.data import Targets, plain_loader
-from kd_timm.engine import PlainStep, Run
+from kd_timm.engine import PlainStep, TrainingRun
 from kd_timm.flags import AppendKeyValues
 from kd_timm.network import TimmNetwork
 from kd_timm.teachers import check_classes, create_teacher
@@ -150,6 +150,8 @@ class Distillation:
             size=len(inputs),
             index=index,
             rows=self.rows,
+            shape=tuple(self.config["input_size"]),
+            classes=self.args.num_classes,
             mean=self.config["mean"],
             std=self.config["std"],
             criterion=lambda view, labels: self.criterion(view.logits, labels),
@@ -174,7 +176,7 @@ class Distillation:
     def _pass(self, dataset: Any, workers: int = 0) -> Iterator[Batch]:
         """The training set in its order, without augmentation."""
         if not self.distiller.data:
-            yield Batch(size=self.args.batch_size, mean=self.config["mean"], std=self.config["std"])
+            yield self.batch(torch.empty(self.args.batch_size, 0), None)
             return
         view = copy.copy(dataset)
         loader = plain_loader(view, self.config, self.args.batch_size, self.device, workers=workers)
@@ -190,14 +192,14 @@ class Distillation:
 
     def schedule(self, epochs: int, updates_per_epoch: int) -> None:
         """Resolves the stages over the training; each begins with an epoch."""
-        table = self.distiller.schedule(epochs * updates_per_epoch, epoch=updates_per_epoch)
+        table = schedule(self.distiller, epochs * updates_per_epoch, epoch=updates_per_epoch)
         if any(start % updates_per_epoch for start in table.starts):
             raise DistillError(
                 f"{self.distiller.name} trains in {len(table.starts)} stages, each with whole epochs: raise --epochs"
                 f" from {epochs} to at least {len(table.starts)}."
             )
 
-    def begin(self, run: Run) -> None:
+    def begin(self, run: TrainingRun) -> None:
         """Connects the method with the wrapped student; the player makes the optimizers of the method's groups."""
         self.nets.student.forward = run.model
         self.criterion = run.criterion
@@ -208,8 +210,8 @@ class Distillation:
     @property
     def table(self) -> StageTable:
         """The stages of the training."""
-        assert self.distiller.table is not None
-        return self.distiller.table
+        assert self.distiller.progress.table is not None
+        return self.distiller.progress.table
 
     def stage_epochs(self, updates_per_epoch: int) -> tuple[int, int]:
         """First epoch of the current stage, and first epoch after it."""
@@ -218,7 +220,7 @@ class Distillation:
 
     def enter_stage(self) -> Stage | None:
         """Enters the stage of the coming update; None where the training is in it already."""
-        return self.player.groups.enter_stage()
+        return self.player.enter_stage()
 
     def asked(self) -> list[Callable[[Tensor], Tensor]]:
         """The teachers of the student's classes, as functions from its images to scores in its class order."""
@@ -241,7 +243,7 @@ class Distillation:
 class DistillStep(PlainStep):
     """A micro-step of training with a distiller."""
 
-    def __init__(self, run: Run, distillation: Distillation) -> None:
+    def __init__(self, run: TrainingRun, distillation: Distillation) -> None:
         super().__init__(run)
         self.distillation = distillation
         self.player = distillation.player

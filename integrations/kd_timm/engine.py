@@ -21,11 +21,11 @@ from kd_timm.data import Data
 from kd_timm.network import one_head
 from kd_timm.progress import Reporter
 
-__all__ = ["PlainStep", "Run", "evaluate", "train_one_epoch"]
+__all__ = ["PlainStep", "TrainingRun", "evaluate", "train_one_epoch"]
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """What training and evaluation share.
 
     Attributes:
@@ -84,7 +84,7 @@ class PlainStep:
         run: The run.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: TrainingRun) -> None:
         self.run = run
 
     def __call__(self, inputs: Tensor, targets: Any, accumulate: int, update: bool) -> Tensor:
@@ -119,7 +119,7 @@ class PlainStep:
         """Called after the last update of an epoch, with the number of epochs so far."""
 
 
-def train_one_epoch(run: Run, epoch: int, reporter: Reporter, *, first_update: int) -> dict[str, float]:
+def train_one_epoch(run: TrainingRun, epoch: int, reporter: Reporter, *, first_update: int) -> dict[str, float]:
     """Trains for one epoch.
 
     Args:
@@ -180,7 +180,7 @@ def train_one_epoch(run: Run, epoch: int, reporter: Reporter, *, first_update: i
     return {"loss": _mean(run, total) / max(count, 1)} | {name: s / w for name, (s, w) in terms.items()}
 
 
-def _mean(run: Run, value: Tensor) -> float:
+def _mean(run: TrainingRun, value: Tensor) -> float:
     """A number, averaged over processes."""
     return float(run.accelerator.reduce(value.detach().clone(), reduction="mean"))
 
@@ -192,7 +192,7 @@ def _two_classes(scores: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def evaluate(
-    run: Run,
+    run: TrainingRun,
     model: nn.Module,
     *,
     others: Sequence[Callable[[Tensor], Tensor]] = (),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable
 
 import torch
 
 from kd_plugins import Batch, DistillError, Reads, create_distiller, list_distillers
-from kd_plugins.reading.nets import connect, set_up
+from kd_plugins.binding import connect, set_up
 from kd_timm.build import create_student
 from kd_timm.network import TimmNetwork
 
@@ -33,6 +34,8 @@ def list_layers(args: argparse.Namespace) -> str:
         labels=torch.zeros(2, dtype=torch.long),
         mean=config["mean"],
         std=config["std"],
+        shape=tuple(config["input_size"]),
+        classes=args.num_classes,
     )
     lines = [
         f"{args.model}, images {'x'.join(map(str, config['input_size']))}, {args.num_classes} classes",
@@ -63,8 +66,9 @@ def _fit(name: str, fresh: Callable[[], TimmNetwork], batch: Batch) -> str:
     if "classification" not in distiller.tasks:
         return f"is for {', '.join(distiller.tasks)}"
 
-    teachers, peers = [fresh()] if distiller.teachers else [], [fresh()] if distiller.peers else []
-    data = batch if distiller.data else Batch(size=batch.size, mean=batch.mean, std=batch.std)
+    teachers = [fresh() for _ in range(distiller.teachers if isinstance(distiller.teachers, int) else 1)]
+    peers = [fresh()] if distiller.peers and not teachers else []
+    data = batch if distiller.data else dataclasses.replace(batch, inputs=None, labels=None)
     try:
         set_up(distiller, connect(distiller, fresh(), teachers, peers), data)
     except DistillError as error:

@@ -29,7 +29,7 @@ from kd_timm.build import (
 from kd_timm.checkpoint import Checkpoints, find_state, forked_random_state
 from kd_timm.data import apply_data_defaults, create_data, create_datasets
 from kd_timm.distillation import Distillation
-from kd_timm.engine import PlainStep, Run
+from kd_timm.engine import PlainStep, TrainingRun
 from kd_timm.peers import Peers
 from kd_timm.progress import Reporter
 from kd_timm.setup import check_arguments, create_accelerator
@@ -115,7 +115,7 @@ class Parts:
         if args.torchcompile:
             model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
         model, prepared = accelerator.prepare(model, optimizer)
-        self.run = Run(
+        self.run = TrainingRun(
             args=args,
             accelerator=accelerator,
             student=self.student,
@@ -152,7 +152,7 @@ class Parts:
 
     def enter_stage(self) -> None:
         """Begins the stage of the coming epoch, where the distillation gets to one."""
-        if self.distillation is None or self.distillation.distiller.next_stage() is None:
+        if self.distillation is None or self.distillation.distiller.progress.next_stage() is None:
             return
         stage = self.distillation.enter_stage()
         assert stage is not None

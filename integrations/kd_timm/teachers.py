@@ -18,6 +18,7 @@ from timm.models import load_state_dict, parse_model_name
 from torch import Tensor, nn
 
 from kd_plugins import Distiller, DistillError
+from kd_plugins.binding import needs_in
 from kd_timm.build import check_model_name
 
 __all__ = ["InputTransform", "Teacher", "check_classes", "create_teacher", "other_classes"]
@@ -70,11 +71,11 @@ class Teacher:
 
 
 def check_classes(distiller: Distiller, teachers: Sequence[Teacher]) -> None:
-    """Refuses a teacher of other classes, where a method that is set up reads teachers' scores in any of its stages."""
-    if any(distiller.needs_in(stage).teacher.logits for stage in range(len(distiller.stages()))):
-        for teacher in teachers:
-            if teacher.misfit:
-                raise DistillError(teacher.misfit)
+    """Refuses a teacher of other classes, where a method that is set up reads its scores in any stage."""
+    stages = [needs_in(distiller, stage) for stage in range(len(distiller.stages()))]
+    for number, teacher in enumerate(teachers):
+        if teacher.misfit and any(needs.of_teacher(number).logits for needs in stages):
+            raise DistillError(teacher.misfit)
 
 
 def other_classes(name: str, theirs: int, ours: int) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import nn
 
 from kd_plugins.errors import DistillError
-from kd_plugins.reading.layered import LayeredNetwork
+from kd_plugins.reading.network import Network
 from kd_transformers.attention import AttentionTaps
 
 __all__ = ["TransformersNetwork"]
 
 
-class TransformersNetwork(LayeredNetwork):
+class TransformersNetwork(Network):
     """A transformers model: layers and attention by number, stages of a convolutional backbone by number."""
 
     attention_taps = AttentionTaps

@@ -20,8 +20,8 @@ from transformers.utils import logging
 from kd_accelerate import TurnPlayer
 from kd_accelerate.streams import StagedDataset, Streams
 from kd_plugins import Batch, Distiller, DistillError, Net, Nets, Reads, View, create_distiller
-from kd_plugins.catalog.options import to_json
-from kd_plugins.reading.nets import connect, needs_pass, prepare, set_up
+from kd_plugins.binding import connect, needs_in, needs_pass, prepare, schedule, set_up
+from kd_plugins.catalog.registry import to_json
 from kd_plugins.reading.network import adapt
 from kd_transformers.cache import TEACHER_LOGITS, check_cache
 from kd_transformers.checks import (
@@ -179,7 +179,7 @@ class DistillationTrainer(Trainer):
         self._check_vocabularies(_TEACHER + name for name in batch.teacher_kwargs)
         self._check_cache(batch)
         set_up(distiller, nets, batch)
-        if any(distiller.needs_in(stage).student.taps for stage in range(len(distiller.stages()))):
+        if any(needs_in(distiller, stage).student.taps for stage in range(len(distiller.stages()))):
             check_checkpointing(self.model)
         if needs_pass(distiller) and not self._resuming and self.args.process_index == 0:
             prepare(distiller, nets, self._pass(self.args.dataloader_num_workers))
@@ -248,8 +248,8 @@ class DistillationTrainer(Trainer):
     def _with_streams(self, batch: Batch) -> Batch:
         """The batch with one of each other stream that the method reads in this step, whose stage may be new."""
         assert self.distiller is not None  # noqa: S101
-        assert self.distiller.table is not None  # noqa: S101
-        shares = self.distiller.needs_in(self.distiller.table.index(self.distiller.progress.step)).streams
+        assert self.distiller.progress.table is not None  # noqa: S101
+        shares = needs_in(self.distiller, self.distiller.progress.table.index(self.distiller.progress.step)).streams
         if not shares:
             return batch
         if self._streams is None:
@@ -264,7 +264,7 @@ class DistillationTrainer(Trainer):
     def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
         if not is_training or self.distiller is None or isinstance(dataset, IterableDataset):
             return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
-        needs = [self.distiller.needs_in(stage) for stage in range(len(self.distiller.stages()))]
+        needs = [needs_in(self.distiller, stage) for stage in range(len(self.distiller.stages()))]
         if not any(n.index or n.streams for n in needs):
             return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
         if hasattr(dataset, "column_names"):
@@ -310,7 +310,7 @@ class DistillationTrainer(Trainer):
         distiller = self.distiller
         if distiller is None or self._nets is None:
             return super().create_scheduler(num_training_steps, optimizer)
-        table = distiller.schedule(num_training_steps, epoch=self._epoch_steps)
+        table = schedule(distiller, num_training_steps, epoch=self._epoch_steps)
         if len(table.stages) > 1 and self.lr_scheduler is None:
             self.lr_scheduler = staged_scheduler(self.args, optimizer or self.optimizer, table)
             self._created_lr_scheduler = True
@@ -396,8 +396,8 @@ class DistillationTrainer(Trainer):
                 "The length of the training differs from the run that is resumed; its stages are kept as the checkpoint"
                 " has them, the last one until the new end."
             )
-            assert distiller.table is not None  # noqa: S101
-            distiller.table.total = max(total, distiller.table.starts[-1] + 1)
+            assert distiller.progress.table is not None  # noqa: S101
+            distiller.progress.table.total = max(total, distiller.progress.table.starts[-1] + 1)
             distiller.at(distiller.progress.step)
         self._streams, self._resumed_from = None, checkpoint
 
