@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError, did_you_mean
 from kd_timm.data import uses_mixup
-from kd_timm.flags import KeyValues, switch
+from kd_timm.flags import KeyValues, flag_group
 
 __all__ = [
     "add_arguments",
@@ -42,10 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("Model parameters")
-    add = group.add_argument
+    add, switch = flag_group(parser, "Model parameters")
     add("--model", default="resnet50", type=str, metavar="MODEL", help="name of the model (the student) to train")
-    switch(group, "--pretrained", help="start with the published weights")
+    switch("--pretrained", help="start with the published weights")
     add(
         "--pretrained-path", type=str, help="load this checkpoint as if it were the published weights (adapts the head)"
     )
@@ -62,9 +61,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("--interpolation", default="", type=str, metavar="NAME", help="resize interpolation (overrides model)")
     add("-b", "--batch-size", type=int, default=128, metavar="N", help="training batch size, per process")
     add("-vb", "--validation-batch-size", type=int, metavar="N", help="validation batch size")
-    switch(group, "--channels-last", help="use channels_last memory layout")
+    switch("--channels-last", help="use channels_last memory layout")
     add("--grad-accum-steps", type=int, default=1, metavar="N", help="steps to accumulate gradients over")
-    switch(group, "--grad-checkpointing", help="gradient checkpointing through the model's blocks")
+    switch("--grad-checkpointing", help="gradient checkpointing through the model's blocks")
     add("--model-kwargs", nargs="*", default={}, action=KeyValues, help="further arguments of the model")
     add("--head-init-scale", type=float, help="head initialization scale")
     add("--head-init-bias", type=float, help="head initialization bias value")
@@ -74,8 +73,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_optimizer(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("Optimizer parameters")
-    add = group.add_argument
+    add, switch = flag_group(parser, "Optimizer parameters")
     add("--opt", default="sgd", type=str, metavar="OPTIMIZER", help="optimizer")
     add("--opt-eps", type=float, metavar="EPSILON", help="optimizer epsilon")
     add("--opt-betas", type=float, nargs="+", metavar="BETA", help="optimizer betas")
@@ -90,10 +88,9 @@ def _add_optimizer(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_schedule(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("Learning rate schedule parameters")
-    add = group.add_argument
+    add, switch = flag_group(parser, "Learning rate schedule parameters")
     add("--sched", type=str, default="cosine", metavar="SCHEDULER", help="learning rate schedule")
-    switch(group, "--sched-on-updates", help="step the schedule on every update instead of at epoch ends")
+    switch("--sched-on-updates", help="step the schedule on every update instead of at epoch ends")
     add("--lr", type=float, metavar="LR", help="learning rate, overrides --lr-base")
     add("--lr-base", type=float, default=0.1, metavar="LR", help="lr = lr_base * global_batch_size / base_size")
     add("--lr-base-size", type=int, default=256, metavar="DIV", help="base learning rate batch size (divisor)")
@@ -111,27 +108,22 @@ def _add_schedule(parser: argparse.ArgumentParser) -> None:
     add("--decay-milestones", type=int, nargs="+", default=[90, 180, 270], help="decay epochs of multistep")
     add("--decay-epochs", type=float, default=90, metavar="N", help="epoch interval to decay the rate")
     add("--warmup-epochs", type=int, default=5, metavar="N", help="epochs to warm up, if the schedule supports it")
-    switch(group, "--warmup-prefix", help="exclude warmup from the decay schedule")
+    switch("--warmup-prefix", help="exclude warmup from the decay schedule")
     add("--cooldown-epochs", type=int, default=0, metavar="N", help="epochs at min_lr after the schedule")
     add("--patience-epochs", type=int, default=10, metavar="N", help="patience of the plateau schedule")
     add("--decay-rate", "--dr", type=float, default=0.1, metavar="RATE", help="decay rate of the learning rate")
 
 
 def _add_norm_and_ema(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("Batch norm parameters")
-    group.add_argument("--bn-momentum", type=float, help="BatchNorm momentum override")
-    group.add_argument("--bn-eps", type=float, help="BatchNorm epsilon override")
-    switch(group, "--sync-bn", help="synchronized BatchNorm")
-    group.add_argument(
-        "--dist-bn",
-        type=str,
-        default="reduce",
-        help='BatchNorm statistics between processes: "broadcast", "reduce", ""',
-    )
-    group = parser.add_argument_group("Model exponential moving average parameters")
-    switch(group, "--model-ema", help="track a moving average of the weights; it is what is evaluated and exported")
-    group.add_argument("--model-ema-decay", type=float, default=0.9998, help="decay of the moving average")
-    switch(group, "--model-ema-warmup", help="warm up the decay")
+    add, switch = flag_group(parser, "Batch norm parameters")
+    add("--bn-momentum", type=float, help="BatchNorm momentum override")
+    add("--bn-eps", type=float, help="BatchNorm epsilon override")
+    switch("--sync-bn", help="synchronized BatchNorm")
+    add("--dist-bn", default="reduce", help='BatchNorm statistics between processes: "broadcast", "reduce", ""')
+    add, switch = flag_group(parser, "Model exponential moving average parameters")
+    switch("--model-ema", help="track a moving average of the weights; it is what is evaluated and exported")
+    add("--model-ema-decay", type=float, default=0.9998, help="decay of the moving average")
+    switch("--model-ema-warmup", help="warm up the decay")
 
 
 def check_model_name(name: str, flag: str) -> None:
@@ -190,14 +182,11 @@ def create_student(args: argparse.Namespace, flag: str = "--model") -> tuple[nn.
     except (ValueError, TypeError) as error:
         raise DistillError(f"{flag} {args.model} cannot be made with these arguments: {error}") from error
     with torch.no_grad():
-        head: Any = (
-            model.get_classifier() if args.head_init_scale is not None or args.head_init_bias is not None else None
-        )
         if args.head_init_scale is not None:
-            head.weight.mul_(args.head_init_scale)
-            head.bias.mul_(args.head_init_scale)
+            for parameter in model.get_classifier().parameters():
+                parameter.mul_(args.head_init_scale)
         if args.head_init_bias is not None:
-            head.bias.fill_(args.head_init_bias)
+            model.get_classifier().bias.fill_(args.head_init_bias)
     args.num_classes = model.num_classes
     if args.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)

@@ -19,7 +19,7 @@ from kd_plugins import Distiller, DistillError
 from kd_plugins.binding import needs_in
 from kd_timm.compat import fast_collate
 from kd_timm.digits import DIGITS_DEFAULTS, Digits
-from kd_timm.flags import switch
+from kd_timm.flags import flag_group
 
 __all__ = [
     "LOADER_ARGUMENTS",
@@ -48,8 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_dataset(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", nargs="?", metavar="DIR", help="path to dataset (positional is deprecated)")
-    group = parser.add_argument_group("Dataset parameters")
-    add = group.add_argument
+    add, switch = flag_group(parser, "Dataset parameters")
     add("--data-dir", metavar="DIR", help="path to dataset (root dir)")
     add(
         "--dataset",
@@ -60,18 +59,17 @@ def _add_dataset(parser: argparse.ArgumentParser) -> None:
     )
     add("--train-split", default="train", metavar="NAME", help="dataset train split")
     add("--val-split", default="validation", metavar="NAME", help="dataset validation split")
-    switch(group, "--dataset-download", help="allow download for torch/ and tfds/ datasets that support it")
+    switch("--dataset-download", help="allow download for torch/ and tfds/ datasets that support it")
     add("--class-map", default="", type=str, metavar="FILENAME", help="path to class to idx mapping file")
     add("--input-img-mode", type=str, help="image conversion mode for input images")
     add("--input-key", type=str, help="dataset key for input images")
     add("--target-key", type=str, help="dataset key for target labels")
-    switch(group, "--dataset-trust-remote-code", help="allow a hub dataset to run code of its repository")
+    switch("--dataset-trust-remote-code", help="allow a hub dataset to run code of its repository")
 
 
 def _add_augmentation(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("Augmentation and regularization parameters")
-    add = group.add_argument
-    switch(group, "--no-aug", help="disable all training augmentation")
+    add, switch = flag_group(parser, "Augmentation and regularization parameters")
+    switch("--no-aug", help="disable all training augmentation")
     add("--train-crop-mode", type=str, help="crop mode in training")
     add("--scale", type=float, nargs="+", default=[0.08, 1.0], metavar="PCT", help="random resize scale")
     add("--ratio", type=float, nargs="+", default=[3 / 4, 4 / 3], metavar="RATIO", help="random aspect ratio")
@@ -82,8 +80,8 @@ def _add_augmentation(parser: argparse.ArgumentParser) -> None:
     add("--grayscale-prob", type=float, metavar="PCT", help="probability of grayscale conversion")
     add("--gaussian-blur-prob", type=float, metavar="PCT", help="probability of gaussian blur")
     add("--aa", type=str, metavar="NAME", help='AutoAugment policy, e.g. "rand-m9-mstd0.5"')
-    switch(group, "--bce-loss", help="binary cross entropy, with or without Mixup/CutMix")
-    switch(group, "--bce-sum", help="sum over classes in the binary cross entropy")
+    switch("--bce-loss", help="binary cross entropy, with or without Mixup/CutMix")
+    switch("--bce-sum", help="sum over classes in the binary cross entropy")
     add("--bce-target-thresh", type=float, help="threshold for binarizing softened targets of --bce-loss")
     add("--bce-pos-weight", type=float, help="positive weighting of --bce-loss")
     add("--reprob", type=float, default=0.0, metavar="PCT", help="random erase probability")

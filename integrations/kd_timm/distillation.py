@@ -7,7 +7,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from kd_accelerate import TurnPlayer
-from kd_plugins import Batch, Distiller, DistillError, Net, Reads, Stage, create_distiller
+from kd_plugins import Batch, Distiller, DistillError, Net, Reads, create_distiller
 from kd_plugins.binding import connect, needs_pass, prepare, schedule, set_up
 from kd_plugins.catalog.registry import options_from_strings
 from kd_plugins.stages import StageTable
@@ -24,7 +24,7 @@ from kd_timm.checkpoint import forked_random_state
 from kd_timm.compat import set_sync_gradients
 from kd_timm.data import Targets, plain_loader
 from kd_timm.engine import PlainStep, TrainingRun
-from kd_timm.flags import AppendKeyValues
+from kd_timm.flags import AppendKeyValues, flag_group
 from kd_timm.network import TimmNetwork
 from kd_timm.teachers import check_classes, create_teacher
 
@@ -33,34 +33,19 @@ __all__ = ["Distillation", "add_arguments"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of distillation."""
-    group = parser.add_argument_group("Distillation parameters")
-    add = group.add_argument
+    add, _ = flag_group(parser, "Distillation parameters")
     add("--distill", type=str, metavar="NAME", help="distiller, or several joined with +; see `kd-plugins list`")
     add("--distill-args", nargs="*", default=[], metavar="K=V", help="options of the distiller; see `kd-plugins info`")
-    add("--teacher", action="append", default=[], metavar="MODEL", help="teacher model (repeatable)")
-    add(
-        "--teacher-checkpoint",
-        action="append",
-        default=[],
-        metavar="PATH",
-        help='weights of the i-th teacher ("": the published ones)',
-    )
-    add(
-        "--teacher-kwargs",
-        nargs="*",
-        default=[],
-        action=AppendKeyValues,
-        metavar="K=V",
-        help="further arguments of the i-th teacher model (repeatable)",
-    )
-    add("--peer", action="append", default=[], metavar="MODEL", help="model trained together with --model (repeatable)")
+    many: dict[str, Any] = dict(action="append", default=[])
+    pairs: dict[str, Any] = dict(action=AppendKeyValues, nargs="*", default=[], metavar="K=V")
+    add("--teacher", metavar="MODEL", help="teacher model (repeatable)", **many)
+    add("--teacher-checkpoint", metavar="PATH", help='weights of the i-th teacher ("": the published ones)', **many)
+    add("--teacher-kwargs", help="further arguments of the i-th teacher model (repeatable)", **pairs)
+    add("--peer", metavar="MODEL", help="model trained together with --model (repeatable)", **many)
     add(
         "--peer-kwargs",
-        nargs="*",
-        default=[],
-        action=AppendKeyValues,
-        metavar="K=V",
         help="further arguments of the i-th peer (repeatable); default --model-kwargs for the student's architecture",
+        **pairs,
     )
 
 
@@ -89,17 +74,9 @@ class Distillation:
         )
         self._check_fit()
         self.criterion: Callable[..., Tensor] = nn.functional.cross_entropy
-        self.teachers = [
-            create_teacher(
-                name,
-                args.teacher_checkpoint[i] if i < len(args.teacher_checkpoint) else "",
-                args.teacher_kwargs[i] if i < len(args.teacher_kwargs) else {},
-                config=config,
-                num_classes=args.num_classes,
-                classes=classes,
-            )
-            for i, name in enumerate(args.teacher)
-        ]
+        given = zip_longest(args.teacher, args.teacher_checkpoint, args.teacher_kwargs)
+        common: dict[str, Any] = dict(config=config, num_classes=args.num_classes, classes=classes)
+        self.teachers = [create_teacher(name, path or "", kwargs or {}, **common) for name, path, kwargs in given]
         self.peers = [self._peer(i, name) for i, name in enumerate(args.peer)]
         for module in (*(t.module for t in self.teachers), *self.peers):
             module.to(device)
@@ -218,10 +195,6 @@ class Distillation:
         start, end = self.table.bounds(self.distiller.progress.stage)
         return start // updates_per_epoch, end // updates_per_epoch
 
-    def enter_stage(self) -> Stage | None:
-        """Enters the stage of the coming update; None where the training is in it already."""
-        return self.player.enter_stage()
-
     def asked(self) -> list[Callable[[Tensor], Tensor]]:
         """The teachers of the student's classes, as functions from its images to scores in its class order."""
 
@@ -230,14 +203,6 @@ class Distillation:
 
         known = zip(self.teachers, self.nets.teachers, strict=True)
         return [partial(scores, net) for teacher, net in known if not teacher.misfit]
-
-    def save(self, folder: Path) -> None:
-        """Writes what a resumed run needs of the method; called on every process."""
-        self.player.save(folder / "distiller")
-
-    def load(self, folder: Path) -> None:
-        """Takes up what `save` wrote."""
-        self.player.load(folder / "distiller")
 
 
 class DistillStep(PlainStep):
@@ -256,10 +221,7 @@ class DistillStep(PlainStep):
 
     def __call__(self, inputs: Tensor, targets: Any, accumulate: int, update: bool) -> Tensor:
         run, player, distillation = self.run, self.player, self.distillation
-        streams = {
-            name: distillation.batch(*self._channels_last(*next(self._streams[name])))
-            for name in distillation.distiller.needs().streams
-        }
+        streams = {name: self._stream(name) for name in distillation.distiller.needs().streams}
         set_sync_gradients(run.accelerator, update)
         player.accumulation = accumulate
         with nullcontext() if update else run.accelerator.no_sync(run.model):
@@ -273,9 +235,9 @@ class DistillStep(PlainStep):
             player.after_update()
         return loss.detach()
 
-    def _channels_last(self, inputs: Tensor, targets: Any) -> tuple[Tensor, Any]:
-        last = self.run.args.channels_last
-        return inputs.contiguous(memory_format=torch.channels_last) if last else inputs, targets
+    def _stream(self, name: str) -> Batch:
+        inputs, targets = next(self._streams[name])
+        return self.distillation.batch(self.run.images(inputs), targets)
 
     def logs(self) -> dict[str, float]:
         return self.player.logs()

@@ -60,6 +60,11 @@ class TrainingRun:
         rates = [group["lr"] for group in self.optimizer.param_groups]
         return sum(rates) / len(rates)
 
+    def images(self, inputs: Tensor) -> Tensor:
+        """Images as `--channels-last` lays them out; anything else as it is."""
+        last = self.args.channels_last and inputs.dim() == 4
+        return inputs.contiguous(memory_format=torch.channels_last) if last else inputs
+
     def clip(self, others: Sequence[nn.Parameter] = ()) -> None:
         """Clips the student's gradients as `--clip-grad` and `--clip-mode` say, jointly with those of others."""
         if self.args.clip_grad is None:
@@ -148,9 +153,7 @@ def train_one_epoch(run: TrainingRun, epoch: int, reporter: Reporter, *, first_u
         update = last or (number + 1) % accumulate == 0
         # The last update of an epoch may hold fewer micro-batches; each counts for more then.
         current = remainder if remainder and number >= batches - remainder else accumulate
-        if args.channels_last and inputs.dim() == 4:
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
-        loss = run.step(inputs, targets, current, update)
+        loss = run.step(run.images(inputs), targets, current, update)
         # The sum stays on the device: reading it would wait for the step.
         total += loss * len(inputs)
         count += len(inputs)
@@ -214,8 +217,7 @@ def evaluate(
     agree = torch.zeros(len(others) + 1, dtype=torch.float64, device=accelerator.device)
     model.eval()
     for inputs, targets in loader:
-        if run.args.channels_last:
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        inputs = run.images(inputs)
         with accelerator.autocast():
             output = _two_classes(one_head(model(inputs), model))
             known = None if limit is None else max(0, limit - evaluator.num_samples)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import ast
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-__all__ = ["AppendKeyValues", "KeyValues", "switch"]
+__all__ = ["AppendKeyValues", "KeyValues", "flag_group"]
 
 
 class KeyValues(argparse.Action):
@@ -29,11 +31,12 @@ class AppendKeyValues(KeyValues):
     """`key=value ...`, once for each use of the flag."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        earlier = list(getattr(namespace, self.dest) or [])
+        earlier = getattr(namespace, self.dest)
         super().__call__(parser, namespace, values, option_string)
         setattr(namespace, self.dest, [*earlier, getattr(namespace, self.dest)])
 
 
-def switch(group: Any, *flags: str, help: str) -> None:
-    """Adds a flag that is on where it is named."""
-    group.add_argument(*flags, action="store_true", default=False, help=help)
+def flag_group(parser: argparse.ArgumentParser, title: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """A new group of flags: the functions that add one with a value, and one that is on where it is named."""
+    add = parser.add_argument_group(title).add_argument
+    return add, partial(add, action="store_true")

@@ -26,7 +26,7 @@ def save_state(session: Parts, epoch: int) -> None:
     folder = session.checkpoints.open_state() if session.primary else session.checkpoints.new_state
     session.accelerator.wait_for_everyone()
     if session.distillation is not None:
-        session.distillation.save(folder)
+        session.distillation.player.save(folder / "distiller")
     if session.primary:
         save_weights(session.student, folder / "model.safetensors")
         if session.run.ema is not None:
@@ -73,7 +73,7 @@ def load_state(session: Parts) -> int:
             f" those of {folder.parent / 'args.yaml'} (--config reads that file)."
         )
     if session.distillation is not None:
-        session.distillation.load(folder)
+        session.distillation.player.load(folder / "distiller")
         session.new_schedule()
     load_weights(session.student, folder / "model.safetensors")
     if session.run.ema is not None:
