@@ -12,7 +12,7 @@ from kd_timm.arguments import parse_args
 from kd_timm.network import TimmNetwork
 
 if TYPE_CHECKING:
-    from kd_timm.train import Session
+    from kd_timm.parts import Parts
 
 __all__ = ["Recorder"]
 
@@ -25,7 +25,7 @@ class Recorder:
         start: The epoch that it begins with.
     """
 
-    def __init__(self, session: Session, start: int) -> None:
+    def __init__(self, session: Parts, start: int) -> None:
         self.session = session
         args, distillation, accelerator = session.args, session.distillation, session.accelerator
         defaults = vars(parse_args([]))
@@ -87,7 +87,7 @@ class Recorder:
             yield Batch.of(inputs, labels, mean=config["mean"], std=config["std"])
 
 
-def _data(session: Session) -> str:
+def _data(session: Parts) -> str:
     """The data set in words."""
     args, sizes = session.args, []
     for name, loader in (("training", session.data.train), ("evaluation", session.data.evaluation)):
