@@ -10,14 +10,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from kd_plugins.errors import DistillError
+from kd_transformers.columns import TEACHER_LOGITS
+from kd_transformers.compat import rows_id
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 __all__ = ["TEACHER_LOGITS", "cache_teacher", "check_cache"]
-
-TEACHER_LOGITS = "teacher_logits"
-"""The column that `DistillationTrainer` takes in place of the teacher's forward."""
 
 
 def cache_teacher(
@@ -111,9 +110,11 @@ def _fingerprint(dataset: Any, teacher: nn.Module) -> str:
     from datasets.fingerprint import Hasher
 
     hasher = Hasher()
-    hasher.update([dataset._fingerprint, type(teacher).__qualname__, str(getattr(teacher, "config", ""))])
+    hasher.update([rows_id(dataset), type(teacher).__qualname__, str(getattr(teacher, "config", ""))])
     for name, value in teacher.state_dict().items():
-        hasher.update([name, str(value.dtype), value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()])
+        hasher.update(
+            [name, str(value.dtype), value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()]
+        )
     return hasher.hexdigest()
 
 

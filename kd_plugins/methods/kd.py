@@ -27,7 +27,10 @@ def soft_labels(student: View, teacher: View, batch: Batch, temperature: float) 
         return KF.kd_multilabel(s, t, temperature)
     if s.dim() == 2:
         return KF.kd(s, t, temperature)
-    mask = batch.labels != -100 if isinstance(batch.labels, Tensor) and batch.labels.dim() == 2 else batch.mask
+    mask = batch.mask if batch.mask is not None and batch.mask.shape == s.shape[:-1] else None
+    if isinstance(batch.labels, Tensor) and batch.labels.dim() == 2:
+        labelled = batch.labels != batch.ignore_index
+        mask = labelled if mask is None else labelled & mask.bool()
     if batch.task == "causal-lm":
         s, t, mask = s[:, :-1], t[:, :-1], None if mask is None else mask[:, 1:]
     return KF.kd(s, t, temperature, mask=mask)

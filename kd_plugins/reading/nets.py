@@ -110,7 +110,15 @@ class Net:
             else:
                 inputs, mask, own = batch.inputs, own.get("attention_mask", batch.mask), {**batch.kwargs, **own}
             batch = dataclasses.replace(batch, inputs=inputs, mask=mask, kwargs=own)
-        return batch
+        weight = next((p for p in self.module.parameters() if p.is_floating_point()), None)
+        if weight is None or torch.is_autocast_enabled(weight.device.type):
+            return batch
+
+        def cast(x: Any) -> Any:
+            return x.to(weight.dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+        kwargs = {name: cast(value) for name, value in batch.kwargs.items()}
+        return dataclasses.replace(batch, inputs=cast(batch.inputs), kwargs=kwargs)
 
 
 class Nets:

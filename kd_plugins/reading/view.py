@@ -133,6 +133,7 @@ class Batch:
         size: Number of examples; by default those of the inputs, or of the labels.
         task: What the logits are: `"classification"`, `"multilabel"`, `"token"` (labels per token, -100 ignored),
             `"causal-lm"` (labels one token ahead), `"regression"`, `"segmentation"`.
+        ignore_index: The label that the host's task loss leaves out.
         criterion: The host's task loss of a view and the labels.
         streams: Batches of the other streams that the method asked for.
     """
@@ -149,6 +150,7 @@ class Batch:
     index: Tensor | None = None
     size: int = 0
     task: str = "classification"
+    ignore_index: int = -100
     criterion: Callable[[View, Any], Tensor] | None = None
     streams: Mapping[str, Batch] = field(default_factory=dict)
 
