@@ -174,13 +174,13 @@ def check_vocabulary(student: nn.Module, teacher: nn.Module) -> None:
     for what, name in (
         ("vocab_size", "a vocabulary of {} tokens"),
         ("pad_token_id", "token {} as padding"),
-        ("decoder_start_token_id", "token {} before the first of the decoder"),
+        ("decoder_start_token_id", "token {} as the decoder's first"),
     ):
         a, b = getattr(ours, what, None), getattr(theirs, what, None)
         if isinstance(a, int) and isinstance(b, int) and a != b:
             raise DistillError(
                 f"Expected networks that share a tokenizer, got a student with {name.format(a)} and a"
-                f" {type(base(teacher)).__name__} with {name.format(b) if what != 'vocab_size' else b}:"
+                f" {type(base(teacher)).__name__} with {b}:"
                 f" {_resize(a, b) if what == 'vocab_size' else ''}use one with the student's tokenizer, or give a"
                 " teacher columns of its own (teacher_input_ids, teacher_attention_mask)."
             )
