@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 from argparse import Action, ArgumentParser
 from collections.abc import Callable, Mapping
@@ -17,7 +18,19 @@ from transformers import PretrainedConfig, Trainer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["Hooks", "chosen_attention", "chosen_mask", "flags", "is_reentrant", "rates_are", "rows_id", "tapped"]
+__all__ = [
+    "ALWAYS_DIVIDES",
+    "Hooks",
+    "attention_name",
+    "averages",
+    "chosen_attention",
+    "chosen_mask",
+    "flags",
+    "is_reentrant",
+    "rates_are",
+    "rows_id",
+    "tapped",
+]
 
 # Before 5.19 Trainer takes every compute_loss_func for one that counts the accumulated items itself.
 ALWAYS_DIVIDES = hasattr(Trainer, "loss_is_scaled_for_ga")
@@ -151,7 +164,12 @@ def is_reentrant(module: nn.Module) -> bool:
     )
 
 
-# datasets, torch, argparse
+# evaluate, datasets, torch, argparse
+
+
+def averages(metric: Any) -> bool:
+    """Whether a metric of `evaluate` can average over classes."""
+    return "average" in inspect.signature(metric._compute).parameters
 
 
 def rows_id(dataset: Any) -> str:

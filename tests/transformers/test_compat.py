@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import evaluate
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, Value
 from torch.optim.lr_scheduler import LambdaLR
 from trainer_kit import CHECKPOINTING, Texts, bert, trainer
 from transformers import Trainer
@@ -82,7 +83,23 @@ def test_reentrant_checkpointing_is_seen(reentrant: bool) -> None:
     assert any(map(compat.is_reentrant, model.modules())) is reentrant
 
 
+class Averaging(evaluate.Metric):  # type: ignore[misc]
+    """A metric of `evaluate` as its modules define them."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        value = Value("int32")
+        return evaluate.MetricInfo(
+            description="", citation="", features=Features({"predictions": value, "references": value})
+        )
+
+    def _compute(self, predictions: Any, references: Any, average: str = "binary") -> dict[str, float]:
+        return {"given": float(average == "macro")}
+
+
 def test_what_lies_under_it() -> None:
+    metric = Averaging(keep_in_memory=True)
+    assert compat.averages(metric)
+    assert metric.compute(predictions=[1], references=[1], average="macro") == {"given": 1.0}
     rows = Dataset.from_dict({"a": [1, 2]})
     assert compat.rows_id(rows) == compat.rows_id(copy.deepcopy(rows)) != compat.rows_id(rows.select([0]))
     scheduler = LambdaLR(torch.optim.SGD([torch.zeros(1)], lr=1.0), lambda step: 1.0)
