@@ -1,14 +1,16 @@
 """Knowledge distillation that plugs into the training code people already have."""
 
+from kd_plugins.binding import bind
+from kd_plugins.catalog.options import OptimSpec
 from kd_plugins.catalog.paper import Paper
 from kd_plugins.catalog.registry import create_distiller, get_distiller, list_distillers
-from kd_plugins.distiller import Distiller, OptimSpec
+from kd_plugins.distiller import Distiller
 from kd_plugins.errors import DistillError
-from kd_plugins.groups import Groups, make_optimizers, play
-from kd_plugins.reading.nets import Net, Nets, bind
+from kd_plugins.reading.nets import Net, Nets
 from kd_plugins.reading.network import Network
 from kd_plugins.reading.tap import Tap
 from kd_plugins.reading.view import Attention, Batch, Needs, Reads, View
+from kd_plugins.run import Run, make_optimizers, play
 from kd_plugins.stages import Progress, Stage
 
 __version__ = "0.1.0"
@@ -18,7 +20,6 @@ __all__ = [
     "Batch",
     "DistillError",
     "Distiller",
-    "Groups",
     "Needs",
     "Net",
     "Nets",
@@ -27,6 +28,7 @@ __all__ = [
     "Paper",
     "Progress",
     "Reads",
+    "Run",
     "Stage",
     "Tap",
     "View",

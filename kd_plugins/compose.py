@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 
-from kd_plugins.distiller import Distiller, OptimSpec, Terms, Turn, overrides, overrides_turns
+from kd_plugins.catalog.options import OptimSpec
+from kd_plugins.distiller import Distiller, Terms, Turn, overrides
 from kd_plugins.errors import DistillError
 from kd_plugins.picture import Picture
 from kd_plugins.reading.nets import Net, Nets
@@ -22,7 +23,8 @@ class Composite(Distiller):
     """The sum of several methods' terms over one task loss.
 
     At most one part plays turns of its own; the terms of the others join its student turn, computed on the views that
-    it took. The weight of the task loss is the product of the parts' weights.
+    it took and on the batch that it asked the student with. Every part gets every teacher. The weight of the task loss
+    is the product of the parts' weights.
 
     Args:
         parts: The methods by name, in the order they were written.
@@ -37,7 +39,7 @@ class Composite(Distiller):
         parts = dict(parts or {})
         self.parts = nn.ModuleDict(parts)
         self.name = "+".join(parts)
-        leads = [name for name, part in parts.items() if overrides_turns(part) or part.peers or not part.data]
+        leads = [name for name, part in parts.items() if overrides(part, "turns") or part.peers or not part.data]
         staged = [name for name, part in parts.items() if len(part.stages()) > 1]
         for found, what in ((leads, "play turns of their own"), (staged, "have stages")):
             if len(found) > 1:
@@ -46,22 +48,15 @@ class Composite(Distiller):
             raise DistillError(f"{leads[0]} plays turns of its own and cannot follow the stages of {staged[0]}.")
         self._lead = leads[0] if leads else None
         self._staged = staged[0] if staged else None
-        self._count_networks()
+        counts = [part.teachers for part in parts.values()]
+        numbers = [count for count in counts if isinstance(count, int)]
+        self.teachers = max(numbers, default=0) or ("many" if "many" in counts else max(map(str, counts), default=0))
+        self.peers = any(part.peers for part in parts.values())
         self.data = all(part.data for part in parts.values())
         self.accumulation = all(part.accumulation for part in parts.values())
         tasks = [part.tasks for part in parts.values()]
         self.tasks = tuple(t for t in tasks[0] if all(t in other for other in tasks)) if tasks else ()
         self.progress = self.progress
-
-    def _count_networks(self) -> None:
-        counts = [part.teachers for part in self.methods.values()]
-        self.teachers = "many" if "many" in counts else max((int(c) for c in counts), default=0)
-        self.peers = any(part.peers for part in self.methods.values())
-
-    def networks_given(self, teachers: int, peers: int) -> None:
-        for part in self.methods.values():
-            part.networks_given(teachers, peers)
-        self._count_networks()
 
     @property
     def methods(self) -> dict[str, Distiller]:
@@ -110,17 +105,13 @@ class Composite(Distiller):
             if overrides(part, "prepare"):
                 part.prepare(nets, batches)
 
-    def check(self, nets: Nets) -> None:
-        for part in self.methods.values():
-            part.check(nets)
+    def taught(self, student: View, teachers: Sequence[View], batch: Batch) -> Terms:
+        return self._terms(self.methods, student, teachers, batch)
 
-    def loss(self, student: View, teacher: View, batch: Batch) -> Terms:
-        return self._terms(self.methods, student, teacher, batch)
-
-    def _terms(self, parts: Mapping[str, Distiller], student: View, teacher: View, batch: Batch) -> Terms:
+    def _terms(self, parts: Mapping[str, Distiller], student: View, teachers: Sequence[View], batch: Batch) -> Terms:
         terms: Terms = {}
         for name, part in parts.items():
-            for term, value in part.loss(student, teacher, batch).items():
+            for term, value in part.taught(student, teachers, batch).items():
                 terms[term if term not in terms else f"{name}_{term}"] = value
         return terms
 
@@ -133,16 +124,18 @@ class Composite(Distiller):
             yield from super().turns(nets, batch)
             return
         others = {name: part for name, part in self.methods.items() if name != self._lead}
-        student, teachers = _Recorder(nets.student), [_Recorder(t) for t in nets.teachers]
+        turn_number = [0]
+        student, *teachers = (_Recorder(net, turn_number) for net in (nets.student, *nets.teachers))
         recorded = Nets(cast(Net, student), cast(list[Net], teachers), nets.peers[1:])
         for turn in self.methods[self._lead].turns(recorded, batch):
             if "student" not in turn:
                 yield turn
+                turn_number[0] += 1
                 continue
-            s = student.last or student(batch)
-            t = s if not teachers else teachers[0].last or teachers[0](batch)
+            seen = student.last or _Asked(student(batch), batch, turn_number[0])
+            views = [teacher.beside(seen) for teacher in teachers]
             own = {k: weight * v if k == "task" else v for k, v in turn["student"].items() if k != "task" or weight}
-            yield {**turn, "student": {**own, **self._terms(others, s, t, batch)}}
+            yield {**turn, "student": {**own, **self._terms(others, seen.view, views, seen.batch)}}
 
     def after_update(self) -> None:
         for part in self.methods.values():
@@ -163,18 +156,34 @@ class Composite(Distiller):
         return self._staged is not None and self.methods[self._staged].stage_done()
 
 
-class _Recorder:
-    """A network whose last view is kept, so that further terms need no further forward."""
+class _Asked(NamedTuple):
+    view: View
+    batch: Batch
+    turn: int
 
-    def __init__(self, net: Net) -> None:
-        self.net = net
-        self.last: View | None = None
+
+class _Recorder:
+    """A network whose last view is kept, with the batch and the turn that it belongs to.
+
+    Further terms so need no further forward, and see what the lead has made of the batch.
+    """
+
+    def __init__(self, net: Net, turn: list[int]) -> None:
+        self.net, self.turn = net, turn
+        self.last: _Asked | None = None
 
     def __call__(self, batch: Batch, **options: Any) -> View:
         if options.get("reads") is not None:
             options["reads"] = options["reads"] | self.net.reads
-        self.last = self.net(batch, **options)
-        return self.last
+        self.last = _Asked(self.net(batch, **options), batch, self.turn[0])
+        return self.last.view
+
+    def beside(self, student: _Asked) -> View:
+        """The view that goes with one of the student: of the same batch, or asked for together with it."""
+        last = self.last
+        if last is not None and (last.batch is student.batch or last.turn == student.turn):
+            return last.view
+        return self(student.batch)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.net, name)

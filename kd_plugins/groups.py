@@ -1,10 +1,11 @@
-"""Groups of parameters and their optimizers, and the ten lines that play a turn."""
+"""Groups of parameters that optimizers of ours move, beside the student's optimizer that the user made."""
 
 from __future__ import annotations
 
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any
@@ -13,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kd_plugins.distiller import Distiller, OptimSpec, Turn, overrides
+from kd_plugins.catalog.options import OptimSpec
+from kd_plugins.distiller import Distiller, overrides
 from kd_plugins.errors import DistillError, did_you_mean
 from kd_plugins.reading.nets import Nets
-from kd_plugins.stages import Stage
 
-__all__ = ["Group", "Groups", "make_optimizers", "play", "total"]
+__all__ = ["Group", "make_groups"]
 
 
 class Group:
@@ -59,10 +60,16 @@ class Group:
 
     def step(self, gradients: Iterable[Tensor | None], student: Optimizer) -> None:
         """Updates the parameters by gradients that are not in `.grad`, and leaves `.grad` as it was."""
+        with self.holding(gradients):
+            self.update(student)
+
+    @contextmanager
+    def holding(self, gradients: Iterable[Tensor | None]) -> Iterator[None]:
+        """Puts gradients into `.grad` for the time of a step."""
         before = [p.grad for p in self.parameters]
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
-        self.update(student)
+        yield
         for parameter, gradient in zip(self.parameters, before, strict=True):
             parameter.grad = gradient
 
@@ -74,114 +81,49 @@ class Group:
         self.optimizer.step()
 
 
-class Groups:
-    """The optimizers of a distillation: the student's, which the user made, and ours beside it.
+def make_groups(distiller: Distiller, optimizer: Optimizer, nets: Nets | None) -> dict[str, Group]:
+    """The groups of a distillation: `"own"`, the peers, extra and shared groups.
 
-    Ours are made when they are first asked for, after the method has built its parts. `"own"` and the peers get an
-    optimizer of the student's class, hyper-parameters and learning-rate curve; extra and shared groups get what the
-    method and the user's overrides say. Where the student's optimizer has several parameter groups, `"own"` is like the
-    largest, and a peer's parameter like the student's of its name, else like most of its kind (weights, or vectors such
-    as biases and norms).
+    `"own"` and the peers get an optimizer of the student's class, hyper-parameters and learning-rate curve; extra and
+    shared groups get what the method and the user's overrides say. Where the student's optimizer has several parameter
+    groups, `"own"` is like the largest, and a peer's parameter like the student's of its name, else like most of its
+    kind (weights, or vectors such as biases and norms).
 
     Args:
-        distiller: The method.
+        distiller: The method, set up.
         optimizer: The student's optimizer.
-        nets: The networks, where the method trains peers, shares parameters of a network, or has stages.
+        nets: The networks, where the method trains peers or shares parameters of a network.
     """
-
-    def __init__(self, distiller: Distiller, optimizer: Optimizer, nets: Nets | None = None) -> None:
-        self.distiller = distiller
-        self.optimizer = optimizer
-        self.nets = nets
-        for group in optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])
-        self._groups: dict[str, Group] | None = None
-        self.initial: dict[str, Tensor] | None = None
-        if nets is not None and any(stage.fresh_student for stage in distiller.stages()):
-            self.initial = {k: v.detach().cpu().clone() for k, v in nets.student.module.state_dict().items()}
-
-    @property
-    def student(self) -> list[nn.Parameter]:
-        """The parameters of the student's optimizer."""
-        return [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
-
-    @property
-    def groups(self) -> dict[str, Group]:
-        """Our groups: `"own"`, extra groups, shared groups, peers."""
-        if self._groups is None:
-            self._groups = self._make()
-        return self._groups
-
-    @property
-    def own(self) -> Group | None:
-        """The distiller's parts that are stepped with the student."""
-        return self.groups.get("own")
-
-    def __iter__(self) -> Iterator[Group]:
-        return iter(self.groups.values())
-
-    def __getitem__(self, name: str) -> Group:
-        try:
-            return self.groups[name]
-        except KeyError:
-            raise DistillError(
-                f"{self.distiller.name} yields a turn for the group {name!r}, but its groups are"
-                f" {['student', *self.groups]}.{did_you_mean(name, self.groups)} Declare it in extras() or shared()."
-            ) from None
-
-    def _make(self) -> dict[str, Group]:
-        distiller, student = self.distiller, {id(p) for p in self.student}
-        made: dict[str, Group] = {}
-        own = distiller.own_parameters()
-        if own:
-            made["own"] = Group("own", own, like(self.optimizer, {largest(self.optimizer): own}), None)
-        nets = self.nets.peers if self.nets else ()
-        for i, peer in enumerate(nets[1:], 1):
-            split = like_student(self.optimizer, nets[0].module, peer.module)
-            parameters = [p for part in split.values() for p in part]
-            made[f"peer{i}"] = Group(f"peer{i}", parameters, like(self.optimizer, split), None)
-        extra = {name: list(module.parameters()) for name, module in distiller.extras().items()}
-        if overrides(distiller, "shared"):
-            if self.nets is None:
-                raise DistillError(f"{distiller.name} shares parameters of a network: make_optimizers(..., nets=nets).")
-            for name, parameters in distiller.shared(self.nets).items():
-                extra[name] = [*extra.get(name, []), *parameters]
-        specs = distiller.optimizers()
-        unknown = set(distiller.optim_overrides) - set(extra)
-        if unknown:
-            name = sorted(unknown)[0]
-            raise DistillError(
-                f"Options were given for the group {name!r}, but {distiller.name} has"
-                f" {sorted(extra) or 'no extra groups'}.{did_you_mean(name, extra)}"
-            )
-        for name, parameters in extra.items():
-            spec = override(specs.get(name, OptimSpec()), distiller.optim_overrides.get(name, {}), name)
-            made[name] = Group(name, parameters, make(spec, parameters), spec)
-        if any(id(p) in student for p in own):
-            raise DistillError("Parts of the distiller are in the student's optimizer: build it of the student alone.")
-        return made
-
-    def enter_stage(self) -> Stage | None:
-        """Enters the stage that the current step belongs to: fresh optimizer state, fresh student, as it says."""
-        stage = self.distiller.next_stage()
-        if stage is None:
-            return None
-        if stage.fresh_student:
-            if self.initial is None or self.nets is None:
-                raise DistillError("A stage starts with a fresh student: make_optimizers(..., nets=nets).")
-            self.nets.student.module.load_state_dict(self.initial)
-        if stage.fresh_optimizer:
-            for optimizer in (self.optimizer, *(group.optimizer for group in self)):
-                optimizer.state.clear()
-        self.distiller.enter_stage()
-        return stage
-
-    def end_step(self) -> None:
-        """What follows an update of the student."""
-        progress = self.distiller.progress
-        self.distiller.after_update()
-        self.distiller.at(progress.step + 1)
-        self.enter_stage()
+    made: dict[str, Group] = {}
+    own = distiller.own_parameters()
+    if own:
+        made["own"] = Group("own", own, like(optimizer, {largest(optimizer): own}), None)
+    peers = nets.peers if nets else ()
+    for i, peer in enumerate(peers[1:], 1):
+        split = like_student(optimizer, peers[0].module, peer.module)
+        parameters = [p for part in split.values() for p in part]
+        made[f"peer{i}"] = Group(f"peer{i}", parameters, like(optimizer, split), None)
+    extra = {name: list(module.parameters()) for name, module in distiller.extras().items()}
+    if overrides(distiller, "shared"):
+        if nets is None:
+            raise DistillError(f"{distiller.name} shares parameters of a network: make_optimizers(..., nets=nets).")
+        for name, parameters in distiller.shared(nets).items():
+            extra[name] = [*extra.get(name, []), *parameters]
+    specs = distiller.optimizers()
+    unknown = set(distiller.optim_overrides) - set(extra)
+    if unknown:
+        name = sorted(unknown)[0]
+        raise DistillError(
+            f"Options were given for the group {name!r}, but {distiller.name} has"
+            f" {sorted(extra) or 'no extra groups'}.{did_you_mean(name, extra)}"
+        )
+    for name, parameters in extra.items():
+        spec = override(specs.get(name, OptimSpec()), distiller.optim_overrides.get(name, {}), name)
+        made[name] = Group(name, parameters, make(spec, parameters), spec)
+    student = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if any(id(p) in student for p in own):
+        raise DistillError("Parts of the distiller are in the student's optimizer: build it of the student alone.")
+    return made
 
 
 def largest(optimizer: Optimizer) -> int:
@@ -256,49 +198,3 @@ def override(spec: OptimSpec, changes: dict[str, Any], group: str) -> OptimSpec:
                 f"{did_you_mean(name, known)}"
             )
     return replace(spec, **changes)
-
-
-def make_optimizers(distiller: Distiller, optimizer: Optimizer, nets: Nets | None = None) -> Groups:
-    """The optimizers that a bare loop plays turns with; see `Groups`."""
-    return Groups(distiller, optimizer, nets)
-
-
-def total(terms: Any, group: str) -> Tensor:
-    """The sum of a group's loss terms."""
-    if not terms:
-        raise DistillError(f"The turn for the group {group!r} holds no loss terms: leave the group out or give it one.")
-    return sum(terms.values())  # type: ignore[no-any-return]
-
-
-def play(turn: Turn, optimizers: Groups) -> None:
-    """Plays one turn in a bare loop: takes every gradient before any optimizer moves a weight, the student last.
-
-    >>> import kd_plugins
-    >>> student, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
-    >>> distiller = kd_plugins.create_distiller("kd")
-    >>> nets = kd_plugins.bind(distiller, student, teacher)
-    >>> optimizers = kd_plugins.make_optimizers(distiller, torch.optim.SGD(student.parameters(), lr=0.1))
-    >>> batch = kd_plugins.Batch.of(torch.randn(8, 4), torch.randint(3, (8,)))
-    >>> for turn in distiller.turns(nets, batch):
-    ...     kd_plugins.play(turn, optimizers)
-    """
-    names = [*(name for name in turn if name != "student"), *(["student"] if "student" in turn else [])]
-    own = optimizers.own
-    gradients = {}
-    for i, name in enumerate(names):
-        parameters = optimizers[name].parameters if name != "student" else optimizers.student
-        if name == "student" and own:
-            parameters = [*parameters, *own.parameters]
-        loss, keep = total(turn[name], name), i + 1 < len(names)
-        gradients[name] = torch.autograd.grad(loss, parameters, retain_graph=keep, allow_unused=True)
-    for name in names:
-        if name != "student":
-            optimizers[name].step(gradients[name], optimizers.optimizer)
-            continue
-        for parameter, gradient in zip(optimizers.student, gradients[name], strict=False):
-            parameter.grad = gradient
-        if own:
-            own.step(gradients[name][len(optimizers.student) :], optimizers.optimizer)
-        optimizers.optimizer.step()
-        optimizers.optimizer.zero_grad(set_to_none=True)
-        optimizers.end_step()

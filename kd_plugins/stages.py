@@ -22,6 +22,8 @@ class Stage:
         epochs: Its length in epochs, where that is fixed; the other stages then share what is left.
         fresh_optimizer: Start the stage with empty optimizer state (no momentum of the stage before).
         fresh_student: Start the stage with the student's initial weights.
+        ends_with: The group whose turn is the last of a step; another one than the student's where the stage trains a
+            method's own part alone.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Stage:
     epochs: float | None = None
     fresh_optimizer: bool = True
     fresh_student: bool = False
+    ends_with: str = "student"
 
 
 @dataclass
@@ -42,6 +45,7 @@ class Progress:
         stage: Number of the current stage.
         stage_start: Step at which the current stage began.
         stage_end: Step at which the current stage ends; None where nobody knows.
+        table: The stages of the training; None before they are resolved.
     """
 
     step: int = 0
@@ -50,6 +54,27 @@ class Progress:
     stage: int = 0
     stage_start: int = 0
     stage_end: int | None = None
+    table: StageTable | None = None
+
+    def at(self, step: int, epoch: float | None = None) -> None:
+        """Sets the step; the stage changes only through `enter`."""
+        self.step = step
+        self.epoch = self.epoch if epoch is None else epoch
+        if self.table is not None:
+            self.total = self.table.total
+            self.stage_start, self.stage_end = self.table.bounds(self.stage)
+
+    def next_stage(self) -> Stage | None:
+        """The stage that the current step belongs to, when the training has not entered it yet."""
+        if self.table is None or self.table.index(self.step) == self.stage:
+            return None
+        return self.table.stages[self.table.index(self.step)]
+
+    def enter(self) -> None:
+        """Enters the stage that the current step belongs to."""
+        if self.table is not None:
+            self.stage = self.table.index(self.step)
+            self.at(self.step)
 
     @property
     def fraction(self) -> float:
@@ -150,7 +175,7 @@ def _shares(stages: Sequence[Stage], total: int, epoch: int | None) -> list[floa
     if not epoch:
         raise DistillError(
             "The stages have lengths in epochs, but the length of an epoch is unknown here: give shares instead, or"
-            " call distiller.schedule(total, epoch=steps_per_epoch)."
+            " call bind(..., epoch_steps=steps_per_epoch)."
         )
     fixed = {i: stage.epochs * epoch for i, stage in enumerate(stages) if stage.epochs is not None}
     left = total - sum(fixed.values())

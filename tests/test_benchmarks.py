@@ -59,7 +59,7 @@ def test_the_commands_of_the_lists_parse(path: Path, monkeypatch: pytest.MonkeyP
             name, options = arguments.distillation.distill, arguments.distillation.distill_args
         if name:
             from kd_plugins import create_distiller
-            from kd_plugins.catalog.options import options_from_strings
+            from kd_plugins.catalog.registry import options_from_strings
 
             create_distiller(name, **options_from_strings(name, options))
 

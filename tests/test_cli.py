@@ -10,9 +10,10 @@ from importlib.metadata import EntryPoint, entry_points, version
 import pytest
 
 from kd_plugins.catalog.cli import main
+from kd_plugins.catalog.options import OptimSpec
 from kd_plugins.catalog.paper import Paper
 from kd_plugins.catalog.registry import GROUP, describe, list_distillers
-from kd_plugins.distiller import Distiller, OptimSpec
+from kd_plugins.distiller import Distiller
 from kd_plugins.errors import DistillError
 
 

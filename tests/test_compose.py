@@ -6,11 +6,22 @@ import pytest
 import torch
 from torch import nn
 
-from kd_plugins import Distiller, DistillError, Needs, OptimSpec, Reads, Stage, bind, create_distiller
+from kd_plugins import (
+    Distiller,
+    DistillError,
+    Needs,
+    OptimSpec,
+    Reads,
+    Stage,
+    bind,
+    create_distiller,
+    make_optimizers,
+    play,
+)
 from kd_plugins import functional as KF
-from kd_plugins.catalog.options import config_of, from_json
+from kd_plugins.binding import schedule
+from kd_plugins.catalog.registry import config_of, from_json
 from kd_plugins.compose import Composite
-from kd_plugins.groups import make_optimizers, play
 from kd_plugins.testing import TinyNet, check_distiller, tiny_batches
 
 
@@ -173,7 +184,7 @@ def test_the_order_of_the_parts_does_not_matter(pair):
 
 def test_parts_share_progress_and_generators_are_their_own():
     both = Composite({"one": Maps(), "critic": Critic()})
-    both.schedule(10)
+    schedule(both, 10)
     both.at(7)
     assert [part.progress.step for part in both.methods.values()] == [7, 7]
     one, two = both.methods.values()

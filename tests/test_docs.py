@@ -83,7 +83,7 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(("page", "line"), commands("kd-timm-train", "kd-transformers-train"))
 def test_commands_parse(page: str, line: str) -> None:
-    from kd_plugins.catalog.options import options_from_strings
+    from kd_plugins.catalog.registry import options_from_strings
 
     program, *argv = shlex.split(line)
     if program == "kd-timm-train":

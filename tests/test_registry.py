@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from kd_plugins import Batch, Distiller, DistillError, bind, make_optimizers, play
-from kd_plugins.catalog.options import options_from_strings
 from kd_plugins.catalog.registry import (
     create_distiller,
     describe,
@@ -20,10 +19,12 @@ from kd_plugins.catalog.registry import (
     get_distiller,
     list_distillers,
     name_of,
+    options_from_strings,
 )
 
 MODULE = """
-from kd_plugins.distiller import Distiller, OptimSpec
+from kd_plugins.catalog.options import OptimSpec
+from kd_plugins.distiller import Distiller
 
 class Mine(Distiller):
     '''Mine, in one line

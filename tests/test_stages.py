@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kd_plugins import Batch, Distiller, DistillError, Needs, Progress, Reads, Stage, bind, make_optimizers, play
+from kd_plugins.binding import needs_in, schedule
 from kd_plugins.stages import StageTable
 from kd_plugins.testing import TinyNet, tiny_batches
 
@@ -173,14 +174,14 @@ def test_a_bare_loop_walks_through_the_stages():
 
 def test_a_stage_changes_only_where_it_begins():
     distiller = Phased()
-    distiller.schedule(10)
-    assert distiller.next_stage() is None
+    schedule(distiller, 10)
+    assert distiller.progress.next_stage() is None
     distiller.at(5)
     assert distiller.progress.stage == 0
-    assert distiller.next_stage().name == "logits"
+    assert distiller.progress.next_stage().name == "logits"
     distiller.enter_stage()
     assert (distiller.progress.stage, distiller.progress.stage_start, distiller.progress.stage_end) == (1, 5, 10)
-    assert distiller.needs_in(0).student.features == ("layer1",)
+    assert needs_in(distiller, 0).student.features == ("layer1",)
     assert distiller.progress.stage == 1
 
 

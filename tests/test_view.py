@@ -281,7 +281,7 @@ def test_setup_refuses_before_any_training(images):
 
 
 def test_a_teacher_gets_its_own_images_columns_and_class_order(images):
-    from kd_plugins.reading.nets import connect
+    from kd_plugins.binding import connect
 
     teacher = TinyNet()
     nets = connect(Reader(), adapt(TinyNet()), [adapt(teacher)], transforms=[lambda x: 2 * x], orders=[[3, 2, 1, 0]])

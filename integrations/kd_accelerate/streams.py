@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset
 
-from kd_accelerate.averaging import distributed
 from kd_plugins import Distiller, DistillError
+from kd_plugins.averaging import distributed
+from kd_plugins.binding import needs_in
 
 __all__ = ["StagedDataset", "Streams", "split"]
 
@@ -77,9 +78,9 @@ class StagedDataset(Dataset):
         """Takes the rows of the stage that an epoch belongs to; loaders call it before every epoch."""
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
-        table = self.distiller.table
+        table = self.distiller.progress.table
         stage = table.index(epoch * self.epoch_steps) if table else 0
-        shares = self.distiller.needs_in(stage).streams
+        shares = needs_in(self.distiller, stage).streams
         rows = split(len(self.dataset), shares, self.seed)[""] if shares else range(len(self.dataset))
         self._rows[: len(rows)] = torch.tensor(rows)
         self._left.fill_(len(rows))

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from kd_plugins import Batch, DistillError, Net, Nets, Reads
 from kd_plugins import functional as KF
-from kd_plugins.reading.layered import LayeredNetwork
 from kd_plugins.reading.network import adapt
 from kd_report.channels import common_maps, project_channels
 from kd_report.predictions import Predictions, rows_of
@@ -257,7 +256,7 @@ class _Reader:
         self.net = _fresh(net)
         self.network = self.net.network
         self.attention = 0
-        if isinstance(self.network, LayeredNetwork):
+        if self.network.attention is not None:
             try:
                 self.attention = self.net.layers(_rows(batch, 0, min(batch.size, 2)))
             except DistillError:
@@ -279,7 +278,7 @@ class _Reader:
         return logits, {name: x for name, x in found.items() if x.dim() > 1 and len(x) == batch.size}
 
     def _candidates(self) -> list[Place]:
-        if self.attention and isinstance(self.network, LayeredNetwork):
+        if self.attention and self.network.attention is not None:
             layers = enumerate(self.network.attention.layers, 1)
             listed = [Place(f"layer {i}", x.layer, x.layer_call) for i, x in layers if x.layer is not None]
             if listed:

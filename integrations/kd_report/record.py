@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kd_plugins import Batch, Distiller, Nets
-from kd_plugins.catalog.options import config_of
+from kd_plugins.catalog.registry import config_of
 from kd_plugins.reading.nets import describe
 from kd_report.analysis import Decode, analyse, as_nets
 from kd_report.timing import StepTimer
@@ -193,7 +193,7 @@ class RunRecord:
 
     def _write(self) -> None:
         self.run["seconds"] = self._spent + time.monotonic() - self._began
-        table = self.distiller.table if self.distiller is not None else None
+        table = self.distiller.progress.table if self.distiller is not None else None
         if table is not None:
             self.run["stages"] = table.to_json()
         _replace(self._file("run.json"), json.dumps(_plain(self.run), indent=2, ensure_ascii=False) + "\n")

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from kd_accelerate.streams import StagedDataset, split
 from kd_plugins import Distiller, DistillError
+from kd_plugins.binding import needs_in
 from kd_timm.digits import DIGITS_DEFAULTS, Digits
 
 __all__ = ["Data", "Targets", "apply_data_defaults", "create_data", "create_datasets"]
@@ -260,7 +261,7 @@ def create_data(
             num_classes=args.num_classes,
         )
     collate: Any = mixup or fast_collate
-    needs = [] if distiller is None else [distiller.needs_in(i) for i in range(len(distiller.stages()))]
+    needs = [] if distiller is None else [needs_in(distiller, i) for i in range(len(distiller.stages()))]
     index = any(n.index for n in needs)
     streams: dict[str, Any] = {}
     staged = None

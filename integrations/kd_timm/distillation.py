@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from kd_accelerate import TurnPlayer
 from kd_plugins import Batch, Distiller, DistillError, Net, Reads, Stage, create_distiller
-from kd_plugins.catalog.options import options_from_strings
-from kd_plugins.reading.nets import connect, needs_pass, prepare, set_up
+from kd_plugins.binding import connect, needs_pass, prepare, schedule, set_up
+from kd_plugins.catalog.registry import options_from_strings
 from kd_plugins.stages import StageTable
 from kd_timm.build import create_student
 from kd_timm.checkpoint import forked_random_state
@@ -191,7 +191,7 @@ class Distillation:
 
     def schedule(self, epochs: int, updates_per_epoch: int) -> None:
         """Resolves the stages over the training; each begins with an epoch."""
-        table = self.distiller.schedule(epochs * updates_per_epoch, epoch=updates_per_epoch)
+        table = schedule(self.distiller, epochs * updates_per_epoch, epoch=updates_per_epoch)
         if any(start % updates_per_epoch for start in table.starts):
             raise DistillError(
                 f"{self.distiller.name} trains in {len(table.starts)} stages, each with whole epochs: raise --epochs"
@@ -209,8 +209,8 @@ class Distillation:
     @property
     def table(self) -> StageTable:
         """The stages of the training."""
-        assert self.distiller.table is not None
-        return self.distiller.table
+        assert self.distiller.progress.table is not None
+        return self.distiller.progress.table
 
     def stage_epochs(self, updates_per_epoch: int) -> tuple[int, int]:
         """First epoch of the current stage, and first epoch after it."""
@@ -219,7 +219,7 @@ class Distillation:
 
     def enter_stage(self) -> Stage | None:
         """Enters the stage of the coming update; None where the training is in it already."""
-        return self.player.groups.enter_stage()
+        return self.player.enter_stage()
 
     def asked(self) -> list[Callable[[Tensor], Tensor]]:
         """The teachers as functions from the student's images to scores, in the student's class order."""

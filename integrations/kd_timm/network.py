@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError
-from kd_plugins.reading.layered import LayeredNetwork
-from kd_plugins.reading.network import Forward
-from kd_plugins.reading.view import Batch, Features, Reads, View
+from kd_plugins.reading.network import Forward, Network
+from kd_plugins.reading.view import Batch, Reads
 from kd_timm.attention import AttentionTaps
 
 __all__ = ["StagedModel", "TimmNetwork"]
@@ -50,7 +47,7 @@ class StagedModel(nn.Module):
         return self.model.forward_head(final), maps
 
 
-class TimmNetwork(LayeredNetwork):
+class TimmNetwork(Network):
     """A timm model: stages by number (maps `[B, C, H, W]`, also of transformers), layers and attention of transformers.
 
     A stage number in `Reads.features` counts the entries of `feature_info`; anything else is a module path.
@@ -68,29 +65,19 @@ class TimmNetwork(LayeredNetwork):
             return super().stages()
         return [str(entry["module"]) for entry in info]
 
-    def read(
-        self,
-        batch: Batch,
-        reads: Reads,
-        *,
-        forward: Forward | None = None,
-        replace: Mapping[str, Tensor] | None = None,
-    ) -> View:
-        numbers = {i: self._number(i) for i in reads.features if isinstance(i, int)}
-        if not numbers:
-            return super().read(batch, reads, forward=self.staged if forward is None else forward, replace=replace)
-        if reads.hidden or reads.attentions or reads.cut:
-            raise DistillError("Stage numbers and transformer layers cannot be read in one forward: read one kind.")
-        stages = tuple(sorted(set(numbers.values())))
-        paths = self._paths(Reads(features=tuple(f for f in reads.features if not isinstance(f, int))))
-        keys = [key for expanded in paths.values() for key in expanded]
-        record: Any = self.tap.record(keys, replace=replace) if keys or replace else nullcontext({})
-        with record as seen:
-            logits, maps = self._through(forward)(batch.inputs, stages=stages, logits=reads.logits, **batch.kwargs)
-            features = self._features(paths, seen) if keys else Features()
-        for name, number in numbers.items():
-            features[name] = maps[stages.index(number)]
-        return View(_logits=logits, features=features, output=logits, labels=batch.labels)
+    def arguments(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        # timm's models call their images x, whatever the host calls them.
+        return (batch.inputs,), dict(batch.kwargs)
+
+    def ask(self, forward: Forward | None, batch: Batch, reads: Reads) -> tuple[Any, dict[str | int, Tensor]]:
+        stages = tuple(sorted({self._number(i) for i in self._stage_numbers(reads)}))
+        if not stages:
+            return self.call(self.staged if forward is None else forward, batch), {}
+        logits, maps = self._through(forward)(batch.inputs, stages=stages, logits=reads.logits, **batch.kwargs)
+        return logits, {i: maps[stages.index(self._number(i))] for i in self._stage_numbers(reads)}
+
+    def _stage_numbers(self, reads: Reads) -> tuple[int, ...]:
+        return tuple(i for i in reads.features if isinstance(i, int))
 
     def check_map(self, method: str, layer: str | int, activation: Tensor) -> None:
         super().check_map(method, layer, activation)
@@ -102,10 +89,9 @@ class TimmNetwork(LayeredNetwork):
             )
 
     def install(self, reads: Reads) -> None:
-        for name in reads.features:
-            if isinstance(name, int):
-                self._number(name)
-        super().install(Reads(features=tuple(f for f in reads.features if not isinstance(f, int))))
+        for number in self._stage_numbers(reads):
+            self._number(number)
+        super().install(reads)
 
     def _through(self, forward: Forward | None) -> Forward:
         """The host's callable where it wraps a `StagedModel`, else the model's own.
@@ -115,7 +101,14 @@ class TimmNetwork(LayeredNetwork):
         inner: Any = getattr(forward, "_orig_mod", forward)
         inner = getattr(inner, "module", inner)
         inner = getattr(inner, "_orig_mod", inner)
-        return forward if forward is not None and isinstance(inner, StagedModel) else self.staged
+        if forward is not None and isinstance(inner, StagedModel):
+            return forward
+        if hasattr(forward, "_orig_mod"):
+            raise DistillError(
+                f"Stages by number of a compiled {type(self.module).__name__} would be read past the compiled model:"
+                " name the stages by their module paths, or compile kd_timm.network.StagedModel(model)."
+            )
+        return self.staged
 
     def _number(self, stage: int) -> int:
         """A stage counted from 0; raises for one that does not exist."""

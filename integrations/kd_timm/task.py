@@ -14,9 +14,9 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from kd_plugins import Batch, Distiller, DistillError, Nets, create_distiller
+from kd_plugins.binding import connect, needs_pass, schedule, set_up
 from kd_plugins.compose import Composite
 from kd_plugins.distiller import Turn
-from kd_plugins.reading.nets import connect, needs_pass, set_up
 from kd_timm.network import TimmNetwork
 from kd_timm.teachers import InputTransform, create_teacher
 
@@ -134,7 +134,7 @@ class DistillationTask(TrainingTask):
                 f"{distiller.name} has optimizers of its own, and timm's train.py one: use kd-timm-train."
             )
         if total_steps is not None:
-            distiller.schedule(total_steps)
+            schedule(distiller, total_steps)
         self.trainable_module: nn.Module = _Trainable(student_model, distiller)
         self._turns: Iterator[Turn] | None = None
 

@@ -193,7 +193,7 @@ class Session:
 
     def _enter_stage(self) -> None:
         """Begins the stage of the coming epoch, where the distillation gets to one."""
-        if self.distillation is None or self.distillation.distiller.next_stage() is None:
+        if self.distillation is None or self.distillation.distiller.progress.next_stage() is None:
             return
         stage = self.distillation.enter_stage()
         assert stage is not None

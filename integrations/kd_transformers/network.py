@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError
-from kd_plugins.reading.layered import LayeredNetwork
+from kd_plugins.reading.network import Network
 from kd_plugins.reading.view import Batch
 from kd_transformers.attention import AttentionTaps
 from kd_transformers.checks import base, inputs_of
@@ -16,7 +16,7 @@ from kd_transformers.checks import base, inputs_of
 __all__ = ["TransformersNetwork"]
 
 
-class TransformersNetwork(LayeredNetwork):
+class TransformersNetwork(Network):
     """A transformers model: layers and attention by number, stages of a convolutional backbone by number.
 
     Of a model with adapters (PEFT) module paths are those of the model in it. A model for question answering has two

@@ -33,8 +33,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from kd_plugins.catalog.options import options_from_strings
-from kd_plugins.catalog.registry import distiller_classes
+from kd_plugins.catalog.registry import distiller_classes, options_from_strings
 from kd_plugins.errors import DistillError
 from kd_transformers import DistillationTrainer
 from kd_transformers.arguments import Arguments, parse_args

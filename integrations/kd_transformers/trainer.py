@@ -20,8 +20,8 @@ from transformers.utils import logging
 from kd_accelerate import TurnPlayer
 from kd_accelerate.streams import StagedDataset, Streams
 from kd_plugins import Batch, Distiller, DistillError, Needs, Net, Nets, Reads, View, create_distiller
-from kd_plugins.catalog.options import to_json
-from kd_plugins.reading.nets import connect, needs_pass, prepare, set_up
+from kd_plugins.binding import connect, needs_in, needs_pass, prepare, schedule, set_up
+from kd_plugins.catalog.registry import to_json
 from kd_plugins.reading.network import adapt
 from kd_transformers.cache import check_cache
 from kd_transformers.checks import (
@@ -152,13 +152,15 @@ class DistillationTrainer(Hooks):
         """Connects the distiller to the networks, and refuses what cannot work before any training time is spent."""
         if self.task not in (None, *TASKS):
             raise DistillError(f"Expected a task among {', '.join(TASKS)}, got {self.task!r}.")
-        scores = any(needs.teacher.logits for needs in _needs(distiller))
         nets = connect(
             distiller,
             adapt(self.model),
             self._teacher_networks,
             [adapt(p) for p in self.peer_models],
-            orders=[class_order(self.model, t) if scores else None for t in self.teachers],
+            orders=[
+                class_order(self.model, teacher) if _reads_scores(distiller, i) else None
+                for i, teacher in enumerate(self.teachers)
+            ],
         )
         check_fit(distiller, self.task or task_of(self.model), self.model)
         for peer in self.peer_models:
@@ -206,7 +208,7 @@ class DistillationTrainer(Hooks):
         """Refuses scores per token of a teacher that reads other tokens."""
         theirs = batch.teacher_kwargs.get(batch.name or "")
         aligned = theirs is None or (isinstance(batch.inputs, Tensor) and torch.equal(theirs, batch.inputs))
-        if not aligned and batch.task in ("token", "causal-lm") and any(n.teacher.logits for n in _needs(distiller)):
+        if not aligned and batch.task in ("token", "causal-lm") and _reads_scores(distiller):
             raise DistillError(
                 f"{distiller.name} compares scores token by token, and the column {TEACHER}{batch.name} holds other"
                 " tokens than the student's: use a teacher with the student's tokenizer."
@@ -273,6 +275,7 @@ class DistillationTrainer(Hooks):
             teacher_kwargs=theirs,
             teacher_logits=cached,
             index=inputs.get(INDEX),
+            rows=len(self.train_dataset) if has_length(self.train_dataset) else 0,
             **self._normalisation(),
         )
 
@@ -304,8 +307,8 @@ class DistillationTrainer(Hooks):
 
     def _with_streams(self, distiller: Distiller, batch: Batch) -> Batch:
         """The batch with one of each other stream that the method reads in this step, whose stage may be new."""
-        stage = distiller.table.index(distiller.progress.step) if distiller.table is not None else 0
-        shares = distiller.needs_in(stage).streams
+        table = distiller.progress.table
+        shares = needs_in(distiller, table.index(distiller.progress.step) if table is not None else 0).streams
         if not shares:
             return batch
         if self._streams is None:
@@ -367,7 +370,7 @@ class DistillationTrainer(Hooks):
         distiller = self.distiller
         if distiller is None or self._nets is None:
             return super().create_scheduler(num_training_steps, optimizer)
-        table, optimizer = distiller.schedule(num_training_steps, epoch=self._epoch_steps), optimizer or self.optimizer
+        table, optimizer = schedule(distiller, num_training_steps, epoch=self._epoch_steps), optimizer or self.optimizer
         if len(table.stages) > 1 and self.lr_scheduler is None:
             self.own_scheduler(staged_scheduler(self.args, optimizer, table))
         else:
@@ -440,15 +443,15 @@ class DistillationTrainer(Hooks):
     def optimizer_loaded(self, folder: str) -> None:
         if self.player is None:
             return
-        distiller = self.player.distiller
-        total = distiller.progress.total or 0
-        if self.player.load(folder) and distiller.table is not None:
+        progress = self.player.distiller.progress
+        total, changed = progress.total or 0, self.player.load(folder)
+        if changed and progress.table is not None:
             logger.warning(
                 "The length of the training differs from the run that is resumed; its stages are kept as the checkpoint"
                 " has them, the last one until the new end."
             )
-            distiller.table.total = max(total, distiller.table.starts[-1] + 1)
-            distiller.at(distiller.progress.step)
+            progress.table.total = max(total, progress.table.starts[-1] + 1)
+            progress.at(progress.step)
         self._streams, self._resumed_from = None, folder
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -539,7 +542,12 @@ class _Updates(TrainerCallback):
 
 def _needs(distiller: Distiller) -> list[Needs]:
     """What a method needs in each of its stages."""
-    return [distiller.needs_in(stage) for stage in range(len(distiller.stages()))]
+    return [needs_in(distiller, stage) for stage in range(len(distiller.stages()))]
+
+
+def _reads_scores(distiller: Distiller, teacher: int = 0) -> bool:
+    """Whether a method reads the scores of a teacher in any of its stages."""
+    return any(needs.of_teacher(teacher).logits for needs in _needs(distiller))
 
 
 def _export(peer: nn.Module, folder: Path) -> None:

@@ -8,35 +8,48 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
-import torch
 from torch import nn
 
 from kd_plugins.catalog.values import as_text, choices_of, convert, label
 from kd_plugins.errors import DistillError, did_you_mean
 
-if TYPE_CHECKING:
-    from kd_plugins.distiller import Distiller
-
 __all__ = [
+    "OptimSpec",
     "Option",
     "Resolved",
     "check",
-    "config_of",
-    "from_json",
-    "options_from_strings",
+    "constructed",
     "options_of",
     "options_table",
     "parse",
     "resolve",
-    "to_json",
+    "split",
 ]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimSpec:
+    """The optimizer of one extra group; every field can be overridden, `--distill-args critic.lr=2e-5`.
+
+    Attributes:
+        optimizer: Name of a class in `torch.optim`.
+        lr: Learning rate.
+        weight_decay: Weight decay.
+        options: Other arguments of the optimizer, such as `{"betas": (0.5, 0.9)}`.
+        schedule: `"constant"`, or `"student"` to follow the relative curve of the student's learning rate.
+        clip: Largest norm of the group's gradient; None does not clip.
+    """
+
+    optimizer: str = "Adam"
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    schedule: Literal["constant", "student"] = "constant"
+    clip: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +149,7 @@ def parse(cls: type, strings: Iterable[str]) -> dict[str, Any]:
     >>> parse(Example, ["layers=layer3,layer4", "weight=50"])
     {'layers': ('layer3', 'layer4'), 'weight': 50.0}
     """
-    return _checked(cls, _split(strings), text=True)
+    return _checked(cls, split(strings), text=True)
 
 
 def check(cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,6 +159,22 @@ def check(cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
     option itself may be a string, it stays one.
     """
     return _checked(cls, options, text=False)
+
+
+def constructed(cls: type, args: tuple[Any, ...], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Every option of a distiller with its value, checked, as its constructor was called.
+
+    What is no option (of a class that breaks the rules of constructors) is there as it was given.
+    """
+    try:
+        options = options_of(cls)
+    except DistillError:
+        options = {}
+    if args or not options or not set(given) <= set(options):
+        bound = inspect.signature(cls).bind_partial(*args, **given)
+        bound.apply_defaults()
+        return dict(bound.arguments)
+    return {name: option.default for name, option in options.items()} | check(cls, given)
 
 
 def options_table(options: Mapping[str, Option], prefix: str = "") -> str:
@@ -192,29 +221,6 @@ def resolve(classes: Mapping[str, type], options: Mapping[str, Any], *, text: bo
     }
 
 
-def options_from_strings(name: str, strings: Iterable[str]) -> dict[str, Any]:
-    """What follows `--distill-args`, as the keyword arguments of `create_distiller(name, ...)`.
-
-    Args:
-        name: Of the distiller; several are joined with "+".
-        strings: `option=value` each; also `part.option=value`, `group.lr=value` and `part.group.lr=value`.
-    """
-    from kd_plugins.catalog.registry import distiller_classes
-
-    return _flat(resolve(distiller_classes(name), _split(strings), text=True))
-
-
-def _flat(parts: Mapping[str, Resolved]) -> dict[str, Any]:
-    single = len(parts) == 1
-    flat: dict[str, Any] = {}
-    for name, part in parts.items():
-        prefix = "" if single else f"{name}."
-        flat |= {f"{prefix}{key}": value for key, value in part.options.items()}
-        for group, settings in part.optim.items():
-            flat |= {f"{prefix}{group}.{key}": value for key, value in settings.items()}
-    return flat
-
-
 def _owner(classes: Mapping[str, type], key: str) -> tuple[str, str]:
     """The part that an option belongs to, and the option's name within it."""
     prefix, dot, rest = key.partition(".")
@@ -240,8 +246,6 @@ def _owner(classes: Mapping[str, type], key: str) -> tuple[str, str]:
 
 
 def _optim_setting(classes: Mapping[str, type], key: str, field: str, value: Any, text: bool) -> Any:
-    from kd_plugins.distiller import OptimSpec
-
     hints = get_type_hints(OptimSpec)
     if field not in hints:
         what = f"part of {'+'.join(classes)} or " if len(classes) > 1 else ""
@@ -252,86 +256,11 @@ def _optim_setting(classes: Mapping[str, type], key: str, field: str, value: Any
     return _convert_option(key, value, hints[field], text)
 
 
-# --- configs as JSON --------------------------------------------------------------------------------------------------
-
-
-def config_of(distiller: Distiller) -> dict[str, Any]:
-    """The distiller as a JSON-able dict: its name, every option, and the versions of what made it.
-
-    `from_json` makes the same distiller again, with fresh weights; its `state_dict()` belongs beside it.
-    """
-    from kd_plugins.catalog.registry import distribution_of, name_of
-    from kd_plugins.compose import Composite
-
-    parts = distiller.methods if isinstance(distiller, Composite) else {name_of(type(distiller)): distiller}
-    names = [name_of(type(part)) for part in parts.values()]
-    resolved = {key: Resolved(type(part), _constructed_with(part), part.optim_overrides) for key, part in parts.items()}
-    owners = {owner.name: owner.version for name in names if (owner := distribution_of(name))}
-    config = {
-        "distiller": "+".join(names),
-        "options": _flat(resolved),
-        "versions": {"kd-plugins": _version("kd-plugins"), "torch": str(torch.__version__), **owners},
-    }
-    try:
-        return json.loads(json.dumps(config))
-    except (TypeError, ValueError) as error:
-        raise DistillError(
-            f"expected options of {'+'.join(names)} that JSON can hold, got {config['options']}"
-        ) from error
-
-
-def to_json(distiller: Distiller, path: str | Path | None = None) -> str:
-    """`config_of` as JSON text, also written to `path` if there is one."""
-    text = json.dumps(config_of(distiller), indent=2) + "\n"
-    if path is not None:
-        Path(path).write_text(text, encoding="utf-8")
-    return text
-
-
-def from_json(source: str | Path | Mapping[str, Any]) -> Distiller:
-    """The distiller that `to_json` or `config_of` described.
-
-    Args:
-        source: A path to a JSON file, or the dict.
-    """
-    from kd_plugins.catalog.registry import create_distiller
-
-    config = source if isinstance(source, Mapping) else json.loads(Path(source).read_text(encoding="utf-8"))
-    if "distiller" not in config:
-        raise DistillError(f"expected a config with the key 'distiller', got the keys {list(config)} — see config_of()")
-    try:
-        return create_distiller(config["distiller"], **config.get("options", {}))
-    except DistillError as error:
-        if not config.get("versions"):
-            raise
-        made = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
-        raise DistillError(f"{error}\n(The config was written by {made}.)") from error
-
-
-def _constructed_with(distiller: Distiller) -> dict[str, Any]:
-    """Every option with its value, those that the constructor passed on to its base class too."""
-    passed_on = (
-        parameter.name
-        for parameter in inspect.signature(type(distiller)).parameters.values()
-        if parameter.kind is parameter.VAR_KEYWORD
-    )
-    given = dict(distiller.config)
-    for name in passed_on:
-        given |= given.pop(name, {})
-    return {name: given.get(name, option.default) for name, option in options_of(type(distiller)).items()}
-
-
-def _version(distribution: str) -> str:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:  # a source tree on PYTHONPATH
-        return "unknown"
-
-
 # --- reading what was given -------------------------------------------------------------------------------------------
 
 
-def _split(strings: Iterable[str]) -> dict[str, str]:
+def split(strings: Iterable[str]) -> dict[str, str]:
+    """What `name=value` strings say, by name."""
     given: dict[str, str] = {}
     for string in strings:
         name, equals, value = string.partition("=")
@@ -371,7 +300,7 @@ def _convert_option(name: str, value: Any, hint: Any, text: bool) -> Any:
 
 def _hints(init: Callable[..., Any], cls: type) -> dict[str, Any]:
     try:
-        return get_type_hints(init)
+        return get_type_hints(init, include_extras=True)
     except (NameError, AttributeError, TypeError) as error:
         raise DistillError(
             f"expected annotations of {cls.__name__}.__init__ that can be resolved at run time, got: {error} — "

@@ -8,30 +8,38 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
 import sys
+from collections.abc import Iterable, Mapping
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any, NamedTuple
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from kd_plugins.catalog.options import Option, options_of, resolve
+import torch
+
+from kd_plugins.catalog.options import OptimSpec, Option, Resolved, options_of, resolve, split
 from kd_plugins.catalog.paper import Paper
+from kd_plugins.compose import Composite
+from kd_plugins.distiller import Distiller
 from kd_plugins.errors import DistillError, did_you_mean
-
-if TYPE_CHECKING:
-    from kd_plugins.distiller import Distiller, OptimSpec
 
 __all__ = [
     "GROUP",
     "Description",
     "Source",
+    "config_of",
     "create_distiller",
     "describe",
     "distiller_classes",
     "distribution_of",
+    "from_json",
     "get_distiller",
     "list_distillers",
     "name_of",
+    "options_from_strings",
+    "to_json",
 ]
 
 GROUP = "kd_plugins.distillers"
@@ -107,8 +115,6 @@ def create_distiller(name: str, /, **options: Any) -> Distiller:
         made[part].optim_overrides = it.optim
     if len(made) == 1:
         return next(iter(made.values()))
-    from kd_plugins.compose import Composite
-
     distiller = Composite(made)
     distiller.optim_overrides = {group: settings for it in resolved.values() for group, settings in it.optim.items()}
     return distiller
@@ -143,6 +149,82 @@ def name_of(cls: type) -> str:
             except (ImportError, AttributeError):
                 continue
     return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def options_from_strings(name: str, strings: Iterable[str]) -> dict[str, Any]:
+    """What follows `--distill-args`, as the keyword arguments of `create_distiller(name, ...)`.
+
+    Args:
+        name: Of the distiller; several are joined with "+".
+        strings: `option=value` each; also `part.option=value`, `group.lr=value` and `part.group.lr=value`.
+    """
+    return _flat(resolve(distiller_classes(name), split(strings), text=True))
+
+
+def _flat(parts: Mapping[str, Resolved]) -> dict[str, Any]:
+    single = len(parts) == 1
+    flat: dict[str, Any] = {}
+    for name, part in parts.items():
+        prefix = "" if single else f"{name}."
+        flat |= {f"{prefix}{key}": value for key, value in part.options.items()}
+        for group, settings in part.optim.items():
+            flat |= {f"{prefix}{group}.{key}": value for key, value in settings.items()}
+    return flat
+
+
+def config_of(distiller: Distiller) -> dict[str, Any]:
+    """The distiller as a JSON-able dict: its name, every option, and the versions of what made it.
+
+    `from_json` makes the same distiller again, with fresh weights; its `state_dict()` belongs beside it.
+    """
+    parts = distiller.methods if isinstance(distiller, Composite) else {name_of(type(distiller)): distiller}
+    names = [name_of(type(part)) for part in parts.values()]
+    resolved = {key: Resolved(type(part), part.config, part.optim_overrides) for key, part in parts.items()}
+    owners = {owner.name: owner.version for name in names if (owner := distribution_of(name))}
+    config = {
+        "distiller": "+".join(names),
+        "options": _flat(resolved),
+        "versions": {"kd-plugins": _version("kd-plugins"), "torch": str(torch.__version__), **owners},
+    }
+    try:
+        return json.loads(json.dumps(config))
+    except (TypeError, ValueError) as error:
+        raise DistillError(
+            f"expected options of {'+'.join(names)} that JSON can hold, got {config['options']}"
+        ) from error
+
+
+def to_json(distiller: Distiller, path: str | Path | None = None) -> str:
+    """`config_of` as JSON text, also written to `path` if there is one."""
+    text = json.dumps(config_of(distiller), indent=2) + "\n"
+    if path is not None:
+        Path(path).write_text(text, encoding="utf-8")
+    return text
+
+
+def from_json(source: str | Path | Mapping[str, Any]) -> Distiller:
+    """The distiller that `to_json` or `config_of` described.
+
+    Args:
+        source: A path to a JSON file, or the dict.
+    """
+    config = source if isinstance(source, Mapping) else json.loads(Path(source).read_text(encoding="utf-8"))
+    if "distiller" not in config:
+        raise DistillError(f"expected a config with the key 'distiller', got the keys {list(config)} — see config_of()")
+    try:
+        return create_distiller(config["distiller"], **config.get("options", {}))
+    except DistillError as error:
+        if not config.get("versions"):
+            raise
+        made = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
+        raise DistillError(f"{error}\n(The config was written by {made}.)") from error
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:  # a source tree on PYTHONPATH
+        return "unknown"
 
 
 def describe(name: str) -> Description:
@@ -190,8 +272,6 @@ def _only(entries: list[EntryPoint]) -> EntryPoint:
 
 
 def _import(entry: EntryPoint) -> type[Distiller]:
-    from kd_plugins.distiller import Distiller
-
     source = _source(entry)
     what = f"distiller {entry.name!r} of {source} ({entry.value})" if source else f"distiller {entry.value!r}"
     try:

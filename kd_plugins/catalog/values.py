@@ -3,12 +3,49 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, Literal, Union, get_args, get_origin
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-__all__ = ["as_text", "choices_of", "convert", "label"]
+__all__ = ["AtLeastOne", "NonNegative", "Positive", "Range", "Share", "as_text", "choices_of", "convert", "label"]
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that an option may be, in its annotation: `Annotated[float, Range(above=0)]`.
+
+    Args:
+        above: The number is larger than this.
+        low: The number is not smaller than this.
+        high: The number is not larger than this.
+        below: The number is smaller than this.
+    """
+
+    above: float | None = None
+    low: float | None = None
+    high: float | None = None
+    below: float | None = None
+
+    def __contains__(self, value: Any) -> bool:
+        return (
+            (self.above is None or value > self.above)
+            and (self.low is None or value >= self.low)
+            and (self.high is None or value <= self.high)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        words = (("above", self.above), ("from", self.low), ("to", self.high), ("below", self.below))
+        return " ".join(f"{word} {number:g}" for word, number in words if number is not None)
+
+
+Positive = Annotated[float, Range(above=0)]
+NonNegative = Annotated[float, Range(low=0)]
+Share = Annotated[float, Range(low=0, high=1)]
+AtLeastOne = Annotated[int, Range(low=1)]
 
 
 def convert(value: Any, hint: Any, text: bool = False) -> Any:
@@ -28,6 +65,11 @@ def convert(value: Any, hint: Any, text: bool = False) -> Any:
     origin = get_origin(hint)
     if hint is Any:
         return value
+    if origin is Annotated:
+        converted, allowed = convert(value, get_args(hint)[0], text), get_args(hint)[1]
+        if isinstance(allowed, Range) and converted not in allowed:
+            raise ValueError
+        return converted
     if origin in (Union, types.UnionType):
         return _convert_union(value, get_args(hint), text)
     if origin is Literal:
@@ -120,12 +162,14 @@ def _int(value: Any) -> int:
 def _float(value: Any) -> float:
     if isinstance(value, str):
         try:
-            return float(value)
+            value = float(value)
         except ValueError:
             raise ValueError from None
     if isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    return _exactly(float, value)
+        value = float(value)
+    if not math.isfinite(_exactly(float, value)):
+        raise ValueError("a finite number")
+    return value  # type: ignore[no-any-return]
 
 
 def _exactly(kind: type, value: Any) -> Any:
@@ -144,6 +188,8 @@ _SCALARS: dict[Any, Callable[[Any], Any]] = {
 
 def choices_of(hint: Any) -> tuple[Any, ...]:
     """The values of a `Literal`, also within a union."""
+    if get_origin(hint) is Annotated:
+        return choices_of(get_args(hint)[0])
     if get_origin(hint) is Literal:
         return get_args(hint)
     if get_origin(hint) in (Union, types.UnionType):
@@ -154,10 +200,12 @@ def choices_of(hint: Any) -> tuple[Any, ...]:
 def label(hint: Any) -> str:
     """The annotation as a reader of `--help` wants it.
 
-    >>> label(float | Literal["auto"] | None)
-    'float | auto | none'
+    >>> label(Positive | Literal["auto"] | None)
+    'float above 0 | auto | none'
     """
     origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return " ".join(filter(None, (label(args[0]), *(str(a) for a in args[1:] if isinstance(a, Range)))))
     if hint in (None, types.NoneType):
         return "none"
     if origin is Literal:

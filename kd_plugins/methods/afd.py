@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_plugins import functional as KF
+from kd_plugins.catalog.options import OptimSpec
 from kd_plugins.catalog.paper import Paper
-from kd_plugins.distiller import Distiller, OptimSpec, Terms, Turn
+from kd_plugins.distiller import Distiller, Terms, Turn
 from kd_plugins.errors import DistillError
 from kd_plugins.methods.kd import soft_labels
 from kd_plugins.reading.nets import Net, Nets
@@ -110,7 +111,7 @@ class AFD(Distiller):
     )
     kind = "online"
     tasks = ("classification", "multilabel")
-    teachers = 0
+    teachers = "or peers"
     peers = True
 
     def __init__(
@@ -146,25 +147,50 @@ class AFD(Distiller):
         self.reads_logits, self.reads_features = not adversarial_only, not logit_only
         self.adversarial, self.topology = feature_loss == "adversarial" and not logit_only, topology
         self.each, self.hidden = discriminators == "each", hidden
+        self.online = True
         self.transfers, self.discriminators = nn.ModuleList(), nn.ModuleList()
 
     # Networks
 
-    def networks_given(self, teachers: int, peers: int) -> None:
-        if not teachers and not peers:
-            raise DistillError(
-                f"{self.name} trains the student together with others, or from a frozen teacher: give at least one"
-                " --peer NAME (peer_models=..., peers=...), or a --teacher NAME (teacher_model=..., teacher=...)."
-            )
-        self.peers = peers > 0
-        self.teachers = int(not self.peers)
+    def needs(self) -> Needs:
+        if not self.reads_features:
+            return Needs()
+        return Needs(
+            Reads(features=(self.layer,)),
+            Reads(False) if self.online else Reads(self.reads_logits, features=(self.teacher_layer,)),
+            peers=tuple(Reads(features=(layer,)) for layer in self.peer_layers or ()),
+        )
 
-    def check(self, nets: Nets) -> None:
+    def setup(self, nets: Nets, batch: Batch) -> None:
+        self._check(nets)
+        views = self._views(nets, batch)
+        if self.reads_logits and len({view.logits.shape for view in views}) > 1:
+            shapes = [list(view.logits.shape) for view in views]
+            raise DistillError(f"afd compares logits of the same classes, got the shapes {shapes} from the networks.")
+        if not self.reads_features:
+            return
+        widths = []
+        for net, view, layer in zip(self._networks(nets), views, self._layers(len(views)), strict=True):
+            net.network.check_map(self.name, layer, view.features[layer])
+            widths.append(view.features[layer].shape[1])
+        # Nothing would train a transfer layer of a frozen teacher.
+        width = max(widths) if self.online else widths[-1]
+        self.transfers.extend(transfer_layer(w, width) for w in widths[: len(nets.peers)])
+        if not self.adversarial:
+            return
+        if self.each:
+            self.discriminators.extend(Discriminator(width, self.hidden) for _ in nets.peers)
+        else:
+            self.discriminators.append(Discriminator(width, self.hidden, len(views)))
+
+    def _check(self, nets: Nets) -> None:
+        """Refuses options and networks that do not go together."""
+        self.online = len(nets.peers) > 1
         if self.peer_layers is not None and len(self.peer_layers) != len(nets.peers) - 1:
             raise DistillError(
                 f"Expected one of peer_layers for each of {len(nets.peers) - 1} peers, got {list(self.peer_layers)}."
             )
-        if self.config["teacher_layer"] is not None and not self.teachers:
+        if self.config["teacher_layer"] is not None and self.online:
             raise DistillError("teacher_layer is for the offline form, which has a teacher and no peers: leave it out.")
         for k, peer in enumerate(nets.peers[1:], 1):
             for j, other in enumerate(nets.peers[:k]):
@@ -181,46 +207,16 @@ class AFD(Distiller):
                         *(_name(j), _name(k), 100 * (1 - same)),
                     )
 
-    def needs(self) -> Needs:
-        if not self.reads_features:
-            return Needs()
-        return Needs(
-            Reads(features=(self.layer,)),
-            Reads(False) if self.peers else Reads(self.reads_logits, features=(self.teacher_layer,)),
-            peers=tuple(Reads(features=(layer,)) for layer in self.peer_layers or ()),
-        )
-
-    def setup(self, nets: Nets, batch: Batch) -> None:
-        views = self._views(nets, batch)
-        if self.reads_logits and len({view.logits.shape for view in views}) > 1:
-            shapes = [list(view.logits.shape) for view in views]
-            raise DistillError(f"afd compares logits of the same classes, got the shapes {shapes} from the networks.")
-        if not self.reads_features:
-            return
-        widths = []
-        for net, view, layer in zip(self._networks(nets), views, self._layers(len(views)), strict=True):
-            net.network.check_map(self.name, layer, view.features[layer])
-            widths.append(view.features[layer].shape[1])
-        # Nothing would train a transfer layer of a frozen teacher.
-        width = max(widths) if self.peers else widths[-1]
-        self.transfers.extend(transfer_layer(w, width) for w in widths[: len(nets.peers)])
-        if not self.adversarial:
-            return
-        if self.each:
-            self.discriminators.extend(Discriminator(width, self.hidden) for _ in nets.peers)
-        else:
-            self.discriminators.append(Discriminator(width, self.hidden, len(views)))
-
     def _views(self, nets: Nets, batch: Batch) -> list[View]:
         """One forward of every network: the trained ones, then the teacher of the offline form."""
         return [network(batch) for network in self._networks(nets)]
 
     def _networks(self, nets: Nets) -> Sequence[Net]:
-        return nets.peers if self.peers else (nets.student, nets.teacher)
+        return nets.peers if self.online else (nets.student, nets.teacher)
 
     def _layers(self, networks: int) -> list[str | int]:
         others = self.peer_layers or (self.layer,) * (networks - 1)
-        return [self.layer, *(others if self.peers else (self.teacher_layer,))]
+        return [self.layer, *(others if self.online else (self.teacher_layer,))]
 
     # Groups
 

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_plugins import functional as KF
+from kd_plugins.catalog.options import OptimSpec
 from kd_plugins.catalog.paper import Paper
-from kd_plugins.distiller import Distiller, OptimSpec, Terms, Turn
+from kd_plugins.distiller import Distiller, Terms, Turn
 from kd_plugins.errors import DistillError
 from kd_plugins.picture import Bars, Heatmap, Picture
 from kd_plugins.reading.nets import Nets

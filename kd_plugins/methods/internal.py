@@ -211,7 +211,7 @@ class Internal(Distiller):
         self.cosine.zero_()
 
     def stage_done(self) -> bool:
-        mean = self.mean_over_processes(self.cosine[0] / self.cosine[1].clamp_min(1))
+        mean = self.host.mean(self.cosine[0] / self.cosine[1].clamp_min(1))
         layers, labels = self._phase()
         seen = bool(self.cosine[1] > 0)
         self.cosine.zero_()

@@ -6,34 +6,30 @@ from torch import Tensor
 
 from kd_plugins import functional as KF
 from kd_plugins.catalog.paper import Paper
+from kd_plugins.catalog.values import Positive, Share
 from kd_plugins.distiller import Distiller, Terms
-from kd_plugins.errors import DistillError
+from kd_plugins.reading.scores import class_scores
 from kd_plugins.reading.view import Batch, View
 
 __all__ = ["KD", "soft_labels"]
 
 
-def soft_labels(student: View, teacher: View, batch: Batch, temperature: float) -> Tensor:
-    """The soft-label term of a batch, as its task needs it: per example, per label, or per token that counts.
+def soft_labels(student: View, teacher: View, batch: Batch, temperature: float, standardize: bool = False) -> Tensor:
+    """The soft-label term of a batch: per example, per label, or per token or pixel that counts.
 
     Args:
-        student: Student logits `[B, K]`, or `[B, L, K]` per token.
-        teacher: Teacher logits of the same shape.
-        batch: Its task tells what the logits are; labels of -100 and padding leave a token out.
+        student: Student scores, as `class_scores` reads them.
+        teacher: Teacher scores of the same classes.
+        batch: Its task tells what the scores are; ignored labels and padding leave a token or pixel out.
         temperature: Softens both sides; the term is multiplied by its square.
+        standardize: Standardise both sides over the classes first.
     """
-    s, t = student.logits, teacher.logits
-    if batch.task == "multilabel":
-        return KF.kd_multilabel(s, t, temperature)
-    if s.dim() == 2:
-        return KF.kd(s, t, temperature)
-    mask = batch.mask if batch.mask is not None and batch.mask.shape == s.shape[:-1] else None
-    if isinstance(batch.labels, Tensor) and batch.labels.dim() == 2:
-        labelled = batch.labels != batch.ignore_index
-        mask = labelled if mask is None else labelled & mask.bool()
-    if batch.task == "causal-lm":
-        s, t, mask = s[:, :-1], t[:, :-1], None if mask is None else mask[:, 1:]
-    return KF.kd(s, t, temperature, mask=mask)
+    rows = class_scores(student, teacher, batch)
+    if rows.binary and not standardize:
+        return KF.kd_multilabel(rows.student, rows.teacher, temperature, mask=rows.mask)
+    s, t = rows.exclusive("standardize=true")[:2] if standardize else (rows.student, rows.teacher)
+    s, t = (KF.standardize(s), KF.standardize(t)) if standardize else (s, t)
+    return KF.kd(s, t, temperature, mask=rows.mask)
 
 
 class KD(Distiller):
@@ -42,12 +38,15 @@ class KD(Distiller):
     Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", NIPS Deep Learning Workshop 2014, arXiv
     1503.02531, section 2: `(1 - alpha) * task + alpha * T^2 * KL(softmax(z_t / T) || softmax(z_s / T))`.
 
-    Logits are `[B, K]` (classification, or multi-label with one sigmoid for each class), or `[B, L, K]` per token,
-    where tokens labelled -100 are left out and every example counts the same.
+    Logits are `[B, K]` (classification; a sigmoid for each class where the task is multi-label or K is 1), `[B, L, K]`
+    per token or `[B, K, H, W]` per pixel, where ignored labels and padding are left out and every example counts the
+    same. With several teachers the terms are averaged, whose gradient is that of their mean probabilities.
 
     Args:
         temperature: Softens both distributions; 4 is what the field's benchmarks use, the paper tried 1 to 20.
         alpha: Weight of the soft labels; the task loss gets the rest. Our default, that of the field's benchmarks.
+        standardize: Standardise the logits over the classes before the temperature: Sun et al., "Logit Standardization
+            in Knowledge Distillation", CVPR 2024, arXiv 2403.01427.
     """
 
     paper = Paper(
@@ -57,17 +56,16 @@ class KD(Distiller):
         2014,
         arxiv="1503.02531",
     )
-    tasks = ("classification", "multilabel", "token", "causal-lm")
+    tasks = ("classification", "multilabel", "token", "causal-lm", "segmentation")
+    teachers = "many"
 
-    def __init__(self, *, temperature: float = 4.0, alpha: float = 0.9) -> None:
+    def __init__(self, *, temperature: Positive = 4.0, alpha: Share = 0.9, standardize: bool = False) -> None:
         super().__init__()
-        if temperature <= 0:
-            raise DistillError(f"Expected a temperature above 0, got {temperature}.")
-        if not 0 <= alpha <= 1:
-            raise DistillError(f"Expected alpha between 0 and 1, got {alpha}.")
-        self.temperature = temperature
-        self.alpha = alpha
-        self.task_weight = 1 - alpha
+
+    @property
+    def task_weight(self) -> float:  # type: ignore[override]
+        return 1 - self.alpha
 
     def loss(self, student: View, teacher: View, batch: Batch) -> Terms:
-        return {"kd": self.alpha * soft_labels(student, teacher, batch, self.temperature)}
+        term = soft_labels(student, teacher, batch, self.temperature, self.standardize)
+        return {"kd": self.alpha * term}

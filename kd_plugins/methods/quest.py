@@ -15,11 +15,12 @@ from kd_plugins import functional as KF
 from kd_plugins.catalog.paper import Paper
 from kd_plugins.distiller import Distiller, Terms
 from kd_plugins.errors import DistillError
+from kd_plugins.layers import paired
 from kd_plugins.nn.codebook import Sample, cached_codebook, fingerprint_of, fit_codebook
 from kd_plugins.nn.patches import NearestPatches, patch_side, pixels
 from kd_plugins.picture import Images, Picture
 from kd_plugins.reading.nets import Nets
-from kd_plugins.reading.view import Batch, Needs, Reads, View, paired
+from kd_plugins.reading.view import Batch, Needs, Reads, View
 
 __all__ = ["QUEST", "Vocabulary"]
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError
+from kd_plugins.reading.attention import BaseAttentionTaps, Layer
 from kd_plugins.reading.tap import Reached, Seen, Tap
-from kd_plugins.reading.view import Batch, Features, Reads, View
+from kd_plugins.reading.view import Attention, Batch, Features, Reads, View
 
 __all__ = ["Network", "adapt"]
 
@@ -23,18 +25,22 @@ Forward = Callable[..., Any]
 class Network:
     """Calls a network with a batch and reads what a method asked for.
 
-    This base class fits any `nn.Module` that returns scores, a tuple or a mapping with `logits`; activations are read
-    by module path. Adapters for other kinds of networks (stages of a timm model, layers and attention of a transformer)
-    subclass it and are found through the entry-point group `kd_plugins.networks`, whose keys are the top-level packages
-    that the networks' classes come from.
+    This class fits any `nn.Module` that returns scores, a tuple or a mapping with `logits`; activations are read by
+    module path, all in one forward. Adapters for other kinds of networks translate names: they say which modules are
+    stages, how attention is read, where the scores are. They are found through the entry-point group
+    `kd_plugins.networks`, whose keys are the top-level packages that the networks' classes come from.
 
     Args:
         module: The network, unwrapped.
     """
 
+    attention_taps: ClassVar[type[BaseAttentionTaps] | None] = None
+    """How the attention of such networks is read; None where it is not."""
+
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.tap = Tap(module)
+        self.attention = None if self.attention_taps is None else self.attention_taps(module)
 
     def read(
         self,
@@ -52,12 +58,29 @@ class Network:
             forward: The callable to go through, where a host has wrapped the network; by default the network itself.
             replace: Tensors to put in place of modules' outputs, by path.
         """
+        numbered = bool(reads.hidden or reads.attentions or reads.cut)
+        if numbered:
+            self.layers(batch)
         paths = self._paths(reads)
-        keys = list(dict.fromkeys(key for expanded in paths.values() for key in expanded))
-        output = None
-        with self.tap.record(keys, stop=bool(keys) and not reads.logits, replace=replace) as seen:
+        calls = {key: 1 for expanded in paths.values() for key in expanded}
+        for number in dict.fromkeys((*reads.hidden, *reads.attentions)):
+            key, call = self._output(number)
+            calls[key] = max(calls.get(key, 1), call + 1)
+        capture: Any = nullcontext({})
+        if self.attention is not None and reads.attentions:
+            capture = self.attention.capture(reads.attentions)
+        attentions: Mapping[int, Attention]
+        output, maps = None, {}
+        record = self.tap.record(
+            list(calls),
+            stop=bool(calls) and not reads.logits and not self._stage_numbers(reads),
+            calls=calls,
+            replace=replace,
+            cut=[self._single(number) for number in reads.cut],
+        )
+        with record as seen, capture as attentions:
             try:
-                output = self.call(self.module if forward is None else forward, batch)
+                output, maps = self.ask(forward, batch, reads)
             except Reached:
                 pass
         logits, missing = None, ""
@@ -69,8 +92,17 @@ class Network:
                 if batch.criterion is None:
                     raise
                 missing = str(error)
+        hidden = Features()
+        for number in reads.hidden:
+            key, call = self._output(number)
+            hidden[number] = seen.all(key)[call]
         features = self._features(paths, seen)
-        return View(_logits=logits, features=features, output=output, labels=batch.labels, missing=missing)
+        features.update(maps)
+        return View(logits, features, hidden, attentions, output, labels=batch.labels, missing=missing)
+
+    def ask(self, forward: Forward | None, batch: Batch, reads: Reads) -> tuple[Any, dict[str | int, Tensor]]:
+        """Calls the network; what it returned, and the maps of the stages that its adapter reads without taps."""
+        return self.call(self.module if forward is None else forward, batch), {}
 
     def call(self, forward: Forward, batch: Batch) -> Any:
         """Calls the network."""
@@ -97,7 +129,15 @@ class Network:
             return output
         found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
         if found is None and isinstance(output, (tuple, list)):
-            found = next((x for x in output if isinstance(x, Tensor) and x.dim() > 0), None)
+            tensors = [x for x in output if isinstance(x, Tensor) and x.dim() > 0]
+            found = tensors[0] if tensors else None
+            alike = sum(x.shape == found.shape for x in tensors) if found is not None and found.dim() == 2 else 1
+            if alike > 1:
+                raise DistillError(
+                    f"Expected {type(self.module).__name__} to return one tensor of scores, got {alike} of the shape"
+                    f" {list(tensors[0].shape)}: switch its further heads off in training"
+                    " (set_distilled_training(False), aux_logits=False), or wrap it in a module that returns one."
+                )
         if not isinstance(found, Tensor):
             raise DistillError(
                 f"Expected {type(self.module).__name__} to return its scores as a tensor, a tuple or a mapping with"
@@ -107,10 +147,21 @@ class Network:
 
     def layers(self, batch: Batch) -> int:
         """The number of transformer layers that `Reads.hidden` and `Reads.attentions` count, found by one forward."""
-        raise DistillError(
-            f"{type(self.module).__name__} has no transformer layers whose attention is known here: use a transformers"
-            " model or a timm vision transformer, or a method that reads feature maps or logits."
-        )
+        if self.attention is None:
+            raise DistillError(
+                f"{type(self.module).__name__} has no transformer layers whose attention is known here: use a"
+                " transformers model or a timm vision transformer, or a method that reads feature maps or logits."
+            )
+        if not self.attention.layers:
+            inputs, kwargs = self.arguments(batch)
+            self.attention.probe(*inputs, **kwargs)
+            for layer in self.attention.layers:
+                if layer.layer is not None:
+                    self.tap.install(layer.layer)
+            first = self.attention.layers[0].layer
+            if first is not None:
+                self.tap.install(first + ":in")
+        return len(self.attention.layers)
 
     def stages(self) -> list[str]:
         """Module paths of the stages that an integer in `Reads.features` counts."""
@@ -138,18 +189,19 @@ class Network:
         """Makes everything in `reads` readable now, before the network is compiled; raises for what does not exist."""
         self._paths(reads)
 
+    def _stage_numbers(self, reads: Reads) -> tuple[int, ...]:
+        """The numbers in `reads.features` whose maps `ask` gives."""
+        return ()
+
     def _paths(self, reads: Reads) -> dict[str | int, list[str]]:
         """Installed module paths behind each name in `reads.features`."""
-        if reads.hidden or reads.attentions:
-            raise DistillError(
-                f"{type(self.module).__name__} is read by module path only: it gives no numbered hidden states or"
-                " attention. Use a transformers model or a timm vision transformer, or taps (features) instead."
-            )
+        own = self._stage_numbers(reads)
         return {
             name: self.tap.install(self.stage(name) if isinstance(name, int) else name)
             if isinstance(name, int) or name not in self.tap._handles
             else [name]
             for name in reads.features
+            if name not in own
         }
 
     def _features(self, paths: Mapping[str | int, list[str]], seen: Seen) -> Features:
@@ -161,6 +213,34 @@ class Network:
                 features.globs[name] = expanded
                 features.update({key: seen[key] for key in expanded})
         return features
+
+    # Layers of a transformer
+
+    def _layer(self, number: int) -> Layer:
+        layers = self.attention.layers if self.attention is not None else []
+        if not 1 <= number <= len(layers):
+            raise DistillError(f"Expected layers 1 to {len(layers)} of {type(self.module).__name__}, got {number}.")
+        return layers[number - 1]
+
+    def _output(self, number: int) -> tuple[str, int]:
+        """Where the hidden state of a layer is read: a tap, and which of its calls; 0 is what the first layer gets."""
+        layer = self._layer(max(number, 1))
+        if layer.layer is None:
+            raise DistillError(
+                f"{type(self.module).__name__} keeps its layers in no list, so their outputs cannot be numbered: read"
+                " module paths (features) instead."
+            )
+        return (layer.layer + ":in", 0) if number == 0 else (layer.layer, layer.layer_call)
+
+    def _single(self, number: int) -> str:
+        key, _ = self._output(number)
+        layers = self.attention.layers if self.attention is not None else []
+        if number == 0 or sum(layer.layer == key for layer in layers) > 1:
+            raise DistillError(
+                f"The gradient can be cut after a layer with weights of its own, which layer {number} of"
+                f" {type(self.module).__name__} is not: leave freeze_lower out."
+            )
+        return key
 
 
 @lru_cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kd_plugins.errors import DistillError, did_you_mean
 
-__all__ = ["Attention", "Batch", "Features", "Needs", "Pair", "Reads", "View", "paired"]
+__all__ = ["Attention", "Batch", "Features", "Needs", "Reads", "View"]
 
 
 class Attention(NamedTuple):
@@ -78,6 +78,7 @@ class Needs:
             `{"search": 0.5}` gives `batch.stream("search")` half of the training set and `batch` the other half.
         index: Whether `batch.index`, the row numbers in the data set, is needed.
         peers: Reads of the other peers in their order, where these are not the student's.
+        teachers: Reads of the teachers in their order, where these are not `teacher`.
     """
 
     student: Reads = Reads()
@@ -85,19 +86,26 @@ class Needs:
     streams: Mapping[str, float] = field(default_factory=dict)
     index: bool = False
     peers: tuple[Reads, ...] = ()
+    teachers: tuple[Reads, ...] = ()
 
     def peer(self, number: int) -> Reads:
         """What is read of the other peer with this number, counted from 0."""
         return self.peers[number] if number < len(self.peers) else self.student
 
+    def of_teacher(self, number: int) -> Reads:
+        """What is read of the teacher with this number."""
+        return self.teachers[number] if number < len(self.teachers) else self.teacher
+
     def __or__(self, other: Needs) -> Needs:
         peers = range(max(len(self.peers), len(other.peers)))
+        teachers = range(max(len(self.teachers), len(other.teachers)))
         return Needs(
             self.student | other.student,
             self.teacher | other.teacher,
             {**self.streams, **other.streams},
             self.index or other.index,
             tuple(self.peer(i) | other.peer(i) for i in peers),
+            tuple(self.of_teacher(i) | other.of_teacher(i) for i in teachers),
         )
 
 
@@ -125,14 +133,18 @@ class Batch:
         kwargs: The networks' other inputs by name (`attention_mask`, ...).
         name: Keyword of the main input; None passes it by position.
         teacher_kwargs: Inputs that a teacher gets in place of the student's.
-        teacher_logits: What the only teacher says of these inputs, where it was asked before the training.
+        teacher_logits: What the teacher says of these inputs, where it was asked before the training: `[B, K]`, of
+            several `[B, teachers, K]`.
         mask: `[B, L]`, 1 for a real token, 0 for padding; None when nothing is padded.
         mean: Per-channel mean that the images were normalised with.
         std: Per-channel standard deviation that the images were normalised with.
         index: Row numbers in the data set `[B]`.
+        rows: Number of rows in the data set; 0 where it is not known.
         size: Number of examples; by default those of the inputs, or of the labels.
-        task: What the logits are: `"classification"`, `"multilabel"`, `"token"` (labels per token, -100 ignored),
-            `"causal-lm"` (labels one token ahead), `"regression"`, `"segmentation"`.
+        shape: Shape of one input `[C, H, W]`, for methods that make their own.
+        classes: Number of classes, for methods that make their own data.
+        task: What the logits are: `"classification"`, `"multilabel"`, `"token"` (labels per token), `"causal-lm"`
+            (labels one token ahead), `"regression"`, `"segmentation"`.
         ignore_index: The label that the host's task loss leaves out.
         criterion: The host's task loss of a view and the labels.
         streams: Batches of the other streams that the method asked for.
@@ -148,7 +160,10 @@ class Batch:
     mean: Any = None
     std: Any = None
     index: Tensor | None = None
+    rows: int = 0
     size: int = 0
+    shape: tuple[int, ...] = ()
+    classes: int = 0
     task: str = "classification"
     ignore_index: int = -100
     criterion: Callable[[View, Any], Tensor] | None = None
@@ -294,30 +309,3 @@ class View:
                 " Reads(logits=True) in needs(), or drop the term that reads them (task_weight = 0 for the task loss)."
             )
         return self._logits
-
-
-class Pair(NamedTuple):
-    """An activation of the student and the teacher's that it learns from, and how both were asked for."""
-
-    student: Tensor
-    teacher: Tensor
-    layer: str | int
-    teacher_layer: str | int
-
-
-def paired(
-    student: View, teacher: View, layers: Sequence[str | int], teacher_layers: Sequence[str | int]
-) -> Iterator[Pair]:
-    """The activations of student layers with those of teacher layers, in order; a glob's with a glob's.
-
-    Raises:
-        DistillError: A glob stands for other numbers of modules in student and teacher.
-    """
-    for ours, theirs in zip(layers, teacher_layers, strict=True):
-        found = student.features.select(ours), teacher.features.select(theirs)
-        if len(found[0]) != len(found[1]):
-            raise DistillError(
-                f"Expected as many teacher layers as student layers, got {len(found[0])} for {ours!r} in the student"
-                f" and {len(found[1])} for {theirs!r} in the teacher: name them one by one."
-            )
-        yield from (Pair(f_s, f_t, ours, theirs) for f_s, f_t in zip(*found, strict=True))

@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -45,13 +46,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from kd_plugins.binding import needs_in
 from kd_plugins.catalog.registry import create_distiller
 from kd_plugins.distiller import Distiller
 from kd_plugins.errors import DistillError
 from kd_plugins.reading.network import Network, adapt
 from kd_plugins.reading.view import Batch, Reads
 from kd_plugins.testing.clauses import ContractError, broken, check_class, check_needs, check_parts, parts_of
-from kd_plugins.testing.runs import Run, Setting, difference, matches, under_accelerate, walk
+from kd_plugins.testing.runs import Setting, Training, difference, matches, under_accelerate, walk
 
 __all__ = ["CLAUSES", "ContractError", "TinyNet", "check_distiller", "tiny_batches"]
 
@@ -118,6 +120,11 @@ def tiny_batches(
     return [replace(one(i), streams={name: one(count + i) for name in streams}) for i in range(count)]
 
 
+def _no_data() -> Batch:
+    """What a method that makes its own data gets to know."""
+    return Batch(size=8, shape=(3, 12, 12), classes=4, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+
+
 def _sgd(parameters: Any) -> Optimizer:
     return SGD(parameters, lr=0.01, momentum=0.9)
 
@@ -160,7 +167,7 @@ def check_distiller(
     setting = _setting(probe, make, student, teacher, peers, batches, steps, optimizer)
     devices = [setting.device] if setting.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
-        run = Run(setting)
+        run = Training(setting)
         check_parts(run.distiller, run.nets)
         check_needs(run.distiller, run.nets)
         reached = walk(run)
@@ -169,7 +176,7 @@ def check_distiller(
         _check_resume(setting, run)
         hosts = _check_hosts(setting, run)
         for dtype in (torch.bfloat16, torch.float16):
-            walk(Run(setting), dtype=dtype)
+            walk(Training(setting), dtype=dtype)
     return tuple(clause for clause in CLAUSES if hosts or clause != "hosts agree")
 
 
@@ -203,19 +210,19 @@ def _setting(
         student = TinyNet() if student is None else student
         device = next((p.device for p in student.parameters()), torch.device("cpu"))
         if teacher is None:
-            count = 2 if probe.teachers == "many" else int(probe.teachers)
+            count = probe.teachers if isinstance(probe.teachers, int) else {"many": 2, "or peers": 0}[probe.teachers]
             teacher = [TinyNet(6 + 2 * i).to(device) for i in range(count)]
         if peers is None:
             peers = [TinyNet(5).to(device)] if probe.peers else []
     if batches is None:
-        streams = [name for i in range(len(probe.stages())) for name in probe.needs_in(i).streams]
-        batches = tiny_batches(streams=streams) if probe.data else [Batch(size=8)] * 3
+        streams = [name for i in range(len(probe.stages())) for name in needs_in(probe, i).streams]
+        batches = tiny_batches(streams=streams) if probe.data else [_no_data()] * 3
     teachers = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
     batches = [batch.to(device) for batch in batches]
     return Setting(make, student, teachers, list(peers), batches, steps, optimizer, _adapt)
 
 
-def _check_reached(run: Run, reached: Mapping[str, bool]) -> None:
+def _check_reached(run: Training, reached: Mapping[str, bool]) -> None:
     untrained = tuple(glob for part in parts_of(run.distiller) for glob in part.untrained)
     excused = _unused(run)
     for name, trained in reached.items():
@@ -227,7 +234,7 @@ def _check_reached(run: Run, reached: Mapping[str, bool]) -> None:
             )
 
 
-def _unused(run: Run) -> set[str]:
+def _unused(run: Training) -> set[str]:
     """Parameters of the trained networks that not even their own logits depend on."""
     unused = set()
     for i, net in enumerate(run.nets.peers):
@@ -242,7 +249,7 @@ def _unused(run: Run) -> set[str]:
     return unused
 
 
-def _check_resume(setting: Setting, whole: Run) -> None:
+def _check_resume(setting: Setting, whole: Training) -> None:
     name = whole.distiller.name
     for key, value in whole.distiller.state_dict().items():
         if not isinstance(value, Tensor):
@@ -251,11 +258,14 @@ def _check_resume(setting: Setting, whole: Run) -> None:
                 f"{key} in state_dict() of {name} is no tensor",
                 "keep it in a buffer; files hold tensors only",
             )
-    table = whole.distiller.table
+    table = whole.distiller.progress.table
     start = table.starts[-1] if table is not None else 0
-    first = Run(setting).train(stop=start + (whole.total - start) // 2)
+    first = Training(setting).train(stop=start + (whole.total - start) // 2)
     # Another seed: what is random in setup() and not in the state must show.
-    second = Run(setting, seed=1, refit=False).resume(first.checkpoint()).train()
+    second = Training(setting, seed=1, refit=False)
+    with tempfile.TemporaryDirectory() as folder:
+        first.run.save(folder)
+        second.resume(folder).train()
     distance, where = difference(whole.state(), second.state())
     if distance > (0.0 if setting.device.type == "cpu" else 1e-6):
         broken(
@@ -265,7 +275,7 @@ def _check_resume(setting: Setting, whole: Run) -> None:
         )
 
 
-def _check_hosts(setting: Setting, bare: Run) -> bool:
+def _check_hosts(setting: Setting, bare: Training) -> bool:
     installed = all(importlib.util.find_spec(package) for package in ("accelerate", "kd_accelerate"))
     if not installed or dist.is_available() and dist.is_initialized():
         return False

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
+from kd_plugins.binding import needs_in
 from kd_plugins.catalog.options import check as check_options
 from kd_plugins.catalog.options import options_of, parse
 from kd_plugins.catalog.values import as_text
@@ -237,9 +238,9 @@ def _check_groups(distiller: Distiller, registered: Collection[int]) -> None:
 def check_needs(distiller: Distiller, nets: Nets) -> None:
     """Clause `needs`: what is read exists, in every stage."""
     for number, stage in enumerate(distiller.stages()):
-        needs = distiller.needs_in(number)
+        needs = needs_in(distiller, number)
         reads = [needs.student, *(needs.peer(i) for i in range(len(nets.peers) - 1))]
-        reads += [needs.teacher] * len(nets.teachers)
+        reads += [needs.of_teacher(i) for i in range(len(nets.teachers))]
         for (who, net), read in zip(_named(nets), reads, strict=True):
             try:
                 net.network.install(read)

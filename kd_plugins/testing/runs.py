@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from kd_plugins.binding import connect, needs_pass, prepare, schedule, set_up
 from kd_plugins.distiller import Distiller, Turn
 from kd_plugins.errors import DistillError
-from kd_plugins.groups import Groups, play, total
-from kd_plugins.reading.nets import Nets, connect, needs_pass, prepare, set_up
+from kd_plugins.reading.nets import Nets
 from kd_plugins.reading.network import Network
 from kd_plugins.reading.view import Batch
+from kd_plugins.run import Run, play, total
 from kd_plugins.testing.clauses import ContractError, broken
 
-__all__ = ["Run", "Setting", "difference", "gradient_names", "under_accelerate", "walk"]
+__all__ = ["Setting", "Training", "difference", "gradient_names", "under_accelerate", "walk"]
 
 
 _ISLAND = "compute the loss in float32, with autocast disabled (.float()), and away from 0 / 0 and log(0)"
@@ -57,7 +58,7 @@ class Setting:
         return next((p.device for p in self.student.parameters()), torch.device("cpu"))
 
 
-class Run:
+class Training:
     """One training: a fresh distiller, set up on copies of the networks.
 
     Args:
@@ -80,10 +81,10 @@ class Run:
         self.distiller = setting.make()
         student, *others = (copy.deepcopy(m) for m in (setting.student, *setting.peers))
         teachers = [copy.deepcopy(m) for m in setting.teachers]
-        self.optimizer: Any = setting.optimizer([p for p in student.parameters() if p.requires_grad])
+        optimizer: Any = setting.optimizer([p for p in student.parameters() if p.requires_grad])
         self.model = student
         if wrap is not None:
-            self.model, self.optimizer = wrap(student, self.optimizer)
+            self.model, optimizer = wrap(student, optimizer)
         adapters = [[setting.adapt(m) for m in group] for group in ((student,), teachers, others)]
         self.nets = connect(self.distiller, adapters[0][0], adapters[1], adapters[2], forwards=[self.model])
         before = [_snapshot(net.module) for net in self.nets]
@@ -96,8 +97,8 @@ class Run:
         stages, epoch = self.distiller.stages(), len(setting.batches)
         fixed = math.ceil(sum(stage.epochs or 0 for stage in stages))
         self.total = epoch * max(math.ceil(setting.steps / epoch), fixed + len(stages))
-        self.distiller.schedule(self.total, epoch=epoch)
-        self.groups = Groups(self.distiller, getattr(self.optimizer, "optimizer", self.optimizer), self.nets)
+        schedule(self.distiller, self.total, epoch=epoch)
+        self.run = Run(self.distiller, optimizer, self.nets)
         self.teacher_states = [_snapshot(net.module) for net in self.nets.teachers]
         self.student_modes = {name: m.training for name, m in student.named_modules()}
         torch.manual_seed(seed + 1)
@@ -105,14 +106,14 @@ class Run:
     def batches(self, stop: int | None = None) -> Iterator[tuple[int, Batch]]:
         """The batches of the remaining steps, with their numbers; the progress is kept as hosts do."""
         for step in range(self.distiller.progress.step, self.total if stop is None else stop):
-            self.distiller.at(step, step / len(self.setting.batches))
+            self.distiller.progress.at(step, step / len(self.setting.batches))
             yield step, self.setting.batches[step % len(self.setting.batches)]
 
-    def train(self, stop: int | None = None) -> Run:
+    def train(self, stop: int | None = None) -> Training:
         """Trains in a bare loop, unchecked."""
         for _, batch in self.batches(stop):
             for turn in self.distiller.turns(self.nets, batch):
-                play(turn, self.groups)
+                play(turn, self.run)
         return self
 
     def state(self) -> dict[str, Tensor]:
@@ -120,79 +121,45 @@ class Run:
         modules = {"distiller": self.distiller, **_trained(self.nets)}
         return {f"{who}.{k}": v.detach().clone() for who, m in modules.items() for k, v in m.state_dict().items()}
 
-    def checkpoint(self) -> dict[str, Any]:
-        """What a host saves."""
-        progress, table = self.distiller.progress, self.distiller.table
-        return copy.deepcopy(
-            {
-                "distiller": self.distiller.state_dict(),
-                "peers": [net.module.state_dict() for net in self.nets.peers],
-                "optimizers": [o.state_dict() for o in self._optimizers()],
-                "initial": self.groups.initial,
-                "random": self.distiller.random_state(),
-                "rng": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state_all() if self.setting.device.type == "cuda" else [],
-                "table": table.to_json() if table else None,
-                "progress": (progress.step, progress.epoch, progress.stage),
-            }
-        )
-
-    def resume(self, saved: Mapping[str, Any]) -> Run:
-        """Takes up a checkpoint."""
+    def resume(self, folder: str) -> Training:
+        """Takes up what another training has saved."""
         try:
-            self.distiller.load_state_dict(saved["distiller"])
-        except RuntimeError as error:
+            self.run.load(folder)
+        except DistillError as error:
             raise ContractError(
                 "resume",
                 f"{self.distiller.name} cannot load its own state after a fresh setup(), without prepare(): {error}"
                 " — give every part its final shape in setup().",
             ) from error
-        for net, state in zip(self.nets.peers, saved["peers"], strict=True):
-            net.module.load_state_dict(state)
-        for optimizer, state in zip(self._optimizers(), saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        self.groups.initial = saved["initial"]
-        self.distiller.load_random_state(saved["random"])
-        if self.distiller.table is not None:
-            self.distiller.table.restore(saved["table"])
-        step, epoch, stage = saved["progress"]
-        self.distiller.progress.stage = stage
-        self.distiller.at(step, epoch)
-        torch.set_rng_state(saved["rng"])
-        if saved["cuda"]:
-            torch.cuda.set_rng_state_all(saved["cuda"])
         return self
 
-    def _optimizers(self) -> list[Optimizer]:
-        return [self.groups.optimizer, *(group.optimizer for group in self.groups)]
 
-
-def walk(run: Run, *, dtype: torch.dtype | None = None) -> dict[str, bool]:
+def walk(training: Training, *, dtype: torch.dtype | None = None) -> dict[str, bool]:
     """Trains in a bare loop and checks every turn; under autocast in `dtype` where one is given.
 
     Returns:
         Whether a gradient that is not 0 has reached each parameter of the distiller and of the trained networks.
     """
-    names = gradient_names(run)
+    names = gradient_names(training)
     reached = dict.fromkeys(names.values(), False)
     clause = "gradients" if dtype is None else "precision"
     under = "" if dtype is None else f" under autocast in {str(dtype).removeprefix('torch.')}"
-    for step, batch in run.batches():
-        where = f"in step {step} of {run.total}{under}"
-        for turn in _turns(run, batch, dtype, where):
-            for label, gradient in _gradients(run, turn, names, clause, where):
+    for step, batch in training.batches():
+        where = f"in step {step} of {training.total}{under}"
+        for turn in _turns(training, batch, dtype, where):
+            for label, gradient in _gradients(training, turn, names, clause, where):
                 if not gradient.isfinite().all():
                     broken(clause, f"the gradient of {label} is not finite {where}", _ISLAND)
                 reached[label] |= bool(gradient.any())
-            play(turn, run.groups)
-        _check_after(run, where)
+            play(turn, training.run)
+        _check_after(training, where)
     return reached
 
 
-def gradient_names(run: Run) -> dict[int, str]:
+def gradient_names(training: Training) -> dict[int, str]:
     """Names of all parameters that should be trained: `critic.weight`, `student.head.weight`, `peer1.head.weight`."""
-    named = {id(p): name for name, p in run.distiller.named_parameters()}
-    for who, module in _trained(run.nets).items():
+    named = {id(p): name for name, p in training.distiller.named_parameters()}
+    for who, module in _trained(training.nets).items():
         named |= {id(p): f"{who}.{name}" for name, p in module.named_parameters() if p.requires_grad}
     return named
 
@@ -201,10 +168,10 @@ def _trained(nets: Nets) -> dict[str, nn.Module]:
     return {f"peer{i}" if i else "student": net.module for i, net in enumerate(nets.peers)}
 
 
-def _turns(run: Run, batch: Batch, dtype: torch.dtype | None, where: str) -> Iterator[Turn]:
+def _turns(training: Training, batch: Batch, dtype: torch.dtype | None, where: str) -> Iterator[Turn]:
     """The turns of one step; what surrounds a yield must be as it was before."""
-    distiller, kind = run.distiller, run.setting.device.type
-    turns = iter(distiller.turns(run.nets, batch))
+    distiller, kind = training.distiller, training.setting.device.type
+    turns = iter(distiller.turns(training.nets, batch))
     seen = False
     try:
         while True:
@@ -228,7 +195,7 @@ def _turns(run: Run, batch: Batch, dtype: torch.dtype | None, where: str) -> Ite
                     f"turns() of {distiller.name} yields a turn of {list(turn)} after the student's {where}",
                     "put 'student' in the last turn, and only there",
                 )
-            _check_turn(run, turn, where)
+            _check_turn(training, turn, where)
             seen = "student" in turn
             yield turn
     finally:
@@ -251,8 +218,8 @@ def _mode(kind: str) -> dict[str, Any]:
     }
 
 
-def _check_turn(run: Run, turn: Any, where: str) -> None:
-    name = run.distiller.name
+def _check_turn(training: Training, turn: Any, where: str) -> None:
+    name = training.distiller.name
     if not isinstance(turn, Mapping) or not turn or not all(isinstance(terms, Mapping) for terms in turn.values()):
         broken("turns", f"{name} yields {type(turn).__name__} {where}", "yield {group: {term: loss}}")
     for group, terms in turn.items():
@@ -266,7 +233,7 @@ def _check_turn(run: Run, turn: Any, where: str) -> None:
             if not value.isfinite():
                 clause = "precision" if "autocast" in where else "gradients"
                 broken(clause, f"the term {term!r} of {name} is {value.item()} {where}", _ISLAND)
-    for label, parameter in _outside(run, student=True):
+    for label, parameter in _outside(training, student=True):
         if parameter.grad is not None:
             broken(
                 "no backward",
@@ -275,12 +242,14 @@ def _check_turn(run: Run, turn: Any, where: str) -> None:
             )
 
 
-def _gradients(run: Run, turn: Turn, names: Mapping[int, str], clause: str, where: str) -> Iterator[tuple[str, Tensor]]:
+def _gradients(
+    training: Training, turn: Turn, names: Mapping[int, str], clause: str, where: str
+) -> Iterator[tuple[str, Tensor]]:
     for group, terms in turn.items():
         if group == "student":
-            parameters = [*run.groups.student, *(run.groups.own.parameters if run.groups.own else [])]
+            parameters = [*training.run.student, *training.run.clip_parameters]
         else:
-            parameters = run.groups[group].parameters
+            parameters = training.run[group].parameters
         loss = total(terms, group)
         gradients: Sequence[Tensor | None] = [None] * len(parameters)
         if loss.requires_grad:
@@ -288,8 +257,8 @@ def _gradients(run: Run, turn: Turn, names: Mapping[int, str], clause: str, wher
         if all(g is None for g in gradients):
             broken(
                 clause,
-                f"the terms {list(terms)} of the group {group!r} of {run.distiller.name} reach none of its parameters"
-                f" {where}",
+                f"the terms {list(terms)} of the group {group!r} of {training.distiller.name} reach none of its"
+                f" parameters {where}",
                 "compute them from the group's own modules, outside no_grad and without detach",
             )
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -297,25 +266,25 @@ def _gradients(run: Run, turn: Turn, names: Mapping[int, str], clause: str, wher
                 yield names[id(parameter)], gradient
 
 
-def _outside(run: Run, *, student: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
+def _outside(training: Training, *, student: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters in which a step may leave no `.grad`."""
-    yield from run.distiller.named_parameters()
-    for i, net in enumerate(run.nets.teachers):
+    yield from training.distiller.named_parameters()
+    for i, net in enumerate(training.nets.teachers):
         yield from ((f"teacher{i if i else ''}.{name}", p) for name, p in net.module.named_parameters())
-    for who, module in _trained(run.nets).items():
+    for who, module in _trained(training.nets).items():
         if student or who != "student":
             yield from ((f"{who}.{name}", p) for name, p in module.named_parameters())
 
 
-def _check_after(run: Run, where: str) -> None:
-    name = run.distiller.name
-    for i, (net, state) in enumerate(zip(run.nets.teachers, run.teacher_states, strict=True)):
+def _check_after(training: Training, where: str) -> None:
+    name = training.distiller.name
+    for i, (net, state) in enumerate(zip(training.nets.teachers, training.teacher_states, strict=True)):
         _compare(net.module, state, "teacher untouched", f"a step of {name}", f"teacher{i if i else ''}", where)
-    for label, parameter in _outside(run):
+    for label, parameter in _outside(training):
         if parameter.grad is not None:
             broken("no backward", f"a step of {name} leaves a .grad in {label} {where}", "backward() is the host's")
-    for path, module in run.nets.student.module.named_modules():
-        if module.training != run.student_modes[path]:
+    for path, module in training.nets.student.module.named_modules():
+        if module.training != training.student_modes[path]:
             broken(
                 "student untouched",
                 f"a step of {name} leaves the student's {path or 'network'} in another mode {where}",
@@ -387,14 +356,17 @@ def under_accelerate(setting: Setting, seed: int = 0) -> dict[str, Tensor]:
 
     with _own_accelerate_state():
         accelerator = Accelerator(cpu=setting.device.type == "cpu", mixed_precision="no")
-        run = Run(setting, seed=seed, wrap=lambda model, optimizer: accelerator.prepare(model, optimizer))
-        player = TurnPlayer(accelerator, run.distiller, run.nets, run.optimizer, model=run.model, groups=run.groups)
-        for step, batch in run.batches():
-            with accelerator.accumulate(run.model):
+        training = Training(setting, seed=seed, wrap=lambda model, optimizer: accelerator.prepare(model, optimizer))
+        player = TurnPlayer(
+            accelerator, training.distiller, training.nets, training.run.optimizer, model=training.model
+        )
+        for step, batch in training.batches():
+            with accelerator.accumulate(training.model):
                 player.step(batch)
-            if run.distiller.progress.step != step + 1:
-                raise DistillError(f"Expected one update in step {step}, got {run.distiller.progress.step - step}.")
-        return run.state()
+            done = training.distiller.progress.step - step
+            if done != 1:
+                raise DistillError(f"Expected one update in step {step}, got {done}.")
+        return training.state()
 
 
 def matches(name: str, globs: Sequence[str]) -> bool:

@@ -277,7 +277,7 @@ def test_resumes_in_the_middle_of_a_search():
 
     setting = Setting(make, student, [teacher], [], batches(), 20, sgd, adapt)
     whole = Run(setting).train()
-    assert [whole.distiller.table.bounds(i) for i in range(3)] == [(0, 8), (8, 12), (12, 20)]
+    assert [whole.distiller.progress.table.bounds(i) for i in range(3)] == [(0, 8), (8, 12), (12, 20)]
     for stop in (3, 8, 10, 12, 15):
         saved = Run(setting).train(stop=stop).checkpoint()
         resumed = Run(setting, seed=1, refit=False).resume(saved).train()
@@ -423,4 +423,4 @@ def test_epochs_of_a_search_in_a_bare_loop():
     student, teacher = pair()
     distiller = DFA(search_epochs=1.0)
     bind(distiller, student, teacher, batch=batches()[0], total_steps=12, epoch_steps=3)
-    assert distiller.table.starts == [0, 3, 6]
+    assert distiller.progress.table.starts == [0, 3, 6]

@@ -16,6 +16,7 @@ from torch.utils.data import default_collate
 
 from kd_accelerate.streams import Streams
 from kd_plugins import Batch, Distiller, Nets, bind
+from kd_plugins.binding import needs_in
 
 LR, MOMENTUM = 0.1, 0.9
 
@@ -161,7 +162,7 @@ class Host:
         """The further streams that the method reads at any time."""
         shares: dict[str, float] = {}
         for stage in range(len(self.distiller.stages())):
-            shares |= self.distiller.needs_in(stage).streams
+            shares |= needs_in(self.distiller, stage).streams
         streams = Streams(Indexed(self.data), shares, self.job.micro, default_collate, SEED)
         streams.drawn |= drawn or {}
         return streams

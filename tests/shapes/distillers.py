@@ -150,7 +150,7 @@ class Search(Distiller):
 
     def _count(self, stream: int, batch: Batch) -> None:
         share = F.one_hot(batch.index, ROWS).float().mean(0)
-        self.seen[stream] += self.mean_over_processes(share)
+        self.seen[stream] += self.host.mean(share)
 
     def turns(self, nets: Nets, batch: Batch) -> Iterator[Turn]:
         if self.searching:
@@ -199,7 +199,7 @@ class DataFree(Distiller):
     def turns(self, nets: Nets, batch: Batch) -> Iterator[Turn]:
         images = self.generator_net(self.randn(self.rows, 6))
         t = nets.teacher(batch.with_inputs(images), input_grad=True).logits.float()
-        mean = self.mean_over_processes(t.softmax(-1).mean(0))
+        mean = self.host.mean(t.softmax(-1).mean(0))
         yield {
             "generator": {
                 "one_hot": F.cross_entropy(t, t.argmax(-1)),
@@ -372,7 +372,7 @@ class Balanced(Distiller):
         self.register_buffer("current", torch.zeros(CLASSES))
 
     def loss(self, student: View, teacher: View, batch: Batch) -> Terms:
-        mean = self.mean_over_processes(student.logits.float().softmax(-1).mean(0))
+        mean = self.host.mean(student.logits.float().softmax(-1).mean(0))
         self.current.copy_(mean.detach())
         return {
             "kd": kl(student.logits, teacher.logits),

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from kd_accelerate import TurnPlayer
 from kd_accelerate.streams import StagedDataset, split
 from kd_plugins import Batch, make_optimizers, play
+from kd_plugins.binding import needs_in, schedule
 
 
 class Bare(Host):
@@ -23,7 +24,7 @@ class Bare(Host):
     def __init__(self, job: Job, folder: Path, shift: float = 0.0) -> None:
         super().__init__(job, folder, shift)
         self.nets = self.bound()
-        self.distiller.schedule(job.steps, epoch=EPOCH)
+        schedule(self.distiller, job.steps, epoch=EPOCH)
         self.moved(self.distiller)
         self.optimizers = make_optimizers(self.distiller, self.optimizer(), self.nets)
         self.curve = self.scheduler(self.optimizers.optimizer)
@@ -98,7 +99,7 @@ class Accelerated(Host):
             accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
         distiller = self.distiller
         self.nets = self.bound()
-        distiller.schedule(job.steps, epoch=EPOCH)
+        schedule(distiller, job.steps, epoch=EPOCH)
         self.moved(distiller)
         self.staged = StagedDataset(self.data, distiller, EPOCH, SEED, with_row)
         loader = DataLoader(self.staged, batch_size=job.micro)
@@ -127,7 +128,7 @@ class Accelerated(Host):
     def _batch(self, items: dict[str, Tensor]) -> Batch:
         if not self.distiller.data:
             return Batch()
-        wanted = self.distiller.needs_in(self.distiller.table.index(self.distiller.progress.step)).streams
+        wanted = needs_in(self.distiller, self.distiller.progress.table.index(self.distiller.progress.step)).streams
         return self.wrap(items, {name: self.wrap(self.streams.draw(name)) for name in wanted})
 
     def save(self) -> None:

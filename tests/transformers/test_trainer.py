@@ -33,7 +33,7 @@ from trainer_kit import (
 from transformers import BertForSequenceClassification, Trainer, get_linear_schedule_with_warmup
 
 from kd_plugins import Batch, Distiller, DistillError, Needs, View, create_distiller
-from kd_plugins.catalog.options import from_json
+from kd_plugins.catalog.registry import from_json
 from kd_transformers import DistillationTrainer
 
 

@@ -43,7 +43,7 @@ def test_two_processes_equal_one(tmp_path: Path, two: Path, name: str) -> None:
     assert difference(student(first), student(expected)) < 1e-5
     for term in ("loss", "grad_norm", "distill/kd", "distill/kl_attention"):
         assert log[term] == pytest.approx(logged(one, term), rel=1e-4, abs=1e-5)
-    assert log["stages"] == one.distiller.table.starts
+    assert log["stages"] == one.distiller.progress.table.starts
     if name == "threshold":
         assert log["stages"] == [0, 6, 12]
 

@@ -60,7 +60,7 @@ def test_every_phase_has_its_own_curve(tmp_path: Path) -> None:
     """Linear with warmup, three times; and a curve whose options are in units of the learning rate."""
     run = trainer(tmp_path, "internal", num_train_epochs=4, warmup_steps=2)
     run.train()
-    assert run.distiller.table.starts == [0, 4, 8]
+    assert run.distiller.progress.table.starts == [0, 4, 8]
     expected = [0, 0.5, 1, 0.5, 0, 0.5, 1, 0.5, 0, 0.5, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
     assert logged(run, "learning_rate") == pytest.approx([1e-2 * x for x in expected])
     kwargs = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 5e-3}}
@@ -132,14 +132,14 @@ def test_threshold_ends_a_phase(tmp_path: Path) -> None:
     options = {"schedule": "progressive", "threshold": 1.9, "classification_share": 0.25}
     run = trainer(tmp_path, "internal", options, num_train_epochs=8)
     run.train()
-    assert run.distiller.table.starts == [0, 4, 8]
+    assert run.distiller.progress.table.starts == [0, 4, 8]
     rates = logged(run, "learning_rate")
     assert rates[4] == pytest.approx(1e-2)
     assert rates[8:] == pytest.approx([1e-2 * (24 - i) / 24 for i in range(24)])
     assert "distill/soft_labels" in run.state.log_history[8]
     never = trainer(tmp_path, "internal", {**options, "threshold": 1e-9}, num_train_epochs=8)
     never.train()
-    assert never.distiller.table.starts == [0, 12, 24]
+    assert never.distiller.progress.table.starts == [0, 12, 24]
 
 
 def test_threshold_survives_resume_at_the_end_of_an_epoch(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_threshold_survives_resume_at_the_end_of_an_epoch(tmp_path: Path) -> Non
     first.train()
     again = trainer(tmp_path, "internal", options, student=shifted(bert()), **args)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    assert again.distiller.table.starts == first.distiller.table.starts
+    assert again.distiller.progress.table.starts == first.distiller.progress.table.starts
     assert logged(again, "learning_rate") == logged(first, "learning_rate")
     assert difference(weights(first.model), weights(again.model)) == 0.0
 
@@ -181,7 +181,7 @@ def test_resume_is_exact(tmp_path: Path, schedule: str, step: int) -> None:
 
     whole = make(bert(dropout=True, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1))
     whole.train()
-    assert whole.distiller.table.starts == [0, 6, 12]
+    assert whole.distiller.progress.table.starts == [0, 6, 12]
     torch.manual_seed(99)
     other = make(shifted(bert(dropout=True, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)))
     other.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
@@ -210,7 +210,7 @@ def test_shorter_training_keeps_the_phases(tmp_path: Path) -> None:
     trainer(tmp_path, "internal", num_train_epochs=4, **args).train()
     shorter = trainer(tmp_path, "internal", num_train_epochs=3, **args)
     shorter.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
-    assert shorter.distiller.table.starts == [0, 4, 8]
+    assert shorter.distiller.progress.table.starts == [0, 4, 8]
     assert logged(shorter, "learning_rate")[8:] == pytest.approx([1e-2, 0.75e-2, 0.5e-2, 0.25e-2])
 
 

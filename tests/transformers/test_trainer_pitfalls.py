@@ -355,7 +355,7 @@ def test_p14_longer_training_keeps_the_phases(tmp_path: Path, caplog: pytest.Log
     args: dict[str, Any] = {"save_strategy": "steps", "save_steps": 6}
     first = trainer(tmp_path, "internal", options, num_train_epochs=4, **args)
     first.train()
-    starts = list(first.distiller.table.starts)
+    starts = list(first.distiller.progress.table.starts)
     longer = trainer(tmp_path, "internal", options, num_train_epochs=8, **args)
     logging.getLogger("transformers").addHandler(caplog.handler)
     try:
@@ -363,7 +363,7 @@ def test_p14_longer_training_keeps_the_phases(tmp_path: Path, caplog: pytest.Log
     finally:
         logging.getLogger("transformers").removeHandler(caplog.handler)
     assert "stages are kept" in caplog.text
-    assert longer.distiller.table.starts == starts == [0, 4, 8]
+    assert longer.distiller.progress.table.starts == starts == [0, 4, 8]
     rates = logged(longer, "learning_rate")
     # The last phase has 24 steps now, and its curve reaches the end.
     assert rates[-24:] == pytest.approx([1e-2 * (24 - i) / 24 for i in range(24)], rel=1e-6)
@@ -437,7 +437,7 @@ def test_p18_compiled_training_is_the_same(tmp_path: Path) -> None:
         run.add_callback(At(on_step_end=step))
         run.train()
         runs.append(run)
-    assert runs[0].distiller.table.starts == [0, 2, 3]
+    assert runs[0].distiller.progress.table.starts == [0, 2, 3]
     assert outside == [[]] * 4
     assert logged(runs[0], "loss") == pytest.approx(logged(runs[1], "loss"), abs=1e-5)
     assert difference(weights(runs[0].model), weights(runs[1].model)) < 1e-5

@@ -63,7 +63,7 @@ def record(run: Any, folder: Path, name: str) -> None:
     rank = run.args.process_index
     state = {**weights(run.model), **{f"distiller.{k}": v for k, v in weights(run.distiller).items()}}
     save_file({k: v.contiguous() for k, v in state.items()}, folder / f"{name}_{rank}.safetensors")
-    table = run.distiller.table.to_json()
+    table = run.distiller.progress.table.to_json()
     log = {"loss": logged(run, "loss"), "grad_norm": logged(run, "grad_norm"), "stages": table["starts"]}
     log |= {term: logged(run, term) for term in ("distill/kd", "distill/kl_attention")}
     (folder / f"{name}_{rank}.json").write_text(json.dumps(log))

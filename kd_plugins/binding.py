@@ -1,0 +1,285 @@
+"""A method meets its networks: numbers are checked, teachers frozen, and the method set up on one real batch."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import nn
+
+from kd_plugins.distiller import Distiller, overrides
+from kd_plugins.errors import DistillError
+from kd_plugins.reading.nets import Net, Nets, Transform
+from kd_plugins.reading.network import Forward, Network, adapt
+from kd_plugins.reading.view import Batch, Needs, Reads
+from kd_plugins.stages import Progress, StageTable
+
+__all__ = ["bind", "bound", "connect", "needs_in", "needs_pass", "prepare", "schedule", "set_up"]
+
+_BOUND: weakref.WeakKeyDictionary[Distiller, weakref.ref[Nets]] = weakref.WeakKeyDictionary()
+
+
+def bind(
+    distiller: Distiller,
+    student: nn.Module,
+    teacher: nn.Module | Sequence[nn.Module] | None = None,
+    *,
+    peers: Sequence[nn.Module] = (),
+    batch: Batch | None = None,
+    batches: Iterable[Batch] | None = None,
+    total_steps: int | None = None,
+    epoch_steps: int | None = None,
+) -> Nets:
+    """Makes the callables through which a method sees its networks; teachers are frozen and put in evaluation mode.
+
+    A student in DistributedDataParallel is read past its wrapper, and `play` averages its gradients and those of the
+    method's parts over the processes. A compiled student runs compiled.
+
+    Args:
+        distiller: The method.
+        student: The network to train.
+        teacher: The frozen network, or several, where the method reads any.
+        peers: The other networks that are trained together with the student.
+        batch: One real batch to set the method up with; without it the first forward does.
+        batches: One pass over the training set, for methods that look at it before the training (a codebook).
+        total_steps: Length of the training, for methods with a schedule or with stages.
+        epoch_steps: Length of one epoch, where stages are to begin with one or are given in epochs.
+
+    Raises:
+        DistillError: The number of teachers or peers does not fit the method, networks share parameters, or the method
+            wants a pass over the training set.
+    """
+    teachers = [] if teacher is None else [teacher] if isinstance(teacher, nn.Module) else list(teacher)
+    trained = [student, *peers]
+    nets = connect(
+        distiller,
+        adapt(student),
+        [adapt(t) for t in teachers],
+        [adapt(p) for p in peers],
+        forwards=[_compiled(module) for module in trained],
+    )
+    for net, module in zip(nets.peers, trained, strict=True):
+        net.averaged = isinstance(module, nn.parallel.DistributedDataParallel)
+    _BOUND[distiller] = weakref.ref(nets)
+    if needs_pass(distiller) and batches is None:
+        raise DistillError(
+            f"{distiller.name} looks at the training set before the training: give one pass over it, an iterable of"
+            " Batch objects, bind(..., batches=...)."
+        )
+
+    def start(batch: Batch) -> None:
+        for net in nets:
+            net._before = None
+        weight = next(nets.student.module.parameters(), None)
+        with torch.autocast("cpu" if weight is None else weight.device.type, enabled=False):
+            set_up(distiller, nets, batch)
+            if needs_pass(distiller) and batches is not None:
+                prepare(distiller, nets, batches)
+        if total_steps is not None:
+            schedule(distiller, total_steps, epoch=epoch_steps)
+        elif len(distiller.stages()) > 1:
+            raise DistillError(
+                f"{distiller.name} trains in {len(distiller.stages())} stages and needs to know how long the training"
+                " is: bind(..., total_steps=n)."
+            )
+
+    if batch is not None or not distiller.data:
+        start(batch or Batch())
+    else:
+        for net in nets:
+            net._before = start
+    return nets
+
+
+def bound(distiller: Distiller) -> Nets | None:
+    """The networks that a method was last bound to, as long as they are in use."""
+    kept = _BOUND.get(distiller)
+    return None if kept is None else kept()
+
+
+def _compiled(module: nn.Module) -> Forward | None:
+    """What a bare loop calls for a network: itself, or its compiled form."""
+    inner = module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
+    return inner if hasattr(inner, "_orig_mod") else None
+
+
+def connect(
+    distiller: Distiller,
+    student: Network,
+    teachers: Sequence[Network] = (),
+    peers: Sequence[Network] = (),
+    *,
+    forwards: Sequence[Forward | None] = (),
+    transforms: Sequence[Transform | None] = (),
+    orders: Sequence[Sequence[int] | None] = (),
+) -> Nets:
+    """`bind` for hosts, of adapters: checks the numbers, freezes the teachers, and gives the networks.
+
+    Args:
+        distiller: The method.
+        student: The student's adapter.
+        teachers: The teachers' adapters.
+        peers: The adapters of the other peers.
+        forwards: The wrapped callables of student and peers, in this order.
+        transforms: How each teacher's images are made of the student's.
+        orders: Each teacher's class numbers in the student's order, where they differ.
+    """
+    parts = distiller.methods.values()
+    for part in parts:
+        if len(parts) == 1 or part.teachers:
+            _check_numbers(part, len(teachers), len(peers))
+    if peers and not distiller.peers:
+        raise DistillError(f"{distiller.name} trains one student, got {len(peers)} peers beside it: leave them out.")
+    _check_apart([student, *peers], teachers)
+    for network in teachers:
+        network.module.requires_grad_(False).eval()
+    forwards = [*forwards, *[None] * (1 + len(peers) - len(forwards))]
+    transforms = [*transforms, *[None] * (len(teachers) - len(transforms))]
+    orders = [*orders, *[None] * (len(teachers) - len(orders))]
+
+    def reads(kind: str, number: int = 0) -> Reads:
+        needs = distiller.needs()
+        return {"student": needs.student, "peer": needs.peer(number), "teacher": needs.of_teacher(number)}[kind]
+
+    return Nets(
+        Net(student, partial(reads, "student"), forward=forwards[0]),
+        [
+            Net(network, partial(reads, "teacher", i), frozen=True, transform=transform, order=order, number=i)
+            for i, (network, transform, order) in enumerate(zip(teachers, transforms, orders, strict=True))
+        ],
+        [
+            Net(network, partial(reads, "peer", i), forward=forward)
+            for i, (network, forward) in enumerate(zip(peers, forwards[1:], strict=True))
+        ],
+    )
+
+
+def _check_numbers(part: Distiller, teachers: int, peers: int) -> None:
+    expected = part.teachers
+    if expected == "or peers":
+        if not teachers and not peers:
+            raise DistillError(
+                f"{part.name} trains the student together with others, or from a frozen teacher: give at least one"
+                " --peer NAME (peer_models=..., peers=...), or a --teacher NAME (teacher_model=..., teacher=...)."
+            )
+        expected = 0 if peers else 1
+    elif part.peers and not peers:
+        raise DistillError(f"{part.name} trains several networks together: give at least one more (--peer NAME).")
+    if not (teachers >= 1 if expected == "many" else teachers == expected):
+        wanted = {0: "no teacher", 1: "one teacher", "many": "at least one teacher"}.get(
+            expected, f"{expected} teachers"
+        )
+        raise DistillError(
+            f"{part.name} needs {wanted}, got {teachers}:"
+            f" {'give one (--teacher NAME, teacher_model=...)' if teachers == 0 else 'leave the others out'}."
+        )
+
+
+def _check_apart(trained: Sequence[Network], teachers: Sequence[Network]) -> None:
+    """Refuses networks that are one, or share parameters: freezing one would freeze them in the other."""
+    owners: dict[int, tuple[str, str]] = {}
+    named = [(f"peer {i}" if i else "the student", network) for i, network in enumerate(trained)]
+    for who, network in named:
+        for name, parameter in network.module.named_parameters():
+            other, theirs = owners.setdefault(id(parameter), (who, name))
+            if other != who:
+                raise DistillError(
+                    f"Expected networks of their own, got {other} and {who} sharing parameters ({theirs}): give one of"
+                    " them a copy, copy.deepcopy(...)."
+                )
+    for number, network in enumerate(teachers):
+        who = f"teacher {number}" if len(teachers) > 1 else "the teacher"
+        shared = [owners[id(p)] for p in network.module.parameters() if id(p) in owners]
+        if shared:
+            other, name = shared[0]
+            raise DistillError(
+                f"Expected a student with parameters of its own, got {len(shared)} that {other} shares with {who}"
+                f" ({name}, ...), which freezing the teacher would freeze: build it of copies, copy.deepcopy(layer)."
+            )
+    for who, network in named:
+        parameters = list(network.module.parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            raise DistillError(
+                f"Expected something to train in {who}, got a {type(network.module).__name__} whose parameters are all"
+                " frozen, as a former teacher's are: call requires_grad_(True) on it first."
+            )
+
+
+def schedule(distiller: Distiller, total: int, *, epoch: int | None = None) -> StageTable:
+    """Resolves the stages over a training of `total` steps, `epoch` steps each epoch, and starts from step 0."""
+    stages = distiller.stages()
+    whole = bool(distiller.needs().streams) and len(stages) > 1
+    table = StageTable.resolve(stages, total, epoch=epoch, whole_epochs=whole)
+    distiller.progress = Progress(total=total, table=table)
+    distiller.progress.at(0)
+    return table
+
+
+def needs_in(distiller: Distiller, stage: int) -> Needs:
+    """What a method needs in another stage than the current one."""
+    progress = distiller.progress
+    current, progress.stage = progress.stage, stage
+    try:
+        return distiller.needs()
+    finally:
+        progress.stage = current
+
+
+def needs_pass(distiller: Distiller) -> bool:
+    """Whether a method passes over the training data before the training."""
+    return overrides(distiller, "prepare")
+
+
+@contextmanager
+def _untouched(distiller: Distiller, nets: Nets) -> Iterator[None]:
+    """No gradient, evaluation mode, and no trace in any random stream: what a pass before the training may leave."""
+    modes = [(m, m.training) for net in nets for m in net.module.modules()]
+    hosts = [(part.host, part.host.state()) for part in distiller.modules() if isinstance(part, Distiller)]
+    devices = sorted({p.device.index or 0 for net in nets for p in net.module.parameters() if p.device.type == "cuda"})
+    try:
+        for net in nets:
+            net.module.eval()
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for host, state in hosts:
+            host.load(state)
+
+
+def set_up(distiller: Distiller, nets: Nets, batch: Batch) -> None:
+    """Lets the method check the networks and build its parts on one real batch, leaving the networks untouched."""
+    if distiller.ready:
+        return
+    with _untouched(distiller, nets):
+        distiller.setup(nets, batch)
+        needs = distiller.needs()
+        nets.student.network.install(needs.student)
+        for i, net in enumerate(nets.peers[1:]):
+            net.network.install(needs.peer(i))
+        for i, net in enumerate(nets.teachers):
+            net.network.install(needs.of_teacher(i))
+    reference = next(nets.student.module.parameters(), None)
+    if reference is not None:
+        distiller.to(reference.device)
+    distiller.ready = True
+
+
+def prepare(distiller: Distiller, nets: Nets, batches: Iterable[Batch]) -> None:
+    """Lets the method pass over the training data before the training, leaving the networks untouched."""
+    with _untouched(distiller, nets):
+        distiller.prepare(nets, _checked(batches))
+
+
+def _checked(batches: Iterable[Batch]) -> Iterator[Batch]:
+    for batch in batches:
+        if not isinstance(batch, Batch):
+            raise DistillError(
+                f"The pass over the training set is of Batch objects, got {type(batch).__name__}: make them with"
+                " Batch.of(inputs, labels)."
+            )
+        yield batch

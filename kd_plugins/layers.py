@@ -1,0 +1,126 @@
+"""What the methods that compare pairs of layers have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kd_plugins.catalog.values import NonNegative
+from kd_plugins.distiller import Distiller, Terms
+from kd_plugins.errors import DistillError
+from kd_plugins.reading.nets import Nets
+from kd_plugins.reading.view import Batch, Needs, Reads, View
+
+__all__ = ["FEATURE_TASKS", "LayerDistiller", "Pair"]
+
+FEATURE_TASKS = ("classification", "multilabel", "segmentation", "depth", "detection", "regression", "other")
+"""The tasks of a method that reads maps and no scores."""
+
+
+class Pair(NamedTuple):
+    """An activation of the student and the teacher's that it learns from, and how both were asked for."""
+
+    student: Tensor
+    teacher: Tensor
+    layer: str | int
+    teacher_layer: str | int
+
+
+class LayerDistiller(Distiller):
+    """Compares layers of the student with layers of the teacher: `task + weight * sum over the pairs of a distance`.
+
+    A method gives `distance`, and `connect` where a pair has a trained part. The term has the method's name.
+
+    Class attributes:
+        maps: Whether both activations must be maps `[B, C, H, W]`.
+
+    Args:
+        weight: Weight of the sum over the pairs of layers.
+        layers: Student layers: stage numbers (-1 is the last stage) or module paths.
+        teacher_layers: Teacher layers, in the same order; the same names by default.
+    """
+
+    tasks = FEATURE_TASKS
+    maps: bool = True
+    weight: float
+    layers: tuple[str | int, ...]
+    teacher_layers: tuple[str | int, ...]
+
+    def __init__(
+        self,
+        *,
+        weight: NonNegative = 1.0,
+        layers: tuple[str | int, ...] = (-1,),
+        teacher_layers: tuple[str | int, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        self.teacher_layers = self.layers if teacher_layers is None else teacher_layers
+        if len(self.layers) != len(self.teacher_layers) or not self.layers:
+            raise DistillError(
+                f"Expected as many teacher_layers as layers, got {list(self.layers)} and {list(self.teacher_layers)}."
+            )
+        self.connectors = nn.ModuleList()
+
+    def needs(self) -> Needs:
+        student = Reads(bool(self.task_weight), features=self.layers)
+        return Needs(student, Reads(logits=False, features=self.teacher_layers))
+
+    def setup(self, nets: Nets, batch: Batch) -> None:
+        student = nets.student(batch)
+        for number, net in enumerate(nets.teachers):
+            for pair in self.pairs(student, net(batch)):
+                if self.maps:
+                    nets.student.network.check_map(self.name, pair.layer, pair.student)
+                    net.network.check_map(self.name, pair.teacher_layer, pair.teacher)
+                self.check_pair(pair)
+                part = self.connect(pair.student, pair.teacher) if number == 0 else None
+                if part is not None:
+                    self.connectors.append(part)
+
+    def check_pair(self, pair: Pair) -> None:
+        """Refuses a pair that the method cannot compare."""
+
+    def connect(self, student: Tensor, teacher: Tensor) -> nn.Module | None:
+        """The trained part of one pair, or None."""
+        return None
+
+    def distance(self, student: Tensor, teacher: Tensor, part: Any, batch: Batch) -> Tensor:
+        """The term of one pair, a scalar.
+
+        Args:
+            student: The student's activation.
+            teacher: The teacher's.
+            part: What `connect` made for this pair; None where it made nothing.
+            batch: The batch of both.
+        """
+        raise NotImplementedError
+
+    def loss(self, student: View, teacher: View, batch: Batch) -> Terms:
+        pairs = self.pairs(student, teacher)
+        parts = list(self.connectors) or [None] * len(pairs)
+        terms = [self.distance(p.student, p.teacher, part, batch) for p, part in zip(pairs, parts, strict=True)]
+        return {self.name: self.weight * torch.stack(terms).sum()}
+
+    def pairs(self, student: View, teacher: View) -> list[Pair]:
+        """The activations that are compared, in order; a glob's with a glob's.
+
+        Raises:
+            DistillError: A glob stands for other numbers of modules in student and teacher.
+        """
+        return list(paired(student, teacher, self.layers, self.teacher_layers))
+
+
+def paired(
+    student: View, teacher: View, layers: Sequence[str | int], teacher_layers: Sequence[str | int]
+) -> Iterator[Pair]:
+    for ours, theirs in zip(layers, teacher_layers, strict=True):
+        found = student.features.select(ours), teacher.features.select(theirs)
+        if len(found[0]) != len(found[1]):
+            raise DistillError(
+                f"Expected as many teacher layers as student layers, got {len(found[0])} for {ours!r} in the student"
+                f" and {len(found[1])} for {theirs!r} in the teacher: name them one by one."
+            )
+        yield from (Pair(f_s, f_t, ours, theirs) for f_s, f_t in zip(*found, strict=True))

@@ -1,0 +1,125 @@
+"""Class scores, read in one way by every method, whatever the task."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kd_plugins.errors import DistillError
+from kd_plugins.reading.view import Batch, View
+
+__all__ = ["Rows", "class_scores"]
+
+
+class Rows(NamedTuple):
+    """Scores of student and teacher, one row for each thing that is classified.
+
+    Attributes:
+        student: `[B, N, K]`: N is 1 for a classifier, the tokens of a text, the pixels of an image.
+        teacher: The same shape.
+        mask: `[B, N]`, the rows that count; None when all do.
+        labels: Class numbers `[B, N]`; None where the labels are none (soft targets, or no labels).
+        binary: Whether each score is a class of its own under a sigmoid, rather than all under one softmax.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    mask: Tensor | None
+    labels: Tensor | None
+    binary: bool
+
+    def exclusive(self, method: str) -> Rows:
+        """These rows; raises where the scores are not of classes that exclude each other."""
+        if self.binary:
+            raise DistillError(
+                f"{method} compares classes that exclude each other (a softmax over at least two), got scores"
+                f" {list(self.student.shape)} under sigmoids: use kd, or a method that reads features."
+            )
+        return self
+
+    def hard_labels(self, method: str) -> Tensor:
+        """The class numbers `[B, N]`, 0 where a row does not count; raises where there are none."""
+        if self.labels is None:
+            raise DistillError(
+                f"{method} needs the number of the true class of each example, and these labels are soft or missing:"
+                " train without mixup, cutmix and label smoothing of the targets, or use kd."
+            )
+        return self.labels if self.mask is None else self.labels.masked_fill(~self.mask, 0)
+
+
+def class_scores(student: View, teacher: View, batch: Batch) -> Rows:
+    """The class scores of two networks for one batch.
+
+    Classes are the last axis of scores per token (`batch.task` is `"token"` or `"causal-lm"`) and the second axis of
+    score maps `[B, K, H, W]`, as in `torch.nn.functional.cross_entropy`; of `[B, K, L]` or `[B, L, K]` the labels tell
+    which. A teacher's map of another size is resized to the student's (bilinear), labels of another size are read at
+    the centre of each position. Left out are tokens that are padding, tokens and pixels whose label is
+    `batch.ignore_index`, and for a causal model the last position, which has no next token. One score alone is the
+    logit of a sigmoid.
+
+    Args:
+        student: Scores `[B, K]`, `[B, L, K]`, `[B, K, L]` or `[B, K, H, W]`.
+        teacher: Scores of the same classes.
+        batch: Its task, labels, mask and ignored label.
+
+    Raises:
+        DistillError: Scores of different classes or positions.
+    """
+    s, t = student.logits, teacher.logits
+    labels = batch.labels if isinstance(batch.labels, Tensor) else None
+    last = _classes_last(s, labels, batch)
+    if not last and s.dim() == 4 and t.dim() == 4 and s.shape[2:] != t.shape[2:]:
+        t = F.interpolate(t.float(), s.shape[2:], mode="bilinear", align_corners=False).to(t.dtype)
+    if s.shape != t.shape:
+        raise DistillError(
+            "Expected student and teacher scores of the same classes and positions, got"
+            f" {list(s.shape)} and {list(t.shape)}: both networks need the same classes, in the same order, and the"
+            " same tokens or pixels."
+        )
+    binary = batch.task == "multilabel" or s.shape[-1 if last else 1] == 1
+    if s.dim() == 2:
+        hard = labels if labels is not None and labels.dim() == 1 and not labels.is_floating_point() else None
+        return Rows(s.unsqueeze(1), t.unsqueeze(1), None, None if hard is None else hard.unsqueeze(1), binary)
+    if not last:
+        size, s, t = s.shape[2:], s.movedim(1, -1), t.movedim(1, -1)
+        labels = None if labels is None or labels.dim() != s.dim() - 1 else _at(labels, size)
+    if labels is not None and (labels.is_floating_point() or labels.shape != s.shape[:-1]):
+        labels = None
+    real = batch.mask if batch.mask is not None and batch.mask.shape == s.shape[:-1] else None
+    mask = None if labels is None else labels != batch.ignore_index
+    if real is not None:
+        mask = real.bool() if mask is None else mask & real.bool()
+    if batch.task == "causal-lm":
+        s, t = s[:, :-1], t[:, :-1]
+        mask, labels = (None if x is None else x[:, 1:] for x in (mask, labels))
+    flat = (None if x is None else x.flatten(1) for x in (mask, labels))
+    return Rows(s.flatten(1, -2), t.flatten(1, -2), *flat, binary)
+
+
+def _classes_last(scores: Tensor, labels: Tensor | None, batch: Batch) -> bool:
+    if scores.dim() == 2 or batch.task in ("token", "causal-lm"):
+        return True
+    if scores.dim() > 3 or batch.task == "segmentation":
+        return False
+    told = labels if labels is not None and labels.dim() == 2 and not labels.is_floating_point() else batch.mask
+    if told is None or told.dim() != 2:
+        return True
+    first, last = scores.shape[2] == told.shape[1], scores.shape[1] == told.shape[1]
+    if first and last and batch.criterion is not None:
+        raise DistillError(
+            f"Scores {list(scores.shape)} with labels {list(told.shape)} do not tell which axis holds the classes: say"
+            ' Batch.of(..., task="token") for [B, L, K], or task="segmentation" for [B, K, L].'
+        )
+    return not first
+
+
+def _at(labels: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Labels `[B, ...]` at the centres of the positions of a map of another size."""
+    for axis, n in enumerate(size, 1):
+        if labels.shape[axis] != n:
+            centres = (torch.arange(n, device=labels.device) + 0.5) * (labels.shape[axis] / n)
+            labels = labels.index_select(axis, centres.long())
+    return labels

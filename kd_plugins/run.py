@@ -1,0 +1,572 @@
+"""The one engine: what lies between a method's turns and the optimizers, in every host."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from kd_plugins.averaging import average_buffers, average_gradients, broadcast, distributed
+from kd_plugins.binding import bound
+from kd_plugins.catalog.registry import config_of
+from kd_plugins.distiller import Distiller, Turn
+from kd_plugins.errors import DistillError, did_you_mean
+from kd_plugins.groups import Group, make_groups
+from kd_plugins.host import world
+from kd_plugins.reading.nets import Nets
+from kd_plugins.reading.view import Batch
+from kd_plugins.stages import Stage
+
+__all__ = ["Run", "make_optimizers", "play"]
+
+_logger = logging.getLogger(__name__)
+
+
+class Run:
+    """Plays a method's turns: takes every gradient before any optimizer moves a weight, the student's last.
+
+    A bare loop plays turn by turn (`play`) or step by step (`step`). A host that owns the student's backward and
+    optimizer calls the three parts of a step:
+
+    1. `forward(batch)` plays the auxiliary turns, holds the extra gradients of the last one, and returns the student's
+       loss, whose backward is the host's;
+    2. `after_backward()` leaves every `.grad` with the student's loss alone, averages it over the processes at the
+       accumulation boundary where the host does not, and steps the extra groups;
+    3. `after_update()`, after the host has clipped (`clip_parameters`) and stepped, steps the group `"own"` and counts.
+
+    Our groups are made when they are first asked for, after the method has built its parts.
+
+    Args:
+        distiller: The method.
+        optimizer: The student's optimizer.
+        nets: The networks; by default those that the method was last bound to.
+        max_grad_norm: Largest norm of the student's and the own group's joint gradient in `step`, and of each peer's
+            gradient; None does not clip.
+
+    Attributes:
+        accumulation: How many micro-batches share an update.
+        initial: The student's first weights, where a stage begins with them anew.
+    """
+
+    # Whether `save` and `load` keep the student and its optimizer as well, which no host does in a bare loop.
+    keeps_student = True
+
+    def __init__(
+        self,
+        distiller: Distiller,
+        optimizer: Any,
+        nets: Nets | None = None,
+        *,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        self.distiller = distiller
+        self.nets = nets if nets is not None else bound(distiller)
+        self.optimizer = optimizer
+        self.max_grad_norm = max_grad_norm
+        self.accumulation = 1
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        self._groups: dict[str, Group] | None = None
+        self.initial: dict[str, Tensor] | None = None
+        if self.nets is not None and any(stage.fresh_student for stage in distiller.stages()):
+            self.initial = {k: v.detach().cpu().clone() for k, v in self.nets.student.module.state_dict().items()}
+        self._held: dict[tuple[int, str], list[Tensor | None]] = {}
+        self._turn = 0
+        self._last: list[str] = []
+        self._turns: Iterator[Turn] | None = None
+        self._sums: dict[str, tuple[Tensor, int]] = {}
+
+    # Groups
+
+    @property
+    def plain_optimizer(self) -> Optimizer:
+        """The student's optimizer, without what a host has wrapped around it."""
+        inner: Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return inner
+
+    @property
+    def student(self) -> list[nn.Parameter]:
+        """The parameters of the student's optimizer."""
+        return [p for group in self.plain_optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+    @property
+    def groups(self) -> dict[str, Group]:
+        """Our groups by name: `"own"`, the peers, extra and shared groups."""
+        if self._groups is None:
+            self._groups = make_groups(self.distiller, self.plain_optimizer, self.nets)
+            if self.joined:
+                self._agree()
+            if self.max_grad_norm is not None:
+                self.clip_peers(partial(nn.utils.clip_grad_norm_, max_norm=self.max_grad_norm))
+        return self._groups
+
+    @property
+    def own(self) -> Group | None:
+        """The method's parts that are stepped with the student."""
+        return self.groups.get("own")
+
+    @property
+    def clip_parameters(self) -> list[nn.Parameter]:
+        """The group `"own"`, which a host clips jointly with the student."""
+        return self.own.parameters if self.own else []
+
+    def __iter__(self) -> Iterator[Group]:
+        return iter(self.groups.values())
+
+    def __getitem__(self, name: str) -> Group:
+        try:
+            return self.groups[name]
+        except KeyError:
+            raise DistillError(
+                f"{self.distiller.name} yields a turn for the group {name!r}, but its groups are"
+                f" {['student', *self.groups]}.{did_you_mean(name, self.groups)} Declare it in extras() or shared()."
+            ) from None
+
+    def clip_peers(self, clip: Callable[[list[nn.Parameter]], Any]) -> None:
+        """Has the gradient of each peer clipped, as the host clips the student's."""
+        for name, group in self.groups.items():
+            if name.startswith("peer"):
+                group.clip = clip
+
+    # What a host changes
+
+    @property
+    def sync(self) -> bool:
+        """Whether the current micro-batch closes an accumulation window."""
+        return True
+
+    @property
+    def joined(self) -> bool:
+        """Whether several processes train one student."""
+        return distributed() and self.nets is not None and self.nets.student.averaged
+
+    @property
+    def by_hand(self) -> bool:
+        """Whether the student's gradients are averaged here, and not by a reducer in the backward."""
+        return self.joined
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """What surrounds the forwards of a turn."""
+        return nullcontext()
+
+    def unreduced(self) -> AbstractContextManager[Any]:
+        """What surrounds a step whose gradients are averaged by hand."""
+        return nullcontext()
+
+    def scaled(self, group: Group, loss: Tensor) -> Tensor:
+        """A group's loss, in the scale that its gradient is taken in."""
+        return loss
+
+    def step_group(self, group: Group, gradients: Sequence[Tensor | None]) -> None:
+        """Updates a group by gradients that are not in `.grad`."""
+        group.step(gradients, self.plain_optimizer)
+
+    def update_own(self, own: Group) -> None:
+        """Updates the group `"own"` by what is in `.grad`."""
+        own.update(self.plain_optimizer)
+
+    def backward(self, loss: Tensor) -> None:
+        """Puts the gradient of the student's loss into the `.grad` of student and own parts, and into no other."""
+        parameters = [*self.student, *self.clip_parameters]
+        if not loss.requires_grad:
+            raise DistillError(
+                f"The student's loss of {self.distiller.name} has no gradient: compute its terms from the student's"
+                " view, outside no_grad."
+            )
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+
+    def clip(self, norm: float) -> None:
+        """Clips the joint gradient of the student and the own parts."""
+        nn.utils.clip_grad_norm_([*self.student, *self.clip_parameters], norm)
+
+    # A step
+
+    def step(self, batch: Batch) -> Tensor:
+        """One step, or within an accumulation window one micro-step; returns the student's loss."""
+        loss = self.forward(batch)
+        self._play_student(loss)
+        return loss.detach()
+
+    def play(self, turn: Turn) -> None:
+        """One turn of a step."""
+        loss = self._take(turn)
+        if loss is None:
+            self._step_held(turn)
+        else:
+            self._play_student(loss)
+            self.enter_stage()
+
+    def _play_student(self, loss: Tensor) -> None:
+        self.backward(loss)
+        self.after_backward()
+        if self.sync and self.max_grad_norm is not None:
+            self.clip(self.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.sync:
+            self.after_update()
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Plays the turns of one micro-batch up to the last, and returns the student's loss (not divided).
+
+        In a stage that ends its steps with another group's turn the loss is a constant 0, and no `.grad` comes of it.
+        """
+        distiller = self.distiller
+        if self.accumulation > 1 and not distiller.accumulation:
+            raise DistillError(
+                f"{distiller.name} does not fit gradient accumulation: use a larger batch and 1 accumulation step."
+            )
+        if self.nets is None:
+            raise DistillError("A step needs the networks: make_optimizers(distiller, optimizer, nets).")
+        if not self._held:
+            self.enter_stage()
+        self._turns, self._turn = iter(distiller.turns(self.nets, batch)), 0
+        with self.unreduced() if self.by_hand else nullcontext():
+            while (turn := self._advance()) is not None:
+                loss = self._take(turn)
+                if loss is not None:
+                    return loss
+                self._step_held(turn)
+        raise DistillError(f"{distiller.name} yields no turn with the group {self._ends_with!r}.")
+
+    def after_backward(self) -> None:
+        """Sorts out the gradients after the host's backward of the student's loss."""
+        student = {id(p) for p in self.student}
+        for group in self:
+            if group.name != "own":
+                for parameter in group.parameters:
+                    if id(parameter) not in student:
+                        parameter.grad = None
+        if not self.sync:
+            self._finish()
+            return
+        self._step_held(self._last)
+        if self.by_hand:
+            for parameters in (self.student, self.clip_parameters):
+                averaged = average_gradients([p.grad for p in parameters], parameters)
+                for parameter, gradient in zip(parameters, averaged, strict=True):
+                    parameter.grad = gradient
+
+    def after_update(self) -> None:
+        """Steps the group `"own"` after the host's update of the student, and counts the step."""
+        own = self.own
+        if own is not None:
+            self.update_own(own)
+            own.optimizer.zero_grad(set_to_none=True)
+        self._finish()
+        self._held.clear()
+        self._turn, self._last = 0, []
+        progress = self.distiller.progress
+        self.distiller.after_update()
+        self.distiller.progress.at(progress.step + 1)
+
+    def _advance(self) -> Turn | None:
+        with self.autocast():
+            return next(self._turns, None) if self._turns is not None else None
+
+    def _finish(self) -> None:
+        """Runs what follows the last turn."""
+        if self._turns is not None and self._advance() is not None:
+            raise DistillError(
+                f"{self.distiller.name} yields a turn after the student's: {self._ends_with!r} must be in the last."
+            )
+        self._turns = None
+
+    @property
+    def _ends_with(self) -> str:
+        progress = self.distiller.progress
+        return progress.table.stages[progress.stage].ends_with if progress.table is not None else "student"
+
+    def _take(self, turn: Turn) -> Tensor | None:
+        """Holds the gradients of a turn's extra groups; returns the student's loss if the turn is the last."""
+        extras = [name for name in turn if name != "student"]
+        last = self._ends_with in turn
+        for k, name in enumerate(extras):
+            self._hold(name, turn[name], keep="student" in turn or k + 1 < len(extras))
+        self._count(turn)
+        if not last:
+            return None
+        self._last = extras
+        if "student" in turn:
+            return total(turn["student"], "student")
+        return torch.zeros((), device=next(iter(turn[extras[0]].values())).device, requires_grad=True)
+
+    def _hold(self, name: str, terms: Mapping[str, Tensor], keep: bool) -> None:
+        """Adds the gradient of one group's terms to what is held for its update in this turn."""
+        group = self[name]
+        loss = self.scaled(group, total(terms, name) / self.accumulation)
+        gradients = torch.autograd.grad(loss, group.parameters, retain_graph=keep, allow_unused=True)
+        if all(g is None for g in gradients):
+            raise DistillError(
+                f"The terms {list(terms)} of the group {name!r} reach none of its {len(group.parameters)} parameters:"
+                " compute them from the group's own modules, outside no_grad."
+            )
+        held = self._held.get((self._turn, name))
+        self._held[self._turn, name] = (
+            list(gradients) if held is None else [_add(a, b) for a, b in zip(held, gradients, strict=True)]
+        )
+
+    def _step_held(self, names: Any) -> None:
+        """Updates the extra groups of a turn by what is held for them, at the accumulation boundary."""
+        if self.sync:
+            for name in names:
+                if name != "student":
+                    group, gradients = self[name], self._held.pop((self._turn, name))
+                    if self.joined:
+                        gradients = average_gradients(gradients, group.parameters)
+                    self.step_group(group, gradients)
+        self._turn += 1
+
+    # Stages, processes, logs
+
+    def enter_stage(self) -> Stage | None:
+        """Enters the stage that the current step belongs to: fresh optimizer state, fresh student, as it says."""
+        stage = self.distiller.progress.next_stage()
+        if stage is None:
+            return None
+        if stage.fresh_student:
+            if self.initial is None or self.nets is None:
+                raise DistillError("A stage starts with a fresh student: make_optimizers(..., nets=nets).")
+            self.nets.student.module.load_state_dict(self.initial)
+        if stage.fresh_optimizer:
+            for optimizer in (self.plain_optimizer, *(group.optimizer for group in self)):
+                optimizer.state.clear()
+        self.distiller.progress.enter()
+        self.distiller.begin_stage(stage)
+        return stage
+
+    def end_epoch(self, epoch: float | None = None) -> bool:
+        """Asks the method whether its stage is done, and lets the next one begin with the next step if so.
+
+        Returns:
+            Whether the stages have changed; learning-rate curves that follow them then need to be looked up anew.
+        """
+        progress = self.distiller.progress
+        if epoch is not None:
+            progress.epoch = epoch
+        if not self.distiller.stage_done() or progress.table is None or progress.next_stage() is not None:
+            return False
+        progress.table.end_stage(progress.step)
+        progress.at(progress.step)
+        return True
+
+    def average_buffers(self) -> None:
+        """Averages the batch statistics of student, peers and own parts, before they are evaluated or saved."""
+        peers = self.nets.peers if self.nets else ()
+        for module in (*(peer.module for peer in peers), self.distiller):
+            average_buffers(module)
+
+    def _agree(self) -> None:
+        """Gives every process the parts, peers and random streams of the first."""
+        broadcast([*self.distiller.parameters(), *self.distiller.buffers()])
+        for peer in self.nets.peers[1:] if self.nets else ():
+            broadcast(peer.module.state_dict().values())
+        seed = [torch.initial_seed()]
+        dist.broadcast_object_list(seed)
+        for part in _parts(self.distiller).values():
+            part.host.seed(seed[0])
+
+    def _count(self, turn: Turn) -> None:
+        for name, terms in turn.items():
+            for term, value in terms.items():
+                key = f"distill/{term}" if name == "student" else f"distill/{name}/{term}"
+                old, n = self._sums.get(key, (None, 0))
+                new = value.detach().float()
+                self._sums[key] = (new if old is None else old + new, n + 1)
+
+    def logs(self) -> dict[str, float]:
+        """Means of the loss terms since the last call, over steps and processes; nothing else waits for them."""
+        if not self._sums:
+            return {}
+        keys = sorted(self._sums)
+        means = torch.stack([self._sums[key][0] / self._sums[key][1] for key in keys])
+        self._sums = {}
+        if self.joined:
+            dist.all_reduce(means)
+            means /= world()[1]
+        return dict(zip(keys, means.tolist(), strict=True))
+
+    # Checkpoints
+
+    def save(self, folder: str | Path) -> None:
+        """Writes what a resumed run needs: weights as safetensors, the rest as JSON and tensors.
+
+        In a bare loop that is the student, its optimizer and torch's random state as well; under a host, what is beside
+        the host's checkpoint.
+        """
+        from safetensors.torch import save_file
+
+        folder, rank = Path(folder), world()[0]
+        folder.mkdir(parents=True, exist_ok=True)
+        streams = {
+            f"{name}|{key}": value
+            for name, part in _parts(self.distiller).items()
+            for key, value in part.host.state().items()
+        }
+        save_file(_plain(streams), folder / f"distiller_random_{rank}.safetensors")
+        if self.keeps_student:
+            torch.save(_random_state(), folder / f"random_{rank}.pt")
+        if rank:
+            return
+        progress = self.distiller.progress
+        state = {
+            **config_of(self.distiller),
+            "progress": {"step": progress.step, "epoch": progress.epoch, "stage": progress.stage},
+            "stages": progress.table.to_json() if progress.table else None,
+        }
+        (folder / "distiller.json").write_text(json.dumps(state, indent=2) + "\n")
+        save_file(_plain(self.distiller.state_dict()), folder / "distiller.safetensors")
+        optimizers = {group.name: group.optimizer.state_dict() for group in self}
+        torch.save({"optimizers": optimizers, "scalers": self.scaler_states()}, folder / "distiller_optimizers.pt")
+        for name, module in self._networks().items():
+            save_file(_plain(module.state_dict()), folder / f"{name}.safetensors")
+        if self.keeps_student:
+            torch.save(self.plain_optimizer.state_dict(), folder / "optimizer.pt")
+        if self.initial is not None:
+            save_file(_plain(self.initial), folder / "initial_student.safetensors")
+
+    def load(self, folder: str | Path) -> bool:
+        """Takes up what `save` wrote; returns whether the stages of the run have changed (the saved ones are kept).
+
+        Raises:
+            DistillError: The folder holds no distiller, or another one.
+        """
+        from safetensors.torch import load_file
+
+        folder, rank = Path(folder), world()[0]
+        state = self._checked_state(folder)
+        saved = torch.load(folder / "distiller_optimizers.pt", map_location="cpu", weights_only=True)
+        for group in self:
+            group.optimizer.load_state_dict(saved["optimizers"][group.name])
+        self.load_scaler_states(saved["scalers"])
+        for name, module in self._networks().items():
+            module.load_state_dict(load_file(folder / f"{name}.safetensors"))
+        if self.keeps_student:
+            optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+            self.plain_optimizer.load_state_dict(optimizer)
+        if self.initial is not None:
+            self.initial = load_file(folder / "initial_student.safetensors")
+        random = folder / f"distiller_random_{rank}.safetensors"
+        streams = load_file(random) if random.is_file() else {}
+        for name, part in _parts(self.distiller).items():
+            own = {key.partition("|")[2]: value for key, value in streams.items() if key.partition("|")[0] == name}
+            part.host.load(own)
+        progress = self.distiller.progress
+        changed = bool(progress.table and progress.table.restore(state["stages"]))
+        progress.stage = state["progress"]["stage"]
+        progress.at(state["progress"]["step"], state["progress"]["epoch"])
+        if self.keeps_student:
+            _restore_random_state(torch.load(folder / f"random_{rank}.pt", weights_only=True))
+        return changed
+
+    def scaler_states(self) -> dict[str, Any]:
+        """States of the groups' gradient scalers, for a checkpoint."""
+        return {}
+
+    def load_scaler_states(self, states: Mapping[str, Any]) -> None:
+        """Takes up what `scaler_states` gave."""
+
+    def _networks(self) -> dict[str, nn.Module]:
+        if self.nets is None:
+            if self.keeps_student:
+                raise DistillError("Saving a run needs the networks: make_optimizers(distiller, optimizer, nets).")
+            return {}
+        named = {f"peer{i}" if i else "student": peer.module for i, peer in enumerate(self.nets.peers)}
+        return {name: module for name, module in named.items() if name != "student" or self.keeps_student}
+
+    def _checked_state(self, folder: Path) -> dict[str, Any]:
+        """The state of a checkpoint whose weights this run's method has taken up."""
+        from safetensors.torch import load_file
+
+        if not (folder / "distiller.json").is_file():
+            raise DistillError(
+                f"Expected distiller.json in the checkpoint {folder}, which was written by a run without a distiller or"
+                " with save_only_model: resume from another one, or start anew."
+            )
+        state: dict[str, Any] = json.loads((folder / "distiller.json").read_text())
+        config = config_of(self.distiller)
+        name = config["distiller"]
+        if state["distiller"] != name:
+            raise DistillError(
+                f"The checkpoint {folder} was written with the distiller {state['distiller']!r}, this run has"
+                f" {name!r}: resume with the distiller that the run was started with."
+            )
+        before, now = state["options"], config["options"]
+        options = {k: (before.get(k), now.get(k)) for k in sorted({*before, *now}) if before.get(k) != now.get(k)}
+        words = ", ".join(f"{option}={now} in place of {before}" for option, (before, now) in options.items())
+        try:
+            self.distiller.load_state_dict(load_file(folder / "distiller.safetensors"))
+        except RuntimeError as error:
+            raise DistillError(
+                f"The checkpoint {folder} does not fit the distiller of this run, which has"
+                f" {words or 'the same options'}: resume with what the run was started with. ({error})"
+            ) from error
+        if options:
+            _logger.warning(
+                "Resumed %s with other options, %s: what it had made before (a codebook, searched weights) stays.",
+                *(name, words),
+            )
+        return state
+
+
+def make_optimizers(
+    distiller: Distiller, optimizer: Optimizer, nets: Nets | None = None, *, max_grad_norm: float | None = None
+) -> Run:
+    """The optimizers that a bare loop plays turns with; see `Run`."""
+    return Run(distiller, optimizer, nets, max_grad_norm=max_grad_norm)
+
+
+def play(turn: Turn, optimizers: Run) -> None:
+    """Plays one turn in a bare loop: takes every gradient before any optimizer moves a weight, the student last.
+
+    >>> import kd_plugins
+    >>> student, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
+    >>> distiller = kd_plugins.create_distiller("kd")
+    >>> nets = kd_plugins.bind(distiller, student, teacher)
+    >>> optimizers = kd_plugins.make_optimizers(distiller, torch.optim.SGD(student.parameters(), lr=0.1))
+    >>> batch = kd_plugins.Batch.of(torch.randn(8, 4), torch.randint(3, (8,)))
+    >>> for turn in distiller.turns(nets, batch):
+    ...     kd_plugins.play(turn, optimizers)
+    """
+    optimizers.play(turn)
+
+
+def total(terms: Any, group: str) -> Tensor:
+    """The sum of a group's loss terms."""
+    if not terms:
+        raise DistillError(f"The turn for the group {group!r} holds no loss terms: leave the group out or give it one.")
+    return sum(terms.values())  # type: ignore[no-any-return]
+
+
+def _parts(distiller: Distiller) -> dict[str, Distiller]:
+    return {name or ".": part for name, part in distiller.named_modules() if isinstance(part, Distiller)}
+
+
+def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as safetensors takes them: contiguous, sharing no memory."""
+    return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+
+
+def _random_state() -> dict[str, Any]:
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def _restore_random_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])

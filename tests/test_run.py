@@ -1,0 +1,235 @@
+"""The engine in a bare loop: what is averaged, compiled, saved and resumed; and networks that must be apart."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from distributed_kit import keep, kept, on_two_processes
+from torch import nn
+
+from kd_plugins import Batch, Distiller, DistillError, Stage, bind, create_distiller, make_optimizers, play
+from kd_plugins.binding import schedule
+from kd_plugins.testing import TinyNet, tiny_batches
+
+
+def sgd(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+
+
+def pair(seed: int = 0) -> tuple[TinyNet, TinyNet]:
+    torch.manual_seed(seed)
+    return TinyNet(), TinyNet(6)
+
+
+def steps(distiller, nets, run, batches):
+    for batch in batches:
+        for turn in distiller.turns(nets, batch):
+            play(turn, run)
+
+
+# --- networks of their own ------------------------------------------------------------------------------------------
+
+
+def test_layers_taken_over_by_reference_are_refused_and_nothing_is_frozen():
+    body = nn.Linear(4, 8)
+    student, teacher = nn.Sequential(body, nn.Linear(8, 3)), nn.Sequential(body, nn.ReLU(), nn.Linear(8, 3))
+    with pytest.raises(DistillError, match=r"2 that the student shares with the teacher .*copy.deepcopy"):
+        bind(create_distiller("kd"), student, teacher)
+    assert all(p.requires_grad for p in (*student.parameters(), *teacher.parameters()))
+
+
+def test_the_student_is_not_the_teacher_nor_a_frozen_former_one():
+    net, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
+    with pytest.raises(DistillError, match="shares with the teacher"):
+        bind(create_distiller("kd"), net, net)
+    bind(create_distiller("kd"), net, teacher)
+    with pytest.raises(DistillError, match=r"all frozen, as a former teacher's are: call requires_grad_\(True\)"):
+        bind(create_distiller("kd"), teacher, nn.Linear(4, 3))
+
+
+# --- processes, compiled networks ----------------------------------------------------------------------------------
+
+
+def ddp_worker(folder: str) -> None:
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    torch.manual_seed(0)
+    student, teacher = TinyNet(), TinyNet(6)
+    torch.manual_seed(rank)
+    wrapped = nn.parallel.DistributedDataParallel(student)
+    distiller = create_distiller("kd+quest", words=4, layers=("layer2",))
+    (batch,) = tiny_batches(1)
+    mine = Batch.of(batch.inputs[rank::2], batch.labels[rank::2])
+    nets = bind(distiller, wrapped, teacher, batch=mine, batches=[mine])
+    run = make_optimizers(distiller, sgd(wrapped))
+    steps(distiller, nets, run, [mine] * 2)
+    keep({**student.state_dict(), **distiller.state_dict()}, folder)
+
+
+def test_a_student_in_ddp_is_averaged_with_the_methods_parts(tmp_path):
+    on_two_processes(__file__, str(tmp_path))
+    first, second = kept(tmp_path)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_two_processes_are_one_on_the_whole_batch(tmp_path):
+    on_two_processes(__file__, str(tmp_path), "kd")
+    student, teacher = pair()
+    distiller = create_distiller("kd")
+    (batch,) = tiny_batches(1)
+    nets, run = bind(distiller, student, teacher), make_optimizers(distiller, sgd(student))
+    steps(distiller, nets, run, [batch])
+    for state in kept(tmp_path):
+        assert all(torch.allclose(value, state[name], atol=1e-6) for name, value in student.state_dict().items())
+
+
+def kd_worker(folder: str) -> None:
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    student, teacher = pair()
+    wrapped = nn.parallel.DistributedDataParallel(student)
+    distiller = create_distiller("kd")
+    (batch,) = tiny_batches(1)
+    nets, run = bind(distiller, wrapped, teacher), make_optimizers(distiller, sgd(wrapped))
+    steps(distiller, nets, run, [Batch.of(batch.inputs[rank::2], batch.labels[rank::2])])
+    keep(student.state_dict(), folder)
+
+
+def test_a_compiled_student_runs_compiled():
+    calls = []
+
+    def backend(graph, example):
+        calls.append(1)
+        return graph.forward
+
+    student, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
+    distiller = create_distiller("kd")
+    nets = bind(distiller, torch.compile(student, backend=backend), teacher)
+    run = make_optimizers(distiller, sgd(student))
+    before = student.weight.clone()
+    steps(distiller, nets, run, [Batch.of(torch.randn(8, 4), torch.randint(3, (8,)))])
+    assert calls
+    assert not torch.equal(student.weight, before)
+
+
+# --- a run is saved and resumed -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "peers"),
+    [("kd+nst", {"layers": ("layer2",)}, 0), ("afd", {"layer": "layer2"}, 1), ("dfa", {}, 0)],
+)
+def test_a_bare_loop_resumes_to_the_last_bit(name, options, peers, tmp_path):
+    def start(seed):
+        torch.manual_seed(seed)
+        distiller = create_distiller(name, **options)
+        student, others = TinyNet(), [TinyNet(5) for _ in range(peers)]
+        teacher = None if peers else TinyNet(6)
+        if teacher is not None:
+            teacher.load_state_dict(pair()[1].state_dict())
+        batches = tiny_batches(6, streams=["search"])
+        nets = bind(distiller, student, teacher, peers=others, batch=batches[0], total_steps=6, epoch_steps=1)
+        return distiller, nets, make_optimizers(distiller, sgd(student)), batches
+
+    distiller, nets, run, batches = start(0)
+    steps(distiller, nets, run, batches[:4])
+    run.save(tmp_path)
+    steps(distiller, nets, run, batches[4:])
+    again, others, resumed, _ = start(1)
+    resumed.load(tmp_path)
+    assert again.progress.step == 4
+    steps(again, others, resumed, batches[4:])
+    ended = [[d, *(net.module for net in n.peers)] for d, n in ((distiller, nets), (again, others))]
+    for whole, second in zip(*ended, strict=True):
+        for key, value in whole.state_dict().items():
+            assert torch.equal(value.nan_to_num(), second.state_dict()[key].nan_to_num()), key
+
+
+# --- stages that train a method's part alone ------------------------------------------------------------------------
+
+
+class Estimator(Distiller):
+    """Trains an estimator of the teacher's logits `[B, K]` first, then the student on what it says; 2020."""
+
+    def setup(self, nets, batch):
+        self.estimator = nn.Linear(4, 4)
+
+    def extras(self):
+        return {"estimator": self.estimator}
+
+    def stages(self):
+        return [Stage("estimator", ends_with="estimator"), Stage("student")]
+
+    def turns(self, nets, batch):
+        s, t = nets.student(batch).logits, nets.teacher(batch).logits
+        if self.progress.stage == 0:
+            yield {"estimator": {"fit": F.cross_entropy(self.estimator(t), batch.labels)}}
+            return
+        yield {"student": {"learn": F.mse_loss(s, self.estimator(t).detach())}}
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["turn by turn", "step by step"])
+def test_a_stage_may_train_an_own_part_alone(whole):
+    student, teacher = pair()
+    distiller = Estimator()
+    batches = tiny_batches(4)
+    nets = bind(distiller, student, teacher, batch=batches[0], total_steps=4)
+    run = make_optimizers(distiller, sgd(student))
+    moved = []
+    for batch in batches:
+        before = copy.deepcopy([student.state_dict(), distiller.estimator.state_dict()])
+        if whole:
+            run.step(batch)
+        else:
+            steps(distiller, nets, run, [batch])
+        after = [student.state_dict(), distiller.estimator.state_dict()]
+        moved.append(tuple(any(not torch.equal(a[k], b[k]) for k in a) for a, b in zip(after, before, strict=True)))
+    assert moved == [(False, True)] * 2 + [(True, False)] * 2
+    assert distiller.progress.step == 4
+
+
+# --- names of the base class ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["generator", "schedule", "shared_part", "table", "networks", "at", "randn", "check"])
+def test_a_part_of_an_author_is_what_its_name_gives(name):
+    distiller = create_distiller("kd")
+    part = nn.Linear(2, 2)
+    setattr(distiller, name, part)
+    assert getattr(distiller, name) is part
+    assert f"{name}.weight" in distiller.state_dict()
+
+
+@pytest.mark.parametrize("name", ["shared", "task", "stages", "methods", "kind", "name", "data", "peers", "teachers"])
+def test_names_that_mean_something_are_refused_for_parts(name):
+    with pytest.raises(DistillError, match=f"{name} means something to Distiller"):
+        setattr(create_distiller("kd"), name, nn.Linear(2, 2))
+
+
+def test_what_the_host_gives_has_its_short_name_where_nothing_else_has():
+    distiller = create_distiller("kd")
+    assert distiller.generator() is distiller.host.generator()
+    schedule(distiller, 10)
+    assert distiller.table is distiller.progress.table
+
+
+def test_options_that_depend_on_each_other_follow():
+    student, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
+    distiller = create_distiller("kd", alpha=0.9)
+    nets, batch = bind(distiller, student, teacher), Batch.of(torch.randn(8, 4), torch.randint(3, (8,)))
+    task = F.cross_entropy(student(batch.inputs), batch.labels).item()
+    for alpha in (0.9, 0.2):
+        distiller.alpha = alpha
+        (turn,) = distiller.turns(nets, batch)
+        assert turn["student"]["task"].item() == pytest.approx((1 - alpha) * task, rel=1e-5)
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).mkdir(exist_ok=True)
+    (kd_worker if sys.argv[2:] else ddp_worker)(sys.argv[1])

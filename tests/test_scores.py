@@ -1,0 +1,121 @@
+"""Class scores are read in one way, whatever the task: which rows, which classes, what is left out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kd_plugins import Batch, DistillError, View, bind, create_distiller
+from kd_plugins.reading.scores import class_scores
+
+T = 2.0
+
+
+def rows_kl(student: Tensor, teacher: Tensor, dim: int) -> Tensor:
+    """`T^2 KL` of each row, in float64, from the definition."""
+    p = torch.softmax(teacher.detach().double() / T, dim)
+    return T**2 * (p * (p.log() - torch.log_softmax(student.double() / T, dim))).sum(dim)
+
+
+def kd(batch: Batch, student: Tensor, teacher: Tensor) -> float:
+    distiller = create_distiller("kd", temperature=T, alpha=1.0)
+    return distiller.loss(View(student), View(teacher), batch)["kd"].item()
+
+
+def logits(*shape: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+
+
+def per_example(values: Tensor, mask: Tensor) -> float:
+    values, mask = values.flatten(1), mask.flatten(1).double()
+    return ((values * mask).sum(1) / mask.sum(1).clamp_min(1)).mean().item()
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 6, 7), (2, 5, 9)], ids=["map", "line"])
+@pytest.mark.parametrize("ignored", [-100, 255])
+def test_classes_of_maps_are_the_second_axis_and_ignored_labels_are_left_out(shape, ignored):
+    s, t = logits(*shape)
+    labels = torch.randint(5, (shape[0], *shape[2:]), generator=torch.Generator().manual_seed(1))
+    labels[0, 0], labels[1] = ignored, ignored
+    batch = Batch.of(torch.zeros(2, 3), labels, ignore_index=ignored)
+    expected = per_example(rows_kl(s, t, 1), labels != ignored)
+    assert kd(batch, s, t) == pytest.approx(expected, rel=1e-5)
+
+
+def test_labels_of_another_size_are_read_at_the_centre_of_each_position():
+    s, t = logits(1, 3, 2, 2)
+    labels = torch.zeros(1, 4, 4, dtype=torch.long)
+    # The centre of the upper left of 2 x 2 positions lies in row 1, column 1 of 4 x 4 labels.
+    labels[0, 1, 1] = -100
+    labels[0, 0, 3] = -100
+    mask = torch.tensor([[[False, True], [True, True]]])
+    batch = Batch.of(torch.zeros(1, 3), labels, task="segmentation")
+    assert kd(batch, s, t) == pytest.approx(per_example(rows_kl(s, t, 1), mask), rel=1e-5)
+
+
+def test_a_teachers_map_of_another_size_is_resized_to_the_students():
+    s, t = logits(2, 3, 4, 4)[0], logits(2, 3, 8, 8, seed=3)[0]
+    expected = rows_kl(s, F.interpolate(t.double(), (4, 4), mode="bilinear", align_corners=False), 1).mean().item()
+    assert kd(Batch.of(torch.zeros(2, 3), task="segmentation"), s, t) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_bare_loop_over_maps_gets_both_terms_over_the_classes():
+    torch.manual_seed(0)
+    student, teacher = nn.Conv2d(3, 5, 1), nn.Conv2d(3, 5, 1)
+    x, y = torch.randn(2, 3, 6, 7), torch.randint(5, (2, 6, 7))
+    distiller = create_distiller("kd", temperature=T, alpha=0.5)
+    (turn,) = distiller.turns(bind(distiller, student, teacher), Batch.of(x, y))
+    soft = rows_kl(student(x), teacher(x), 1).mean().item()
+    assert turn["student"]["kd"].item() == pytest.approx(0.5 * soft, rel=1e-5)
+    assert turn["student"]["task"].item() == pytest.approx(0.5 * F.cross_entropy(student(x), y).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("task", ["token", "causal-lm"])
+def test_tokens_count_where_they_are_real_and_labelled(task):
+    s, t = logits(3, 6, 4)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]])
+    labels = torch.randint(4, (3, 6))
+    labels[0, :2] = -100
+    real = (labels != -100) & mask.bool()
+    rows = rows_kl(s, t, -1)
+    expected = per_example(rows[:, :-1], real[:, 1:]) if task == "causal-lm" else per_example(rows, real)
+    batch = Batch.of(torch.zeros(3, 6), labels, mask=mask, task=task)
+    assert kd(batch, s, t) == pytest.approx(expected, rel=1e-5)
+
+
+def test_one_score_alone_is_the_logit_of_a_sigmoid():
+    s, t = logits(8, 1)
+    p = torch.stack([t.double() / T, torch.zeros_like(t).double()], -1)
+    q = torch.stack([s.double() / T, torch.zeros_like(s).double()], -1)
+    expected = T**2 * (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1).mean().item()
+    assert expected > 0.01
+    assert kd(Batch.of(torch.zeros(8, 2), torch.ones(8, 1)), s, t) == pytest.approx(expected, rel=1e-5)
+
+
+def test_labels_tell_where_the_classes_are_and_doubt_is_refused():
+    s, t = logits(2, 4, 6)
+    batch = Batch.of(torch.zeros(2, 3), torch.zeros(2, 4, dtype=torch.long), criterion=lambda view, labels: s.sum())
+    assert class_scores(View(s), View(t), batch).student.shape == (2, 4, 6)
+    square, other = logits(2, 4, 4)
+    doubtful = Batch.of(torch.zeros(2, 3), torch.zeros(2, 4, dtype=torch.long), criterion=lambda view, labels: s.sum())
+    with pytest.raises(DistillError, match="which axis holds the classes"):
+        class_scores(View(square), View(other), doubtful)
+
+
+def test_scores_of_other_classes_are_refused():
+    with pytest.raises(DistillError, match="same classes"):
+        class_scores(View(torch.zeros(2, 3)), View(torch.zeros(2, 4)), Batch.of(torch.zeros(2, 3)))
+
+
+def test_a_network_of_several_scores_is_refused():
+    class Two(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), super().forward(x)
+
+    distiller = create_distiller("kd")
+    nets = bind(distiller, Two(4, 3), nn.Linear(4, 3))
+    with pytest.raises(DistillError, match="one tensor of scores, got 2"):
+        next(iter(distiller.turns(nets, Batch.of(torch.randn(2, 4), torch.tensor([0, 1])))))
