@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from kd_plugins import DistillError
+from kd_transformers.checks import base
 
-__all__ = ["INDEX", "TEACHER", "TEACHER_LOGITS", "Indexed", "Padded", "Rows", "with_index"]
+__all__ = ["INDEX", "TEACHER", "TEACHER_LOGITS", "Indexed", "Padded", "Rows", "with_index", "with_padding"]
 
 INDEX = "kd_index"
 TEACHER = "teacher_"
 """A column of this prefix goes to the teacher."""
 TEACHER_LOGITS = "teacher_logits"
 """The column that stands for the teacher's forward."""
+
+
+def with_padding(collate: Any, teachers: Sequence[nn.Module]) -> Any:
+    """A collator; transformers' own, which do not know the teacher's columns, get these padded."""
+    if not teachers or not getattr(collate, "__module__", "").startswith("transformers."):
+        return collate
+    pads = [getattr(getattr(base(t), "config", None), "pad_token_id", None) for t in teachers]
+    return Padded(collate, next((p for p in pads if p is not None), None))
 
 
 class Padded:

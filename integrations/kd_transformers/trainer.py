@@ -36,7 +36,7 @@ from kd_transformers.checks import (
     same_class_order,
     task_of,
 )
-from kd_transformers.columns import INDEX, TEACHER, TEACHER_LOGITS, Indexed, Padded, Rows, with_index
+from kd_transformers.columns import INDEX, TEACHER, TEACHER_LOGITS, Indexed, Rows, with_index, with_padding
 from kd_transformers.compat import ALWAYS_DIVIDES, Hooks
 from kd_transformers.inputs import decoder_inputs, labels_of, with_labels
 from kd_transformers.schedule import refresh, staged_scheduler
@@ -215,15 +215,18 @@ class DistillationTrainer(Hooks):
             )
 
     def _check_cache(self, nets: Nets, batch: Batch) -> None:
-        """Asks the teacher once, to see that the column of its logits is its own."""
+        """Asks the teachers once, to see that the column of their logits is their own."""
         if batch.teacher_logits is None:
             return
-        if len(self.teachers) != 1:
+        cached = batch.teacher_logits.shape[1] if batch.teacher_logits.dim() == 3 else 1
+        if cached != len(self.teachers):
             raise DistillError(
-                f"The column {TEACHER_LOGITS} belongs to one teacher, got {len(self.teachers)}: remove it."
+                f"The column {TEACHER_LOGITS} holds the logits of {cached} teachers, got {len(self.teachers)}: make it"
+                " anew, cache_teacher(dataset, teachers), or remove it."
             )
         uncached = dataclasses.replace(batch, teacher_logits=None)
-        check_cache(*(nets.teacher(asked, reads=Reads()).logits for asked in (batch, uncached)))
+        for teacher in nets.teachers:
+            check_cache(*(teacher(asked, reads=Reads()).logits for asked in (batch, uncached)))
 
     def _counts_items(self, net: _Trained, batch: Batch) -> bool:
         """Whether a network's task loss divides by the number of items it is given; BERT's classifiers ignore it."""
@@ -246,7 +249,9 @@ class DistillationTrainer(Hooks):
 
         Of a data set without a length, which may be endless, no more than the training reads.
         """
-        dataset, collate = self.used_columns(self.train_dataset, self._collator(), "Training")
+        dataset, collate = self.used_columns(
+            self.train_dataset, with_padding(self.data_collator, self.teachers), "Training"
+        )
         loader = DataLoader(dataset, self.train_batch, collate_fn=collate, num_workers=workers)
         reads = self.args.max_steps * self.args.gradient_accumulation_steps * self.args.world_size
         iterator = None
@@ -296,15 +301,6 @@ class DistillationTrainer(Hooks):
         ours, theirs = inputs_of(self.model), set().union(*map(inputs_of, self.teachers))
         return theirs - ours if ours else set()
 
-    def _collator(self) -> Any:
-        """The collator; transformers' own, which do not know the teacher's columns, get these padded."""
-        collate = self.data_collator
-        module = getattr(collate, "__module__", "") or type(collate).__module__
-        if not self.teachers or not module.startswith("transformers."):
-            return collate
-        pads = [getattr(getattr(base(t), "config", None), "pad_token_id", None) for t in self.teachers]
-        return Padded(collate, next((p for p in pads if p is not None), None))
-
     def _with_streams(self, distiller: Distiller, batch: Batch) -> Batch:
         """The batch with one of each other stream that the method reads in this step, whose stage may be new."""
         table = distiller.progress.table
@@ -314,7 +310,7 @@ class DistillationTrainer(Hooks):
         if self._streams is None:
             rows = Rows(self._staged.dataset if self._staged else self.train_dataset)
             # Rows of every kind have their unused columns removed by the collator.
-            _, collate = self.used_columns(None, Indexed(self._collator()), "Training")
+            _, collate = self.used_columns(None, Indexed(with_padding(self.data_collator, self.teachers)), "Training")
             self._streams = Streams(rows, shares, self.train_batch, collate, self.args.seed)
             if self._resumed_from is not None and (Path(self._resumed_from) / "streams.json").is_file():
                 self._streams.load(self._resumed_from)
@@ -324,7 +320,7 @@ class DistillationTrainer(Hooks):
     def loader(self, dataset: Any, build: Any, *, training: bool) -> DataLoader:
         if self.distiller is None:
             return super().loader(dataset, build, training=training)
-        collator, collate = self.data_collator, self._collator()
+        collator, collate = self.data_collator, with_padding(self.data_collator, self.teachers)
         needs = _needs(self.distiller) if training and not isinstance(dataset, IterableDataset) else []
         if any(n.index or n.streams for n in needs):
             dataset, _ = self.used_columns(dataset, collate, "training")
