@@ -70,7 +70,8 @@ class Network:
         if self.attention is not None and reads.attentions:
             capture = self.attention.capture(reads.attentions)
         attentions: Mapping[int, Attention]
-        output, maps = None, {}
+        output: Any = None
+        maps: dict[str | int, Tensor] = {}
         record = self.tap.record(
             list(calls),
             stop=bool(calls) and not reads.logits and not self._stage_numbers(reads),
