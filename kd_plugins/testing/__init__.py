@@ -160,8 +160,8 @@ def _maker(distiller: Any, options: Mapping[str, Any] | None) -> Callable[[], Di
                     given[option if len(classes) == 1 else f"{name}.{option}"] = value
         return lambda: create_distiller(distiller, **given)
     if isinstance(distiller, type):
-        cls: type[Distiller] = distiller
-        return lambda: cls(**{**cls.example, **given})
+        chosen: type[Distiller] = distiller
+        return lambda: chosen(**{**chosen.example, **given})
     if given:
         raise DistillError("Expected options with a name or a class only — give the distiller the options itself.")
     if isinstance(distiller, Distiller):
