@@ -11,7 +11,7 @@ from kd_plugins.functional.internal import attention_kl, cls_cosine
 from kd_plugins.functional.kd import kd, kd_multilabel
 from kd_plugins.functional.nst import match_spatial, nst
 from kd_plugins.functional.quest import match_sharpness, quest, soft_assignment
-from kd_plugins.functional.similarity import feature_l1, feature_l2, linear_cka
+from kd_plugins.functional.similarity import feature_l1, feature_l2
 
 __all__ = [
     "aggregate",
@@ -21,7 +21,6 @@ __all__ = [
     "feature_l2",
     "kd",
     "kd_multilabel",
-    "linear_cka",
     "lsgan_classes",
     "lsgan_discriminator",
     "lsgan_generator",
