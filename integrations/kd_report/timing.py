@@ -35,8 +35,8 @@ class StepTimer:
         self._mark: float | None = None
         self._cuda = player.accelerator.device.type == "cuda"
         nets = player.nets
-        for net in (*nets.peers, *nets.teachers):
-            name = "student" if net is nets.student else "teacher" if net in nets.teachers else "peers"
+        for net in nets or ():
+            name = "teacher" if net.frozen else "student" if nets and net is nets.student else "peers"
             self._wrap(net.network, "read", f"{name} forward")
         self._wrap(player, "forward", "turns", before="data and the rest")
         self._wrap(player, "after_backward", "optimizer", before="backward")
