@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from kd_plugins import functional as KF
 from kd_plugins.catalog.paper import Paper
@@ -39,11 +39,12 @@ class PKT(LayerDistiller):
         arxiv="1803.10837",
     )
     teachers = "many"
+    examples = 3
     maps = False
 
     def __init__(self, *, weight: NonNegative = 30000.0, **layers: Any) -> None:
         super().__init__(**layers)
 
-    def distance(self, student: Tensor, teacher: Tensor, part: nn.Module | None, batch: Batch) -> Tensor:
+    def distance(self, student: Tensor, teacher: Tensor, part: Any, batch: Batch) -> Tensor:
         masks = batch.mask, batch.teacher_kwargs.get("attention_mask", batch.mask)
         return KF.pkt(KF.embedding(student, masks[0]), KF.embedding(teacher, masks[1]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from kd_plugins import functional as KF
 from kd_plugins.catalog.paper import Paper
@@ -41,12 +41,13 @@ class RKD(LayerDistiller):
         arxiv="1904.05068",
     )
     teachers = "many"
+    examples = 3
     maps = False
 
     def __init__(self, *, distance_weight: NonNegative = 25.0, angle_weight: NonNegative = 50.0, **layers: Any) -> None:
         super().__init__(**layers)
 
-    def distance(self, student: Tensor, teacher: Tensor, part: nn.Module | None, batch: Batch) -> Tensor:
+    def distance(self, student: Tensor, teacher: Tensor, part: Any, batch: Batch) -> Tensor:
         s = KF.embedding(student, batch.mask)
         t = KF.embedding(teacher, batch.teacher_kwargs.get("attention_mask", batch.mask))
         distances = self.distance_weight * KF.rkd_distance(s, t)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from kd_plugins import functional as KF
 from kd_plugins.catalog.paper import Paper
@@ -36,9 +36,10 @@ class SP(LayerDistiller):
         arxiv="1907.09682",
     )
     teachers = "many"
+    examples = 2
 
     def __init__(self, *, weight: NonNegative = 3000.0, **layers: Any) -> None:
         super().__init__(**layers)
 
-    def distance(self, student: Tensor, teacher: Tensor, part: nn.Module | None, batch: Batch) -> Tensor:
+    def distance(self, student: Tensor, teacher: Tensor, part: Any, batch: Batch) -> Tensor:
         return KF.sp(student, teacher)
