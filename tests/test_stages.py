@@ -179,7 +179,7 @@ def test_a_stage_changes_only_where_it_begins():
     distiller.at(5)
     assert distiller.progress.stage == 0
     assert distiller.progress.next_stage().name == "logits"
-    distiller.enter_stage()
+    distiller.progress.enter()
     assert (distiller.progress.stage, distiller.progress.stage_start, distiller.progress.stage_end) == (1, 5, 10)
     assert needs_in(distiller, 0).student.features == ("layer1",)
     assert distiller.progress.stage == 1
@@ -206,14 +206,15 @@ def test_fresh_optimizer_state_and_fresh_student():
     assert not torch.equal(student.state_dict()["head.weight"], initial["head.weight"])
 
 
-def test_a_fresh_student_needs_the_networks():
+def test_a_fresh_student_is_found_through_the_networks_that_the_method_was_bound_to():
     distiller = Phased(fresh_student=True)
     student = TinyNet()
+    initial = {k: v.clone() for k, v in student.state_dict().items()}
     nets = bind(distiller, student, TinyNet(), batch=tiny_batches(1)[0], total_steps=2)
     groups = make_optimizers(distiller, torch.optim.SGD(student.parameters(), lr=0.1))
-    turn = next(distiller.turns(nets, tiny_batches(1)[0]))
-    with pytest.raises(DistillError, match=r"fresh student: make_optimizers\(..., nets=nets\)"):
-        play(turn, groups)
+    play(next(distiller.turns(nets, tiny_batches(1)[0])), groups)
+    assert distiller.progress.stage == 1
+    assert all(torch.equal(value, initial[key]) for key, value in student.state_dict().items())
 
 
 def test_stages_without_a_length_are_refused():

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from kd_plugins import Batch, Net, Nets, Reads
+from kd_report import page_hint
 from kd_report.record import RunRecord
 from kd_timm.arguments import parse_args
 from kd_timm.network import TimmNetwork
@@ -59,6 +60,7 @@ class Recorder:
         """Analyses the best student and writes the results."""
         self._analyse("after")
         self.record.finish(results, seconds_per_step=results["seconds_per_step"])
+        self.session.reporter.line(page_hint(self.session.folder))
 
     def interrupted(self) -> None:
         """Says that the run has not come to its end."""

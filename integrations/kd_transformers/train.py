@@ -35,6 +35,7 @@ from transformers.utils import logging
 
 from kd_plugins.catalog.registry import distiller_classes, options_from_strings
 from kd_plugins.errors import DistillError
+from kd_report import page_hint
 from kd_transformers import DistillationTrainer
 from kd_transformers.arguments import Arguments, parse_args
 from kd_transformers.cache import cache_teacher
@@ -180,6 +181,8 @@ class Session:
             self._train()
         if training.do_eval:
             self._evaluate()
+        if self.recorder.record is not None:
+            self._say(page_hint(self.output))
         if training.push_to_hub:
             self.trainer.push_to_hub()
         # The first process writes the results that all of them read.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError
 from kd_plugins.reading.attention import BaseAttentionTaps, Layer
-from kd_plugins.reading.tap import Reached, Seen, Tap
+from kd_plugins.reading.tap import Reached, Replacement, Seen, Tap
 from kd_plugins.reading.view import Attention, Batch, Features, Reads, View
 
 __all__ = ["Network", "adapt"]
@@ -47,7 +47,7 @@ class Network:
         reads: Reads,
         *,
         forward: Forward | None = None,
-        replace: Mapping[str, Tensor] | None = None,
+        replace: Mapping[str, Replacement] | None = None,
     ) -> View:
         """One forward of the network that reads what is asked for and runs no deeper than that needs.
 
@@ -55,7 +55,7 @@ class Network:
             batch: What to call the network with.
             reads: What to read.
             forward: The callable to go through, where a host has wrapped the network; by default the network itself.
-            replace: Tensors to put in place of modules' outputs, by path.
+            replace: Tensors to put in place of modules' outputs, or what makes them of these, by path.
         """
         numbered = bool(reads.hidden or reads.attentions or reads.cut)
         if numbered:
