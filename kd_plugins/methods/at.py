@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from kd_plugins import functional as KF
 from kd_plugins.catalog.paper import Paper
 from kd_plugins.catalog.values import AtLeastOne, NonNegative
+from kd_plugins.functional.at import at
 from kd_plugins.layers import LayerDistiller
 from kd_plugins.reading.view import Batch
 
@@ -44,4 +44,4 @@ class AT(LayerDistiller):
         super().__init__(**layers)
 
     def distance(self, student: Tensor, teacher: Tensor, part: Any, batch: Batch) -> Tensor:
-        return KF.at(student, teacher, self.p)
+        return at(student, teacher, self.p)

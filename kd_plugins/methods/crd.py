@@ -7,10 +7,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kd_plugins import functional as KF
 from kd_plugins.catalog.paper import Paper
 from kd_plugins.catalog.values import AtLeastOne, NonNegative, Positive, Share
 from kd_plugins.errors import DistillError
+from kd_plugins.functional.crd import crd, crd_log_z
 from kd_plugins.layers import LayerDistiller
 from kd_plugins.nn.bank import PairMemory
 from kd_plugins.reading.nets import Nets
@@ -84,7 +84,7 @@ class CRD(LayerDistiller):
         rows = part.others.draw(classes, min(self.negatives, self.rows), self.host.generator(student.device))
         tau = self.temperature
         if part.log_z.isnan().any():
-            found = [KF.crd_log_z(own, bank, rows, temperature=tau) for own, _, bank in sides]
+            found = [crd_log_z(own, bank, rows, temperature=tau) for own, _, bank in sides]
             part.log_z.copy_(self.host.mean(torch.stack(found)))
-        terms = [KF.crd(*side, rows, temperature=tau, log_z=z) for side, z in zip(sides, part.log_z, strict=True)]
+        terms = [crd(*side, rows, temperature=tau, log_z=z) for side, z in zip(sides, part.log_z, strict=True)]
         return torch.stack(terms).sum()

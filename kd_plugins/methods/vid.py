@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kd_plugins import functional as KF
 from kd_plugins.catalog.paper import Paper
 from kd_plugins.catalog.values import NonNegative, Positive
+from kd_plugins.functional.nst import match_spatial
+from kd_plugins.functional.vid import vid
 from kd_plugins.layers import LayerDistiller
 from kd_plugins.nn.connectors import GaussianRegressor
 from kd_plugins.reading.view import Batch
@@ -47,6 +48,6 @@ class VID(LayerDistiller):
         return GaussianRegressor(student.shape[1], teacher.shape[1], self.variance)
 
     def distance(self, student: Tensor, teacher: Tensor, part: Any, batch: Batch) -> Tensor:
-        student, teacher = KF.match_spatial(student, teacher, "pool")
+        student, teacher = match_spatial(student, teacher, "pool")
         mean, variance = part(student)
-        return KF.vid(mean, teacher, variance)
+        return vid(mean, teacher, variance)
