@@ -32,6 +32,8 @@ def list_layers(args: argparse.Namespace) -> str:
     batch = Batch(
         inputs=torch.randn(2, *config["input_size"], generator=torch.Generator().manual_seed(0)),
         labels=torch.zeros(2, dtype=torch.long),
+        index=torch.arange(2),
+        rows=2,
         mean=config["mean"],
         std=config["std"],
         shape=tuple(config["input_size"]),
