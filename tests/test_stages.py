@@ -84,6 +84,27 @@ def test_a_stage_that_ends_early_leaves_its_steps_to_the_later_ones(parts, total
     assert bounds[-1][1] == total
 
 
+def test_the_later_stages_begin_with_whole_units():
+    resolved = table(3, 1, 2, total=32, epoch=4)
+    resolved.end_stage(4, unit=4)
+    # Seven epochs are left: a third of them, 2.33, and two thirds.
+    assert resolved.starts == [0, 4, 12]
+    short = table(1, 1, 1, total=12, epoch=4)
+    short.end_stage(8, unit=4)
+    assert short.starts == [0, 4, 8]
+    few = table(2, 1, 1, total=14)
+    few.end_stage(7, unit=4)
+    assert few.starts == [0, 7, 10]  # one unit is left for two stages
+
+
+def test_fixed_lengths_stay_when_a_stage_ends_early():
+    stages = [Stage("a", 2.0), Stage("b", epochs=1), Stage("c", 1.0)]
+    resolved = StageTable.resolve(stages, 40, epoch=10)
+    assert resolved.starts == [0, 20, 30]
+    resolved.end_stage(10, unit=10)
+    assert resolved.starts == [0, 10, 20]
+
+
 def test_the_last_stage_does_not_end_early():
     resolved = table(1, 1, total=10)
     resolved.end_stage(8)

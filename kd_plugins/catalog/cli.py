@@ -22,7 +22,7 @@ __all__ = ["main"]
 # Commands with a command line of their own, imported only when asked for.
 _MODULES = {
     "demo": ("kd_plugins.demo", "distil small networks and show what comes of it"),
-    "report": ("kd_report", "tables and curves of finished runs"),
+    "report": ("kd_report", "a page of a run, or a comparison of several"),
 }
 
 

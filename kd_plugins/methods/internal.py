@@ -114,6 +114,14 @@ class Internal(Distiller):
                     f"The layer pair {ours}:{theirs} does not exist: the student has layers 1 to {n_s}, the teacher 1"
                     f" to {n_t}."
                 )
+        own = batch.teacher_kwargs.get(batch.name or "")
+        tokens = isinstance(own, Tensor) and not own.is_floating_point()
+        if self.attention_weight and tokens and not torch.equal(own, batch.inputs):
+            raise DistillError(
+                f"internal compares attention token by token, and teacher_{batch.name} holds other tokens than the"
+                " student's: use a teacher with the student's tokenizer, or attention_weight=0, which leaves the [CLS]"
+                " vectors and the soft labels."
+            )
         everything = self._reads(tuple(self.pairs))
         student, teacher = nets.student(batch, reads=everything[0]), nets.teacher(batch, reads=everything[1])
         for ours, theirs in self.pairs.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import lru_cache
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError
 from kd_plugins.reading.attention import BaseAttentionTaps, Layer
-from kd_plugins.reading.tap import Reached, Seen, Tap
+from kd_plugins.reading.tap import Reached, Replacement, Seen, Tap
 from kd_plugins.reading.view import Attention, Batch, Features, Reads, View
 
 __all__ = ["Network", "adapt"]
@@ -47,7 +48,7 @@ class Network:
         reads: Reads,
         *,
         forward: Forward | None = None,
-        replace: Mapping[str, Tensor] | None = None,
+        replace: Mapping[str, Replacement] | None = None,
     ) -> View:
         """One forward of the network that reads what is asked for and runs no deeper than that needs.
 
@@ -55,7 +56,7 @@ class Network:
             batch: What to call the network with.
             reads: What to read.
             forward: The callable to go through, where a host has wrapped the network; by default the network itself.
-            replace: Tensors to put in place of modules' outputs, by path.
+            replace: Tensors to put in place of modules' outputs, or what makes them of these, by path.
         """
         numbered = bool(reads.hidden or reads.attentions or reads.cut)
         if numbered:
@@ -112,9 +113,15 @@ class Network:
         """The network's arguments, by position and by keyword."""
         if batch.inputs is None:
             raise DistillError(f"{type(self.module).__name__} was asked with a batch that has no inputs.")
-        if batch.name is not None:
-            return (), {batch.name: batch.inputs, **batch.kwargs}
-        return (batch.inputs,), dict(batch.kwargs)
+        if batch.name is None:
+            return (batch.inputs,), dict(batch.kwargs)
+        cls: Any = type(self.module)
+        names, first, rest = _parameters(cls)
+        kwargs = {k: v for k, v in batch.kwargs.items() if rest or k in names}
+        if batch.name in names or first is None:
+            return (), {batch.name: batch.inputs, **kwargs}
+        # Another library's network has another name for its first input.
+        return (batch.inputs,), {k: v for k, v in kwargs.items() if k != first}
 
     def logits(self, output: Any) -> Tensor:
         """The scores in what the network returned."""
@@ -234,6 +241,16 @@ class Network:
                 f" {type(self.module).__name__} is not: leave freeze_lower out."
             )
         return key
+
+
+@lru_cache
+def _parameters(cls: Any) -> tuple[frozenset[str], str | None, bool]:
+    """The names that a network's forward takes, the first that may be given by position, whether it takes any other."""
+    parameters = [*inspect.signature(cls.forward).parameters.values()][1:]
+    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    rest = any(p.kind == p.VAR_KEYWORD for p in parameters)
+    by_position = any(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters[:1])
+    return frozenset(names), names[0] if by_position else None, rest
 
 
 @lru_cache(maxsize=1)
