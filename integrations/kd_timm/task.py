@@ -12,8 +12,8 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from kd_plugins import Batch, Distiller, DistillError, Nets, create_distiller
-from kd_plugins.binding import connect, needs_pass, schedule, set_up
-from kd_plugins.compose import Composite
+from kd_plugins.binding import connect, schedule, set_up
+from kd_plugins.catalog.hosts import refusals
 from kd_plugins.distiller import Turn
 from kd_timm.compat import TrainingTask, resolve_classification_loss
 from kd_timm.network import TimmNetwork
@@ -127,6 +127,7 @@ class DistillationTask(TrainingTask):
             sample.to(self.device, self.dtype), torch.zeros(len(sample), dtype=torch.long).to(self.device)
         )
         set_up(distiller, nets, batch)
+        _check_fit(distiller)  # with the stages and parts that follow the networks
         check_classes(distiller, made)
         distiller.to(device=self.device, dtype=self.dtype)
         if distiller.extras() or distiller.shared(nets):
@@ -272,17 +273,6 @@ class _Watched(Nets):
 
 def _check_fit(distiller: Distiller) -> None:
     """Refuses a method that one backward and one optimizer cannot play."""
-    needs = distiller.needs()
-    parts = list(distiller.methods.values()) if isinstance(distiller, Composite) else [distiller]
-    reasons = {
-        "does not fit classification": "classification" not in distiller.tasks,
-        "trains several networks together": distiller.peers,
-        "makes its own data": not distiller.data,
-        "trains in several stages": len(distiller.stages()) > 1,
-        "reads held-out streams": bool(needs.streams),
-        "reads row numbers": needs.index,
-        "passes over the training data first": any(map(needs_pass, parts)),
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            raise DistillError(f"{distiller.name} {reason}, which timm's train.py cannot do: use kd-timm-train.")
+    reason = refusals(distiller).get("timm-task")
+    if reason:
+        raise DistillError(f"{distiller.name} {reason}, which timm's train.py cannot do: use kd-timm-train.")
