@@ -147,7 +147,7 @@ def test_normalized_layers_do_not_depend_on_their_size():
     batch = batches(1)[0]
     view = nets.teacher(batch)
     expected = torch.stack([m / m.square().mean().sqrt() for m in teacher.blocks(batch.inputs)[1]]).mean(0)
-    torch.testing.assert_close(distiller._aggregate(1, view, distiller.alpha(1)), expected)
+    torch.testing.assert_close(distiller.aggregate(1, view, distiller.alpha(1), student.blocks(batch.inputs)[1][-1]), expected)
 
 
 def test_maps_of_other_sizes_are_averaged_where_layers_are_named():
@@ -377,14 +377,14 @@ def test_groups_of_one_layer_need_no_search():
         ({"weights": "search.json", "normalize": True}, "leave those options out"),
         ({"aggregation": "last", "search_only": True}, "aggregation=last has none"),
         ({"st_weight": 0.0, "ts_weight": 0.0}, "st_weight or ts_weight above"),
-        ({"regularizer": -1.0}, "no weight below 0"),
-        ({"search_share": 1.0}, "between 0 and 1"),
-        ({"search_epochs": 0.0}, "search_epochs above 0"),
+        ({"regularizer": -1.0}, "regularizer to be float from 0"),
+        ({"search_share": 1.0}, "search_share to be float above 0 below 1"),
+        ({"search_epochs": 0.0}, "search_epochs to be float above 0"),
         ({"aggregation": "uniform", "st_weight": 0.5, "held_out": 0.3}, "st_weight, held_out: only a search"),
         ({"weights": "search.json", "search_epochs": 1.0}, "search_epochs: only a search"),
         ({"seed": 1}, "seed is of random weights"),
         ({"search_epochs": 1.0, "search_only": True}, "leave search_epochs out"),
-        ({"held_out": 0.0}, "between 0 and 1"),
+        ({"held_out": 0.0}, "held_out to be float above 0 below 1"),
     ],
 )
 def test_options_that_contradict_each_other(options, words):
