@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -15,15 +14,13 @@ from kd_plugins.catalog.paper import Paper
 from kd_plugins.catalog.values import NonNegative, Positive, Range
 from kd_plugins.distiller import Terms, Turn
 from kd_plugins.errors import DistillError
-from kd_plugins.nn.aggregation import Aggregating, first_alpha, read_search
+from kd_plugins.nn.aggregation import Aggregating, first_alpha, inverse_rms, read_search
 from kd_plugins.reading.nets import Nets
 from kd_plugins.reading.trunk import check_maps, find_groups
 from kd_plugins.reading.view import Batch, Needs, Reads, View
 from kd_plugins.stages import Stage
 
 __all__ = ["DFA"]
-
-_logger = logging.getLogger("kd_plugins.dfa")
 
 _OF_A_SEARCH = ("st_weight", "ts_weight", "regularizer", "search_share", "search_epochs", "held_out")
 
@@ -73,15 +70,7 @@ class DFA(Aggregating):
 
     paper = Paper(
         "Differentiable Feature Aggregation Search for Knowledge Distillation",
-        (
-            "Yushuo Guan",
-            "Pengyu Zhao",
-            "Bingxuan Wang",
-            "Yuanxing Zhang",
-            "Cong Yao",
-            "Kaigui Bian",
-            "Jian Tang",
-        ),
+        ("Yushuo Guan", "Pengyu Zhao", "Bingxuan Wang", "Yuanxing Zhang", "Cong Yao", "Kaigui Bian", "Jian Tang"),
         "ECCV",
         2020,
         arxiv="2008.00506",
@@ -128,11 +117,10 @@ class DFA(Aggregating):
     # The layer groups
 
     def setup(self, nets: Nets, batch: Batch) -> None:
-        saved = None if self.weights is None else read_search(self.weights)
-        layers, teacher_layers = self.layers, self.teacher_layers
-        if saved is not None:
-            layers = [g.student for g in saved] if layers is None else layers
-            teacher_layers = ["+".join(g.teacher) for g in saved]
+        saved, layers, teacher_layers = None, self.layers, self.teacher_layers
+        if self.weights is not None:
+            saved = read_search(self.weights)
+            layers, teacher_layers = layers or [g.student for g in saved], ["+".join(g.teacher) for g in saved]
         self.groups = find_groups(nets.student, nets.teacher, batch, layers, teacher_layers)
         student, teacher = self.reads_of(range(len(self.groups)))
         ours, theirs = nets.student(batch, reads=student).features, nets.teacher(batch, reads=teacher).features
@@ -141,9 +129,7 @@ class DFA(Aggregating):
             check_maps("dfa", group, nets, own, maps)
             searched = saved is None and self.aggregation == "search" and len(maps) > 1
             if saved is None:
-                scale = [
-                    1 / max(float(x.float().square().mean().sqrt()), 1e-12) if self.normalize else 1.0 for x in maps
-                ]
+                scale = inverse_rms(maps) if self.normalize else [1.0] * len(maps)
                 self.add(i, first_alpha(self.aggregation, len(maps), 1000 * self.seed + i), scale, searched=searched)
             else:
                 self.add(i, torch.tensor(saved[i].alpha, dtype=torch.float32), saved[i].scale)
@@ -157,17 +143,10 @@ class DFA(Aggregating):
             self.say(i, own.shape, maps[0].shape)
         if self.search_only and not len(self.betas):
             raise DistillError(
-                "There is nothing to search: the teacher has one layer in each group. Take a deeper teacher, or name"
-                " teacher_layers."
+                "The teacher has one layer in each group, nothing to search: take a deeper one, or name teacher_layers."
             )
 
     # Stages, needs and groups of parameters
-
-    @property
-    def searched(self) -> int | None:
-        """The number of the layer group that the current stage searches; None in the distillation."""
-        numbers = [int(key) for key in self.betas]
-        return numbers[self.progress.stage] if self.progress.stage < len(numbers) else None
 
     def stages(self) -> list[Stage]:
         if self.groups:
@@ -185,11 +164,8 @@ class DFA(Aggregating):
             searches = self.progress.stage == 0 and self.stages()[0].name == "search"
             return Needs(streams={"search": self.held_out} if searches else {})
         i = self.searched
-        if i is None:
-            student, teacher = self.reads_of(range(len(self.groups)))
-            return Needs(student | Reads(), teacher)
-        student, teacher = self.reads_of([i])
-        return Needs(student | Reads(), teacher, streams={"search": self.held_out})
+        student, teacher = self.reads_of(range(len(self.groups)) if i is None else [i])
+        return Needs(student | Reads(), teacher, streams={} if i is None else {"search": self.held_out})
 
     def extras(self) -> dict[str, nn.Module]:
         return {"beta": self.betas} if len(self.betas) else {}
@@ -237,17 +213,8 @@ class DFA(Aggregating):
     def loss(self, student: View, teacher: View, batch: Batch) -> Terms:
         if self.searched is not None:
             return {}
-        distances = []
-        for i, group in enumerate(self.groups):
-            own = student.features[group.student]
-            target = self.aggregate(i, teacher, self.alpha(i).detach(), own)
-            distances.append(KF.feature_l2(self.connectors[str(i)](own), target))
+        own = [student.features[group.student] for group in self.groups]
+        targets = [self.aggregate(i, teacher, self.alpha(i).detach(), x) for i, x in enumerate(own)]
+        mapped = [self.connectors[str(i)](x) for i, x in enumerate(own)]
+        distances = [KF.feature_l2(*pair) for pair in zip(mapped, targets, strict=True)]
         return {"features": self.weight * torch.stack(distances).sum()}
-
-    # What the search has found
-
-    def after_update(self) -> None:
-        i, progress = self.searched, self.progress
-        if i is None or progress.stage_end is None:
-            return
-        self.keep(i, (progress.step + 1 - progress.stage_start) / (progress.stage_end - progress.stage_start))

@@ -21,7 +21,7 @@ from kd_plugins.picture import Bars, Heatmap, Picture
 from kd_plugins.reading.trunk import LayerGroup
 from kd_plugins.reading.view import Reads, View
 
-__all__ = ["Aggregate", "Aggregating", "first_alpha", "read_search"]
+__all__ = ["Aggregate", "Aggregating", "first_alpha", "inverse_rms", "read_search"]
 
 _logger = logging.getLogger("kd_plugins.dfa")
 
@@ -62,6 +62,15 @@ def first_alpha(aggregation: str, n: int, seed: int = 0) -> Tensor:
     return F.one_hot(torch.tensor(n - 1), n).float() if aggregation == "last" else torch.full((n,), 1 / n)
 
 
+def inverse_rms(maps: Sequence[Tensor]) -> list[float]:
+    """One over the root mean square of each map.
+
+    >>> inverse_rms([torch.tensor([3.0, -3.0]), torch.tensor([0.5])])
+    [0.3333333333333333, 2.0]
+    """
+    return [1 / max(float(x.float().square().mean().sqrt()), 1e-12) for x in maps]
+
+
 def read_search(path: str) -> list[Aggregate]:
     """The sums in a search.json.
 
@@ -95,6 +104,17 @@ class Aggregating(Distiller):
         self.groups: list[LayerGroup] = []
         self.betas = nn.ParameterDict()
 
+    @property
+    def searched(self) -> int | None:
+        """The number of the layer group that the current stage searches; None in the distillation."""
+        numbers = [int(key) for key in self.betas]
+        return numbers[self.progress.stage] if self.progress.stage < len(numbers) else None
+
+    def after_update(self) -> None:
+        i, progress = self.searched, self.progress
+        if i is not None and progress.stage_end is not None:
+            self._keep(i, (progress.step + 1 - progress.stage_start) / (progress.stage_end - progress.stage_start))
+
     def add(self, i: int, alpha: Tensor, scale: Sequence[float], *, searched: bool = False) -> None:
         """Makes the weights of group i.
 
@@ -108,7 +128,7 @@ class Aggregating(Distiller):
         if searched:
             self.betas[str(i)] = nn.Parameter(torch.zeros(len(alpha)))
             self.register_buffer(f"trace{i}", torch.full((_POINTS + 1, len(alpha)), torch.nan))
-            self.keep(i, 0)
+            self._keep(i, 0)
         else:
             self.register_buffer(f"alpha{i}", alpha)
 
@@ -151,11 +171,11 @@ class Aggregating(Distiller):
         )
 
     @torch.no_grad()
-    def keep(self, i: int, done: float) -> None:
+    def _keep(self, i: int, done: float) -> None:
         """Keeps the weights of group i for the report, where that much of its search is done."""
         self.get_buffer(f"trace{i}")[min(int(_POINTS * done), _POINTS)] = self.alpha(i)
 
-    def found(self) -> list[Aggregate]:
+    def _found(self) -> list[Aggregate]:
         """The sums as they are."""
         return [
             Aggregate(group.student, list(group.teacher), self.alpha(i).tolist(), self.get_buffer(f"scale{i}").tolist())
@@ -164,7 +184,7 @@ class Aggregating(Distiller):
 
     def export(self, folder: str | Path) -> None:
         """Writes the weights as search.json, for another run."""
-        groups = [group._asdict() for group in self.found()]
+        groups = [group._asdict() for group in self._found()]
         text = json.dumps({"method": "dfa", "aggregation": self.aggregation, "groups": groups}, indent=2)
         (Path(folder) / "search.json").write_text(text + "\n", encoding="utf-8")
 
@@ -172,7 +192,7 @@ class Aggregating(Distiller):
         """The weights of each group, and how they have moved in its search."""
         bars: list[Picture] = []
         maps: list[Picture] = []
-        for i, group in enumerate(self.found()):
+        for i, group in enumerate(self._found()):
             words = "Weight of each teacher layer in what the student's layer learns from; the line: all the same."
             values = list(zip(group.teacher, group.alpha, strict=True))
             bars.append(Bars(f"Weights for {group.student}", values, mark=1 / len(values), caption=words))
