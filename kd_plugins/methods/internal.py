@@ -13,6 +13,7 @@ from kd_plugins.catalog.values import NonNegative, Positive, Range
 from kd_plugins.distiller import Distiller, Terms
 from kd_plugins.errors import DistillError
 from kd_plugins.methods.kd import soft_labels
+from kd_plugins.reading.depth import pairs_of, uniform
 from kd_plugins.reading.nets import Nets
 from kd_plugins.reading.view import Batch, Needs, Reads, View
 from kd_plugins.stages import Stage
@@ -91,7 +92,7 @@ class Internal(Distiller):
             )
         if threshold is not None and hidden_weight == 0:
             raise DistillError("threshold reads the cosine term, whose hidden_weight is 0: give it a weight.")
-        self._explicit = None if layers == "uniform" else _pairs(layers)
+        self._explicit = None if layers == "uniform" else pairs_of(layers)
         self.pairs: dict[int, int] = self._explicit or {}
         self.projections = nn.ModuleDict()
         # Sums over the epoch of the newest layer's cosine term; buffers, so that a resumed epoch ends the same.
@@ -133,8 +134,8 @@ class Internal(Distiller):
     def _check_tokens(self, batch: Batch) -> None:
         if self.attention_weight and batch.name in batch.teacher_kwargs:
             raise DistillError(
-                f"internal compares attention token by token, and the teacher reads tokens of its own ({batch.name}): use"
-                " a teacher with the student's tokenizer, or attention_weight=0."
+                f"internal compares attention token by token, and the teacher reads {batch.name} of its own: use a"
+                " teacher with the student's tokenizer, or attention_weight=0."
             )
 
     def stages(self) -> list[Stage]:
@@ -211,25 +212,3 @@ class Internal(Distiller):
         seen = bool(self.cosine[1] > 0)
         self.cosine.zero_()
         return bool(self.threshold is not None and layers and not labels and seen and mean < self.threshold)
-
-
-def uniform(student_layers: int, teacher_layers: int) -> dict[int, int]:
-    """The last teacher layer of the block that each student layer stands for.
-
-    >>> uniform(3, 12)
-    {1: 4, 2: 8, 3: 12}
-    """
-    if student_layers > teacher_layers:
-        raise DistillError(
-            f"internal needs a teacher at least as deep as the student, got {teacher_layers} layers for"
-            f" {student_layers}."
-        )
-    return {i: round(i * teacher_layers / student_layers) for i in range(1, student_layers + 1)}
-
-
-def _pairs(text: str) -> dict[int, int]:
-    try:
-        pairs = {int(s): int(t) for s, t in (pair.split(":") for pair in text.split(","))}
-    except ValueError:
-        raise DistillError(f"Expected layers as 'uniform' or as pairs such as '1:2,2:4', got {text!r}.") from None
-    return dict(sorted(pairs.items()))
