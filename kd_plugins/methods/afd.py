@@ -16,7 +16,7 @@ from kd_plugins.catalog.values import AtLeastOne, Positive
 from kd_plugins.distiller import Distiller, Terms, Turn
 from kd_plugins.errors import DistillError
 from kd_plugins.methods.kd import soft_labels
-from kd_plugins.nn.discriminators import Discriminator, transfer_layer
+from kd_plugins.nn.discriminators import Discriminator, probability, transfer_layer
 from kd_plugins.reading.nets import Net, Nets, check_unlike
 from kd_plugins.reading.view import Batch, Needs, Reads, View
 
@@ -202,8 +202,8 @@ class AFD(Distiller):
             return {"which": torch.stack([KF.lsgan_classes(discriminator(m), k) for k, m in enumerate(maps)]).sum()}
         terms: Terms = {}
         for k, discriminator in enumerate(self.discriminators):
-            real = torch.cat([_probability(discriminator(maps[j])) for j in learned[k]])
-            terms[_name(k)] = KF.lsgan_discriminator(real, _probability(discriminator(maps[k])))
+            real = torch.cat([probability(discriminator(maps[j])) for j in learned[k]])
+            terms[_name(k)] = KF.lsgan_discriminator(real, probability(discriminator(maps[k])))
         return terms
 
     def _feature_loss(self, maps: Sequence[Tensor], k: int, learned: Sequence[int]) -> Tensor:
@@ -211,15 +211,10 @@ class AFD(Distiller):
         if self.feature_loss == "l1":
             return torch.stack([KF.feature_l1(maps[k], maps[j].detach()) for j in learned]).mean()
         if self.each:
-            return KF.lsgan_generator(_probability(self.discriminators[k](maps[k])))
+            return KF.lsgan_generator(probability(self.discriminators[k](maps[k])))
         return KF.lsgan_generator(self.discriminators[0](maps[k]).float().softmax(1)[:, list(learned)])
 
 
 def _name(network: int) -> str:
     """The group of a network."""
     return f"peer{network}" if network else "student"
-
-
-def _probability(scores: Tensor) -> Tensor:
-    # In half precision the sigmoid rounds to 0 and 1, where it has no slope.
-    return scores.float().sigmoid()

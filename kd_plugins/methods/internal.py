@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
 from kd_plugins import functional as KF
 from kd_plugins.catalog.paper import Paper
+from kd_plugins.catalog.values import NonNegative, Positive, Range
 from kd_plugins.distiller import Distiller, Terms
 from kd_plugins.errors import DistillError
 from kd_plugins.methods.kd import soft_labels
+from kd_plugins.reading.depth import pairs_of, uniform
 from kd_plugins.reading.nets import Nets
 from kd_plugins.reading.view import Batch, Needs, Reads, View
 from kd_plugins.stages import Stage
@@ -68,22 +70,20 @@ class Internal(Distiller):
         *,
         schedule: Literal["all", "progressive", "stacked"] = "stacked",
         layers: str = "uniform",
-        attention_weight: float = 1.0,
-        hidden_weight: float = 1.0,
-        classification_share: float = 0.5,
-        phase_epochs: float | None = None,
+        attention_weight: NonNegative = 1.0,
+        hidden_weight: NonNegative = 1.0,
+        classification_share: Annotated[float, Range(above=0, below=1)] = 0.5,
+        phase_epochs: Positive | None = None,
         threshold: float | None = None,
         fresh_optimizer: bool = True,
         freeze_lower: bool = False,
-        temperature: float = 1.0,
-        gold: float = 0.0,
+        temperature: Positive = 1.0,
+        gold: NonNegative = 0.0,
         project: bool = False,
     ) -> None:
         super().__init__()
-        if not 0 < classification_share < 1:
-            raise DistillError(f"Expected classification_share between 0 and 1, got {classification_share}.")
-        if attention_weight < 0 or hidden_weight < 0 or attention_weight + hidden_weight == 0:
-            raise DistillError("Expected attention_weight and hidden_weight not below 0, and one of them above.")
+        if attention_weight + hidden_weight == 0:
+            raise DistillError("Expected attention_weight or hidden_weight above 0: they are all that layers learn by.")
         if threshold is not None and schedule == "all":
             raise DistillError("threshold ends a layer's phase, and the schedule 'all' has no phases: leave it out.")
         if freeze_lower and schedule != "progressive":
@@ -93,12 +93,7 @@ class Internal(Distiller):
             )
         if threshold is not None and hidden_weight == 0:
             raise DistillError("threshold reads the cosine term, whose hidden_weight is 0: give it a weight.")
-        self.schedule_name, self.threshold, self.freeze_lower = schedule, threshold, freeze_lower
-        self.attention_weight, self.hidden_weight = attention_weight, hidden_weight
-        self.classification_share, self.phase_epochs = classification_share, phase_epochs
-        self.temperature, self.gold, self.project = temperature, gold, project
-        self.fresh_optimizer = fresh_optimizer
-        self._explicit = None if layers == "uniform" else _pairs(layers)
+        self._explicit = None if layers == "uniform" else pairs_of(layers)
         self.pairs: dict[int, int] = self._explicit or {}
         self.projections = nn.ModuleDict()
         # Sums over the epoch of the newest layer's cosine term; buffers, so that a resumed epoch ends the same.
@@ -106,6 +101,7 @@ class Internal(Distiller):
         self.register_buffer("cosine", torch.zeros(2))
 
     def setup(self, nets: Nets, batch: Batch) -> None:
+        self._check_tokens(batch)
         n_s, n_t = nets.student.layers(batch), nets.teacher.layers(batch)
         self.pairs = self._explicit or uniform(n_s, n_t)
         for ours, theirs in self.pairs.items():
@@ -144,8 +140,15 @@ class Internal(Distiller):
                 if h_s != h_t:
                     self.projections[str(ours)] = nn.Linear(h_s, h_t)
 
+    def _check_tokens(self, batch: Batch) -> None:
+        if self.attention_weight and batch.name in batch.teacher_kwargs:
+            raise DistillError(
+                f"internal compares attention token by token, and the teacher reads {batch.name} of its own: use a"
+                " teacher with the student's tokenizer, or attention_weight=0."
+            )
+
     def stages(self) -> list[Stage]:
-        if self.schedule_name == "all":
+        if self.schedule == "all":
             return [Stage("all layers")]
         share, fresh = (1 - self.classification_share) / max(len(self.pairs), 1), self.fresh_optimizer
         phases = [Stage(f"layer {layer}", share, self.phase_epochs, fresh) for layer in sorted(self.pairs)]
@@ -154,12 +157,12 @@ class Internal(Distiller):
     def _phase(self) -> tuple[tuple[int, ...], bool]:
         """The student layers that the current phase compares, and whether it teaches the labels."""
         layers = tuple(sorted(self.pairs))
-        if self.schedule_name == "all":
+        if self.schedule == "all":
             return layers, True
         stage = self.progress.stage
         if stage >= len(layers):
             return (), True
-        return (layers[stage : stage + 1] if self.schedule_name == "progressive" else layers[: stage + 1]), False
+        return (layers[stage : stage + 1] if self.schedule == "progressive" else layers[: stage + 1]), False
 
     def _reads(self, layers: tuple[int, ...]) -> tuple[Reads, Reads]:
         theirs = tuple(self.pairs[layer] for layer in layers)
@@ -182,6 +185,7 @@ class Internal(Distiller):
     def loss(self, student: View, teacher: View, batch: Batch) -> Terms:
         layers, labels = self._phase()
         terms: Terms = {}
+        self._check_tokens(batch)
         if layers and self.attention_weight:
             terms["kl_attention"] = self.attention_weight * sum(self._kl(i, student, teacher, batch) for i in layers)
         if layers and self.hidden_weight:
@@ -217,25 +221,3 @@ class Internal(Distiller):
         seen = bool(self.cosine[1] > 0)
         self.cosine.zero_()
         return bool(self.threshold is not None and layers and not labels and seen and mean < self.threshold)
-
-
-def uniform(student_layers: int, teacher_layers: int) -> dict[int, int]:
-    """The last teacher layer of the block that each student layer stands for.
-
-    >>> uniform(3, 12)
-    {1: 4, 2: 8, 3: 12}
-    """
-    if student_layers > teacher_layers:
-        raise DistillError(
-            f"internal needs a teacher at least as deep as the student, got {teacher_layers} layers for"
-            f" {student_layers}."
-        )
-    return {i: round(i * teacher_layers / student_layers) for i in range(1, student_layers + 1)}
-
-
-def _pairs(text: str) -> dict[int, int]:
-    try:
-        pairs = {int(s): int(t) for s, t in (pair.split(":") for pair in text.split(","))}
-    except ValueError:
-        raise DistillError(f"Expected layers as 'uniform' or as pairs such as '1:2,2:4', got {text!r}.") from None
-    return dict(sorted(pairs.items()))

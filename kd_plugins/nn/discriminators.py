@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["Discriminator", "transfer_layer"]
+__all__ = ["Discriminator", "probability", "transfer_layer"]
 
 
 class Discriminator(nn.Sequential):
@@ -30,6 +30,11 @@ class Discriminator(nn.Sequential):
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
         )
+
+
+def probability(scores: Tensor) -> Tensor:
+    """The sigmoid, in float32: in half precision it rounds to 0 and 1, where it has no slope."""
+    return scores.float().sigmoid()
 
 
 def transfer_layer(channels: int, width: int) -> nn.Module:

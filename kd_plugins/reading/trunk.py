@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError
-from kd_plugins.reading.nets import Net
+from kd_plugins.reading.nets import Net, Nets
 from kd_plugins.reading.tap import _first_tensor
 from kd_plugins.reading.view import Batch, Reads
 
-__all__ = ["Block", "LayerGroup", "Trunk", "find_groups", "find_trunk"]
+__all__ = ["Block", "LayerGroup", "Trunk", "check_maps", "find_groups", "find_trunk"]
 
 _LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -141,6 +141,27 @@ def find_groups(
             " group of the teacher's for each of the student's."
         )
     return groups
+
+
+def check_maps(method: str, group: LayerGroup, nets: Nets, student: Tensor, teacher: Sequence[Tensor]) -> None:
+    """Refuses a group whose layers give no maps, or the teacher's no maps of equal channels, which cannot be summed.
+
+    Args:
+        method: Who sums them.
+        group: The group.
+        nets: The networks.
+        student: The student's activation.
+        teacher: The teacher's.
+    """
+    nets.student.network.check_map(method, group.student, student)
+    for path, x in zip(group.teacher, teacher, strict=True):
+        nets.teacher.network.check_map(method, path, x)
+    channels = [x.shape[1] for x in teacher]
+    if len(set(channels)) > 1:
+        raise DistillError(
+            f"The teacher's layers {list(group.teacher)} have {channels} channels and cannot be summed: name layers of"
+            " equal channels as one group."
+        )
 
 
 def _source(root: nn.Module, path: str, stages: Sequence[str], seen: Mapping[str, Tensor]) -> str:

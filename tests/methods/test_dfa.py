@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kd_plugins import Batch, DistillError, bind, make_optimizers, play
 from kd_plugins.methods.dfa import DFA
 from kd_plugins.reading.network import adapt
-from kd_plugins.testing.runs import Run, Setting, difference
+from kd_plugins.testing.runs import Setting, Training, difference
 
 
 def start(student: nn.Module, teacher: nn.Module, steps: int = 8, **options: Any) -> tuple[DFA, Any, Any]:
@@ -147,7 +147,9 @@ def test_normalized_layers_do_not_depend_on_their_size():
     batch = batches(1)[0]
     view = nets.teacher(batch)
     expected = torch.stack([m / m.square().mean().sqrt() for m in teacher.blocks(batch.inputs)[1]]).mean(0)
-    torch.testing.assert_close(distiller._aggregate(1, view, distiller.alpha(1)), expected)
+    torch.testing.assert_close(
+        distiller.aggregate(1, view, distiller.alpha(1), student.blocks(batch.inputs)[1][-1]), expected
+    )
 
 
 def test_maps_of_other_sizes_are_averaged_where_layers_are_named():
@@ -161,7 +163,40 @@ def test_maps_of_other_sizes_are_averaged_where_layers_are_named():
     torch.testing.assert_close(turn["student"]["features"], expected)
 
 
+def test_a_sum_has_the_size_of_the_students_map_in_its_batch():
+    """Batches of other sizes than the first, in a search and in the distillation, in one forward for each path."""
+    student, teacher = pair()
+    wide, held_out = (Batch.of(torch.randn(3, 3, n, 12), torch.randint(4, (3,))) for n in (12, 16))
+    options = {"layers": ("layer2",), "teacher_layers": ("layer1.*",)}
+    distiller, nets, _ = start(student, teacher, aggregation="uniform", **options)
+    (turn,) = distiller.turns(nets, wide)
+    target = F.avg_pool2d(torch.stack(teacher.blocks(wide.inputs)[0]).mean(0), 2)
+    expected = F.mse_loss(distiller.connectors["0"](student.blocks(wide.inputs)[1][-1]), target)
+    torch.testing.assert_close(turn["student"]["features"], expected)
+    distiller, nets, _ = start(student, teacher, **options)
+    calls: list[int] = []
+    student.stem.register_forward_hook(lambda *_: calls.append(1))
+    learned, last = distiller.turns(nets, Batch.of(wide.inputs, wide.labels, streams={"search": held_out}))
+    assert len(calls) == 4
+    for terms, batch in ((learned["beta"], held_out), (last["student"], wide)):
+        target = F.avg_pool2d(torch.stack(teacher.blocks(batch.inputs)[0]).mean(0), 2)
+        scores = student.above(distiller.to_student["0"](target))
+        torch.testing.assert_close(terms["ts"], F.cross_entropy(scores, batch.labels))
+        mapped = distiller.to_teacher["0"](student.blocks(batch.inputs)[1][-1])
+        torch.testing.assert_close(terms["st"], F.mse_loss(mapped, target))
+
+
 # The search
+
+
+def test_options_take_effect_in_the_training():
+    distiller, nets, _ = start(*pair(), ts_weight=0.0)
+    before = list(distiller.turns(nets, batches()[0]))[-1]["student"]["st"]
+    distiller.st_weight = 0.5
+    torch.testing.assert_close(list(distiller.turns(nets, batches()[0]))[-1]["student"]["st"], before / 2)
+    distiller.ts_weight = 1.0
+    with pytest.raises(DistillError, match="path to_student had no weight when dfa was set up"):
+        list(distiller.turns(nets, batches()[0]))
 
 
 def test_each_search_moves_its_own_group_and_the_rest_stays():
@@ -266,7 +301,7 @@ def test_the_search_prefers_the_layer_that_tells_the_classes():
     assert float(distiller.alpha(0).detach()[1]) > 0.7
 
 
-def test_resumes_in_the_middle_of_a_search():
+def test_resumes_in_the_middle_of_a_search(tmp_path):
     student, teacher = pair()
 
     def sgd(parameters: Any) -> torch.optim.Optimizer:
@@ -276,11 +311,12 @@ def test_resumes_in_the_middle_of_a_search():
         return DFA(search_share=0.6, regularizer=0.1)
 
     setting = Setting(make, student, [teacher], [], batches(), 20, sgd, adapt)
-    whole = Run(setting).train()
+    whole = Training(setting).train()
     assert [whole.distiller.progress.table.bounds(i) for i in range(3)] == [(0, 8), (8, 12), (12, 20)]
     for stop in (3, 8, 10, 12, 15):
-        saved = Run(setting).train(stop=stop).checkpoint()
-        resumed = Run(setting, seed=1, refit=False).resume(saved).train()
+        folder = str(tmp_path / str(stop))
+        Training(setting).train(stop=stop).run.save(folder)
+        resumed = Training(setting, seed=1, refit=False).resume(folder).train()
         assert difference(whole.state(), resumed.state())[0] == 0.0, stop
 
 
@@ -362,7 +398,7 @@ def test_groups_of_one_layer_need_no_search():
     distiller, _, _ = start(student, teacher)
     assert [s.name for s in distiller.stages()] == ["distill"]
     assert [distiller.alpha(i).tolist() for i in range(2)] == [[1.0]] * 2
-    with pytest.raises(DistillError, match=r"nothing to search.*deeper teacher"):
+    with pytest.raises(DistillError, match=r"nothing to search: take a deeper one"):
         start(student, teacher, search_only=True)
 
 
@@ -377,14 +413,14 @@ def test_groups_of_one_layer_need_no_search():
         ({"weights": "search.json", "normalize": True}, "leave those options out"),
         ({"aggregation": "last", "search_only": True}, "aggregation=last has none"),
         ({"st_weight": 0.0, "ts_weight": 0.0}, "st_weight or ts_weight above"),
-        ({"regularizer": -1.0}, "no weight below 0"),
-        ({"search_share": 1.0}, "between 0 and 1"),
-        ({"search_epochs": 0.0}, "search_epochs above 0"),
+        ({"regularizer": -1.0}, "regularizer to be float from 0"),
+        ({"search_share": 1.0}, "search_share to be float above 0 below 1"),
+        ({"search_epochs": 0.0}, "search_epochs to be float above 0"),
         ({"aggregation": "uniform", "st_weight": 0.5, "held_out": 0.3}, "st_weight, held_out: only a search"),
         ({"weights": "search.json", "search_epochs": 1.0}, "search_epochs: only a search"),
         ({"seed": 1}, "seed is of random weights"),
         ({"search_epochs": 1.0, "search_only": True}, "leave search_epochs out"),
-        ({"held_out": 0.0}, "between 0 and 1"),
+        ({"held_out": 0.0}, "held_out to be float above 0 below 1"),
     ],
 )
 def test_options_that_contradict_each_other(options, words):
