@@ -46,7 +46,7 @@ class Distiller(nn.Module):
 
     Class attributes:
         paper: What to cite.
-        kind: `"offline"`, `"online"`, `"data-free"`, ...
+        networks: The networks it reads: `"any"`, or `"transformer"` where it reads numbered layers or attention.
         tasks: The tasks it fits; hosts refuse others.
         teachers: Number of teachers: 0, 1, `"many"` (at least one; `loss` is averaged over them), or `"or peers"` (one,
             or peers in its place).
@@ -55,7 +55,8 @@ class Distiller(nn.Module):
         accumulation: False when gradient accumulation would change what the method is.
         untrained: Parameters that get no gradient on purpose, as globs over their names (`"student.head.*"`), for
             `kd_plugins.testing.check_distiller`.
-        example: What `check_distiller` needs to try the method with, beside its options' defaults.
+        example: Options with which `check_distiller` tries the method on its small networks; defaults where nothing is
+            said.
         task_weight: Weight of the task loss in the default turn; 0 drops the term.
 
     Attributes:
@@ -65,9 +66,9 @@ class Distiller(nn.Module):
     """
 
     paper: ClassVar[Paper | None] = None
-    kind: ClassVar[str] = "offline"
     example: ClassVar[Mapping[str, Any]] = {}
     tasks: tuple[str, ...] = ("classification",)
+    networks: ClassVar[str] = "any"
     teachers: int | str = 1
     peers: bool = False
     data: bool = True
@@ -178,6 +179,11 @@ class Distiller(nn.Module):
         """Writes what another run may start from into a run's folder; called at the end, on one process."""
 
     # What is derived
+
+    @property
+    def kind(self) -> str:
+        """`"offline"` from a teacher, `"online"` with peers, `"data-free"` without a training set."""
+        return "data-free" if not self.data else "online" if self.peers else "offline"
 
     @property
     def methods(self) -> dict[str, Distiller]:

@@ -18,13 +18,14 @@ PACKAGES = {
     "kd_timm": ROOT / "integrations" / "kd_timm",
 }
 ABOVE = {
-    "kd_plugins": {"kd_accelerate", "kd_transformers", "kd_timm"},
-    "kd_accelerate": {"kd_transformers", "kd_timm"},
+    "kd_plugins": {"kd_accelerate", "kd_report", "kd_transformers", "kd_timm"},
+    "kd_accelerate": {"kd_report", "kd_transformers", "kd_timm"},
+    "kd_report": {"kd_transformers", "kd_timm"},
     "kd_transformers": {"kd_timm"},
     "kd_timm": {"kd_transformers"},
 }
 HOSTS = {"timm", "transformers", "accelerate", "datasets", "evaluate"}
-HEAVY = {"sklearn", "matplotlib", "rich", "yaml", "safetensors", "numpy", "PIL"}
+HEAVY = {"sklearn", "matplotlib", "jinja2", "rich", "yaml", "safetensors", "numpy", "PIL"}
 
 
 def sources(package: str) -> list[Path]:
@@ -75,8 +76,8 @@ def test_imports_are_recognised(tmp_path):
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_nobody_imports_upwards(package):
-    # The contract compares hosts: the one place below that looks up, when it is called.
-    allowed = {("runs.py", "kd_accelerate")}
+    # The contract compares hosts, and the demo draws pages: the two places that look up, when they are called.
+    allowed = {("runs.py", "kd_accelerate"), ("demo.py", "kd_report")}
     for path in sources(package):
         for name, now in imports(path):
             upward = top(name) in ABOVE[package] and ((path.name, top(name)) not in allowed or now)
@@ -102,9 +103,23 @@ def test_the_functional_losses_import_nothing_of_ours():
             assert not ours, f"{path.relative_to(ROOT)} imports {name}"
 
 
-@pytest.mark.parametrize("package", ["kd_accelerate", "kd_transformers", "kd_timm"])
+def test_only_pages_import_what_pages_are_made_with():
+    found = {path.name: {top(name) for name, now in imports(path) if now} for path in sources("kd_report")}
+    drawing = {"charts.py", "comparison.py", "pages.py"}
+    for name, packages in found.items():
+        wanted = {"jinja2", "markupsafe", "matplotlib"} if name in drawing else set()
+        assert not packages & {"jinja2", "markupsafe", "matplotlib"} - wanted, name
+    assert {"jinja2", "matplotlib"} <= found["pages.py"]
+    for name in found.keys() - drawing:
+        path = PACKAGES["kd_report"] / name
+        late = {f"{top(n)}.{n.split('.')[1]}" for n, now in imports(path) if now and top(n) == "kd_report"}
+        assert not late & {f"kd_report.{file.removesuffix('.py')}" for file in drawing}, name
+
+
+@pytest.mark.parametrize("package", ["kd_accelerate", "kd_report", "kd_transformers", "kd_timm"])
 def test_hosts_import_no_other_host(package):
-    others = {"kd_accelerate": {"timm", "transformers", "datasets", "evaluate"}, "kd_transformers": {"timm"}}
+    others = dict.fromkeys(("kd_accelerate", "kd_report"), {"timm", "transformers", "datasets", "evaluate"})
+    others["kd_transformers"] = {"timm"}
     for path in sources(package):
         for name, now in imports(path):
             bad = now and top(name) in others.get(package, {"transformers", "datasets", "evaluate"})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -13,47 +12,15 @@ from torch import Tensor, nn
 from kd_plugins import functional as KF
 from kd_plugins.catalog.options import OptimSpec
 from kd_plugins.catalog.paper import Paper
+from kd_plugins.catalog.values import AtLeastOne, Positive
 from kd_plugins.distiller import Distiller, Terms, Turn
 from kd_plugins.errors import DistillError
 from kd_plugins.methods.kd import soft_labels
-from kd_plugins.reading.nets import Net, Nets
+from kd_plugins.nn.discriminators import Discriminator, transfer_layer
+from kd_plugins.reading.nets import Net, Nets, check_unlike
 from kd_plugins.reading.view import Batch, Needs, Reads, View
 
-__all__ = ["AFD", "Discriminator", "sources", "transfer_layer"]
-
-_logger = logging.getLogger("kd_plugins.afd")
-
-
-class Discriminator(nn.Sequential):
-    """Judges feature maps: `[B, C, H, W]` to scores `[B, K]`, before sigmoid or softmax.
-
-    Convolution, strided convolution, 1x1 convolution, mean over the positions. Each example is normalised on its own
-    (group normalisation), so that real and fake maps, processes, and batches of one are all treated alike.
-
-    Args:
-        channels: C.
-        hidden: Channels between the convolutions.
-        outputs: K.
-    """
-
-    def __init__(self, channels: int, hidden: int, outputs: int = 1) -> None:
-        super().__init__(
-            nn.Conv2d(channels, hidden, 3, padding=1),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(hidden, hidden, 3, stride=2, padding=1, bias=False),
-            nn.GroupNorm(1, hidden),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(hidden, outputs, 1),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-        )
-
-
-def transfer_layer(channels: int, width: int) -> nn.Module:
-    """Maps `[B, channels, H, W]` to `[B, width, H, W]`: 1x1 convolution, batch norm, ReLU; nothing where they agree."""
-    if channels == width:
-        return nn.Identity()
-    return nn.Sequential(nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+__all__ = ["AFD", "sources"]
 
 
 def sources(network: int, networks: int, topology: str) -> list[int]:
@@ -109,7 +76,6 @@ class AFD(Distiller):
         2020,
         arxiv="2002.01775",
     )
-    kind = "online"
     tasks = ("classification", "multilabel")
     teachers = "or peers"
     peers = True
@@ -120,141 +86,104 @@ class AFD(Distiller):
         layer: str | int = -1,
         peer_layers: tuple[str | int, ...] | None = None,
         teacher_layer: str | int | None = None,
-        temperature: float = 3.0,
-        logit_weight: float = 1.0,
+        temperature: Positive = 3.0,
+        logit_weight: Positive = 1.0,
         logit_only: bool = False,
         adversarial_only: bool = False,
         feature_loss: Literal["adversarial", "l1"] = "adversarial",
         topology: Literal["cycle", "all"] = "cycle",
         discriminators: Literal["each", "one"] = "each",
-        hidden: int = 64,
+        hidden: AtLeastOne = 64,
     ) -> None:
         super().__init__()
-        if temperature <= 0 or hidden < 1:
-            raise DistillError(f"Expected temperature and hidden above 0, got {temperature} and {hidden}.")
-        if logit_weight <= 0:
-            raise DistillError(f"Expected logit_weight above 0, got {logit_weight}: adversarial_only drops that term.")
         if logit_only and adversarial_only:
             raise DistillError("logit_only and adversarial_only leave nothing to distil: take one of them.")
-        if logit_only and (feature_loss != "adversarial" or discriminators != "each"):
-            raise DistillError("logit_only has no feature loss: leave feature_loss and discriminators out.")
-        if feature_loss == "l1" and discriminators != "each":
-            raise DistillError("feature_loss=l1 has no discriminators: leave discriminators out.")
-        self.layer = layer
-        self.peer_layers = peer_layers
-        self.teacher_layer = layer if teacher_layer is None else teacher_layer
-        self.temperature, self.logit_weight = temperature, logit_weight
-        self.reads_logits, self.reads_features = not adversarial_only, not logit_only
-        self.adversarial, self.topology = feature_loss == "adversarial" and not logit_only, topology
-        self.each, self.hidden = discriminators == "each", hidden
-        self.online = True
+        if logit_only and feature_loss == "l1":
+            raise DistillError("logit_only has no feature loss: leave feature_loss out.")
+        if discriminators == "one" and (logit_only or feature_loss == "l1"):
+            raise DistillError("logit_only and feature_loss=l1 have no discriminators: leave discriminators out.")
+        self.each, self.online = discriminators == "each", True
         self.transfers, self.discriminators = nn.ModuleList(), nn.ModuleList()
 
     # Networks
 
     def needs(self) -> Needs:
-        if not self.reads_features:
+        if self.logit_only:
             return Needs()
         return Needs(
             Reads(features=(self.layer,)),
-            Reads(False) if self.online else Reads(self.reads_logits, features=(self.teacher_layer,)),
+            Reads(False) if self.online else Reads(not self.adversarial_only, features=(self._layers(2)[1],)),
             peers=tuple(Reads(features=(layer,)) for layer in self.peer_layers or ()),
         )
 
     def setup(self, nets: Nets, batch: Batch) -> None:
-        self._check(nets)
-        views = self._views(nets, batch)
-        if self.reads_logits and len({view.logits.shape for view in views}) > 1:
+        self.online, others = len(nets.peers) > 1, len(nets.peers) - 1
+        if self.peer_layers is not None and len(self.peer_layers) != others:
+            raise DistillError(f"Expected one of peer_layers for each of {others} peers, got {list(self.peer_layers)}.")
+        if self.teacher_layer is not None and self.online:
+            raise DistillError("teacher_layer is for the offline form, which has a teacher and no peers: leave it out.")
+        check_unlike(nets.peers)
+        networks = self._networks(nets)
+        views = [net(batch) for net in networks]
+        if not self.adversarial_only and len({view.logits.shape for view in views}) > 1:
             shapes = [list(view.logits.shape) for view in views]
             raise DistillError(f"afd compares logits of the same classes, got the shapes {shapes} from the networks.")
-        if not self.reads_features:
+        if self.logit_only:
             return
         widths = []
-        for net, view, layer in zip(self._networks(nets), views, self._layers(len(views)), strict=True):
+        for net, view, layer in zip(networks, views, self._layers(len(views)), strict=True):
             net.network.check_map(self.name, layer, view.features[layer])
             widths.append(view.features[layer].shape[1])
         # Nothing would train a transfer layer of a frozen teacher.
         width = max(widths) if self.online else widths[-1]
         self.transfers.extend(transfer_layer(w, width) for w in widths[: len(nets.peers)])
-        if not self.adversarial:
-            return
-        if self.each:
-            self.discriminators.extend(Discriminator(width, self.hidden) for _ in nets.peers)
-        else:
-            self.discriminators.append(Discriminator(width, self.hidden, len(views)))
-
-    def _check(self, nets: Nets) -> None:
-        """Refuses options and networks that do not go together."""
-        self.online = len(nets.peers) > 1
-        if self.peer_layers is not None and len(self.peer_layers) != len(nets.peers) - 1:
-            raise DistillError(
-                f"Expected one of peer_layers for each of {len(nets.peers) - 1} peers, got {list(self.peer_layers)}."
-            )
-        if self.config["teacher_layer"] is not None and self.online:
-            raise DistillError("teacher_layer is for the offline form, which has a teacher and no peers: leave it out.")
-        for k, peer in enumerate(nets.peers[1:], 1):
-            for j, other in enumerate(nets.peers[:k]):
-                same = _same(peer.module, other.module)
-                if same == 1:
-                    raise DistillError(
-                        f"{_name(j)} and {_name(k)} have the same architecture and weights and would stay the same:"
-                        " initialise them differently."
-                    )
-                if same > 0.5:
-                    _logger.warning(
-                        "%s and %s start with the same weights but for %.1f %%: networks that are alike have little to"
-                        " teach each other.",
-                        *(_name(j), _name(k), 100 * (1 - same)),
-                    )
-
-    def _views(self, nets: Nets, batch: Batch) -> list[View]:
-        """One forward of every network: the trained ones, then the teacher of the offline form."""
-        return [network(batch) for network in self._networks(nets)]
+        if self.feature_loss == "adversarial":
+            outputs = [1] * len(nets.peers) if self.each else [len(views)]
+            self.discriminators.extend(Discriminator(width, self.hidden, n) for n in outputs)
 
     def _networks(self, nets: Nets) -> Sequence[Net]:
         return nets.peers if self.online else (nets.student, nets.teacher)
 
     def _layers(self, networks: int) -> list[str | int]:
-        others = self.peer_layers or (self.layer,) * (networks - 1)
-        return [self.layer, *(others if self.online else (self.teacher_layer,))]
+        """The feature map of each network."""
+        if self.online:
+            return [self.layer, *(self.peer_layers or (self.layer,) * (networks - 1))]
+        return [self.layer, self.layer if self.teacher_layer is None else self.teacher_layer]
 
     # Groups
 
     def extras(self) -> dict[str, nn.Module]:
-        groups: dict[str, nn.Module] = {"features": self.transfers} if self.reads_features else {}
-        return groups | ({"discriminator": self.discriminators} if self.adversarial else {})
+        if self.logit_only:
+            return {}
+        judges = {"discriminator": self.discriminators} if self.feature_loss == "adversarial" else {}
+        return {"features": self.transfers, **judges}
 
     def shared(self, nets: Nets) -> dict[str, list[nn.Parameter]]:
         # The gradient of the feature loss ends at the map: the layers above get none.
-        networks = nets.peers if self.reads_features else ()
-        moved = [p for network in networks for p in network.module.parameters() if p.requires_grad]
-        return {"features": moved} if moved else {}
+        moved = [p for network in nets.peers for p in network.module.parameters() if p.requires_grad]
+        return {} if self.logit_only else {"features": moved}
 
     def optimizers(self) -> dict[str, OptimSpec]:
-        """Adam at 2e-5 along the student's learning-rate curve, for the features and for the discriminators.
-
-        Both are our defaults.
-        """
+        """Adam at 2e-5 along the student's learning-rate curve, for features and discriminators; our default."""
         return dict.fromkeys(self.extras(), OptimSpec("Adam", 2e-5, schedule="student"))
 
     # A step
 
     def turns(self, nets: Nets, batch: Batch) -> Iterator[Turn]:
-        views = self._views(nets, batch)
+        views = [net(batch) for net in self._networks(nets)]
         trained = range(len(nets.peers))
         learned = [sources(k, len(views), self.topology) for k in trained]
         turn: dict[str, Terms] = {}
-        if self.reads_features:
+        if not self.logit_only:
             maps = self._maps(views)
-            if self.adversarial:
+            if self.feature_loss == "adversarial":
                 yield {"discriminator": self._judge([m.detach() for m in maps], learned)}
             turn["features"] = {_name(k): self._feature_loss(maps, k, learned[k]) for k in trained}
         for k in reversed(trained):
             terms = {"task": batch.task_loss(views[k])}
-            if self.reads_logits:
-                terms["logits"] = self.logit_weight * _mean(
-                    [soft_labels(views[k], views[j], batch, self.temperature) for j in learned[k]]
-                )
+            if not self.adversarial_only:
+                pulls = [soft_labels(views[k], views[j], batch, self.temperature) for j in learned[k]]
+                terms["logits"] = self.logit_weight * torch.stack(pulls).mean()
             turn[_name(k)] = terms
         yield turn
 
@@ -279,8 +208,8 @@ class AFD(Distiller):
 
     def _feature_loss(self, maps: Sequence[Tensor], k: int, learned: Sequence[int]) -> Tensor:
         """What network k pays for maps that differ from those that it learns from."""
-        if not self.adversarial:
-            return _mean([KF.feature_l1(maps[k], maps[j].detach()) for j in learned])
+        if self.feature_loss == "l1":
+            return torch.stack([KF.feature_l1(maps[k], maps[j].detach()) for j in learned]).mean()
         if self.each:
             return KF.lsgan_generator(_probability(self.discriminators[k](maps[k])))
         return KF.lsgan_generator(self.discriminators[0](maps[k]).float().softmax(1)[:, list(learned)])
@@ -291,23 +220,6 @@ def _name(network: int) -> str:
     return f"peer{network}" if network else "student"
 
 
-def _mean(terms: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(terms)).mean()
-
-
 def _probability(scores: Tensor) -> Tensor:
     # In half precision the sigmoid rounds to 0 and 1, where it has no slope.
     return scores.float().sigmoid()
-
-
-def _same(a: nn.Module, b: nn.Module) -> float:
-    """The share of two networks' weights that are equal; 0 for different architectures."""
-    ours, theirs = list(a.parameters()), list(b.parameters())
-    if [p.shape for p in ours] != [q.shape for q in theirs]:
-        return 0.0
-    pairs = zip(ours, theirs, strict=True)
-    # Vectors start as constants in every network.
-    weights = [(p.numel(), p.device == q.device and torch.equal(p, q)) for p, q in pairs if p.dim() > 1]
-    if not weights:
-        return float(all(torch.equal(p, q.to(p.device)) for p, q in zip(ours, theirs, strict=True)))
-    return sum(n for n, equal in weights if equal) / sum(n for n, _ in weights)

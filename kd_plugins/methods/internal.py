@@ -61,6 +61,7 @@ class Internal(Distiller):
         arxiv="1910.03723",
     )
     tasks = ("classification", "multilabel")
+    networks = "transformer"
 
     def __init__(
         self,

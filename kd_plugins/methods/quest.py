@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections import Counter
 from collections.abc import Iterable
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -13,92 +13,23 @@ from torch import Tensor, nn
 
 from kd_plugins import functional as KF
 from kd_plugins.catalog.paper import Paper
-from kd_plugins.distiller import Distiller, Terms
+from kd_plugins.catalog.values import NonNegative, Positive, Range
+from kd_plugins.distiller import Terms
 from kd_plugins.errors import DistillError
-from kd_plugins.layers import paired
-from kd_plugins.nn.codebook import Sample, cached_codebook, fingerprint_of, fit_codebook
-from kd_plugins.nn.patches import NearestPatches, patch_side, pixels
-from kd_plugins.picture import Images, Picture
+from kd_plugins.layers import LayerDistiller, Pair
+from kd_plugins.nn.codebook import Sample, fingerprint_of
+from kd_plugins.nn.patches import ImageSample, NearestPatches, patch_side, pixels
+from kd_plugins.nn.vocabulary import Vocabulary
+from kd_plugins.picture import Picture
 from kd_plugins.reading.nets import Nets
-from kd_plugins.reading.view import Batch, Needs, Reads, View
+from kd_plugins.reading.view import Batch, View
 
-__all__ = ["QUEST", "Vocabulary"]
+__all__ = ["QUEST"]
 
 _logger = logging.getLogger("kd_plugins.quest")
 
-# Vectors that the temperature is chosen on.
-_CALIBRATION = 2048
-# The report's picture: words, patches of each, and numbers in the sample of images that these are looked for in.
-_WORDS, _PATCHES, _PIXELS = 8, 8, 2**25
 
-
-class Vocabulary(nn.Module):
-    """The words of one layer of the teacher, and the student's predictor of them.
-
-    Args:
-        words: K.
-        student_channels: C_s.
-        teacher_channels: C_t.
-        temperature: Multiplies the squared distances of the targets.
-        layer: The teacher's layer, in words.
-        size: Height and width of the teacher's map as it is quantised, or its number of tokens.
-        side: Height and width of the patches that show a word; 0 without patches.
-
-    Attributes:
-        codebook: The words `[K, C_t]`.
-        counts: How many of the vectors that k-means saw each word stands for `[K]`.
-        temperature: Chosen for a sharpness, where that is asked for.
-        sharpness: The mean largest probability of the targets before the training.
-        patches: Of the words that stand for the most vectors, `[W, P, 3, side, side]`.
-    """
-
-    codebook: Tensor
-    counts: Tensor
-    temperature: Tensor
-    sharpness: Tensor
-    patches: Tensor
-
-    def __init__(
-        self,
-        words: int,
-        student_channels: int,
-        teacher_channels: int,
-        temperature: float,
-        *,
-        layer: str = "",
-        size: tuple[int, ...] = (),
-        side: int = 0,
-    ) -> None:
-        super().__init__()
-        self.layer, self.size, self.side = layer, size, side
-        self.weight = nn.Parameter(torch.randn(words, student_channels) * math.sqrt(2 / student_channels))
-        self.scale = nn.Parameter(torch.tensor(3.0))
-        self.register_buffer("codebook", torch.zeros(words, teacher_channels))
-        self.register_buffer("counts", torch.zeros(words, dtype=torch.long))
-        self.register_buffer("temperature", torch.tensor(float(temperature)))
-        self.register_buffer("sharpness", torch.tensor(0.0))
-        shown = min(_WORDS, words), _PATCHES, 3, side, side
-        self.register_buffer("patches", torch.full(shown, 255, dtype=torch.uint8) if side else None)
-
-    def fill(self, vectors: Tensor, codebook: Tensor, counts: Tensor, sharpness: float | None) -> None:
-        """Takes up the words of a sample of vectors `[N, C_t]`, and the temperature that makes them that sharp."""
-        self.codebook.copy_(codebook)
-        self.counts.copy_(counts)
-        few = vectors[:_CALIBRATION]
-        if sharpness is not None:
-            self.temperature.fill_(KF.match_sharpness(few, codebook, sharpness))
-        self.sharpness.copy_(KF.soft_assignment(few, codebook, self.temperature.cpu()).amax(1).mean())
-
-    def most(self, words: int) -> list[int]:
-        """The words that stand for the most vectors, most first."""
-        return self.counts.argsort(descending=True, stable=True)[:words].tolist()
-
-    def forward(self, student_map: Tensor, teacher_map: Tensor) -> Tensor:
-        """The divergence of the predicted words from the teacher's, of maps of the same positions."""
-        return KF.quest(student_map, teacher_map, self.weight, self.scale, self.codebook, self.temperature)
-
-
-class QUEST(Distiller):
+class QUEST(LayerDistiller):
     """The student predicts which visual words of the teacher stand at each position of the image.
 
     Jain, Gidaris, Komodakis, Perez, Cord, "QuEST: Quantized Embedding Space for Transferring Knowledge", ECCV 2020,
@@ -120,8 +51,6 @@ class QUEST(Distiller):
     are moved to the farthest vector here. Averaging the student down, `sharpness` and tokens are ours.
 
     Args:
-        layers: Student layers: stage numbers (-1 is the last stage) or module paths.
-        teacher_layers: Teacher layers, in the same order; the same names by default.
         words: K, the words of each layer; the paper's.
         weight: Weight of the divergence summed over the layers; the released code's for most pairs.
         temperature: Multiplies the squared distances of the unnormalised features, so that a larger one makes harder
@@ -142,50 +71,33 @@ class QUEST(Distiller):
         2020,
         arxiv="1912.01540",
     )
-    tasks = ("classification", "multilabel", "segmentation", "detection", "regression", "other")
+    example = {"words": 16}
 
     def __init__(
         self,
         *,
-        layers: tuple[str | int, ...] = (-1,),
-        teacher_layers: tuple[str | int, ...] | None = None,
-        words: int = 4096,
-        weight: float = 1.0,
-        temperature: float | None = None,
-        sharpness: float | None = None,
+        words: Annotated[int, Range(low=2)] = 4096,
+        weight: NonNegative = 1.0,
+        temperature: Positive | None = None,
+        sharpness: Annotated[float, Range(above=0, below=1)] | None = None,
         max_vectors: int = 200_000,
         seed: int | None = None,
         cache: str | None = None,
+        **layers: Any,
     ) -> None:
-        super().__init__()
-        self.layers = layers
-        self.teacher_layers = layers if teacher_layers is None else teacher_layers
-        if len(self.layers) != len(self.teacher_layers) or not self.layers:
-            raise DistillError(
-                f"Expected as many teacher_layers as layers, got {list(self.layers)} and {list(self.teacher_layers)}."
-            )
-        if words < 2:
-            raise DistillError(f"Expected at least 2 words, got {words}.")
-        if weight < 0:
-            raise DistillError(f"Expected a weight of 0 or more, got {weight}.")
+        super().__init__(**layers)
         if temperature is not None and sharpness is not None:
             raise DistillError("sharpness chooses the temperature: give one of them.")
-        if temperature is not None and temperature <= 0:
-            raise DistillError(f"Expected a temperature above 0, got {temperature}: the distances' sign is the loss's.")
-        if sharpness is not None and not 1 / words < sharpness < 1:
+        if sharpness is not None and sharpness <= 1 / words:
             raise DistillError(f"Expected sharpness between 1 / {words} and 1, got {sharpness}.")
         if max_vectors < words:
             raise DistillError(
                 f"k-means needs at least as many vectors as words, got max_vectors={max_vectors} for {words} words:"
                 " raise max_vectors, or ask for fewer words."
             )
-        self.n_words, self.weight, self.sharpness = words, weight, sharpness
-        self.temperature = 5.0 if temperature is None else temperature
-        self.max_vectors, self.seed, self.cache = max_vectors, seed, cache
+        if temperature is None and sharpness is None:
+            self.temperature = 5.0
         self.vocabularies = nn.ModuleList()
-
-    def needs(self) -> Needs:
-        return Needs(Reads(features=self.layers), Reads(logits=False, features=self.teacher_layers))
 
     # Before the training
 
@@ -193,75 +105,61 @@ class QUEST(Distiller):
         if batch.mask is not None:
             raise DistillError("quest reads images, and this batch is of padded sequences: use another method.")
         numbers: Counter[str | int] = Counter()
-        for pair in paired(nets.student(batch), nets.teacher(batch), self.layers, self.teacher_layers):
-            f_s, f_t, ours, theirs = pair
-            if f_s.dim() not in (3, 4) or f_s.dim() != f_t.dim() or f_s.dim() == 3 and f_s.shape[1] != f_t.shape[1]:
-                raise DistillError(
-                    "quest reads maps [B, C, H, W] of any size, or tokens [B, L, C] of one number L, got"
-                    f" {list(f_s.shape)} at the student's layer {ours!r} and {list(f_t.shape)} at the teacher's"
-                    f" {theirs!r}: choose other layers."
-                )
-            if f_s.dim() == 4:
-                nets.student.network.check_map(self.name, ours, f_s)
-                nets.teacher.network.check_map(self.name, theirs, f_t)
-            f_s, f_t = _positions(f_s, f_t)
+        for pair in self.pairs(nets.student(batch), nets.teacher(batch)):
+            self.check_pair(pair)
+            theirs = pair.teacher_layer
+            if pair.student.dim() == 4:
+                nets.student.network.check_map(self.name, pair.layer, pair.student)
+                nets.teacher.network.check_map(self.name, theirs, pair.teacher)
+            f_s, f_t = _positions(pair.student, pair.teacher)
             size = tuple(f_t.shape[2:])
             # Tokens have no place in the image that would be known here.
             image = batch.inputs.shape[2:] if isinstance(batch.inputs, Tensor) and f_t.dim() == 4 else ()
             made = Vocabulary(
-                self.n_words,
+                self.words,
                 f_s.shape[1],
                 f_t.shape[1],
-                self.temperature,
                 layer=f"{theirs}, output {numbers[theirs]}" if numbers[theirs] else str(theirs),
                 size=size,
                 side=patch_side(tuple(image), size) if len(image) == 2 else 0,
             )
+            if self.temperature is not None:
+                made.temperature.fill_(self.temperature)
             self.vocabularies.append(made)
             numbers[theirs] += 1
 
+    def check_pair(self, pair: Pair) -> None:
+        f_s, f_t = pair.student, pair.teacher
+        if f_s.dim() not in (3, 4) or f_s.dim() != f_t.dim() or f_s.dim() == 3 and f_s.shape[1] != f_t.shape[1]:
+            raise DistillError(
+                "quest reads maps [B, C, H, W] of any size, or tokens [B, L, C] of one number L, got"
+                f" {list(f_s.shape)} at the student's layer {pair.layer!r} and {list(f_t.shape)} at the teacher's"
+                f" {pair.teacher_layer!r}: choose other layers."
+            )
+
     def prepare(self, nets: Nets, batches: Iterable[Batch]) -> None:
         """Makes the words, and where it is asked for the temperature, of the teacher's features on the training set."""
-        generator = self.generator() if self.seed is None else torch.Generator().manual_seed(self.seed)
+        generator = self.host.generator() if self.seed is None else _random(self.seed)
         seed = int(torch.randint(2**31, (), generator=generator))
         _logger.info("%s: reading the teacher's features of the training set.", self.name)
         # Each has a stream of its own, so that a layer's words do not depend on what else is looked at.
-        samples = [Sample(self.max_vectors, _random(seed)) for _ in self.vocabularies]
-        images, shape, last = None, None, None
+        samples, images = (
+            [Sample(self.max_vectors, _random(seed)) for _ in self.vocabularies],
+            ImageSample(_random(seed)),
+        )
         for batch in batches:
+            images.add(batch)
             for sample, f_t in zip(samples, self._teacher_maps(nets, batch), strict=True):
                 sample.add(f_t.flatten(2).mT.flatten(0, 1))
-            # Images whose other inputs are not known by row cannot be asked again.
-            if isinstance(batch.inputs, Tensor) and not (batch.kwargs or batch.teacher_kwargs):
-                if images is None:
-                    shape = batch.inputs.shape[1:]
-                    images = Sample(max(1, min(512, _PIXELS // shape.numel())), _random(seed))
-                if batch.inputs.shape[1:] == shape:
-                    images.add(batch.inputs)
-                    last = batch
         teacher = fingerprint_of(nets.teacher.module) if self.cache is not None else ""
         for vocabulary, sample in zip(self.vocabularies, samples, strict=True):
-            if not sample.seen:
-                raise DistillError("quest makes its words of the training set, and the pass over it gave no batch.")
-            vectors = sample.vectors()
-            _logger.info("%s: k-means of %d vectors into %d words.", self.name, len(vectors), self.n_words)
-            if self.cache is None:
-                made = fit_codebook(vectors, self.n_words, seed)
-            else:
-                place = {"layer": vocabulary.layer, "pooled to": list(vocabulary.size), "drawn of": sample.seen}
-                made = cached_codebook(vectors, self.n_words, seed, self.cache, {"teacher": teacher, **place})
-            vocabulary.fill(vectors, *made, self.sharpness)
             _logger.info(
-                "%s: %d words of the teacher's layer %s, of %d of %d vectors; at temperature %.3g the targets' largest"
-                " probability is %.2f in the mean.",
-                *(self.name, self.n_words, vocabulary.layer, len(vectors), sample.seen),
-                *(vocabulary.temperature.item(), vocabulary.sharpness.item()),
+                "%s: k-means of %d vectors into %d words.", self.name, min(sample.seen, self.max_vectors), self.words
             )
-        if images is not None and last is not None:
-            shown = [last.with_inputs(part.to(last.inputs)) for part in images.vectors().split(last.size)]
-            for vocabulary, found in zip(self.vocabularies, self.visual_words(nets, shown), strict=True):
-                if vocabulary.side:
-                    vocabulary.patches.copy_(found.images)
+            _logger.info("%s: %s", self.name, vocabulary.fit(sample, seed, self.sharpness, self.cache, teacher))
+        for vocabulary, found in zip(self.vocabularies, self.visual_words(nets, images.batches()), strict=True):
+            if vocabulary.side:
+                vocabulary.patches.copy_(found.images)
 
     def _teacher_maps(self, nets: Nets, batch: Batch) -> list[Tensor]:
         """The teacher's maps as they are quantised `[B, C_t, H, W]`, at the sizes that `setup` found."""
@@ -273,11 +171,18 @@ class QUEST(Distiller):
             f if f.shape[2:] == size else F.adaptive_avg_pool2d(f, size) for f, size in zip(maps, sizes, strict=True)
         ]
 
+    # A step
+
+    def loss(self, student: View, teacher: View, batch: Batch) -> Terms:
+        pairs = zip(self.vocabularies, self.pairs(student, teacher), strict=True)
+        losses = [vocabulary(*_positions(pair.student, pair.teacher), self.temperature) for vocabulary, pair in pairs]
+        return {"quest": self.weight * torch.stack(losses).sum()}
+
     # What the words are
 
     @torch.no_grad()
     def visual_words(
-        self, nets: Nets, batches: Iterable[Batch], *, words: int = _WORDS, patches: int = _PATCHES
+        self, nets: Nets, batches: Iterable[Batch], *, words: int = 8, patches: int = 8
     ) -> list[NearestPatches]:
         """The image patches that are nearest to the words that stand for the most vectors, most first.
 
@@ -291,42 +196,17 @@ class QUEST(Distiller):
             For each layer, distances `[words, patches]` and images `[words, patches, 3, side, side]`; white images at
             distance inf for a layer of tokens.
         """
-        found = [NearestPatches(v.codebook[v.most(words)], patches, v.side) for v in self.vocabularies]
+        found = [vocabulary.search(words, patches) for vocabulary in self.vocabularies]
         for batch in batches:
             images = pixels(batch)
-            for vocabulary, nearest, f_t in zip(self.vocabularies, found, self._teacher_maps(nets, batch), strict=True):
-                if vocabulary.side:
+            for nearest, f_t in zip(found, self._teacher_maps(nets, batch), strict=True):
+                if nearest.side:
                     nearest.add(images, f_t)
         return found
 
     def pictures(self) -> list[Picture]:
-        caption = (
-            "The visual words that stand for the most of the teacher's features, with their number of vectors, and the"
-            " patches of a sample of training images that are nearest to them: each a position of the map with its"
-            " neighbours, grey beyond the image."
-        )
-        return [
-            Images(
-                f"Visual words of {vocabulary.layer}",
-                {
-                    f"word {number} ({int(vocabulary.counts[number]):,})": list(images)
-                    for number, images in zip(vocabulary.most(_WORDS), vocabulary.patches, strict=True)
-                },
-                caption,
-            )
-            for vocabulary in self.vocabularies
-            if vocabulary.side and vocabulary.patches.min() < 255
-        ]
-
-    # A step
-
-    def loss(self, student: View, teacher: View, batch: Batch) -> Terms:
-        pairs = paired(student, teacher, self.layers, self.teacher_layers)
-        losses = [
-            vocabulary(*_positions(pair.student, pair.teacher))
-            for vocabulary, pair in zip(self.vocabularies, pairs, strict=True)
-        ]
-        return {"quest": self.weight * torch.stack(losses).sum()}
+        made = [vocabulary.picture() for vocabulary in self.vocabularies]
+        return [picture for picture in made if picture is not None]
 
 
 def _positions(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,14 +6,50 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kd_plugins.nn.codebook import Sample
 from kd_plugins.reading.view import Batch
 
-__all__ = ["NearestPatches", "patch_side", "pixels"]
+__all__ = ["ImageSample", "NearestPatches", "patch_side", "pixels"]
 
 # A patch shows its position with the neighbours on both sides.
 _CELLS = 3
 # The grey of what is beyond the image.
 _BEYOND = 128
+# The most images of a sample, and the most numbers in them.
+_IMAGES, _NUMBERS = 512, 2**25
+
+
+class ImageSample:
+    """A uniform sample of the images of a stream of batches: of those that have the shape of the first.
+
+    Images whose batch has other inputs beside them are left out: these are not known by row.
+
+    Args:
+        generator: Where the random numbers come from.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+        self._sample: Sample | None = None
+        self._shape, self._last = torch.Size(), Batch()
+
+    def add(self, batch: Batch) -> None:
+        """Takes the images `[B, C, H, W]` of a batch."""
+        if not isinstance(batch.inputs, Tensor) or batch.kwargs or batch.teacher_kwargs:
+            return
+        if self._sample is None:
+            self._shape = batch.inputs.shape[1:]
+            self._sample = Sample(max(1, min(_IMAGES, _NUMBERS // self._shape.numel())), self._generator)
+        if batch.inputs.shape[1:] == self._shape:
+            self._sample.add(batch.inputs)
+            self._last = batch
+
+    def batches(self) -> list[Batch]:
+        """The sample, in batches as large as the last one was."""
+        if self._sample is None:
+            return []
+        parts = self._sample.vectors().split(self._last.size)
+        return [self._last.with_inputs(part.to(self._last.inputs)) for part in parts]
 
 
 class NearestPatches:

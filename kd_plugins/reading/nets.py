@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,9 +12,12 @@ from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError
 from kd_plugins.reading.network import Forward, Network
+from kd_plugins.reading.tap import Replacement
 from kd_plugins.reading.view import Batch, Reads, View
 
-__all__ = ["Net", "Nets", "Transform", "describe"]
+__all__ = ["Net", "Nets", "Transform", "check_unlike", "describe"]
+
+_logger = logging.getLogger(__name__)
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -72,7 +76,7 @@ class Net:
         batch: Batch,
         *,
         reads: Reads | None = None,
-        replace: Mapping[str, Tensor] | None = None,
+        replace: Mapping[str, Replacement] | None = None,
         input_grad: bool = False,
     ) -> View:
         """One forward.
@@ -80,7 +84,7 @@ class Net:
         Args:
             batch: What to ask the network with.
             reads: What to read; by default what the method declared.
-            replace: Tensors to put in place of modules' outputs, by module path.
+            replace: Tensors to put in place of modules' outputs, or what makes them of these, by module path.
             input_grad: Let a gradient reach the input through a frozen network.
         """
         if self._before is not None:
@@ -166,3 +170,38 @@ def describe(nets: Nets) -> dict[str, Any]:
         "teachers": [{"class": type(t.module).__name__, "parameters": size(t)} for t in nets.teachers],
         "peers": [{"class": type(p.module).__name__, "parameters": size(p)} for p in nets.peers[1:]],
     }
+
+
+def check_unlike(peers: Sequence[Net]) -> None:
+    """Refuses networks that begin as copies and would stay the same; warns where they nearly do.
+
+    Args:
+        peers: Networks that are trained together, the student first.
+    """
+    names = [f"peer{k}" if k else "student" for k in range(len(peers))]
+    for k, j in ((n, m) for n in range(len(peers)) for m in range(n)):
+        share = _same(peers[k].module, peers[j].module)
+        if share == 1:
+            raise DistillError(
+                f"{names[j]} and {names[k]} have the same architecture and weights and would stay the same:"
+                " initialise them differently."
+            )
+        if share > 0.5:
+            _logger.warning(
+                "%s and %s start with the same weights but for %.1f %%: networks that are alike have little to teach"
+                " each other.",
+                *(names[j], names[k], 100 * (1 - share)),
+            )
+
+
+def _same(a: nn.Module, b: nn.Module) -> float:
+    """The share of two networks' weights that are equal; 0 for different architectures."""
+    ours, theirs = list(a.parameters()), list(b.parameters())
+    if [p.shape for p in ours] != [q.shape for q in theirs]:
+        return 0.0
+    pairs = zip(ours, theirs, strict=True)
+    # Vectors start as constants in every network.
+    weights = [(p.numel(), p.device == q.device and torch.equal(p, q)) for p, q in pairs if p.dim() > 1]
+    if not weights:
+        return float(all(torch.equal(p, q.to(p.device)) for p, q in zip(ours, theirs, strict=True)))
+    return sum(n for n, equal in weights if equal) / sum(n for n, _ in weights)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError
 from kd_plugins.reading.attention import BaseAttentionTaps, Layer
-from kd_plugins.reading.tap import Reached, Seen, Tap
+from kd_plugins.reading.tap import Reached, Replacement, Seen, Tap
 from kd_plugins.reading.view import Attention, Batch, Features, Reads, View
 
 __all__ = ["Network", "adapt"]
@@ -48,7 +48,7 @@ class Network:
         reads: Reads,
         *,
         forward: Forward | None = None,
-        replace: Mapping[str, Tensor] | None = None,
+        replace: Mapping[str, Replacement] | None = None,
     ) -> View:
         """One forward of the network that reads what is asked for and runs no deeper than that needs.
 
@@ -56,7 +56,7 @@ class Network:
             batch: What to call the network with.
             reads: What to read.
             forward: The callable to go through, where a host has wrapped the network; by default the network itself.
-            replace: Tensors to put in place of modules' outputs, by path.
+            replace: Tensors to put in place of modules' outputs, or what makes them of these, by path.
         """
         numbered = bool(reads.hidden or reads.attentions or reads.cut)
         if numbered:
@@ -70,7 +70,8 @@ class Network:
         if self.attention is not None and reads.attentions:
             capture = self.attention.capture(reads.attentions)
         attentions: Mapping[int, Attention]
-        output, maps = None, {}
+        output: Any = None
+        maps: dict[str | int, Tensor] = {}
         record = self.tap.record(
             list(calls),
             stop=bool(calls) and not reads.logits and not self._stage_numbers(reads),

@@ -5,14 +5,18 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import cache
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError, did_you_mean
 
-__all__ = ["Reached", "Seen", "Tap"]
+__all__ = ["Reached", "Replacement", "Seen", "Tap"]
+
+Replacement: TypeAlias = Tensor | Callable[[Tensor], Tensor]
+"""What stands in place of a module's output, or makes it of the output."""
 
 
 class Reached(BaseException):
@@ -75,10 +79,17 @@ class Seen(Mapping[str, Tensor]):
         return len(self._captured[key])
 
 
-@torch.compiler.disable
-def _stop() -> None:
-    """Ends a forward; not compiled, or the whole frame that the exception leaves would never be compiled again."""
-    raise Reached
+@cache
+def _uncompiled_stop() -> Callable[[], None]:
+    """Ends a forward; not compiled, or the whole frame that the exception leaves would never be compiled again.
+
+    Made when the first tap is, as it imports the compiler, which takes as long as torch itself.
+    """
+
+    def stop() -> None:
+        raise Reached
+
+    return torch.compiler.disable(stop)
 
 
 def _ignore(*_: Any) -> None:
@@ -116,12 +127,12 @@ def _first_tensor(value: Any) -> Tensor | None:
     return next((found for found in map(_first_tensor, items) if found is not None), None)
 
 
-def _put(value: Any, tensor: Tensor) -> Any:
+def _put(value: Any, new: Replacement) -> Any:
     """`value` with its activation replaced."""
     if isinstance(value, Tensor):
-        return tensor
+        return new if isinstance(new, Tensor) else new(value)
     if isinstance(value, tuple) and value and isinstance(value[0], Tensor):
-        return (tensor, *value[1:])
+        return (_put(value[0], new), *value[1:])
     raise DistillError(f"Expected a module that returns a tensor or a tuple to replace its output, got {type(value)}.")
 
 
@@ -178,9 +189,10 @@ class Tap:
         self._expected: dict[str, int] = {}
         self._missing = 0
         self._stop = False
+        self._end = _uncompiled_stop()
         self._trains = False
         self._cut: frozenset[str] = frozenset()
-        self._replace: dict[str, Tensor] = {}
+        self._replace: dict[str, Replacement] = {}
         self._context: Any = None
         self.paths = tuple(key for path in paths for key in self.install(path))
 
@@ -220,7 +232,7 @@ class Tap:
         *,
         stop: bool = False,
         calls: Mapping[str, int] | None = None,
-        replace: Mapping[str, Tensor] | None = None,
+        replace: Mapping[str, Replacement] | None = None,
         cut: Collection[str] = (),
     ) -> Iterator[Seen]:
         """Captures `keys` in the forward that runs inside.
@@ -229,7 +241,7 @@ class Tap:
             keys: Installed paths.
             stop: Raise `Reached` as soon as all keys are captured; the caller catches it around the forward.
             calls: How often a key's module must have been called before stopping, where that is not once.
-            replace: Tensors to put in place of modules' outputs, by path.
+            replace: Tensors to put in place of modules' outputs, or what makes them of these, by path.
             cut: Installed paths through whose output no gradient flows back.
         """
         if self._seen is not None:
@@ -238,10 +250,10 @@ class Tap:
         self._expected = {key: (calls or {}).get(key, 1) for key in keys}
         self._missing = sum(self._expected.values())
         self._replace = {}
-        for path, tensor in (replace or {}).items():
+        for path, new in (replace or {}).items():
             if path.endswith(":in"):
                 raise DistillError(f"Only a module's output can be replaced, got {path!r}: name the module before it.")
-            self._replace.update({key: tensor for key in self.install(path)})
+            self._replace.update({key: new for key in self.install(path)})
         self._seen, self._stop, self._cut = seen, stop, frozenset(cut)
         self._trains = torch.is_grad_enabled() and self.root.training
         try:
@@ -272,7 +284,7 @@ class Tap:
                 kept = tensor.clone() if self.clone else tensor
                 seen.add(key, kept, -1 if kept.is_inference() else kept._version)
             if self._stop and self._missing == 0:
-                _stop()
+                self._end()
         if key in self._cut:
             tensor = _first_tensor(value)
             return value if tensor is None else _put(value, tensor.detach())

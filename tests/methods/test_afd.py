@@ -296,6 +296,16 @@ def test_features_follow_the_students_learning_rate():
         assert groups[name].optimizer.param_groups[0]["lr"] == RATES[name]["lr"] / 2
 
 
+def test_options_take_effect_in_the_training():
+    distiller, bound, _ = start(networks((4, 6)))
+    batch = batches()[0]
+    before = list(distiller.turns(bound, batch))[-1]["student"]["logits"]
+    distiller.logit_weight = 0.25
+    torch.testing.assert_close(list(distiller.turns(bound, batch))[-1]["student"]["logits"], before / 4)
+    distiller.adversarial_only = True
+    assert set(list(distiller.turns(bound, batch))[-1]["student"]) == {"task"}
+
+
 # Networks and options
 
 
@@ -339,10 +349,10 @@ def test_peers_that_start_nearly_the_same_are_warned_of(caplog):
     [
         ({"logit_only": True, "adversarial_only": True}, "nothing to distil"),
         ({"logit_only": True, "feature_loss": "l1"}, "logit_only has no feature loss"),
-        ({"logit_only": True, "discriminators": "one"}, "logit_only has no feature loss"),
-        ({"feature_loss": "l1", "discriminators": "one"}, "has no discriminators"),
+        ({"logit_only": True, "discriminators": "one"}, "have no discriminators"),
+        ({"feature_loss": "l1", "discriminators": "one"}, "have no discriminators"),
         ({"temperature": 0.0}, "temperature"),
-        ({"logit_weight": 0.0}, "adversarial_only drops that term"),
+        ({"logit_weight": 0.0}, "logit_weight to be float above 0"),
     ],
 )
 def test_options_that_contradict_each_other(options, words):

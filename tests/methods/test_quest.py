@@ -15,9 +15,10 @@ from image_kit import image_classifier, image_trainer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kd_plugins import Batch, DistillError, bind, codebook, create_distiller, make_optimizers, play
+from kd_plugins import Batch, DistillError, bind, create_distiller, make_optimizers, play
 from kd_plugins import functional as KF
 from kd_plugins.methods.quest import QUEST
+from kd_plugins.nn import codebook, vocabulary
 from kd_plugins.nn.codebook import Sample, fit_codebook
 from kd_plugins.nn.patches import NearestPatches, patch_side, pixels
 
@@ -118,7 +119,7 @@ def test_the_predictor_is_trained_with_the_student_and_the_words_stay():
     moved = [name for name, value in part.state_dict().items() if not torch.equal(value, before[name])]
     assert moved == ["weight", "scale"]
     wide = start(Net(4, 1), Net(5, 2), words=6, layers=("low", "high"))[0]
-    first = QUEST(words=100).n_words, wide.vocabularies[0].weight.shape, wide.vocabularies[1].codebook.shape
+    first = QUEST(words=100).words, wide.vocabularies[0].weight.shape, wide.vocabularies[1].codebook.shape
     assert first == (100, (6, 4), (6, 10))
 
 
@@ -182,7 +183,7 @@ def test_a_sample_is_uniform_over_a_stream_of_any_length():
 def test_words_are_made_of_the_pooled_teacher(limit, monkeypatch):
     seen: list[Tensor] = []
     fit = codebook.fit_codebook
-    monkeypatch.setitem(QUEST.prepare.__globals__, "fit_codebook", lambda v, *a: (seen.append(v), fit(v, *a))[1])
+    monkeypatch.setattr(vocabulary, "fit_codebook", lambda v, *a: (seen.append(v), fit(v, *a))[1])
     student, teacher = Net(4, 1, 2), Net(5, 2)
     distiller, _, _ = start(student, teacher, max_vectors=limit)
     expected = torch.cat([F.avg_pool2d(teacher.high(teacher.low(b.inputs)), 2) for b in batches()])
@@ -196,7 +197,7 @@ def test_words_are_made_of_the_pooled_teacher(limit, monkeypatch):
 def test_words_follow_the_runs_seed_or_their_own():
     def words(run: int, **options: Any) -> Tensor:
         distiller = create_distiller("quest", layers=("high",), words=6, max_vectors=40, **options)
-        distiller.seed_streams(run)
+        distiller.host.seed(run)
         bind(distiller, Net(4, 1), Net(5, 2), batch=batches()[0], batches=batches())
         return distiller.vocabularies[0].codebook
 
@@ -226,6 +227,19 @@ def test_the_temperature_of_a_sharpness():
     assert part.sharpness.item() == pytest.approx(0.7, abs=1e-3)
     assert part.temperature != 5
     assert start(Net(4, 1), Net(5, 2))[0].vocabularies[0].temperature == 5
+
+
+def test_options_take_effect_in_the_training():
+    """The temperature too, where it is set after a sharpness has chosen one."""
+    for options in ({}, {"sharpness": 0.7}):
+        distiller, nets, _ = start(Net(4, 1), Net(5, 2), **options)
+        batch = batches()[0]
+        f_s, f_t = nets.student(batch).features["high"], nets.teacher(batch).features["high"]
+        (part,) = distiller.vocabularies
+        distiller.temperature, distiller.weight = 0.3, 2.0
+        expected = 2 * KF.quest(f_s, f_t, part.weight, part.scale, part.codebook, 0.3)
+        (turn,) = distiller.turns(nets, batch)
+        torch.testing.assert_close(turn["student"]["quest"], expected, rtol=0, atol=0)
 
 
 # The cache
@@ -376,11 +390,11 @@ def test_lists_of_images():
     [
         ({"layers": ("a", "b"), "teacher_layers": ("a",)}, "as many teacher_layers as layers"),
         ({"layers": ()}, "as many teacher_layers as layers"),
-        ({"words": 1}, "at least 2 words"),
-        ({"temperature": -5.0}, "temperature above 0"),
+        ({"words": 1}, "words to be int from 2, got 1"),
+        ({"temperature": -5.0}, "temperature to be float above 0"),
         ({"temperature": 5.0, "sharpness": 0.5}, "give one of them"),
-        ({"weight": -1.0}, "weight of 0 or more"),
-        ({"sharpness": 1.0}, "sharpness between 1 / 4096 and 1"),
+        ({"weight": -1.0}, "weight to be float from 0"),
+        ({"sharpness": 1.0}, "sharpness to be float above 0 below 1"),
         ({"sharpness": 0.1, "words": 5}, "sharpness between 1 / 5 and 1"),
         ({"words": 100, "max_vectors": 99}, "max_vectors=99 for 100 words"),
     ],
