@@ -193,6 +193,9 @@ class DistillationTrainer(Hooks):
         self._check_aligned(distiller, batch)
         self._check_cache(nets, batch)
         set_up(distiller, nets, batch)
+        # Some methods know what they read of a teacher only now.
+        for i, (net, teacher) in enumerate(zip(nets.teachers, self.teachers, strict=True)):
+            net.order = class_order(self.model, teacher) if _reads_scores(distiller, i) else None
         if any(needs.student.taps for needs in _needs(distiller)):
             check_checkpointing(self.model)
         if needs_pass(distiller) and not self._resuming and self.args.process_index == 0:

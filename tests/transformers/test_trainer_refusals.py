@@ -41,10 +41,10 @@ AT_CONSTRUCTION: dict[str, tuple[dict[str, Any], str]] = {
     "unknown distiller": ({"distiller": "kdd"}, "[Dd]id you mean.*kd"),
     "option typo": ({"options": {"temprature": 2.0}}, "[Dd]id you mean.*temperature"),
     "ill-typed option": ({"options": {"temperature": "hot"}}, "temperature"),
-    "value out of range": ({"options": {"alpha": 1.5}}, "alpha between 0 and 1"),
+    "value out of range": ({"options": {"alpha": 1.5}}, "alpha to be float from 0 to 1"),
     "options of an object": ({"distiller": create_distiller("kd"), "options": {"alpha": 0.5}}, "given by name"),
     "no distiller": ({"distiller": 3}, "Expected a distiller or the name of one"),
-    "two teachers": ({"of": [teacher(), teacher()]}, "kd needs one teacher, got 2"),
+    "two teachers": ({"distiller": "internal", "of": [teacher(), teacher()]}, "internal needs one teacher, got 2"),
     "peers": ({"given": {"peer_models": [bert()]}}, "trains one student, got 1 peers"),
     "other number of classes": ({"of": teacher(num_labels=5)}, "3 in the student and 5"),
     "other class names": (

@@ -235,6 +235,23 @@ def test_a_task_that_the_class_does_not_tell(tmp_path: Path) -> None:
     assert logged(run, "distill/kd")[0] == pytest.approx(float(expected), rel=1e-4)
 
 
+def test_classes_of_a_method_that_learns_late_what_it_reads(tmp_path: Path) -> None:
+    """afd with a teacher reads its scores, and without one none: their order counts all the same."""
+    names, options = ["a", "b", "c"], {"logit_only": True}
+    of = teacher(id2label=dict(enumerate(names)))
+    other = teacher(id2label=dict(enumerate(names[::-1])))
+    with torch.no_grad():
+        for parameter, value in zip(other.classifier.parameters(), of.classifier.parameters(), strict=True):
+            parameter.copy_(value.flip(0))
+    runs = []
+    for net in (of, other):
+        runs.append(
+            trainer(tmp_path, "afd", options, student=bert(id2label=dict(enumerate(names))), of=net, max_steps=1)
+        )
+        runs[-1].train()
+    assert difference(weights(runs[0].model), weights(runs[1].model)) < 1e-6
+
+
 # Adapters
 
 
