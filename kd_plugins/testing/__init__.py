@@ -154,14 +154,14 @@ def _maker(distiller: Any, options: Mapping[str, Any] | None) -> Callable[[], Di
     given = dict(options or {})
     if isinstance(distiller, str):
         classes = distiller_classes(distiller)
-        for name, cls in classes.items():
-            for option, value in cls.example.items():
+        for name, part in classes.items():
+            for option, value in part.example.items():
                 if not {option, f"{name}.{option}"} & set(given):
                     given[option if len(classes) == 1 else f"{name}.{option}"] = value
         return lambda: create_distiller(distiller, **given)
     if isinstance(distiller, type):
-        chosen: type[Distiller] = distiller
-        return lambda: chosen(**{**chosen.example, **given})
+        cls: Any = distiller
+        return lambda: cls(**{**cls.example, **given})
     if given:
         raise DistillError("Expected options with a name or a class only — give the distiller the options itself.")
     if isinstance(distiller, Distiller):
