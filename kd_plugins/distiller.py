@@ -25,14 +25,8 @@ Terms = dict[str, Tensor]
 Turn = Mapping[str, Mapping[str, Tensor]]
 """Loss terms of each group of parameters that one turn updates."""
 
-# What the host keeps for a method has short names as well, which a method may use for parts of its own.
-_GIVEN = {
-    "generator": ("host", "generator"),
-    "randn": ("host", "randn"),
-    "mean_over_processes": ("host", "mean"),
-    "at": ("progress", "at"),
-    "table": ("progress", "table"),
-}
+# Short names of what the host gives, which a method may use for parts of its own.
+_GIVEN = {"generator": "generator", "randn": "randn", "mean_over_processes": "mean"}
 
 
 class Distiller(nn.Module):
@@ -195,8 +189,7 @@ class Distiller(nn.Module):
         except AttributeError:
             if name not in _GIVEN:
                 raise
-            owner, attribute = _GIVEN[name]
-            return getattr(getattr(self, owner), attribute)
+            return getattr(self.host, _GIVEN[name])
 
 
 _HOOKS = {name for name, value in vars(Distiller).items() if callable(value) or isinstance(value, property)}

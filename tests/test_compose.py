@@ -185,7 +185,7 @@ def test_the_order_of_the_parts_does_not_matter(pair):
 def test_parts_share_progress_and_generators_are_their_own():
     both = Composite({"one": Maps(), "critic": Critic()})
     schedule(both, 10)
-    both.at(7)
+    both.progress.at(7)
     assert [part.progress.step for part in both.methods.values()] == [7, 7]
     one, two = both.methods.values()
     one.generator(), two.generator()

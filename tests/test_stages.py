@@ -197,7 +197,7 @@ def test_a_stage_changes_only_where_it_begins():
     distiller = Phased()
     schedule(distiller, 10)
     assert distiller.progress.next_stage() is None
-    distiller.at(5)
+    distiller.progress.at(5)
     assert distiller.progress.stage == 0
     assert distiller.progress.next_stage().name == "logits"
     distiller.progress.enter()

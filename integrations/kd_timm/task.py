@@ -205,7 +205,7 @@ class DistillationTask(TrainingTask):
         self._turns = None
         progress = self.distiller.progress
         self.distiller.after_update()
-        self.distiller.at(progress.step + 1 if step is None else step)
+        self.distiller.progress.at(progress.step + 1 if step is None else step)
         super().update_ema(step)
 
     def prepare_distributed(self, device_ids: list[Any] | None = None, **ddp_kwargs: Any) -> DistillationTask:
