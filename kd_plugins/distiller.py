@@ -154,8 +154,6 @@ class Distiller(nn.Module):
     def export(self, folder: str | Path) -> None:
         """Writes what another run may start from into a run's folder; called at the end, on one process."""
 
-    # What is derived
-
     @property
     def kind(self) -> str:
         """`"offline"` from a teacher, `"online"` with peers, `"data-free"` without a training set."""
