@@ -31,10 +31,11 @@ def test_fitnet_learns_from_the_hints_first_and_from_the_task_then():
 
 
 def test_reviewkd_grows_its_weight():
-    distiller, nets, batches = bound("reviewkd", layers=("layer1", "layer2"), warmup_epochs=4)
+    distiller, nets, batches = bound("reviewkd", layers=("layer1", "layer2"), warmup=0.4)
+    distiller.progress.total = 10
     values = []
-    for epoch in (0.0, 1.0, 4.0, 9.0):
-        distiller.progress.epoch = epoch
+    for step in (0, 1, 4, 9):
+        distiller.progress.step = step
         (turn,) = distiller.turns(nets, batches[0])
         values.append(turn["student"]["reviewkd"].item())
     assert values == pytest.approx([0.0, values[3] / 4, values[3], values[3]])
