@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.optim import SGD
 
-from kd_plugins import DistillError, bind, create_distiller, make_optimizers, play
+from kd_plugins import Batch, DistillError, bind, create_distiller, make_optimizers, play
 from kd_plugins.testing import TinyNet, tiny_batches
 
 
@@ -69,3 +69,13 @@ def test_vid_trains_the_variance_towards_the_error():
             play(turn, optimizers)
     # The tiny teacher's activations are far below a variance of 5.
     assert (part(torch.zeros(1, 8, 1, 1))[1] < 4.999).all()
+
+
+def test_a_student_in_bfloat16_meets_the_trained_parts():
+    student, teacher = TinyNet().bfloat16(), TinyNet(6)
+    distiller = create_distiller("fitnet", layers=("layer2",))
+    (batch,) = tiny_batches(1)
+    nets = bind(distiller, student, teacher)
+    half = Batch.of(batch.inputs.bfloat16(), batch.labels)
+    (turn,) = distiller.turns(nets, half)
+    assert turn["student"]["fitnet"].isfinite()
