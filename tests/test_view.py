@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -12,6 +13,7 @@ from kd_plugins import Batch, Distiller, DistillError, Needs, Network, Reads, Vi
 from kd_plugins.reading.network import adapt
 from kd_plugins.reading.view import Features
 from kd_plugins.testing import TinyNet
+from kd_plugins.testing.networks import tiny_tokens, tiny_transformer
 
 
 @pytest.fixture
@@ -317,3 +319,24 @@ def test_a_criterion_may_read_an_output_without_scores():
     assert batch.task_loss(view) > 1
     with pytest.raises(DistillError, match="Expected Losses to return its scores"):
         _ = view.logits
+
+
+@pytest.mark.parametrize(
+    ("network", "path"),
+    [
+        (lambda: TinyNet(), "head"),
+        (lambda: timm.create_model("resnet10t", num_classes=3), "fc"),
+        (lambda: timm.create_model("mobilenetv3_small_050", num_classes=3), "classifier"),
+        (lambda: tiny_transformer(1), "classifier"),
+    ],
+    ids=["plain", "timm's resnet", "timm's mobilenet", "bert"],
+)
+def test_what_the_classifier_gets_can_be_asked_for(network, path):
+    adapter = adapt(network())
+    assert adapter.classifier() == path
+    adapter.module.eval()
+    text = "bert" in type(adapter.module).__name__.lower()
+    batch = tiny_tokens(1)[0] if text else Batch.of(torch.randn(2, 3, 64, 64))
+    view = adapter.read(batch, Reads(features=(f"{path}:in",)))
+    made = adapter.module.get_submodule(path)(view.features[f"{path}:in"])
+    torch.testing.assert_close(made, view.logits)

@@ -75,6 +75,13 @@ class TimmNetwork(Network):
             return super().stages()
         return [str(entry["module"]) for entry in info]
 
+    def classifier(self) -> str:
+        made: Any = getattr(self.module, "get_classifier", lambda: None)()
+        paths = {id(module): path for path, module in self.module.named_modules()}
+        if not isinstance(made, nn.Module) or isinstance(made, nn.Identity) or id(made) not in paths:
+            return super().classifier()
+        return paths[id(made)]
+
     def arguments(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
         # timm's models call their images x, whatever the host calls them.
         return (batch.inputs,), dict(batch.kwargs)

@@ -164,6 +164,19 @@ class Network:
                 self.tap.install(first + ":in")
         return len(self.attention.layers)
 
+    def classifier(self) -> str:
+        """Path of the layer that makes the scores; `classifier() + ":in"` in `Reads.features` is what it gets.
+
+        The last linear layer of the network.
+        """
+        found = [path for path, module in self.module.named_modules() if isinstance(module, nn.Linear)]
+        if not found:
+            raise DistillError(
+                f"{type(self.module).__name__} has no linear layer that makes its scores: name the layer whose input is"
+                " wanted by its module path."
+            )
+        return found[-1]
+
     def stages(self) -> list[str]:
         """Module paths of the stages that an integer in `Reads.features` counts."""
         raise DistillError(
