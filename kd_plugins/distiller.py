@@ -83,8 +83,6 @@ class Distiller(nn.Module):
         self.optim_overrides: dict[str, dict[str, Any]] = {}
         self.ready = False
 
-    # What a method declares
-
     def needs(self) -> Needs:
         """What the method reads of each network now; it may follow `self.progress`."""
         return Needs()
@@ -104,8 +102,6 @@ class Distiller(nn.Module):
     def stages(self) -> list[Stage]:
         """The stages of the training; one by default."""
         return [Stage("distill")]
-
-    # What a method does
 
     def setup(self, nets: Nets, batch: Batch) -> None:
         """Refuses what cannot work, and builds parts of one real batch; called once, without gradient, at the start."""
@@ -180,6 +176,11 @@ class Distiller(nn.Module):
             for module in self.modules():
                 if isinstance(module, Distiller):
                     module.__dict__["progress"] = value
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy begins as a distiller of default options, which parts of the same names have replaced in the original.
+        self.__dict__.clear()
+        super().__setstate__(state)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -214,9 +214,8 @@ def test_shared_groups_move_parameters_of_a_network_beside_its_own_updates():
         play(turn, groups)
     changed = {k for k, v in student.state_dict().items() if not torch.equal(v, before[k])}
     assert changed == {"layer1.0.weight", "layer1.0.bias"}
-    _, _, groups, _ = start(Shares(turn), nets=False)
     with pytest.raises(DistillError, match=r"shares parameters of a network: make_optimizers\(..., nets=nets\)"):
-        list(groups)
+        list(Run(Shares(turn), torch.optim.SGD(student.parameters(), lr=0.1)))
 
 
 def test_peers_have_optimizers_like_the_students():

@@ -171,7 +171,17 @@ LAYERS = (
     ("errors", "picture", "host", "averaging", "stages", "functional", "nn", "reading"),
     ("catalog.values", "catalog.paper", "catalog.options"),
     ("distiller",),
-    ("compose", "layers", "methods", "catalog.hosts", "catalog.registry", "catalog.about", "binding", "groups"),
+    (
+        "aggregation",
+        "compose",
+        "layers",
+        "methods",
+        "catalog.hosts",
+        "catalog.registry",
+        "catalog.about",
+        "binding",
+        "groups",
+    ),
     ("run",),
     ("catalog.cli", "testing", "demo"),
 )

@@ -196,7 +196,7 @@ def test_a_stage_may_train_an_own_part_alone(whole):
 # --- names of the base class ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["generator", "schedule", "shared_part", "table", "networks", "at", "randn", "check"])
+@pytest.mark.parametrize("name", ["generator", "schedule", "shared_part", "table", "at", "randn", "check"])
 def test_a_part_of_an_author_is_what_its_name_gives(name):
     distiller = create_distiller("kd")
     part = nn.Linear(2, 2)
@@ -205,7 +205,9 @@ def test_a_part_of_an_author_is_what_its_name_gives(name):
     assert f"{name}.weight" in distiller.state_dict()
 
 
-@pytest.mark.parametrize("name", ["shared", "task", "stages", "methods", "kind", "name", "data", "peers", "teachers"])
+@pytest.mark.parametrize(
+    "name", ["shared", "task", "stages", "methods", "kind", "name", "data", "peers", "teachers", "networks"]
+)
 def test_names_that_mean_something_are_refused_for_parts(name):
     with pytest.raises(DistillError, match=f"{name} means something to Distiller"):
         setattr(create_distiller("kd"), name, nn.Linear(2, 2))

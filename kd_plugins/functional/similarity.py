@@ -27,6 +27,7 @@ def feature_l2(student: Tensor, teacher: Tensor, *, reduction: Reduction = "mean
     Returns:
         A scalar, or `[B]` for `"none"`.
 
+    >>> import torch
     >>> feature_l2(torch.zeros(1, 2, 1, 1), torch.tensor([1.0, 3.0]).reshape(1, 2, 1, 1))
     tensor(5.)
     """
@@ -52,6 +53,7 @@ def feature_l1(student: Tensor, teacher: Tensor, *, reduction: Reduction = "mean
     Returns:
         A scalar, or `[B]` for `"none"`.
 
+    >>> import torch
     >>> feature_l1(torch.zeros(1, 2, 1, 1), torch.tensor([1.0, -3.0]).reshape(1, 2, 1, 1))
     tensor(2.)
     """

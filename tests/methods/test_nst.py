@@ -11,9 +11,17 @@ from kd_plugins import Batch, DistillError, bind, create_distiller
 from kd_plugins.testing import TinyNet, tiny_batches
 
 
-@pytest.mark.parametrize("options", [{"weight": -1.0}, {"d": 0}, {"bandwidth": 0.0}])
-def test_options_that_do_not_work(options):
-    with pytest.raises(DistillError, match="weight from 0, d from 1 and bandwidth above 0"):
+@pytest.mark.parametrize(
+    ("options", "allowed"),
+    [
+        ({"weight": -1.0}, "from 0"),
+        ({"d": 0}, "int from 1"),
+        ({"bandwidth": 0.0}, "above 0"),
+        ({"c": float("nan")}, "finite"),
+    ],
+)
+def test_options_that_do_not_work(options, allowed):
+    with pytest.raises(DistillError, match=f"expected {next(iter(options))} to be .*{allowed}"):
         create_distiller("nst", **options)
 
 
@@ -23,7 +31,9 @@ def test_maps_of_one_position_have_no_distribution():
             super().__init__(width)
             self.layer2.append(nn.AdaptiveAvgPool2d(1))
 
-    with pytest.raises(DistillError, match=r"'layer2' of Pooled has one position, \[.*, 1, 1\]: choose an earlier"):
+    with pytest.raises(
+        DistillError, match=r"map at the layer 'layer2' has one position, \[.*, 1, 1\]: choose an earlier"
+    ):
         bind(create_distiller("nst", layers=("layer2",)), Pooled(4), Pooled(6), batch=tiny_batches(1)[0])
 
 

@@ -98,7 +98,7 @@ def test_refused_at_construction(tmp_path: Path, case: str) -> None:
 def test_missing_teacher(tmp_path: Path) -> None:
     """A method with a teacher says how to give one; a teacher without a method says so."""
     for missing in (None, []):
-        with pytest.raises(DistillError, match="kd needs one teacher, got 0: give one"):
+        with pytest.raises(DistillError, match="kd needs at least one teacher, got 0: give one"):
             DistillationTrainer(
                 bert(), arguments(tmp_path), train_dataset=Texts(), teacher_model=missing, distiller="kd"
             )
