@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.data import IterableDataset, Subset
 
 from kd_plugins import Batch, Distiller, Nets
 from kd_plugins.catalog.registry import config_of
@@ -31,9 +32,9 @@ from kd_plugins.reading.nets import describe
 from kd_report.analysis import Decode, analyse, as_nets
 from kd_report.timing import StepTimer
 
-__all__ = ["RunRecord"]
+__all__ = ["RunRecord", "some_rows"]
 
-_FORMAT = 1
+_FORMAT, _EXAMPLES = 1, 1000
 _PACKAGES = ("kd-plugins", "torch", "accelerate", "timm", "transformers", "datasets")
 
 
@@ -231,6 +232,14 @@ class RunRecord:
         os.replace(arrays.with_suffix(".partial"), arrays)
         self._replace("analysis.json", summary | {phase: found.summary})
         self._write()
+
+
+def some_rows(dataset: Any) -> Any:
+    """The evaluation rows to analyse, drawn by a fixed seed: the first of sorted folders are of a few classes."""
+    if isinstance(dataset, IterableDataset):
+        return dataset
+    generator = torch.Generator().manual_seed(0)
+    return Subset(dataset, torch.randperm(len(dataset), generator=generator)[:_EXAMPLES].tolist())
 
 
 def _plain(value: Any) -> Any:
