@@ -222,7 +222,7 @@ class _Reader:
         return view.logits, {name: _activation(view, place) for name, place in self.places.items()}
 
     def _layers(self, batch: Batch) -> dict[str, str | int]:
-        """Numbers of a transformer's layers; else the blocks of the trunk, the stages, or all modules with weights."""
+        """Numbers of a transformer's layers; else blocks and stem of the trunk, stages, or all modules with weights."""
         attention, root = self.net.network.attention, self.net.module
         if self.attention and attention is not None:
             numbers = {f"layer {i}": i for i, layer in enumerate(attention.layers, 1) if layer.layer is not None}
@@ -232,7 +232,8 @@ class _Reader:
         with suppress(DistillError, AttributeError):
             paths = self.net.network.stages()
         with suppress(DistillError):
-            paths = [block.path for block in find_trunk(self.net, batch).blocks] or paths
+            found = [block.path for block in find_trunk(self.net, batch).all]
+            paths = [path for path in found if not any(other.startswith(f"{path}.") for other in found)]
         if not any(next(root.get_submodule(path).children(), None) for path in paths):
             paths = [path for path, m in root.named_modules() if next(m.parameters(recurse=False), None) is not None]
         shared = commonprefix(paths).rpartition(".")[0]

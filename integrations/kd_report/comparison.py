@@ -25,15 +25,8 @@ _INCIDENTAL = {"seed", "experiment", "output", "output_dir", "resume", "log_inte
 class Groups:
     """Runs by experiment, those that differ in their seed alone together: the baseline first, the teacher last.
 
-    Attributes:
-        all: The runs as they were given.
-        runs: Runs by the experiment's name.
-        taught: Names of the experiments whose student is the teacher of others.
-        asked: Runs that show a teacher which is no run itself, by the teacher's name.
-        metric: What the last evaluations tell, with its unit.
-        factor: What makes per cent of it.
-        comparable: Whether all runs tell the same metric.
-        axis: What curves run over.
+    `taught` are the experiments whose student is the teacher of others, `asked` the runs that show a teacher which is
+    no run itself, by its name. `metric` is what the last evaluations tell; `factor` makes per cent of it.
     """
 
     def __init__(self, runs: Sequence[Run]) -> None:

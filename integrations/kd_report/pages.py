@@ -43,7 +43,8 @@ def run_page(run: Run) -> str:
 def document(template: str, about: Any, sections: Sections, title: str, lead: Sequence[Any]) -> str:
     """A whole page: the sections that have a content, in the frame, below the template's tiles where it has some."""
     macros = vars(ENVIRONMENT.get_template(template).module)
-    found = {key: (heading, find(about)) for key, (heading, find) in sections.items()}
+    with charts.style():
+        found = {key: (heading, find(about)) for key, (heading, find) in sections.items()}
     shown = [(key, heading, macros[key](about, content)) for key, (heading, content) in found.items() if content]
     tiles = macros["tiles"](about) if "tiles" in macros else ""
     return own_ids(ENVIRONMENT.get_template("page.html.j2").render(title=title, lead=lead, sections=shown, head=tiles))
@@ -177,8 +178,8 @@ def calibration_charts(run: Run, label: str = "") -> list[Markup]:
 
 def _curve_charts(run: Run) -> list[Markup]:
     found = {title: [charts.Series(*line) for line in lines] for title, lines in curves.panels(run).items()}
-    about = {"stages": curves.stages(run), "x_label": curves.axis(run)}
-    return [charts.lines(lines, title=title, **about) for title, lines in found.items()]
+    stages, x = curves.stages(run), curves.axis(run)
+    return [charts.lines(lines, title=title, stages=stages, x_label=x) for title, lines in found.items()]
 
 
 def similarity_charts(run: Run, titles: Mapping[str, str], space: float = 400) -> list[Markup]:
@@ -282,7 +283,7 @@ def _draw(picture: Mapping[str, Any]) -> Markup:
     if kind == "bars":
         return charts.bars([(str(k), v) for k, v in picture["values"]], title=title, mark=picture.get("mark"))
     if kind == "heatmap":
-        words = {key: picture.get(key) or "" for key in ("row_label", "column_label", "signed")}
+        words: dict[str, Any] = {key: picture.get(key) or "" for key in ("row_label", "column_label", "signed")}
         return charts.heatmap(picture["values"], picture["rows"], picture["columns"], title=title, **words)
     return charts.points(picture["groups"], title=title) if kind == "points" else Markup()
 
