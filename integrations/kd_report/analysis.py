@@ -192,7 +192,6 @@ def _chunks(batches: Iterable[Batch], examples: int, device: torch.device) -> It
 
 
 def _part(batch: Batch, rows: Tensor) -> Batch:
-    """Some examples of a batch."""
 
     def cut(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -214,8 +213,9 @@ class _Reader:
         if self.net.network.attention is not None:
             with suppress(DistillError):
                 self.attention = self.net.layers(two)
-        places = dict(_spread(list(self._layers(two).items()), _LAYERS))
-        self.places = {name: place for name, place in places.items() if self._readable(place, two)}
+        self.places = dict(_spread(list(self._layers(two).items()), _LAYERS))
+        if not self._readable(self.places.values(), two):
+            self.places = {name: place for name, place in self.places.items() if self._readable([place], two)}
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Maps]:
         view = self.net(batch, reads=_reads(self.places.values(), logits=True))
@@ -239,13 +239,14 @@ class _Reader:
         shared = commonprefix(paths).rpartition(".")[0]
         return {path.removeprefix(f"{shared}."): path for path in paths}
 
-    def _readable(self, place: str | int, batch: Batch) -> bool:
-        """Whether a layer runs once in a forward and gives something for each example."""
+    def _readable(self, places: Collection[str | int], batch: Batch) -> bool:
+        """Whether layers run once in a forward and give something for each example."""
         try:
-            x = _activation(self.net(batch, reads=_reads([place])), place)
+            view = self.net(batch, reads=_reads(places))
         except DistillError:
             return False
-        return x.is_floating_point() and x.dim() > 1 and len(x) == batch.size
+        found = [_activation(view, place) for place in places]
+        return all(x.is_floating_point() and x.dim() > 1 and len(x) == batch.size for x in found)
 
 
 def _reads(places: Collection[str | int], logits: bool = False) -> Reads:
@@ -267,7 +268,6 @@ def _spread(items: Sequence[Any], n: int) -> list[Any]:
 
 
 def _vectors(x: Tensor, batch: Batch) -> Tensor:
-    """One vector for each example."""
     x, mask = x.float(), batch.mask
     if x.dim() == 4:
         x = _channels_first(x)
@@ -349,7 +349,6 @@ def _strength(x: Tensor, prefix: int | None) -> Tensor | None:
 
 
 def _shrink(x: Tensor, side: int) -> Tensor:
-    """Images no larger than `side`."""
     scale = side / max(x.shape[-2:])
     return x if scale >= 1 else F.adaptive_avg_pool2d(x, [max(round(n * scale), 1) for n in x.shape[-2:]])
 
