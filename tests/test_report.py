@@ -18,14 +18,14 @@ from torch import nn
 
 import kd_report
 from kd_accelerate import TurnPlayer
-from kd_plugins import Batch, Distiller, DistillError, bind, create_distiller
+from kd_plugins import Batch, Distiller, DistillError, Nets, bind, create_distiller
 from kd_plugins.catalog.cli import main as kd_plugins_main
 from kd_plugins.compose import Composite
 from kd_plugins.picture import Bars, Heatmap, Images, Points
 from kd_report import charts, load_run, main, page_hint, render
 from kd_report.analysis import analyse, as_nets
 from kd_report.measures import Similarity, calibration, common_maps, project_channels, rows_of
-from kd_report.record import RunRecord
+from kd_report.record import RunRecord, some_rows
 
 STATS = (0.5, 0.5, 0.5)
 BAR = re.compile(r'<path d="M ([0-9.]+) [^"]*?L ([0-9.]+) [^"]*" [^>]*style="fill: var\(--c0\)"/>')
@@ -338,6 +338,28 @@ def test_the_teacher_agrees_with_itself():
     assert found.arrays["cka"].diagonal().tolist() == pytest.approx([1.0] * len(found.arrays["cka"]), abs=1e-3)
     assert torch.equal(found.arrays["student/confusion"], found.arrays["teacher/confusion"])
     assert found.arrays["student/confusion"].sum() == 48
+
+
+def test_a_teacher_of_other_classes_is_left_out_of_predictions():
+    torch.manual_seed(0)
+    student, teachers = cnn(4, 0), [cnn(8, 1), cnn(8, 2)]
+    nets = bind(create_distiller("kd"), student, teachers, batch=images(8))
+    one = analyse(Nets(nets.student, nets.teachers[1:]), [images()]).summary["predictions"]
+    both = analyse(nets, [images()], misfits=[0]).summary
+    assert both["teachers"] == 1
+    assert both["predictions"]["teacher"] == pytest.approx(one["teacher"], abs=1e-5)
+    alone = analyse(nets, [images()], misfits=[0, 1]).summary
+    assert alone["teachers"] == 0
+    assert "teacher" not in alone["predictions"]
+    assert "agreement" not in alone["predictions"]
+    assert alone["teacher"]["layers"]
+
+
+def test_rows_to_analyse_are_drawn_from_the_whole_set():
+    rows = [int(row) for row in some_rows(torch.arange(5000))]
+    assert len(set(rows)) == 1000
+    assert max(rows) > 4900
+    assert rows == [int(row) for row in some_rows(torch.arange(5000))]
 
 
 def test_channels_are_seen_in_the_teachers_main_plane():

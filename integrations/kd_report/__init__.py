@@ -15,17 +15,19 @@ __all__ = ["Run", "check_pages", "load_run", "main", "page_hint", "render"]
 INSTALL = 'pip install "kd-plugins[report]"'
 
 
+def _missing() -> list[str]:
+    return [name for name in ("jinja2", "matplotlib") if not find_spec(name)]
+
+
 def check_pages() -> None:
     """Raises `DistillError` where the packages that pages are made with are not installed."""
-    missing = [name for name in ("jinja2", "matplotlib") if not find_spec(name)]
-    if missing:
-        raise DistillError(f"Report pages are made with {' and '.join(missing)}, not installed here: {INSTALL}")
+    if _missing():
+        raise DistillError(f"Report pages are made with {' and '.join(_missing())}, not installed here: {INSTALL}")
 
 
 def page_hint(folder: str | Path) -> str:
     """How to get the page of a run, for the last line of a script."""
-    installed = find_spec("jinja2") and find_spec("matplotlib")
-    return f"Report: {'' if installed else f'{INSTALL}, then '}kd-plugins report {folder}"
+    return f"Report: {f'{INSTALL}, then ' if _missing() else ''}kd-plugins report {folder}"
 
 
 def render(folders: Sequence[str | Path]) -> str:

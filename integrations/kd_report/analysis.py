@@ -8,10 +8,11 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from os.path import commonprefix
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 from kd_plugins import Batch, DistillError, Net, Nets, Reads
 from kd_plugins import functional as KF
 from kd_plugins.reading.network import adapt
-from kd_report.measures import Predictions, Similarity, common_maps, project_channels, rows_of
+from kd_plugins.reading.trunk import find_trunk
+from kd_plugins.reading.view import View
+from kd_report.measures import Predictions, Similarity, common_maps, mean_rows, project_channels, rows_of
 
 __all__ = ["Analysis", "analyse", "as_nets"]
 
@@ -60,6 +63,7 @@ def analyse(
     shown: int = 4,
     seconds: float = 20.0,
     decode: Decode | None = None,
+    misfits: Collection[int] = (),
 ) -> Analysis:
     """Compares the student with its teacher (or with the first of its peers) on evaluation batches.
 
@@ -80,6 +84,7 @@ def analyse(
         shown: Examples whose maps and attention are kept.
         seconds: No batch is begun after this time; at least one is read.
         decode: Turns a sentence's token ids into the tokens' texts.
+        misfits: Numbers of the teachers whose classes are not the student's: their predictions are left out.
     """
     nets = as_nets(nets)
     began, found, count = time.monotonic(), Analysis(), 0
@@ -90,7 +95,8 @@ def analyse(
         if first is None:
             raise DistillError("The analysis got no evaluation batches: give at least one.")
         readers = {name: _Reader(net, first) for name, net in _compared(nets).items()}
-        ensemble = [_fresh(t) for t in nets.teachers[1:]]
+        fitting = [i for i in range(len(nets.teachers)) if i not in misfits]
+        asked = [_fresh(nets.teachers[i]) for i in fitting if i > 0]
         predictions, similarity = Predictions(list(readers)), Similarity([len(r.places) for r in readers.values()])
         pick = _pick(first, shown)
         while chunk is not None:
@@ -98,11 +104,12 @@ def analyse(
             logits, seen = ({name: one[part] for name, one in read.items()} for part in (0, 1))
             if chunk is first:
                 _keep_maps(found, readers, seen, first, pick)
-            if ensemble:
-                others = [logits["teacher"], *(t(chunk, reads=Reads()).logits for t in ensemble)]
-                logits["teacher"] = torch.stack([o.float().softmax(-1) for o in others]).mean(0).log()
-            predictions.add({name: rows_of(value, chunk) for name, value in logits.items()})
-            similarity.add([_vectors(seen[n][place.name], chunk) for n, r in readers.items() for place in r.places])
+            rows = {name: rows_of(value, chunk) for name, value in logits.items()}
+            if asked or misfits:
+                taught = [rows["teacher"]] if 0 in fitting else []
+                rows["teacher"] = mean_rows([*taught, *(rows_of(t(chunk, reads=Reads()).logits, chunk) for t in asked)])
+            predictions.add(rows)
+            similarity.add([_vectors(seen[n][layer], chunk) for n, r in readers.items() for layer in r.places])
             count += chunk.size
             chunk = next(stream, None) if time.monotonic() - began < seconds else None
         for name in dict.fromkeys(("student", list(readers)[-1])):
@@ -117,7 +124,7 @@ def analyse(
     found.summary["predictions"], arrays = predictions.result()
     found.arrays |= arrays
     found.summary |= {"peers": _trained(nets)[1:], "examples": count, "compared": list(readers)[-1]}
-    found.summary |= {"teachers": len(nets.teachers), "seconds": round(time.monotonic() - began, 3)}
+    found.summary |= {"teachers": len(fitting), "seconds": round(time.monotonic() - began, 3)}
     return found
 
 
@@ -185,7 +192,6 @@ def _chunks(batches: Iterable[Batch], examples: int, device: torch.device) -> It
 
 
 def _part(batch: Batch, rows: Tensor) -> Batch:
-    """Some examples of a batch."""
 
     def cut(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -197,93 +203,59 @@ def _part(batch: Batch, rows: Tensor) -> Batch:
     return dataclasses.replace(batch, size=len(rows), **{name: cut(getattr(batch, name)) for name in names})
 
 
-class Place(NamedTuple):
-    """Where an activation is read: a module, and which of its calls in one forward."""
-
-    name: str
-    path: str
-    call: int = 0
-
-
 class _Reader:
-    """Reads one network: its logits, and the activations of layers that are chosen by its structure."""
+    """Reads one network: its logits, and the activations of layers over its depth, by name."""
 
     def __init__(self, net: Net, batch: Batch) -> None:
         self.net, self.attention = _fresh(net), 0
+        self.net.network.tap.clone = True  # A module that follows may work in place.
         two = _part(batch, torch.arange(min(batch.size, 2)))
         if self.net.network.attention is not None:
-            try:
+            with suppress(DistillError):
                 self.attention = self.net.layers(two)
-            except DistillError:
-                self.attention = 0
-        self.places = _spread(self._candidates(), _LAYERS)
-        _, seen = self(two)
-        self.places = [place for place in self.places if place.name in seen]
+        self.places = dict(_spread(list(self._layers(two).items()), _LAYERS))
+        if not self._readable(self.places.values(), two):
+            self.places = {name: place for name, place in self.places.items() if self._readable([place], two)}
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Maps]:
-        """Logits, and activations by the place's name; places that did not run are left out."""
-        calls: dict[str, list[Tensor]] = {place.path: [] for place in self.places}
-        modules = {path: self.net.module.get_submodule(path) for path in calls}
-        handles = [m.register_forward_hook(lambda *a, kept=calls[p]: _append(kept, a[-1])) for p, m in modules.items()]
+        view = self.net(batch, reads=_reads(self.places.values(), logits=True))
+        return view.logits, {name: _activation(view, place) for name, place in self.places.items()}
+
+    def _layers(self, batch: Batch) -> dict[str, str | int]:
+        """Numbers of a transformer's layers; else blocks and stem of the trunk, stages, or all modules with weights."""
+        attention, root = self.net.network.attention, self.net.module
+        if self.attention and attention is not None:
+            numbers = {f"layer {i}": i for i, layer in enumerate(attention.layers, 1) if layer.layer is not None}
+            if numbers:
+                return dict[str, str | int](numbers)
+        paths: list[str] = []
+        with suppress(DistillError, AttributeError):
+            paths = self.net.network.stages()
+        with suppress(DistillError):
+            found = [block.path for block in find_trunk(self.net, batch).all]
+            paths = [path for path in found if not any(other.startswith(f"{path}.") for other in found)]
+        if not any(next(root.get_submodule(path).children(), None) for path in paths):
+            paths = [path for path, m in root.named_modules() if next(m.parameters(recurse=False), None) is not None]
+        shared = commonprefix(paths).rpartition(".")[0]
+        return {path.removeprefix(f"{shared}."): path for path in paths}
+
+    def _readable(self, places: Collection[str | int], batch: Batch) -> bool:
+        """Whether layers run once in a forward and give something for each example."""
         try:
-            logits = self.net(batch, reads=Reads()).logits
-        finally:
-            for handle in handles:
-                handle.remove()
-        found = {p.name: calls[p.path][p.call] for p in self.places if len(calls[p.path]) > p.call}
-        return logits, {name: x for name, x in found.items() if x.dim() > 1 and len(x) == batch.size}
-
-    def _candidates(self) -> list[Place]:
-        if self.attention and self.net.network.attention is not None:
-            layers = enumerate(self.net.network.attention.layers, 1)
-            listed = [Place(f"layer {i}", x.layer, x.layer_call) for i, x in layers if x.layer is not None]
-            if listed:
-                return listed
-        try:
-            paths = _blocks(self.net.module, self.net.network.stages())
-        except (DistillError, AttributeError):
-            paths = _leaves(self.net.module)
-        prefix = _common(paths)
-        return [Place(path.removeprefix(prefix), path) for path in paths]
+            view = self.net(batch, reads=_reads(places))
+        except DistillError:
+            return False
+        found = [_activation(view, place) for place in places]
+        return all(x.is_floating_point() and x.dim() > 1 and len(x) == batch.size for x in found)
 
 
-def _append(kept: list[Tensor], found: Any) -> None:
-    """Keeps a copy: a module that follows may work in place."""
-    while isinstance(found, (tuple, list, Mapping)) and found:
-        found = next(iter(found.values() if isinstance(found, Mapping) else found))
-    if isinstance(found, Tensor) and found.is_floating_point():
-        kept.append(found.clone())
+def _reads(places: Collection[str | int], logits: bool = False) -> Reads:
+    paths = tuple(place for place in places if isinstance(place, str))
+    return Reads(logits, paths, tuple(place for place in places if isinstance(place, int)))
 
 
-def _blocks(root: nn.Module, stages: Sequence[str]) -> list[str]:
-    """The blocks of each stage where a stage is a plain sequence of them, else the stage."""
-    paths: list[str] = []
-    for stage in stages:
-        module = root.get_submodule(stage)
-        inner = module if isinstance(module, nn.Sequential) else getattr(module, "blocks", None)
-        prefix = stage if inner is module else f"{stage}.blocks"
-        whole = isinstance(inner, nn.Sequential) and all(next(m.children(), None) is not None for m in inner)
-        paths += [f"{prefix}.{name}" for name, _ in inner.named_children()] if whole and inner is not None else [stage]
-    return paths
-
-
-def _leaves(module: nn.Module, path: str = "", alone: bool = True) -> list[str]:
-    """Modules with weights, in the order of the network; containers, and what wraps a single module, are opened."""
-    inner = dict(module.named_children())
-    if inner and (alone or isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))):
-        alone = alone and len(inner) == 1
-        return [leaf for n, m in inner.items() for leaf in _leaves(m, f"{path}.{n}" if path else n, alone)]
-    return [path] if next(module.parameters(), None) is not None else []
-
-
-def _common(paths: Sequence[str]) -> str:
-    """The dotted prefix that all paths share."""
-    shared = []
-    for names in zip(*(path.split(".")[:-1] for path in paths), strict=False):
-        if len(set(names)) > 1:
-            break
-        shared.append(names[0])
-    return ".".join(shared) + "." if shared and len(paths) > 1 else ""
+def _activation(view: View, place: str | int) -> Tensor:
+    return view.hidden[place] if isinstance(place, int) else view.features[place]
 
 
 def _spread(items: Sequence[Any], n: int) -> list[Any]:
@@ -296,7 +268,6 @@ def _spread(items: Sequence[Any], n: int) -> list[Any]:
 
 
 def _vectors(x: Tensor, batch: Batch) -> Tensor:
-    """One vector for each example."""
     x, mask = x.float(), batch.mask
     if x.dim() == 4:
         x = _channels_first(x)
@@ -346,7 +317,7 @@ def _keep_maps(
     """Keeps layer names, the root mean square over channels of a few layers' maps, and the channels of two."""
     shown = ("student", list(readers)[-1])
     for name, reader in readers.items():
-        found.summary[name] = {"layers": [place.name for place in reader.places]}
+        found.summary[name] = {"layers": list(reader.places)}
         if name not in shown or not _is_image(batch):
             continue
         prefix = getattr(reader.net.module, "num_prefix_tokens", None)
@@ -378,7 +349,6 @@ def _strength(x: Tensor, prefix: int | None) -> Tensor | None:
 
 
 def _shrink(x: Tensor, side: int) -> Tensor:
-    """Images no larger than `side`."""
     scale = side / max(x.shape[-2:])
     return x if scale >= 1 else F.adaptive_avg_pool2d(x, [max(round(n * scale), 1) for n in x.shape[-2:]])
 

@@ -6,19 +6,32 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import wraps
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from html import escape
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
-__all__ = ["Series", "attention", "bars", "dots", "heatmap", "lines", "number", "own_ids", "points", "reliability"]
+__all__ = [
+    "Series",
+    "attention",
+    "bars",
+    "dots",
+    "heatmap",
+    "lines",
+    "number",
+    "own_ids",
+    "points",
+    "reliability",
+    "style",
+]
 
 # Colours of the style sheet; each is drawn as a colour of its own, whose name is put in its place afterwards.
 _NAMES = ("ink", "muted", "line", "soft", "accent", "on-accent", "minus", "dim", *(f"c{i}" for i in range(8)))
@@ -37,6 +50,7 @@ for _axis in ("xtick", "ytick"):
     _STYLE |= {f"{_axis}.color": _MUTED, f"{_axis}.labelsize": 9.5, f"{_axis}.major.size": 0, f"{_axis}.major.pad": 6}
 _STYLE |= {"legend.frameon": False, "legend.fontsize": 9.5, "legend.labelcolor": _MUTED, "legend.borderaxespad": 0}
 _STYLE |= {"legend.handlelength": 1.1, "legend.handletextpad": 0.5, "legend.columnspacing": 1.2}
+_TITLE: dict[str, Any] = {"size": 11.5, "weight": "bold"}
 _DASHED: dict[str, Any] = {"color": _MUTED, "linewidth": 1, "linestyle": (0, (3, 4))}
 
 
@@ -91,11 +105,8 @@ class Sheet:
         return self.figure.add_axes((left / self.width, bottom / self.height, width / self.width, height / self.height))
 
     def text(self, left: float, top: float, words: str, **style: Any) -> None:
-        """Words at a place in pixels; in bold type a title."""
+        """Words at a place in pixels."""
         self.figure.text(left / self.width, 1 - top / self.height, words, **style)
-
-    def title(self, left: float, words: str) -> None:
-        self.text(left, 13, words, size=11.5, weight="bold")
 
     def marks(self, axes: Axes, xy: Sequence[tuple[float, float]], tips: Iterable[str], **style: Any) -> None:
         """Marks that tell what they are under the pointer."""
@@ -138,21 +149,21 @@ def own_ids(page: str) -> str:
     return "".join(parts)
 
 
-def chart(draw: Callable[..., Markup]) -> Callable[..., Markup]:
-    """Draws with the style of the page; matplotlib's settings are as before afterwards."""
-
-    @wraps(draw)
-    def styled(*args: Any, **kwargs: Any) -> Markup:
-        with rc_context(_STYLE):
-            return draw(*args, **kwargs)
-
-    return styled
+def style() -> AbstractContextManager[None]:
+    """The style of the page while charts are drawn; matplotlib's settings are as before afterwards."""
+    return rc_context(_STYLE)
 
 
 _TICKS = FuncFormatter(lambda value, _: _minus(number(value, 4)))
 
 
-@chart
+def _numbered(axis: Axis, grid: bool = True, ticks: Sequence[float] = (), whole: bool = False) -> None:
+    """An axis with round numbers, or those that are given, and lines across the drawing."""
+    axis.set_major_locator(FixedLocator(ticks) if ticks else MaxNLocator(4, integer=whole))
+    axis.set_major_formatter(_TICKS)
+    axis.grid(grid)
+
+
 def lines(
     series: Sequence[Series],
     *,
@@ -164,7 +175,7 @@ def lines(
     """Curves over the training, with a band for each stage: its name, its start and its end."""
     sheet = Sheet(336, 214)
     axes = sheet.axes(46, 36, 280, 142)
-    sheet.title(0, title)
+    sheet.text(0, 13, title, **_TITLE)
     for name, points, colour in series:
         axes.plot(*zip(*points, strict=True), color=_C[colour % 8], linewidth=1.8, label=name)
         if len(points) <= 40:
@@ -182,18 +193,14 @@ def lines(
     axes.set_ylim(0 if low >= 0 and (flat or low < 0.4 * high) else low - pad, high + (pad or 1))
     left = 0 if 0 < left < 0.25 * right or 0 < left == right else left
     axes.set_xlim(left, right if right > left else left + 1)
-    axes.xaxis.set_major_locator(MaxNLocator(4, integer=x_label == "step"))
-    axes.yaxis.set_major_locator(MaxNLocator(4))
-    axes.xaxis.set_major_formatter(_TICKS)
-    axes.yaxis.set_major_formatter(_TICKS)
+    _numbered(axes.xaxis, grid=False, whole=x_label == "step")
+    _numbered(axes.yaxis)
     axes.set_xlabel(x_label)
-    axes.grid(axis="y")
     if legend and len(series) > 1:
         axes.legend(loc="upper right", bbox_to_anchor=(1, 1 + 33 / 142), ncols=len(series))
     return sheet.svg(title)
 
 
-@chart
 def heatmap(
     values: Sequence[Sequence[float]],
     rows: Sequence[str],
@@ -207,19 +214,10 @@ def heatmap(
     scale: float | None = None,
     space: float = 400,
 ) -> Markup:
-    """A matrix as squares; large ones carry their numbers.
+    """A matrix as squares, `space` pixels wide together; large ones carry their numbers.
 
-    Args:
-        values: One list for each row.
-        rows: Names of the rows.
-        columns: Names of the columns.
-        title: What is drawn.
-        row_label: What the rows are.
-        column_label: What the columns are.
-        signed: Two colours, for values below and above 0.
-        digits: Decimals of the numbers.
-        scale: The value of full colour; by default the largest there is.
-        space: Width of the squares together, in pixels.
+    With `signed` there are two colours, for values below and above 0; `scale`, by default the largest value that there
+    is, has the full colour.
     """
     n, m = len(rows), len(columns)
     side = max(min(space / max(m, 1), 40), 5)
@@ -253,19 +251,11 @@ def heatmap(
     return sheet.svg(title or f"{row_label} by {column_label}")
 
 
-@chart
 def reliability(diagram: Sequence[Sequence[float]], *, title: str, subtitle: str, colour: int) -> Markup:
-    """Accuracy over confidence in bins, the diagonal of a calibrated network, and how many examples are in each bin.
-
-    Args:
-        diagram: Examples, mean confidence and accuracy of each bin.
-        title: The network.
-        subtitle: Its calibration error.
-        colour: Number of the bars' colour.
-    """
+    """Accuracy over confidence, and how many examples are in each bin `(examples, mean confidence, accuracy)`."""
     sheet = Sheet(300, 300)
     axes, counts = sheet.axes(46, 42, 246, 172), sheet.axes(46, 226, 246, 34)
-    sheet.title(46, _short(title, 32))
+    sheet.text(46, 13, _short(title, 32), **_TITLE)
     sheet.text(46, 30, subtitle, color=_MUTED)
     width = 0.88 / len(diagram)
     for i, (count, confidence, accuracy) in enumerate(diagram):
@@ -276,11 +266,10 @@ def reliability(diagram: Sequence[Sequence[float]], *, title: str, subtitle: str
             axes.bar(x, high - low, width, low, color=gap)
             counts.bar(x, count, width, color=to_rgba(_DIM, 0.75))
     axes.plot((0, 1), (0, 1), **_DASHED)
-    axes.set(xlim=(0, 1), ylim=(0, 1), xticks=[], yticks=(0, 0.25, 0.5, 0.75, 1), ylabel="accuracy")
-    axes.yaxis.set_major_formatter(_TICKS)
-    axes.grid(axis="y")
-    counts.set(xlim=(0, 1), yticks=[], xticks=(0, 0.5, 1), xlabel="confidence")
-    counts.xaxis.set_major_formatter(_TICKS)
+    axes.set(xlim=(0, 1), ylim=(0, 1), xticks=[], ylabel="accuracy")
+    _numbered(axes.yaxis, ticks=(0, 0.25, 0.5, 0.75, 1))
+    counts.set(xlim=(0, 1), yticks=[], xlabel="confidence")
+    _numbered(counts.xaxis, grid=False, ticks=(0, 0.5, 1))
     return sheet.svg(f"Reliability of {title}")
 
 
@@ -292,13 +281,10 @@ def _rows(names: Sequence[str], width: float, title: str) -> tuple[Sheet, Axes]:
     axes.set_title(title)
     axes.set_yticks(range(len(names)), [_short(name, 44) for name in names], color=_INK)
     axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(4))
-    axes.xaxis.set_major_formatter(_TICKS)
-    axes.grid(axis="x")
+    _numbered(axes.xaxis)
     return sheet, axes
 
 
-@chart
 def bars(values: Sequence[tuple[str, float]], *, title: str, mark: float | None = None) -> Markup:
     """Horizontal bars from 0 with their numbers, and a line to compare with."""
     sheet, axes = _rows([name for name, _ in values], 480, title)
@@ -312,7 +298,6 @@ def bars(values: Sequence[tuple[str, float]], *, title: str, mark: float | None 
     return sheet.svg(title)
 
 
-@chart
 def dots(values: Sequence[tuple[str, Sequence[float]]], *, title: str) -> Markup:
     """A point for each number of a row, and their mean with its standard deviation; the axis need not begin at 0."""
     sheet, axes = _rows([name for name, _ in values], 760, title)
@@ -330,7 +315,6 @@ def dots(values: Sequence[tuple[str, Sequence[float]]], *, title: str) -> Markup
     return sheet.svg(title)
 
 
-@chart
 def points(
     groups: Mapping[str, Sequence[Sequence[float]]], *, title: str, limits: Sequence[Sequence[float]] | None = None
 ) -> Markup:
@@ -340,7 +324,7 @@ def points(
     """
     sheet = Sheet(420, 380)
     axes = sheet.axes(1, 46, 418, 332)
-    sheet.title(0, title)
+    sheet.text(0, 13, title, **_TITLE)
     held = limits if limits is not None else [p for group in groups.values() for p in group]
     axes.scatter([p[0] for p in held], [p[1] for p in held], alpha=0)
     for i, (name, group) in enumerate(groups.items()):
@@ -353,7 +337,6 @@ def points(
     return sheet.svg(title)
 
 
-@chart
 def attention(maps: Sequence[tuple[str, Any]], tokens: Sequence[str], full: float) -> Markup:
     """Attention `[n, n]` of one network's layers side by side, the tokens beside the first; `full` has full colour."""
     n = min(len(tokens), *(len(probs) for _, probs in maps))

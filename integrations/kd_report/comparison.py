@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from kd_report import charts, curves
 from kd_report.charts import Series, number
-from kd_report.pages import ENVIRONMENT, calibration_charts, document, similarity_chart, value
+from kd_report.pages import Sections, calibration_charts, document, similarity_charts, value
 from kd_report.runs import Run
 
 __all__ = ["comparison_page"]
@@ -20,28 +20,13 @@ _SHARES = {"accuracy", "f1", "precision", "recall", "mean_iou"}
 _LOWER = {"loss", "perplexity", "rmse", "mse", "mae"}
 # What differs between the seeds of one experiment, or says nothing about it.
 _INCIDENTAL = {"seed", "experiment", "output", "output_dir", "resume", "log_interval", "run_name", "logging_dir"}
-_SECTIONS = {
-    "results": "Results",
-    "curves": "Learning curves",
-    "calibration": "Calibration",
-    "similarity": "Layer similarity",
-    "cost": "Cost",
-    "runs": "Runs",
-}
 
 
 class Groups:
     """Runs by experiment, those that differ in their seed alone together: the baseline first, the teacher last.
 
-    Attributes:
-        all: The runs as they were given.
-        runs: Runs by the experiment's name.
-        taught: Names of the experiments whose student is the teacher of others.
-        asked: Runs that show a teacher which is no run itself, by the teacher's name.
-        metric: What the last evaluations tell, with its unit.
-        factor: What makes per cent of it.
-        comparable: Whether all runs tell the same metric.
-        axis: What curves run over.
+    `taught` are the experiments whose student is the teacher of others, `asked` the runs that show a teacher which is
+    no run itself, by its name. `metric` is what the last evaluations tell; `factor` makes per cent of it.
     """
 
     def __init__(self, runs: Sequence[Run]) -> None:
@@ -129,7 +114,7 @@ def _step(run: Run) -> float | None:
     return (run.info.get("cost") or {}).get("seconds_per_step")
 
 
-def _result_rows(groups: Groups) -> list[list[Any]]:
+def _results(groups: Groups) -> dict[str, Any]:
     values = {name: _known(runs, _metric, groups.factor) for name, runs in groups.runs.items()}
     means = {n: statistics.fmean(v) for n, v in values.items() if v and n not in groups.taught}
     best = (min if groups.lower else max)(means, key=lambda n: means[n]) if means and groups.comparable else None
@@ -160,17 +145,13 @@ def _result_rows(groups: Groups) -> list[list[Any]]:
         accuracy = run.part("after", "predictions", "teacher", "accuracy")
         known = [] if accuracy is None or groups.metric not in ("top1", "accuracy, %") else [100 * accuracy]
         row(name, _mean(known, ".2f"), "", [run], "teacher")
-    return rows
-
-
-def _result_chart(groups: Groups) -> list[Markup]:
-    found = {name: _known(runs, _metric, groups.factor) for name, runs in groups.runs.items()}
-    rows = [(name, values) for name, values in found.items() if values]
+    drawn = [(name, found) for name, found in values.items() if found]
     # Numbers of different metrics have no common axis.
-    return [charts.dots(rows, title=groups.metric)] if len(rows) > 1 and groups.comparable else []
+    together = len(drawn) > 1 and groups.comparable
+    return {"rows": rows, "charts": [charts.dots(drawn, title=groups.metric)] if together else []}
 
 
-def _comparison_curves(groups: Groups) -> list[Markup]:
+def _curves(groups: Groups) -> list[Markup]:
     keys = dict.fromkeys(key for run in groups.all if (key := curves.metric_key(run)) is not None)
     wanted = {key.removeprefix("eval_"): [key] for key in keys}
     wanted |= {"evaluation loss": ["eval_loss"], "training loss": ["train_loss", "loss"]}
@@ -192,11 +173,12 @@ def _calibrations(groups: Groups) -> list[Markup]:
 
 def _similarities(groups: Groups) -> list[Markup]:
     shown = [(run, name if len(runs) == 1 else run.name) for name, runs in groups.runs.items() for run in runs]
-    drawn = [similarity_chart(run, "after", name, 290) for run, name in shown if run.other != "student"]
-    return [chart for chart in drawn if chart is not None]
+    return [
+        chart for run, name in shown if run.other != "student" for chart in similarity_charts(run, {"after": name}, 290)
+    ]
 
 
-def _cost_rows(groups: Groups) -> tuple[list[str], list[list[Any]]]:
+def _cost(groups: Groups) -> dict[str, Any] | None:
     costs = {name: [run.info.get("cost") or {} for run in runs] for name, runs in groups.runs.items()}
     parts = list(dict.fromkeys(part for found in costs.values() for part in found[0].get("parts") or {}))
     rows: list[list[Any]] = []
@@ -207,10 +189,10 @@ def _cost_rows(groups: Groups) -> tuple[list[str], list[list[Any]]]:
         step = _mean(_known(groups.runs[name], _step, 1000), ".1f")
         memory = max((c.get("memory") or 0 for c in found), default=0)
         rows.append([name, *timed, (step, "strong"), number(memory / 2**20, 3) if memory else "–"])
-    return parts, rows if any(found for cost in costs.values() for found in cost) else []
+    return {"parts": parts, "rows": rows} if any(found for cost in costs.values() for found in cost) else None
 
 
-def _run_rows(groups: Groups) -> list[list[Any]]:
+def _runs(groups: Groups) -> list[list[Any]]:
     rows: list[list[Any]] = []
     for run in groups.all:
         result, seed = _metric(run), value((run.info.get("settings") or {}).get("seed"))
@@ -219,5 +201,11 @@ def _run_rows(groups: Groups) -> list[list[Any]]:
     return rows
 
 
-for _one in (_result_rows, _result_chart, _comparison_curves, _calibrations, _similarities, _cost_rows, _run_rows):
-    ENVIRONMENT.globals[_one.__name__.lstrip("_")] = _one
+_SECTIONS: Sections = {
+    "results": ("Results", _results),
+    "curves": ("Learning curves", _curves),
+    "calibration": ("Calibration", _calibrations),
+    "similarity": ("Layer similarity", _similarities),
+    "cost": ("Cost", _cost),
+    "runs": ("Runs", _runs),
+}

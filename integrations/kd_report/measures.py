@@ -11,7 +11,16 @@ from torch import Tensor
 
 from kd_plugins import Batch
 
-__all__ = ["Predictions", "Rows", "Similarity", "calibration", "common_maps", "project_channels", "rows_of"]
+__all__ = [
+    "Predictions",
+    "Rows",
+    "Similarity",
+    "calibration",
+    "common_maps",
+    "mean_rows",
+    "project_channels",
+    "rows_of",
+]
 
 _ROWS, _CLASSES, _BINS, _POINTS = 2048, 100, 15, 256
 
@@ -45,6 +54,14 @@ def rows_of(logits: Tensor, batch: Batch) -> Rows | None:
             logits, labels = logits[:, :-1], None if labels is None else labels[:, 1:]
         return _some(logits.flatten(0, 1), labels)
     return None
+
+
+def mean_rows(rows: Sequence[Rows | None]) -> Rows | None:
+    """The decisions of several networks together, by the mean of their probabilities; None where nobody decides."""
+    known = [r for r in rows if r is not None]
+    if not known:
+        return None
+    return Rows(torch.stack([r.logits.softmax(-1) for r in known]).mean(0).log(), known[0].labels)
 
 
 def _some(logits: Tensor, labels: Tensor | None) -> Rows:

@@ -20,26 +20,15 @@ from kd_report import charts, curves
 from kd_report.charts import number, own_ids
 from kd_report.runs import Run
 
-__all__ = ["calibration_charts", "count", "document", "percent", "run_page", "similarity_chart", "value"]
+__all__ = ["Sections", "calibration_charts", "document", "percent", "run_page", "similarity_charts", "value"]
+
+Sections = Mapping[str, tuple[str, Callable[[Any], Any]]]
+"""What a page shows: for each section, which is a macro of the template, its heading and what finds its content."""
 
 Lines = dict[str, list[tuple[str, Tensor]]]
+_PHASES = ("before", "after")
 _SENTENCES, _CHANNEL_EXAMPLES, _CHANGES = 3, 2, 8
 _PNG = re.compile(r"data:image/png;base64,[A-Za-z0-9+/]+={0,2}")
-_SECTIONS = {
-    "run": "What was run",
-    "results": "Results",
-    "peers": "Peers",
-    "calibration": "Calibration",
-    "curves": "Learning curves",
-    "method": "Found by the method",
-    "similarity": "Layer similarity",
-    "features": "Feature maps",
-    "channels": "Channels",
-    "attention": "Attention",
-    "confusion": "Confusion",
-    "cost": "Cost",
-    "notes": "Notes",
-}
 
 
 def run_page(run: Run) -> str:
@@ -48,19 +37,17 @@ def run_page(run: Run) -> str:
     status, started = run.info.get("status"), str(run.info.get("started") or "")[:16].replace("T", " ")
     when = [started and f"{started} UTC", f"({status})" if status not in (None, "finished") else ""]
     lead = [run.info.get("host"), run.info.get("data"), run.info.get("device"), " ".join(filter(None, when))]
-    return document("run.html.j2", run, _SECTIONS, title, lead, head="tiles")
+    return document("run.html.j2", run, _SECTIONS, title, lead)
 
 
-def document(
-    template: str, about: Any, sections: Mapping[str, str], title: str, lead: Sequence[Any], *, head: str = ""
-) -> str:
-    """A whole page: the macros of a template, one for each section, in the frame; what comes out empty is left out."""
+def document(template: str, about: Any, sections: Sections, title: str, lead: Sequence[Any]) -> str:
+    """A whole page: the sections that have a content, in the frame, below the template's tiles where it has some."""
     macros = vars(ENVIRONMENT.get_template(template).module)
-    html = [(key, name, Markup(macros[key](about).strip())) for key, name in sections.items()]
-    shown = [section for section in html if section[2]]
-    top = macros[head](about) if head else ""
-    page = ENVIRONMENT.get_template("page.html.j2").render(title=title, lead=lead, sections=shown, head=top)
-    return own_ids(page)
+    with charts.style():
+        found = {key: (heading, find(about)) for key, (heading, find) in sections.items()}
+    shown = [(key, heading, macros[key](about, content)) for key, (heading, content) in found.items() if content]
+    tiles = macros["tiles"](about) if "tiles" in macros else ""
+    return own_ids(ENVIRONMENT.get_template("page.html.j2").render(title=title, lead=lead, sections=shown, head=tiles))
 
 
 # Words and numbers
@@ -103,6 +90,13 @@ def _decimals(x: float | None) -> str:
     return "–" if x is None else f"{x:.3f}"
 
 
+def _label(run: Run, i: int) -> str:
+    labels, names = run.part("after", "labels") or run.part("before", "labels") or [], run.info.get("classes") or []
+    if i >= len(labels):
+        return f"example {i + 1}"
+    return f"label: {names[labels[i]] if 0 <= labels[i] < len(names) else labels[i]}"
+
+
 def _options(method: Mapping[str, Any]) -> str:
     given = {k: v for k, v in (method.get("options") or {}).items() if v is not None}
     return ", ".join(f"{k}={number(v, 4) if isinstance(v, float) else v}" for k, v in given.items())
@@ -122,17 +116,15 @@ def _sizes(run: Run) -> list[tuple[str, int]]:
     return [(who, network["parameters"]) for who, network in named if network.get("parameters")]
 
 
-def _label(run: Run, i: int) -> str:
-    labels, names = run.part("after", "labels") or run.part("before", "labels") or [], run.info.get("classes") or []
-    if i >= len(labels):
-        return f"example {i + 1}"
-    return f"label: {names[labels[i]] if 0 <= labels[i] < len(names) else labels[i]}"
+def _times(info: Mapping[str, Any]) -> dict[str, float]:
+    parts = (info.get("cost") or {}).get("parts") or {}
+    return {name: seconds for name, seconds in parts.items() if seconds > 0}
 
 
 # Tables and charts
 
 
-def _predictions(run: Run) -> list[list[Any]]:
+def _results(run: Run) -> dict[str, Any] | None:
     named = [("student, before", "before", "student", ""), ("student, after", "after", "student", "strong")]
     if run.other != "student":
         named.append((run.other, "after" if run.part("after", "predictions", run.other) else "before", run.other, ""))
@@ -146,40 +138,31 @@ def _predictions(run: Run) -> list[list[Any]]:
             if run.other != "student":
                 cells += [percent(both.get("agreement")), _decimals(both.get("kl"))]
             rows.append([name, *((cell, style) for cell in cells)])
-    return rows
+    written = _flat(run.info.get("results") or {})
+    return {"rows": rows, "written": written} if rows or written else None
 
 
-def _peers(run: Run) -> list[str]:
-    """Names of the networks that were trained together in the analysis, the student first."""
+def _peers(run: Run) -> dict[str, Any] | None:
+    """The networks that were trained together, the student first: their results, and how alike their features are."""
     keys = run.part("after", "peers") or run.part("before", "peers") or []
-    return ["student", *keys] if keys and len(keys) == len(run.info.get("peers") or []) else []
-
-
-def _peer_rows(run: Run) -> list[list[Any]]:
-    """The networks that were trained together: accuracy, agreement, and how alike their features are."""
-    rows: list[list[Any]] = []
     infos = [run.info.get("student") or {}, *(run.info.get("peers") or [])]
-    alike = [run.array(phase, "peers/similarity") for phase in ("before", "after")]
-    for i, (key, info) in enumerate(zip(_peers(run), infos, strict=False)):
+    if not keys or len(keys) != len(infos) - 1:
+        return None
+    names = ["student", *(f"peer {i}" for i in range(1, len(infos)))]
+    alike = {phase: run.array(phase, "peers/similarity") for phase in _PHASES}
+    rows: list[list[Any]] = []
+    for i, (key, name, info) in enumerate(zip(["student", *keys], names, infos, strict=True)):
         own = run.part("after", "predictions", key) or {}
-        name = f"{f'peer {i}' if i else 'student'}, {info.get('name', '')}"
-        similar = [_decimals(None if m is None or not i else float(m[0, i])) for m in alike]
-        agreement = percent(own.get("agreement")) if i else "–"
-        rows.append(
-            [name, count(info.get("parameters")), (percent(own.get("accuracy")), "strong"), agreement, *similar]
-        )
-    return rows
+        similar = [_decimals(None if m is None or not i else float(m[0, i])) for m in alike.values()]
+        cells = [count(info.get("parameters")), (percent(own.get("accuracy")), "strong")]
+        rows.append([f"{name}, {info.get('name', '')}", *cells, percent(own.get("agreement")), *similar])
+    words = {"row_label": "network", "column_label": "network", "space": 300}
+    titled = [(f"Last layers, {phase} training", x) for phase, x in alike.items() if x is not None]
+    return {"rows": rows, "charts": [_similarity(x, names, names, title=title, **words) for title, x in titled]}
 
 
-def _peer_charts(run: Run) -> list[Markup]:
-    names = ["student", *(f"peer {i}" for i in range(1, len(_peers(run))))]
-    found = {phase: run.array(phase, "peers/similarity") for phase in ("before", "after")}
-    words = {"row_label": "network", "column_label": "network", "scale": 1.0, "space": 300}
-    return [
-        charts.heatmap(x.clamp_min(0).tolist(), names, names, title=f"Last layers, {phase} training", **words)
-        for phase, x in found.items()
-        if x is not None
-    ]
+def _similarity(cka: Tensor, *names: Sequence[str], **words: Any) -> Markup:
+    return charts.heatmap(cka.clamp_min(0).tolist(), *names, scale=1.0, **words)
 
 
 def calibration_charts(run: Run, label: str = "") -> list[Markup]:
@@ -195,24 +178,23 @@ def calibration_charts(run: Run, label: str = "") -> list[Markup]:
 
 def _curve_charts(run: Run) -> list[Markup]:
     found = {title: [charts.Series(*line) for line in lines] for title, lines in curves.panels(run).items()}
-    about = {"stages": curves.stages(run), "x_label": curves.axis(run)}
-    return [charts.lines(lines, title=title, **about) for title, lines in found.items()]
+    stages, x = curves.stages(run), curves.axis(run)
+    return [charts.lines(lines, title=title, stages=stages, x_label=x) for title, lines in found.items()]
 
 
-def similarity_chart(run: Run, phase: str, title: str, space: float = 400) -> Markup | None:
-    """Linear CKA between the layers of student and teacher as a heat map; None where it was not computed."""
-    cka, layers = run.array(phase, "cka"), [run.part(phase, who, "layers") for who in ("student", run.other)]
-    if cka is None:
-        return None
-    words = {"row_label": "student", "column_label": run.other, "scale": 1.0, "space": space}
-    return charts.heatmap(cka.clamp_min(0).tolist(), *layers, title=title, **words)
+def similarity_charts(run: Run, titles: Mapping[str, str], space: float = 400) -> list[Markup]:
+    """Linear CKA between the layers of student and teacher as heat maps, with a title for each phase that is wanted."""
+    words = {"row_label": "student", "column_label": run.other, "space": space}
+    found = [(phase, title, run.array(phase, "cka")) for phase, title in titles.items()]
+    layers = {phase: [run.part(phase, who, "layers") for who in ("student", run.other)] for phase in titles}
+    return [_similarity(cka, *layers[phase], title=title, **words) for phase, title, cka in found if cka is not None]
 
 
-def _confusions(run: Run) -> tuple[Markup | None, list[list[Any]]]:
+def _confusion(run: Run) -> dict[str, Any] | None:
     """The confusion matrix, or how it differs from the other network's, and the mistakes that changed most."""
     student, other = (run.array("after", f"{who}/confusion") for who in ("student", run.other))
     if student is None:
-        return None, []
+        return None
     given = run.info.get("classes") or []
     names = [str(given[i]) if i < len(given) else str(i) for i in range(len(student))]
     words: dict[str, Any] = {"row_label": "true class", "column_label": "answer", "digits": 0, "space": 460}
@@ -221,7 +203,7 @@ def _confusions(run: Run) -> tuple[Markup | None, list[list[Any]]]:
         return 100 * cells.float() / cells.sum(1, keepdim=True).clamp_min(1)
 
     if other is None or run.other == "student":
-        return charts.heatmap(rates(student).tolist(), names, names, title="", **words), []
+        return {"signed": False, "chart": charts.heatmap(rates(student).tolist(), names, names, title="", **words)}
     title, change = f"Student − {run.other}", student - other
     chart = charts.heatmap((rates(student) - rates(other)).tolist(), names, names, title=title, signed=True, **words)
     change.fill_diagonal_(0)
@@ -231,7 +213,7 @@ def _confusions(run: Run) -> tuple[Markup | None, list[list[Any]]]:
         if change[i, j]:
             counts, more = [str(int(x[i, j])) for x in (other, student)], f"{int(change[i, j]):+d}".replace("-", "−")
             rows.append([f"{names[i]} taken for {names[j]}", *counts, (more, "strong")])
-    return chart, rows
+    return {"signed": True, "chart": chart, "rows": rows}
 
 
 # Maps and attention
@@ -251,17 +233,15 @@ def _feature_maps(run: Run) -> Lines:
     return {name: maps for name, maps in lines.items() if maps}
 
 
-def _attention_maps(run: Run) -> Lines:
-    found = {name: (run.array(phase, f"{who}/attention"), phase, who) for name, phase, who in _shown(run)}
-    return {
-        name: list(zip(run.part(phase, who, "attention"), maps, strict=True))
-        for name, (maps, phase, who) in found.items()
-        if maps is not None
-    }
-
-
-def _sentences(run: Run, lines: Lines) -> list[list[tuple[str, Markup]]]:
-    """The attention of each network for a few sentences."""
+def _attention(run: Run) -> dict[str, Any] | None:
+    """The attention of each network: maps of the images, or charts of a few sentences."""
+    lines: Lines = {}
+    for name, phase, who in _shown(run):
+        maps = run.array(phase, f"{who}/attention")
+        if maps is not None:
+            lines[name] = list(zip(run.part(phase, who, "attention"), maps, strict=True))
+    if not lines or run.array("after", "images") is not None:
+        return {"lines": lines, "sentences": None} if lines else None
     drawn = []
     sentences = run.part("after", "tokens") or run.part("before", "tokens") or []
     for i, tokens in enumerate(sentences[:_SENTENCES]):
@@ -271,7 +251,7 @@ def _sentences(run: Run, lines: Lines) -> list[list[tuple[str, Markup]]]:
         full = float(values[round(0.98 * (len(values) - 1))]) if len(values) else 1.0
         one = {name: [(layer, x[i]) for layer, x in maps] for name, maps in lines.items()}
         drawn.append([(name, charts.attention(maps, tokens, full)) for name, maps in one.items()])
-    return drawn
+    return {"lines": lines, "sentences": drawn}
 
 
 def _channel_charts(run: Run) -> list[Markup]:
@@ -279,7 +259,7 @@ def _channel_charts(run: Run) -> list[Markup]:
     drawn = []
     for i in range(_CHANNEL_EXAMPLES):
         planes = {}
-        for phase in ("before", "after"):
+        for phase in _PHASES:
             found = {who: run.array(phase, f"{who}/channels") for who in ("teacher", "student")}
             planes[phase] = {who: x[i].tolist() for who, x in found.items() if x is not None and i < len(x)}
         everything = [point for groups in planes.values() for group in groups.values() for point in group]
@@ -303,7 +283,7 @@ def _draw(picture: Mapping[str, Any]) -> Markup:
     if kind == "bars":
         return charts.bars([(str(k), v) for k, v in picture["values"]], title=title, mark=picture.get("mark"))
     if kind == "heatmap":
-        words = {key: picture.get(key) or "" for key in ("row_label", "column_label", "signed")}
+        words: dict[str, Any] = {key: picture.get(key) or "" for key in ("row_label", "column_label", "signed")}
         return charts.heatmap(picture["values"], picture["rows"], picture["columns"], title=title, **words)
     return charts.points(picture["groups"], title=title) if kind == "points" else Markup()
 
@@ -314,6 +294,31 @@ def _pictures(run: Run) -> list[tuple[str, list[tuple[Mapping[str, Any], Markup]
     grouped = groupby(known, key=lambda p: (p.get("caption") or "", p["kind"]))
     return [(words, [(picture, _draw(picture)) for picture in pictures]) for (words, _), pictures in grouped]
 
+
+def _notes(run: Run) -> list[str]:
+    asked = {who: run.part("after", who, "attention_note") for who in ("student", run.other)}
+    of_attention = [f"Attention of the {who}: {note}" for who, note in asked.items() if note]
+    return list(dict.fromkeys([*(run.info.get("notes") or []), *of_attention]))
+
+
+_SECTIONS: Sections = {
+    "run": ("What was run", lambda run: run),
+    "results": ("Results", _results),
+    "peers": ("Peers", _peers),
+    "calibration": ("Calibration", calibration_charts),
+    "curves": ("Learning curves", _curve_charts),
+    "method": ("Found by the method", _pictures),
+    "similarity": (
+        "Layer similarity",
+        lambda run: similarity_charts(run, {phase: f"{phase.capitalize()} training" for phase in _PHASES}),
+    ),
+    "features": ("Feature maps", _feature_maps),
+    "channels": ("Channels", _channel_charts),
+    "attention": ("Attention", _attention),
+    "confusion": ("Confusion", _confusion),
+    "cost": ("Cost", lambda run: run),
+    "notes": ("Notes", _notes),
+}
 
 ENVIRONMENT = Environment(
     loader=PackageLoader("kd_report", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -328,13 +333,10 @@ ENVIRONMENT.filters |= {
     "shell": shlex.join,
     "tail": lambda layer: layer if len(layer) <= 12 else f"…{layer[-11:]}",
     "value": value,
-    "times": lambda parts: {name: seconds for name, seconds in parts.items() if seconds > 0},
 }
 ENVIRONMENT.tests |= {
     "pair": lambda cell: isinstance(cell, tuple),
     "png": lambda source: isinstance(source, str) and _PNG.fullmatch(source) is not None,
 }
-_GLOBALS: list[Callable[..., Any]] = [_predictions, _peer_rows, _peer_charts, calibration_charts, _curve_charts, _sizes]
-_GLOBALS += [similarity_chart, _confusions, _feature_maps, _attention_maps, _sentences, _channel_charts, _pictures]
-_GLOBALS += [_flat, _label, _options, curves.axis, curves.final_metric, curves.stages]
-ENVIRONMENT.globals |= {one.__name__.lstrip("_"): one for one in _GLOBALS}
+ENVIRONMENT.globals |= {"label": _label, "options": _options, "sizes": _sizes, "times": _times, "zip": zip}
+ENVIRONMENT.globals |= {"axis": curves.axis, "final_metric": curves.final_metric, "stages": curves.stages}

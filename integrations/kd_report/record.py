@@ -24,16 +24,18 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.data import IterableDataset, Subset
 
 from kd_plugins import Batch, Distiller, Nets
 from kd_plugins.catalog.registry import config_of
 from kd_plugins.reading.nets import describe
 from kd_report.analysis import Decode, analyse, as_nets
+from kd_report.runs import read_json, read_rows
 from kd_report.timing import StepTimer
 
-__all__ = ["RunRecord"]
+__all__ = ["RunRecord", "some_rows"]
 
-_FORMAT = 1
+_FORMAT, _EXAMPLES = 1, 1000
 _PACKAGES = ("kd-plugins", "torch", "accelerate", "timm", "transformers", "datasets")
 
 
@@ -117,19 +119,18 @@ class RunRecord:
             "notes": [],
         }
         self.folder.mkdir(parents=True, exist_ok=True)
-        kept: list[str] = []
-        if resume is not None and self._file("run.json").is_file():
-            before = json.loads(self._file("run.json").read_text(encoding="utf-8"))
+        kept: list[Mapping[str, Any]] = []
+        before = read_json(self.folder / "run.json") if resume is not None else None
+        if before:
             self.run |= {key: before[key] for key in ("started", "seconds", "notes", "cost") if key in before}
             self.run["resumed"] = before.get("resumed", 0) + 1
-            rows = self._file("history.jsonl")
-            lines = rows.read_text(encoding="utf-8").splitlines() if rows.is_file() else []
-            kept = [line + "\n" for line in lines if json.loads(line).get("step", 0) <= resume]
+            kept = [row for row in read_rows(self.folder / "history.jsonl") if row.get("step", 0) <= (resume or 0)]
         else:
             for name in ("analysis.json", "analysis.safetensors", "pictures.json"):
-                self._file(name).unlink(missing_ok=True)
+                (self.folder / name).unlink(missing_ok=True)
         self._spent = float(self.run["seconds"])
-        self._file("history.jsonl").write_text("".join(kept), encoding="utf-8")
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        (self.folder / "history.jsonl").write_text(text, encoding="utf-8")
         self._write()
 
     def before(self, nets: Nets | nn.Module, batches: Iterable[Batch], **options: Any) -> None:
@@ -143,13 +144,13 @@ class RunRecord:
         self._analyse("before", nets, batches, options)
 
     def after(self, nets: Nets | nn.Module, batches: Iterable[Batch], **options: Any) -> None:
-        """Analyses the networks after the training; the same batches as before make the two comparable."""
+        """Analyses them after the training; the same batches as before make the two comparable."""
         self._analyse("after", nets, batches, options)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Adds a row to the history: `step` (or `epoch`), losses and metrics by name."""
         if self.enabled:
-            with self._file("history.jsonl").open("a", encoding="utf-8") as file:
+            with (self.folder / "history.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(_plain(dict(row))) + "\n")
 
     def time_steps(self, player: Any) -> None:
@@ -193,14 +194,11 @@ class RunRecord:
             if pictures:
                 self._replace("pictures.json", pictures)
 
-    def _file(self, name: str) -> Path:
-        return self.folder / name
-
     def _replace(self, name: str, content: Any) -> None:
         """Writes a file in one step, so that a report made meanwhile reads the old one or the new one."""
-        partial = self._file(name).with_suffix(".partial")
+        partial = self.folder / f"{name}.partial"
         partial.write_text(json.dumps(_plain(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, self._file(name))
+        os.replace(partial, (self.folder / name))
 
     def _write(self) -> None:
         self.run["seconds"] = self._spent + time.monotonic() - self._began
@@ -222,15 +220,22 @@ class RunRecord:
         except Exception as error:  # noqa: BLE001
             self._failed(f"The networks could not be analysed {phase} the training", f"No analysis {phase}", error)
             return
-        numbers, arrays = self._file("analysis.json"), self._file("analysis.safetensors")
-        summary = json.loads(numbers.read_text(encoding="utf-8")) if numbers.is_file() else {}
+        arrays, known = self.folder / "analysis.safetensors", read_json(self.folder / "analysis.json") or {}
         tensors = load_file(arrays) if arrays.is_file() else {}
         tensors = {key: value for key, value in tensors.items() if not key.startswith(f"{phase}/")}
         tensors |= {f"{phase}/{key}": value.clone() for key, value in found.arrays.items()}
         save_file(tensors, arrays.with_suffix(".partial"))
         os.replace(arrays.with_suffix(".partial"), arrays)
-        self._replace("analysis.json", summary | {phase: found.summary})
+        self._replace("analysis.json", known | {phase: found.summary})
         self._write()
+
+
+def some_rows(dataset: Any) -> Any:
+    """The evaluation rows to analyse, drawn by a fixed seed: the first of sorted folders are of a few classes."""
+    if isinstance(dataset, IterableDataset):
+        return dataset
+    generator = torch.Generator().manual_seed(0)
+    return Subset(dataset, torch.randperm(len(dataset), generator=generator)[:_EXAMPLES].tolist())
 
 
 def _plain(value: Any) -> Any:

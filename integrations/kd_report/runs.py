@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kd_plugins.errors import DistillError
 
-__all__ = ["Run", "load_run"]
+__all__ = ["Run", "load_run", "read_json", "read_rows"]
 
 Row = dict[str, float]
 
@@ -89,7 +89,7 @@ def load_run(folder: str | Path) -> Run:
     folder = Path(folder)
     if not folder.is_dir():
         raise DistillError(f"Expected the output folder of a run, got {folder}, which does not exist: mend the path.")
-    info = _json(folder / "run.json") or _host_info(folder)
+    info = read_json(folder / "run.json") or _host_info(folder)
     history = _history(folder)
     if not info and not history:
         raise DistillError(
@@ -98,11 +98,12 @@ def load_run(folder: str | Path) -> Run:
         )
     tensors = folder / "analysis.safetensors"
     arrays = load_file(tensors) if tensors.is_file() else {}
-    pictures = _json(folder / "pictures.json") or []
-    return Run(folder, info, history, _json(folder / "analysis.json") or {}, arrays, pictures)
+    pictures = read_json(folder / "pictures.json") or []
+    return Run(folder, info, history, read_json(folder / "analysis.json") or {}, arrays, pictures)
 
 
-def _json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; None without the file."""
     if not path.is_file():
         return None
     try:
@@ -114,31 +115,36 @@ def _json(path: Path) -> Any:
 def _host_info(folder: Path) -> dict[str, Any]:
     """What the hosts' own files tell of a run without a record."""
     info: dict[str, Any] = {}
-    results = _json(folder / "results.json") or _json(folder / "all_results.json")
+    results = read_json(folder / "results.json") or read_json(folder / "all_results.json")
     if results:
         info["results"] = results
         info["cost"] = {key: results[key] for key in ("seconds_per_step",) if key in results}
-    config = _json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if config:
         info["student"] = {"name": config.get("architecture") or (config.get("architectures") or ["student"])[0]}
-    distiller = _json(folder / "distiller.json") or _json(folder / "state" / "distiller.json")
+    distiller = read_json(folder / "distiller.json") or read_json(folder / "state" / "distiller.json")
     if distiller:
         info["method"] = {"name": distiller.get("distiller"), "options": distiller.get("options", {}), "parts": []}
     return info
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a history, one a line; the last may be in the making, or what a killed run left of it."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
 def _history(folder: Path) -> list[Row]:
-    rows: list[Mapping[str, Any]] = []
-    if (folder / "history.jsonl").is_file():
-        for line in (folder / "history.jsonl").read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError):  # A run that is being written, or was killed while writing its last row.
-                rows.append(json.loads(line))
+    rows: Sequence[Mapping[str, Any]] = read_rows(folder / "history.jsonl")
     if not rows and (folder / "summary.csv").is_file():
         with (folder / "summary.csv").open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
     if not rows:
         states = [folder / "trainer_state.json", *folder.glob("checkpoint-*/trainer_state.json")]
-        rows = max(((_json(path) or {}).get("log_history", []) for path in states), key=len)
+        rows = max(((read_json(path) or {}).get("log_history", []) for path in states), key=len)
     return [_numbers(row) for row in rows]
 
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from kd_plugins import Batch, Net, Nets, Reads
 from kd_report import page_hint
-from kd_report.record import RunRecord
+from kd_report.record import RunRecord, some_rows
 from kd_timm.arguments import parse_args
+from kd_timm.data import plain_loader
 from kd_timm.network import TimmNetwork
 
 if TYPE_CHECKING:
@@ -77,13 +78,17 @@ class Recorder:
     def _analyse(self, phase: str) -> None:
         if not self.session.primary or self.session.data.evaluation is None:
             return
+        distillation = self.session.distillation
+        teachers = () if distillation is None else distillation.teachers
+        misfits = [number for number, teacher in enumerate(teachers) if teacher.misfit]
         with self.session.accelerator.autocast():
-            getattr(self.record, phase)(self._nets(), self._batches())
+            getattr(self.record, phase)(self._nets(), self._batches(), misfits=misfits)
 
     def _batches(self) -> Iterator[Batch]:
-        session = self.session
-        config = session.data.config
-        for inputs, labels in session.data.evaluation:
+        args, data = self.session.args, self.session.data
+        size, config = args.validation_batch_size or args.batch_size, data.config
+        rows = some_rows(data.evaluation.dataset)
+        for inputs, labels in plain_loader(rows, config, size, self.session.accelerator.device, workers=args.workers):
             yield Batch.of(inputs, labels, mean=config["mean"], std=config["std"])
 
 

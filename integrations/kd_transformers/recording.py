@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback
 
 from kd_plugins import Batch, Net, Nets, Reads
 from kd_plugins.reading.network import adapt
-from kd_report.record import RunRecord
+from kd_report.record import RunRecord, some_rows
 from kd_transformers.checks import class_order, task_of
 from kd_transformers.trainer import DistillationTrainer
 
@@ -132,7 +132,6 @@ class RecordCallback(TrainerCallback):
             getattr(self.record, phase)(nets, self._batches())
 
     def _batches(self) -> Iterator[Batch]:
-        """The evaluation set in its order."""
         trainer, dataset, collate = self.trainer, self.trainer.eval_dataset, self.trainer.data_collator
         if isinstance(dataset, dict):
             dataset = next(iter(dataset.values()))
@@ -140,7 +139,8 @@ class RecordCallback(TrainerCallback):
             dataset = trainer._remove_unused_columns(dataset, description="evaluation")
         else:
             collate = trainer._get_collator_with_removed_columns(collate, description="evaluation")
-        for inputs in DataLoader(dataset, batch_size=trainer.args.per_device_eval_batch_size, collate_fn=collate):
+        rows, size = some_rows(dataset), trainer.args.per_device_eval_batch_size
+        for inputs in DataLoader(rows, batch_size=size, collate_fn=collate):
             prepared = trainer._prepare_inputs(inputs)
             if isinstance(trainer, DistillationTrainer) and trainer.distiller is not None:
                 yield trainer._batch(prepared)
