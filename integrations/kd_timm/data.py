@@ -19,13 +19,11 @@ from kd_plugins import Distiller, DistillError
 from kd_plugins.binding import needs_in
 from kd_timm.compat import fast_collate
 from kd_timm.digits import DIGITS_DEFAULTS, Digits
-from kd_timm.flags import flag_group
 
 __all__ = [
     "LOADER_ARGUMENTS",
     "Data",
     "Targets",
-    "add_arguments",
     "apply_data_defaults",
     "create_data",
     "create_datasets",
@@ -38,67 +36,6 @@ LOADER_ARGUMENTS = (
     *("batch_size", "no_aug", "train_crop_mode", "scale", "ratio", "hflip", "vflip", "color_jitter"),
     *("color_jitter_prob", "grayscale_prob", "gaussian_blur_prob", "worker_seeding"),
 )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of data and augmentation."""
-    _add_dataset(parser)
-    _add_augmentation(parser)
-
-
-def _add_dataset(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", nargs="?", metavar="DIR", help="path to dataset (positional is deprecated)")
-    add, switch = flag_group(parser, "Dataset parameters")
-    add("--data-dir", metavar="DIR", help="path to dataset (root dir)")
-    add(
-        "--dataset",
-        default="",
-        metavar="NAME",
-        help='dataset type + name ("<type>/<name>"); empty: a folder or tar of images; "digits": scikit-learn\'s'
-        " handwritten digits, also taken when no data is named",
-    )
-    add("--train-split", default="train", metavar="NAME", help="dataset train split")
-    add("--val-split", default="validation", metavar="NAME", help="dataset validation split")
-    switch("--dataset-download", help="allow download for torch/ and tfds/ datasets that support it")
-    add("--class-map", default="", type=str, metavar="FILENAME", help="path to class to idx mapping file")
-    add("--input-img-mode", type=str, help="image conversion mode for input images")
-    add("--input-key", type=str, help="dataset key for input images")
-    add("--target-key", type=str, help="dataset key for target labels")
-    switch("--dataset-trust-remote-code", help="allow a hub dataset to run code of its repository")
-
-
-def _add_augmentation(parser: argparse.ArgumentParser) -> None:
-    add, switch = flag_group(parser, "Augmentation and regularization parameters")
-    switch("--no-aug", help="disable all training augmentation")
-    add("--train-crop-mode", type=str, help="crop mode in training")
-    add("--scale", type=float, nargs="+", default=[0.08, 1.0], metavar="PCT", help="random resize scale")
-    add("--ratio", type=float, nargs="+", default=[3 / 4, 4 / 3], metavar="RATIO", help="random aspect ratio")
-    add("--hflip", type=float, default=0.5, help="horizontal flip probability")
-    add("--vflip", type=float, default=0.0, help="vertical flip probability")
-    add("--color-jitter", type=float, default=0.4, metavar="PCT", help="color jitter factor")
-    add("--color-jitter-prob", type=float, metavar="PCT", help="probability of applying color jitter")
-    add("--grayscale-prob", type=float, metavar="PCT", help="probability of grayscale conversion")
-    add("--gaussian-blur-prob", type=float, metavar="PCT", help="probability of gaussian blur")
-    add("--aa", type=str, metavar="NAME", help='AutoAugment policy, e.g. "rand-m9-mstd0.5"')
-    switch("--bce-loss", help="binary cross entropy, with or without Mixup/CutMix")
-    switch("--bce-sum", help="sum over classes in the binary cross entropy")
-    add("--bce-target-thresh", type=float, help="threshold for binarizing softened targets of --bce-loss")
-    add("--bce-pos-weight", type=float, help="positive weighting of --bce-loss")
-    add("--reprob", type=float, default=0.0, metavar="PCT", help="random erase probability")
-    add("--remode", type=str, default="pixel", help="random erase mode")
-    add("--recount", type=int, default=1, help="random erase count")
-    add("--mixup", type=float, default=0.0, help="mixup alpha, enabled if > 0")
-    add("--cutmix", type=float, default=0.0, help="cutmix alpha, enabled if > 0")
-    add("--cutmix-minmax", type=float, nargs="+", help="cutmix min/max ratio, overrides alpha")
-    add("--mixup-prob", type=float, default=1.0, help="probability of mixup or cutmix")
-    add("--mixup-switch-prob", type=float, default=0.5, help="probability of cutmix where both are enabled")
-    add("--mixup-mode", type=str, default="batch", help='"batch", "pair" or "elem"')
-    add("--mixup-off-epoch", default=0, type=int, metavar="N", help="turn mixup off after this epoch")
-    add("--smoothing", type=float, default=0.1, help="label smoothing")
-    add("--train-interpolation", type=str, default="random", help="training interpolation")
-    add("--drop", type=float, default=0.0, metavar="PCT", help="dropout rate")
-    add("--drop-path", type=float, metavar="PCT", help="drop path rate")
-    add("--drop-block", type=float, metavar="PCT", help="drop block rate")
 
 
 class Targets(NamedTuple):

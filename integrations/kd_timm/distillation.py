@@ -24,29 +24,10 @@ from kd_timm.checkpoint import forked_random_state
 from kd_timm.compat import set_sync_gradients
 from kd_timm.data import Targets, plain_loader
 from kd_timm.engine import PlainStep, TrainingRun
-from kd_timm.flags import AppendKeyValues, flag_group
 from kd_timm.network import TimmNetwork
 from kd_timm.teachers import check_classes, create_teacher
 
-__all__ = ["Distillation", "add_arguments"]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of distillation."""
-    add, _ = flag_group(parser, "Distillation parameters")
-    add("--distill", type=str, metavar="NAME", help="distiller, or several joined with +; see `kd-plugins list`")
-    add("--distill-args", nargs="*", default=[], metavar="K=V", help="options of the distiller; see `kd-plugins info`")
-    many: dict[str, Any] = dict(action="append", default=[])
-    pairs: dict[str, Any] = dict(action=AppendKeyValues, nargs="*", default=[], metavar="K=V")
-    add("--teacher", metavar="MODEL", help="teacher model (repeatable)", **many)
-    add("--teacher-checkpoint", metavar="PATH", help='weights of the i-th teacher ("": the published ones)', **many)
-    add("--teacher-kwargs", help="further arguments of the i-th teacher model (repeatable)", **pairs)
-    add("--peer", metavar="MODEL", help="model trained together with --model (repeatable)", **many)
-    add(
-        "--peer-kwargs",
-        help="further arguments of the i-th peer (repeatable); default --model-kwargs for the student's architecture",
-        **pairs,
-    )
+__all__ = ["Distillation"]
 
 
 class Distillation:
