@@ -22,6 +22,7 @@ from kd_timm.digits import DIGITS_DEFAULTS, Digits
 
 __all__ = [
     "LOADER_ARGUMENTS",
+    "MIXUP_ARGUMENTS",
     "Data",
     "Targets",
     "apply_data_defaults",
@@ -31,11 +32,17 @@ __all__ = [
     "uses_mixup",
 ]
 
-# Arguments that timm's loader takes under their own names.
-LOADER_ARGUMENTS = (
-    *("batch_size", "no_aug", "train_crop_mode", "scale", "ratio", "hflip", "vflip", "color_jitter"),
-    *("color_jitter_prob", "grayscale_prob", "gaussian_blur_prob", "worker_seeding"),
-)
+# Arguments of the training loader, by what timm's factory calls them.
+LOADER_ARGUMENTS = {
+    **dict(re_prob="reprob", re_mode="remode", re_count="recount", auto_augment="aa"),
+    **{name: name for name in "no_aug train_crop_mode scale ratio hflip vflip color_jitter worker_seeding".split()},
+    **{name: name for name in ("color_jitter_prob", "grayscale_prob", "gaussian_blur_prob")},
+}
+# Those of Mixup.
+MIXUP_ARGUMENTS = {
+    **dict(mixup_alpha="mixup", cutmix_alpha="cutmix", cutmix_minmax="cutmix_minmax", label_smoothing="smoothing"),
+    **dict(prob="mixup_prob", switch_prob="mixup_switch_prob", mode="mixup_mode"),
+}
 
 
 class Targets(NamedTuple):
@@ -235,17 +242,8 @@ def create_data(
     train, evaluation, classes = datasets
     mixup = None
     if uses_mixup(args):
-        mixup = FastCollateMixup(
-            mixup_alpha=args.mixup,
-            cutmix_alpha=args.cutmix,
-            cutmix_minmax=args.cutmix_minmax,
-            prob=args.mixup_prob,
-            switch_prob=args.mixup_switch_prob,
-            mode=args.mixup_mode,
-            label_smoothing=args.smoothing,
-            # One logit decides between two classes.
-            num_classes=max(args.num_classes, 2),
-        )
+        # One logit decides between two classes.
+        mixup = FastCollateMixup(**_named(args, MIXUP_ARGUMENTS), num_classes=max(args.num_classes, 2))
     collate: Any = mixup or fast_collate
     needs = [] if distiller is None else [needs_in(distiller, i) for i in range(len(distiller.stages()))]
     index = any(n.index for n in needs)
@@ -259,25 +257,20 @@ def create_data(
         whole = train
         train = staged = StagedRows(whole, distiller, 1, args.seed, _numbered if index else None)
         streams = {name: Rows(whole, rows, index) for name, rows in streams.items() if name}
-    training: dict[str, Any] = {name: getattr(args, name) for name in LOADER_ARGUMENTS} | dict(
-        is_training=True,
-        input_size=config["input_size"],
-        mean=config["mean"],
-        std=config["std"],
-        re_prob=args.reprob,
-        re_mode=args.remode,
-        re_count=args.recount,
-        auto_augment=args.aa,
-        interpolation=(not args.no_aug and args.train_interpolation) or config["interpolation"],
-        num_workers=args.workers,
-        pin_memory=args.pin_mem,
-        device=device,
-        distributed=distributed,
-        persistent_workers=False,
+    machine: dict[str, Any] = dict(
+        num_workers=args.workers, pin_memory=args.pin_mem, device=device, distributed=distributed
     )
 
     def loader(dataset: Any) -> Any:
-        made = create_loader(dataset, collate_fn=CollateIndex(collate) if index else collate, **training)
+        made = plain_loader(
+            dataset,
+            {**config, "interpolation": (not args.no_aug and args.train_interpolation) or config["interpolation"]},
+            args.batch_size,
+            is_training=True,
+            collate_fn=CollateIndex(collate) if index else collate,
+            **_named(args, LOADER_ARGUMENTS),
+            **machine,
+        )
         if len(made) == 0:
             raise DistillError(
                 f"The {len(dataset)} training rows do not fill one batch of {args.batch_size}: lower --batch-size."
@@ -289,19 +282,10 @@ def create_data(
         # A method that makes its own inputs gets as many empty batches.
         empty = torch.empty(args.batch_size, 0, device=device)
         loaded = [(empty, empty)] * len(loaded)
+    size = args.validation_batch_size or args.batch_size
     return Data(
         train=loaded,
-        evaluation=None
-        if evaluation is None
-        else plain_loader(
-            evaluation,
-            config,
-            args.validation_batch_size or args.batch_size,
-            device,
-            workers=args.workers,
-            pin_memory=args.pin_mem,
-            distributed=distributed,
-        ),
+        evaluation=None if evaluation is None else plain_loader(evaluation, config, size, **machine),
         config=config,
         classes=classes,
         streams={name: loader(rows) for name, rows in streams.items()},
@@ -310,28 +294,15 @@ def create_data(
     )
 
 
-def plain_loader(
-    dataset: Any,
-    config: Mapping[str, Any],
-    batch_size: int,
-    device: torch.device,
-    *,
-    workers: int = 0,
-    pin_memory: bool = False,
-    distributed: bool = False,
-) -> Any:
-    """A loader of a data set in its order, without augmentation."""
-    keys = ("interpolation", "mean", "std", "crop_pct", "crop_mode")
+def _named(args: argparse.Namespace, names: Mapping[str, str]) -> dict[str, Any]:
+    return {name: getattr(args, flag) for name, flag in names.items()}
+
+
+def plain_loader(dataset: Any, config: Mapping[str, Any], batch_size: int, **options: Any) -> Any:
+    """A loader of a data set in its order, without augmentation, but for what the options of timm's factory say."""
+    keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
     return create_loader(
-        dataset,
-        config["input_size"],
-        batch_size,
-        **{key: config[key] for key in keys},
-        num_workers=workers,
-        pin_memory=pin_memory,
-        device=device,
-        distributed=distributed,
-        persistent_workers=False,
+        dataset, batch_size=batch_size, persistent_workers=False, **{key: config[key] for key in keys}, **options
     )
 
 

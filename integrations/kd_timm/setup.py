@@ -22,12 +22,11 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name in ("batch_size", "grad_accum_steps", "log_interval", "val_interval", "checkpoint_hist", "epochs"):
         if getattr(args, name) < 1:
             raise DistillError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}.")
-    if args.eval_metric not in ("top1", "top5", "loss"):
-        raise DistillError(f"--eval-metric: expected top1, top5 or loss, got {args.eval_metric}.")
-    if args.clip_mode not in ("norm", "value", "agc"):
-        raise DistillError(f"--clip-mode: expected norm, value or agc, got {args.clip_mode}.")
-    if args.dist_bn not in ("broadcast", "reduce", ""):
-        raise DistillError(f"--dist-bn: expected broadcast, reduce or nothing, got {args.dist_bn}.")
+    choices = {"eval_metric": ("top1", "top5", "loss"), "clip_mode": ("norm", "value", "agc")}
+    for name, known in (choices | {"dist_bn": ("broadcast", "reduce", "")}).items():
+        if getattr(args, name) not in known:
+            words = f"{known[0]}, {known[1]} or {known[2] or 'nothing'}"
+            raise DistillError(f"--{name.replace('_', '-')}: expected {words}, got {getattr(args, name)}.")
     for name in ("teacher", "peer", "distill_args"):
         if getattr(args, name) and not args.distill:
             flag = f"--{name.replace('_', '-')}"

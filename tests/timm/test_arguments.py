@@ -12,7 +12,7 @@ from timm.scheduler import scheduler_kwargs
 
 import kd_timm
 from kd_timm.arguments import parse_args
-from kd_timm.data import LOADER_ARGUMENTS
+from kd_timm.data import LOADER_ARGUMENTS, MIXUP_ARGUMENTS
 from kd_timm.flags import UNSUPPORTED
 from kd_timm.train import main
 
@@ -51,8 +51,15 @@ def test_every_flag_is_read_somewhere():
     recorder = Recorder(parse_args([]))
     optimizer_kwargs(cfg=recorder)
     scheduler_kwargs(recorder)
-    # Read by resolve_input_data_config out of vars(args), and by timm's loader.
-    read = recorder.read | {"mean", "std", "interpolation", "crop_pct", *LOADER_ARGUMENTS}
+    # Read by resolve_input_data_config out of vars(args), and by timm's loader and Mixup.
+    read = recorder.read | {
+        "mean",
+        "std",
+        "interpolation",
+        "crop_pct",
+        *LOADER_ARGUMENTS.values(),
+        *MIXUP_ARGUMENTS.values(),
+    }
     package = Path(kd_timm.__path__[0])
     text = "\n".join(p.read_text() for p in package.glob("*.py"))
     flags = set(vars(parse_args([]))) - {"config"}
