@@ -21,6 +21,7 @@ from kd_plugins.errors import DistillError, did_you_mean
 from kd_timm.data import uses_mixup
 
 __all__ = [
+    "MODEL_ARGUMENTS",
     "check_model_name",
     "create_criterion",
     "create_optimizer",
@@ -31,6 +32,12 @@ __all__ = [
 ]
 
 _logger = logging.getLogger(__name__)
+
+# Arguments of a model, by what timm's factory calls them.
+MODEL_ARGUMENTS = {
+    **dict(drop_rate="drop", drop_path_rate="drop_path", drop_block_rate="drop_block", global_pool="gp"),
+    **{name: name for name in ("num_classes", "bn_momentum", "bn_eps")},
+}
 
 
 def check_model_name(name: str, flag: str) -> None:
@@ -66,16 +73,7 @@ def create_student(args: argparse.Namespace, flag: str = "--model") -> tuple[nn.
             raise DistillError(f"{option} {path} does not exist: mend the path.")
     overlay = dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else None
     channels = args.in_chans if args.in_chans is not None else (args.input_size or (None,))[0]
-    wanted: dict[str, Any] = dict(
-        in_chans=channels,
-        num_classes=args.num_classes,
-        drop_rate=args.drop,
-        drop_path_rate=args.drop_path,
-        drop_block_rate=args.drop_block,
-        global_pool=args.gp,
-        bn_momentum=args.bn_momentum,
-        bn_eps=args.bn_eps,
-    )
+    wanted = {name: getattr(args, flag) for name, flag in MODEL_ARGUMENTS.items()} | {"in_chans": channels}
     try:
         resolved = resolve_model_input_args(
             args.model, vars(args), pretrained_cfg_overlay=overlay, **{**wanted, **args.model_kwargs}

@@ -180,6 +180,12 @@ def load_weights(model: nn.Module, path: Path) -> None:
     model.load_state_dict(load_file(path))
 
 
+def epoch_row(train: Mapping[str, float], evaluation: Mapping[str, float], lr: float) -> dict[str, Any]:
+    """The numbers of an epoch by column."""
+    named = {"train": train, "eval": evaluation}
+    return {f"{kind}_{key}": value for kind, given in named.items() for key, value in given.items()} | {"lr": lr}
+
+
 class Summary:
     """`summary.csv`, one row an epoch; columns may join later, as loss terms do that only some stages have.
 
@@ -197,10 +203,7 @@ class Summary:
 
     def add(self, epoch: int, train: Mapping[str, float], evaluation: Mapping[str, float], lr: float) -> dict[str, Any]:
         """Adds the row of an epoch and writes the file; returns the row."""
-        row: dict[str, Any] = {"epoch": epoch}
-        row |= {f"train_{key}": value for key, value in train.items()}
-        row |= {f"eval_{key}": value for key, value in evaluation.items()}
-        row["lr"] = lr
+        row = {"epoch": epoch} | epoch_row(train, evaluation, lr)
         self.rows.append(row)
         columns = list(dict.fromkeys(key for r in self.rows for key in r))
         # As in timm's file: epoch, training, evaluation, rate.

@@ -21,6 +21,7 @@ from kd_timm.compat import fast_collate
 from kd_timm.digits import DIGITS_DEFAULTS, Digits
 
 __all__ = [
+    "DATASET_ARGUMENTS",
     "LOADER_ARGUMENTS",
     "MIXUP_ARGUMENTS",
     "Data",
@@ -32,11 +33,16 @@ __all__ = [
     "uses_mixup",
 ]
 
-# Arguments of the training loader, by what timm's factory calls them.
+# Arguments of the data sets, by what timm's factory calls them.
+DATASET_ARGUMENTS = {
+    **dict(root="data_dir", download="dataset_download", trust_remote_code="dataset_trust_remote_code"),
+    **{name: name for name in ("class_map", "batch_size", "input_key", "target_key")},
+}
+# Those of the training loader.
 LOADER_ARGUMENTS = {
     **dict(re_prob="reprob", re_mode="remode", re_count="recount", auto_augment="aa"),
-    **{name: name for name in "no_aug train_crop_mode scale ratio hflip vflip color_jitter worker_seeding".split()},
-    **{name: name for name in ("color_jitter_prob", "grayscale_prob", "gaussian_blur_prob")},
+    **{name: name for name in ("no_aug", "train_crop_mode", "scale", "ratio", "hflip", "vflip", "color_jitter")},
+    **{name: name for name in ("color_jitter_prob", "grayscale_prob", "gaussian_blur_prob", "worker_seeding")},
 }
 # Those of Mixup.
 MIXUP_ARGUMENTS = {
@@ -172,16 +178,7 @@ def create_datasets(args: argparse.Namespace, channels: int) -> tuple[Any, Any, 
         return train, Digits(args.val_split, mode) if args.val_split else None, train.classes
     if not args.dataset and not os.path.exists(args.data_dir):
         raise DistillError(f"Expected a folder or tar of images, but {args.data_dir} does not exist: mend --data-dir.")
-    common: dict[str, Any] = dict(
-        root=args.data_dir,
-        class_map=args.class_map,
-        download=args.dataset_download,
-        batch_size=args.batch_size,
-        input_img_mode=mode,
-        input_key=args.input_key,
-        target_key=args.target_key,
-        trust_remote_code=args.dataset_trust_remote_code,
-    )
+    common = _named(args, DATASET_ARGUMENTS) | {"input_img_mode": mode}
     train = create_dataset(args.dataset, split=args.train_split, is_training=True, seed=args.seed, **common)
     evaluation = create_dataset(args.dataset, split=args.val_split, **common) if args.val_split else None
     classes = _class_names(train, args.target_key)

@@ -16,14 +16,13 @@ from torch.utils.data import IterableDataset
 from kd_accelerate import TurnPlayer
 from kd_plugins import Batch, Distiller, DistillError, Net, Reads, create_distiller
 from kd_plugins.binding import connect, needs_pass, prepare, schedule, set_up
-from kd_plugins.catalog.hosts import refusals
 from kd_plugins.catalog.registry import options_from_strings
 from kd_plugins.stages import StageTable
 from kd_timm.build import create_student
 from kd_timm.checkpoint import forked_random_state
 from kd_timm.data import Targets, plain_loader
 from kd_timm.engine import PlainStep, TrainingRun
-from kd_timm.network import TimmNetwork
+from kd_timm.network import TimmNetwork, image_batch
 from kd_timm.teachers import check_classes, create_teacher
 
 __all__ = ["Distillation"]
@@ -52,7 +51,7 @@ class Distillation:
         self.distiller: Distiller = create_distiller(
             args.distill, **options_from_strings(args.distill, args.distill_args)
         )
-        if "timm" in refusals(self.distiller):
+        if "classification" not in self.distiller.tasks:
             raise DistillError(
                 f"{self.distiller.name} fits {', '.join(self.distiller.tasks)}, and kd-timm-train trains classifiers:"
                 " choose a method that fits (kd-plugins list)."
@@ -98,16 +97,14 @@ class Distillation:
         """A batch of timm's loader, as methods see it."""
         labels, index = (targets.labels, targets.index) if isinstance(targets, Targets) else (targets, None)
         data = self.distiller.data
-        return Batch(
-            inputs=inputs if data else None,
-            labels=labels if data else None,
+        return image_batch(
+            self.config,
+            inputs if data else None,
+            labels if data else None,
             size=len(inputs),
             index=index,
             rows=self.rows,
-            shape=tuple(self.config["input_size"]),
             classes=self.args.num_classes,
-            mean=self.config["mean"],
-            std=self.config["std"],
             criterion=lambda view, labels: self.criterion(view.logits, labels),
             streams=streams or {},
         )

@@ -6,7 +6,6 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,7 +24,6 @@ from kd_timm.progress import Reporter
 __all__ = ["PlainStep", "TrainingRun", "evaluate", "train_one_epoch"]
 
 
-@dataclass
 class TrainingRun:
     """What training and evaluation share.
 
@@ -52,8 +50,8 @@ class TrainingRun:
     criterion: nn.Module
     data: Data
     updates_per_epoch: int
-    ema: ModelEmaV3 | None = None
-    step: PlainStep = field(init=False)
+    ema: ModelEmaV3 | None
+    step: PlainStep
 
     @property
     def rate(self) -> float:

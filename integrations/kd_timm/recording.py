@@ -9,7 +9,8 @@ from kd_plugins import Batch, Net, Nets, Reads
 from kd_report import page_hint
 from kd_report.record import RunRecord
 from kd_timm.arguments import parse_args
-from kd_timm.network import TimmNetwork
+from kd_timm.checkpoint import epoch_row
+from kd_timm.network import TimmNetwork, image_batch
 
 if TYPE_CHECKING:
     from kd_timm.parts import Parts
@@ -51,10 +52,8 @@ class Recorder:
 
     def epoch(self, epoch: int, training: Mapping[str, float], evaluation: Mapping[str, float], rate: float) -> None:
         """Adds the row of an epoch, evaluated or not."""
-        row: dict[str, Any] = {"epoch": epoch + 1, "step": (epoch + 1) * self.session.updates_per_epoch}
-        row |= {f"train_{key}": value for key, value in training.items()}
-        row |= {f"eval_{key}": value for key, value in evaluation.items()}
-        self.record.log(row | {"lr": rate})
+        place = {"epoch": epoch + 1, "step": (epoch + 1) * self.session.updates_per_epoch}
+        self.record.log(place | epoch_row(training, evaluation, rate))
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Analyses the best student and writes the results."""
@@ -81,10 +80,8 @@ class Recorder:
             getattr(self.record, phase)(self._nets(), self._batches())
 
     def _batches(self) -> Iterator[Batch]:
-        session = self.session
-        config = session.data.config
-        for inputs, labels in session.data.evaluation:
-            yield Batch.of(inputs, labels, mean=config["mean"], std=config["std"])
+        for inputs, labels in self.session.data.evaluation:
+            yield image_batch(self.session.data.config, inputs, labels)
 
 
 def _data(session: Parts) -> str:

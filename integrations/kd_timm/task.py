@@ -16,7 +16,7 @@ from kd_plugins.binding import connect, schedule, set_up
 from kd_plugins.catalog.hosts import refusals
 from kd_plugins.distiller import Turn
 from kd_timm.compat import TrainingTask, resolve_classification_loss
-from kd_timm.network import TimmNetwork
+from kd_timm.network import TimmNetwork, image_batch
 from kd_timm.teachers import InputTransform, Teacher, check_classes, create_teacher, other_classes
 
 __all__ = ["DistillationTask"]
@@ -154,12 +154,10 @@ class DistillationTask(TrainingTask):
         return made
 
     def _batch(self, inputs: Tensor, target: Tensor) -> Batch:
-        return Batch.of(
+        return image_batch(
+            self.config,
             inputs,
             target,
-            mean=self.config["mean"],
-            std=self.config["std"],
-            shape=tuple(self.config["input_size"]),
             classes=getattr(self._nets[1].module, "num_classes", 0),
             criterion=lambda view, labels: self.criterion(view.logits, labels),
         )

@@ -12,7 +12,8 @@ from timm.scheduler import scheduler_kwargs
 
 import kd_timm
 from kd_timm.arguments import parse_args
-from kd_timm.data import LOADER_ARGUMENTS, MIXUP_ARGUMENTS
+from kd_timm.build import MODEL_ARGUMENTS
+from kd_timm.data import DATASET_ARGUMENTS, LOADER_ARGUMENTS, MIXUP_ARGUMENTS
 from kd_timm.flags import UNSUPPORTED
 from kd_timm.train import main
 
@@ -51,15 +52,10 @@ def test_every_flag_is_read_somewhere():
     recorder = Recorder(parse_args([]))
     optimizer_kwargs(cfg=recorder)
     scheduler_kwargs(recorder)
-    # Read by resolve_input_data_config out of vars(args), and by timm's loader and Mixup.
-    read = recorder.read | {
-        "mean",
-        "std",
-        "interpolation",
-        "crop_pct",
-        *LOADER_ARGUMENTS.values(),
-        *MIXUP_ARGUMENTS.values(),
-    }
+    # Read by resolve_input_data_config out of vars(args), and by timm's factories.
+    read = recorder.read | {"mean", "std", "interpolation", "crop_pct"}
+    for table in (MODEL_ARGUMENTS, DATASET_ARGUMENTS, LOADER_ARGUMENTS, MIXUP_ARGUMENTS):
+        read |= set(table.values())
     package = Path(kd_timm.__path__[0])
     text = "\n".join(p.read_text() for p in package.glob("*.py"))
     flags = set(vars(parse_args([]))) - {"config"}

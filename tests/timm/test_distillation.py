@@ -398,8 +398,8 @@ def test_feature_methods_take_a_teacher_of_other_classes(run, tmp_path, classes,
 
 def test_methods_know_the_size_of_the_training_set(run, monkeypatch):
     rows = []
-    made = distillation.Batch
-    monkeypatch.setattr(distillation, "Batch", lambda **fields: (rows.append(fields["rows"]), made(**fields))[1])
+    made = distillation.image_batch
+    monkeypatch.setattr(distillation, "image_batch", lambda *a, **k: (rows.append(k["rows"]), made(*a, **k))[1])
     run("--epochs", "1", "--distill", "timm_distillers:Pair", "--peer", "resnet10t")
     assert set(rows) == {256}
 
