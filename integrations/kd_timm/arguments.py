@@ -1,7 +1,6 @@
 """The command line: timm's flags with timm's names, types and defaults, and the flags of distillation.
 
-Each module declares the flags that it reads (`add_arguments`). A flag that nothing reads is not accepted: it stands in
-`kd_timm.unsupported.UNSUPPORTED`, and gets a clear error.
+The flags stand in `flags.yaml`; one of timm's that nothing reads is refused with a clear error.
 """
 
 from __future__ import annotations
@@ -13,10 +12,8 @@ from typing import Any
 import yaml
 
 from kd_plugins.errors import DistillError, did_you_mean
-from kd_timm import build, data, distillation, setup, trackers
 from kd_timm.compat import parser_actions
-from kd_timm.flags import AppendKeyValues, KeyValues
-from kd_timm.unsupported import UNSUPPORTED
+from kd_timm.flags import UNSUPPORTED, AppendKeyValues, KeyValues, add_flags
 
 __all__ = ["build_parser", "parse_args"]
 
@@ -30,8 +27,8 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("-c", "--config", default="", type=str, metavar="FILE", help="YAML file with default arguments")
-    for module in (data, build, setup, trackers, distillation):
-        module.add_arguments(parser)
+    parser.add_argument("data", nargs="?", metavar="DIR", help="path to dataset (positional is deprecated)")
+    add_flags(parser)
     return parser
 
 

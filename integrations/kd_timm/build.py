@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError, did_you_mean
 from kd_timm.data import uses_mixup
-from kd_timm.flags import KeyValues, flag_group
 
 __all__ = [
-    "add_arguments",
+    "MODEL_ARGUMENTS",
     "check_model_name",
     "create_criterion",
     "create_optimizer",
@@ -34,96 +33,11 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of the model, its optimizer, schedule, norms and moving average."""
-    for add in (_add_model, _add_optimizer, _add_schedule, _add_norm_and_ema):
-        add(parser)
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    add, switch = flag_group(parser, "Model parameters")
-    add("--model", default="resnet50", type=str, metavar="MODEL", help="name of the model (the student) to train")
-    switch("--pretrained", help="start with the published weights")
-    add(
-        "--pretrained-path", type=str, help="load this checkpoint as if it were the published weights (adapts the head)"
-    )
-    add("--initial-checkpoint", default="", type=str, metavar="PATH", help="load this checkpoint after initialization")
-    add("--resume", default="", type=str, metavar="PATH", help="continue the run in this output folder, exactly")
-    add("--num-classes", type=int, metavar="N", help="number of label classes (model default if None)")
-    add("--gp", type=str, metavar="POOL", help="global pool type (fast, avg, max, avgmax, avgmaxc)")
-    add("--img-size", type=int, metavar="N", help="image size (model default if None)")
-    add("--in-chans", type=int, metavar="N", help="image input channels (default: None => 3)")
-    add("--input-size", nargs=3, type=int, metavar="N", help="all input dimensions, e.g. --input-size 3 224 224")
-    add("--crop-pct", type=float, metavar="N", help="center crop percent, validation only")
-    add("--mean", type=float, nargs="+", metavar="MEAN", help="override mean pixel value of the dataset")
-    add("--std", type=float, nargs="+", metavar="STD", help="override std deviation of the dataset")
-    add("--interpolation", default="", type=str, metavar="NAME", help="resize interpolation (overrides model)")
-    add("-b", "--batch-size", type=int, default=128, metavar="N", help="training batch size, per process")
-    add("-vb", "--validation-batch-size", type=int, metavar="N", help="validation batch size")
-    switch("--channels-last", help="use channels_last memory layout")
-    add("--grad-accum-steps", type=int, default=1, metavar="N", help="steps to accumulate gradients over")
-    switch("--grad-checkpointing", help="gradient checkpointing through the model's blocks")
-    add("--model-kwargs", nargs="*", default={}, action=KeyValues, help="further arguments of the model")
-    add("--head-init-scale", type=float, help="head initialization scale")
-    add("--head-init-bias", type=float, help="head initialization bias value")
-    add("--list-layers", metavar="MODEL", help="print stages, module paths and fitting methods of a model, and stop")
-    add("--torchcompile", nargs="?", type=str, const="inductor", help="compile with this backend (default: inductor)")
-    add("--torchcompile-mode", type=str, help="torch.compile mode")
-
-
-def _add_optimizer(parser: argparse.ArgumentParser) -> None:
-    add, switch = flag_group(parser, "Optimizer parameters")
-    add("--opt", default="sgd", type=str, metavar="OPTIMIZER", help="optimizer")
-    add("--opt-eps", type=float, metavar="EPSILON", help="optimizer epsilon")
-    add("--opt-betas", type=float, nargs="+", metavar="BETA", help="optimizer betas")
-    add("--momentum", type=float, default=0.9, metavar="M", help="optimizer momentum")
-    add("--weight-decay", type=float, default=2e-5, help="weight decay")
-    add("--clip-grad", type=float, metavar="NORM", help="clip gradient norm (None: no clipping)")
-    add("--clip-mode", type=str, default="norm", help="gradient clipping mode: norm, value or agc")
-    add("--layer-decay", type=float, help="layer-wise learning rate decay")
-    add("--layer-decay-min-scale", type=float, default=0, help="layer-wise lr decay minimum scale clamp")
-    add("--layer-decay-no-opt-scale", type=float, help="layer-wise lr decay no optimization scale")
-    add("--opt-kwargs", nargs="*", default={}, action=KeyValues, help="further arguments of the optimizer")
-
-
-def _add_schedule(parser: argparse.ArgumentParser) -> None:
-    add, switch = flag_group(parser, "Learning rate schedule parameters")
-    add("--sched", type=str, default="cosine", metavar="SCHEDULER", help="learning rate schedule")
-    switch("--sched-on-updates", help="step the schedule on every update instead of at epoch ends")
-    add("--lr", type=float, metavar="LR", help="learning rate, overrides --lr-base")
-    add("--lr-base", type=float, default=0.1, metavar="LR", help="lr = lr_base * global_batch_size / base_size")
-    add("--lr-base-size", type=int, default=256, metavar="DIV", help="base learning rate batch size (divisor)")
-    add("--lr-base-scale", type=str, default="", metavar="SCALE", help='"linear" or "sqrt"; by optimizer if empty')
-    add("--lr-noise", type=float, nargs="+", metavar="pct", help="learning rate noise on/off epoch percentages")
-    add("--lr-noise-pct", type=float, default=0.67, metavar="PERCENT", help="learning rate noise limit percent")
-    add("--lr-noise-std", type=float, default=1.0, metavar="STDDEV", help="learning rate noise std-dev")
-    add("--lr-cycle-mul", type=float, default=1.0, metavar="MULT", help="cycle length multiplier")
-    add("--lr-cycle-decay", type=float, default=0.5, metavar="MULT", help="decay of the rate after each cycle")
-    add("--lr-cycle-limit", type=int, default=1, metavar="N", help="number of cycles, cycles enabled if > 1")
-    add("--lr-k-decay", type=float, default=1.0, help="k-decay for cosine/poly")
-    add("--warmup-lr", type=float, default=1e-5, metavar="LR", help="warmup learning rate")
-    add("--min-lr", type=float, default=0, metavar="LR", help="lower bound of the rate for cyclic schedules")
-    add("--epochs", type=int, default=300, metavar="N", help="number of epochs to train")
-    add("--decay-milestones", type=int, nargs="+", default=[90, 180, 270], help="decay epochs of multistep")
-    add("--decay-epochs", type=float, default=90, metavar="N", help="epoch interval to decay the rate")
-    add("--warmup-epochs", type=int, default=5, metavar="N", help="epochs to warm up, if the schedule supports it")
-    switch("--warmup-prefix", help="exclude warmup from the decay schedule")
-    add("--cooldown-epochs", type=int, default=0, metavar="N", help="epochs at min_lr after the schedule")
-    add("--patience-epochs", type=int, default=10, metavar="N", help="patience of the plateau schedule")
-    add("--decay-rate", "--dr", type=float, default=0.1, metavar="RATE", help="decay rate of the learning rate")
-
-
-def _add_norm_and_ema(parser: argparse.ArgumentParser) -> None:
-    add, switch = flag_group(parser, "Batch norm parameters")
-    add("--bn-momentum", type=float, help="BatchNorm momentum override")
-    add("--bn-eps", type=float, help="BatchNorm epsilon override")
-    switch("--sync-bn", help="synchronized BatchNorm")
-    add("--dist-bn", default="reduce", help='BatchNorm statistics between processes: "broadcast", "reduce", ""')
-    add, switch = flag_group(parser, "Model exponential moving average parameters")
-    switch("--model-ema", help="track a moving average of the weights; it is what is evaluated and exported")
-    add("--model-ema-decay", type=float, default=0.9998, help="decay of the moving average")
-    switch("--model-ema-warmup", help="warm up the decay")
+# Arguments of a model, by what timm's factory calls them.
+MODEL_ARGUMENTS = {
+    **dict(drop_rate="drop", drop_path_rate="drop_path", drop_block_rate="drop_block", global_pool="gp"),
+    **{name: name for name in ("num_classes", "bn_momentum", "bn_eps")},
+}
 
 
 def check_model_name(name: str, flag: str) -> None:
@@ -159,16 +73,7 @@ def create_student(args: argparse.Namespace, flag: str = "--model") -> tuple[nn.
             raise DistillError(f"{option} {path} does not exist: mend the path.")
     overlay = dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else None
     channels = args.in_chans if args.in_chans is not None else (args.input_size or (None,))[0]
-    wanted: dict[str, Any] = dict(
-        in_chans=channels,
-        num_classes=args.num_classes,
-        drop_rate=args.drop,
-        drop_path_rate=args.drop_path,
-        drop_block_rate=args.drop_block,
-        global_pool=args.gp,
-        bn_momentum=args.bn_momentum,
-        bn_eps=args.bn_eps,
-    )
+    wanted = {name: getattr(args, flag) for name, flag in MODEL_ARGUMENTS.items()} | {"in_chans": channels}
     try:
         resolved = resolve_model_input_args(
             args.model, vars(args), pretrained_cfg_overlay=overlay, **{**wanted, **args.model_kwargs}

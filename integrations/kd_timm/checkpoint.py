@@ -39,10 +39,10 @@ def save_weights(model: nn.Module, path: Path) -> None:
 
 def random_state() -> dict[str, Any]:
     """The state of Python's, NumPy's and torch's random generators."""
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    name, keys, *rest = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
-        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss],
+        "numpy": [name, list(map(int, keys)), *rest],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
@@ -50,10 +50,8 @@ def random_state() -> dict[str, Any]:
 
 def load_random_state(state: Mapping[str, Any]) -> None:
     """Sets all random generators to a state that `random_state` returned."""
-    version, keys, gauss = state["python"]
-    random.setstate((version, tuple(keys), gauss))
-    name, array, *rest = state["numpy"]
-    np.random.set_state((name, array.numpy().astype(np.uint32), *rest))
+    random.setstate(state["python"])
+    np.random.set_state(tuple(state["numpy"]))
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
@@ -182,6 +180,12 @@ def load_weights(model: nn.Module, path: Path) -> None:
     model.load_state_dict(load_file(path))
 
 
+def epoch_row(train: Mapping[str, float], evaluation: Mapping[str, float], lr: float) -> dict[str, Any]:
+    """The numbers of an epoch by column."""
+    named = {"train": train, "eval": evaluation}
+    return {f"{kind}_{key}": value for kind, given in named.items() for key, value in given.items()} | {"lr": lr}
+
+
 class Summary:
     """`summary.csv`, one row an epoch; columns may join later, as loss terms do that only some stages have.
 
@@ -199,10 +203,7 @@ class Summary:
 
     def add(self, epoch: int, train: Mapping[str, float], evaluation: Mapping[str, float], lr: float) -> dict[str, Any]:
         """Adds the row of an epoch and writes the file; returns the row."""
-        row: dict[str, Any] = {"epoch": epoch}
-        row |= {f"train_{key}": value for key, value in train.items()}
-        row |= {f"eval_{key}": value for key, value in evaluation.items()}
-        row["lr"] = lr
+        row = {"epoch": epoch} | epoch_row(train, evaluation, lr)
         self.rows.append(row)
         columns = list(dict.fromkeys(key for r in self.rows for key in r))
         # As in timm's file: epoch, training, evaluation, rate.

@@ -19,13 +19,13 @@ from kd_plugins import Distiller, DistillError
 from kd_plugins.binding import needs_in
 from kd_timm.compat import fast_collate
 from kd_timm.digits import DIGITS_DEFAULTS, Digits
-from kd_timm.flags import flag_group
 
 __all__ = [
+    "DATASET_ARGUMENTS",
     "LOADER_ARGUMENTS",
+    "MIXUP_ARGUMENTS",
     "Data",
     "Targets",
-    "add_arguments",
     "apply_data_defaults",
     "create_data",
     "create_datasets",
@@ -33,72 +33,22 @@ __all__ = [
     "uses_mixup",
 ]
 
-# Arguments that timm's loader takes under their own names.
-LOADER_ARGUMENTS = (
-    *("batch_size", "no_aug", "train_crop_mode", "scale", "ratio", "hflip", "vflip", "color_jitter"),
-    *("color_jitter_prob", "grayscale_prob", "gaussian_blur_prob", "worker_seeding"),
-)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of data and augmentation."""
-    _add_dataset(parser)
-    _add_augmentation(parser)
-
-
-def _add_dataset(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", nargs="?", metavar="DIR", help="path to dataset (positional is deprecated)")
-    add, switch = flag_group(parser, "Dataset parameters")
-    add("--data-dir", metavar="DIR", help="path to dataset (root dir)")
-    add(
-        "--dataset",
-        default="",
-        metavar="NAME",
-        help='dataset type + name ("<type>/<name>"); empty: a folder or tar of images; "digits": scikit-learn\'s'
-        " handwritten digits, also taken when no data is named",
-    )
-    add("--train-split", default="train", metavar="NAME", help="dataset train split")
-    add("--val-split", default="validation", metavar="NAME", help="dataset validation split")
-    switch("--dataset-download", help="allow download for torch/ and tfds/ datasets that support it")
-    add("--class-map", default="", type=str, metavar="FILENAME", help="path to class to idx mapping file")
-    add("--input-img-mode", type=str, help="image conversion mode for input images")
-    add("--input-key", type=str, help="dataset key for input images")
-    add("--target-key", type=str, help="dataset key for target labels")
-    switch("--dataset-trust-remote-code", help="allow a hub dataset to run code of its repository")
-
-
-def _add_augmentation(parser: argparse.ArgumentParser) -> None:
-    add, switch = flag_group(parser, "Augmentation and regularization parameters")
-    switch("--no-aug", help="disable all training augmentation")
-    add("--train-crop-mode", type=str, help="crop mode in training")
-    add("--scale", type=float, nargs="+", default=[0.08, 1.0], metavar="PCT", help="random resize scale")
-    add("--ratio", type=float, nargs="+", default=[3 / 4, 4 / 3], metavar="RATIO", help="random aspect ratio")
-    add("--hflip", type=float, default=0.5, help="horizontal flip probability")
-    add("--vflip", type=float, default=0.0, help="vertical flip probability")
-    add("--color-jitter", type=float, default=0.4, metavar="PCT", help="color jitter factor")
-    add("--color-jitter-prob", type=float, metavar="PCT", help="probability of applying color jitter")
-    add("--grayscale-prob", type=float, metavar="PCT", help="probability of grayscale conversion")
-    add("--gaussian-blur-prob", type=float, metavar="PCT", help="probability of gaussian blur")
-    add("--aa", type=str, metavar="NAME", help='AutoAugment policy, e.g. "rand-m9-mstd0.5"')
-    switch("--bce-loss", help="binary cross entropy, with or without Mixup/CutMix")
-    switch("--bce-sum", help="sum over classes in the binary cross entropy")
-    add("--bce-target-thresh", type=float, help="threshold for binarizing softened targets of --bce-loss")
-    add("--bce-pos-weight", type=float, help="positive weighting of --bce-loss")
-    add("--reprob", type=float, default=0.0, metavar="PCT", help="random erase probability")
-    add("--remode", type=str, default="pixel", help="random erase mode")
-    add("--recount", type=int, default=1, help="random erase count")
-    add("--mixup", type=float, default=0.0, help="mixup alpha, enabled if > 0")
-    add("--cutmix", type=float, default=0.0, help="cutmix alpha, enabled if > 0")
-    add("--cutmix-minmax", type=float, nargs="+", help="cutmix min/max ratio, overrides alpha")
-    add("--mixup-prob", type=float, default=1.0, help="probability of mixup or cutmix")
-    add("--mixup-switch-prob", type=float, default=0.5, help="probability of cutmix where both are enabled")
-    add("--mixup-mode", type=str, default="batch", help='"batch", "pair" or "elem"')
-    add("--mixup-off-epoch", default=0, type=int, metavar="N", help="turn mixup off after this epoch")
-    add("--smoothing", type=float, default=0.1, help="label smoothing")
-    add("--train-interpolation", type=str, default="random", help="training interpolation")
-    add("--drop", type=float, default=0.0, metavar="PCT", help="dropout rate")
-    add("--drop-path", type=float, metavar="PCT", help="drop path rate")
-    add("--drop-block", type=float, metavar="PCT", help="drop block rate")
+# Arguments of the data sets, by what timm's factory calls them.
+DATASET_ARGUMENTS = {
+    **dict(root="data_dir", download="dataset_download", trust_remote_code="dataset_trust_remote_code"),
+    **{name: name for name in ("class_map", "batch_size", "input_key", "target_key")},
+}
+# Those of the training loader.
+LOADER_ARGUMENTS = {
+    **dict(re_prob="reprob", re_mode="remode", re_count="recount", auto_augment="aa"),
+    **{name: name for name in ("no_aug", "train_crop_mode", "scale", "ratio", "hflip", "vflip", "color_jitter")},
+    **{name: name for name in ("color_jitter_prob", "grayscale_prob", "gaussian_blur_prob", "worker_seeding")},
+}
+# Those of Mixup.
+MIXUP_ARGUMENTS = {
+    **dict(mixup_alpha="mixup", cutmix_alpha="cutmix", cutmix_minmax="cutmix_minmax", label_smoothing="smoothing"),
+    **dict(prob="mixup_prob", switch_prob="mixup_switch_prob", mode="mixup_mode"),
+}
 
 
 class Targets(NamedTuple):
@@ -228,16 +178,7 @@ def create_datasets(args: argparse.Namespace, channels: int) -> tuple[Any, Any, 
         return train, Digits(args.val_split, mode) if args.val_split else None, train.classes
     if not args.dataset and not os.path.exists(args.data_dir):
         raise DistillError(f"Expected a folder or tar of images, but {args.data_dir} does not exist: mend --data-dir.")
-    common: dict[str, Any] = dict(
-        root=args.data_dir,
-        class_map=args.class_map,
-        download=args.dataset_download,
-        batch_size=args.batch_size,
-        input_img_mode=mode,
-        input_key=args.input_key,
-        target_key=args.target_key,
-        trust_remote_code=args.dataset_trust_remote_code,
-    )
+    common = _named(args, DATASET_ARGUMENTS) | {"input_img_mode": mode}
     train = create_dataset(args.dataset, split=args.train_split, is_training=True, seed=args.seed, **common)
     evaluation = create_dataset(args.dataset, split=args.val_split, **common) if args.val_split else None
     classes = _class_names(train, args.target_key)
@@ -298,17 +239,8 @@ def create_data(
     train, evaluation, classes = datasets
     mixup = None
     if uses_mixup(args):
-        mixup = FastCollateMixup(
-            mixup_alpha=args.mixup,
-            cutmix_alpha=args.cutmix,
-            cutmix_minmax=args.cutmix_minmax,
-            prob=args.mixup_prob,
-            switch_prob=args.mixup_switch_prob,
-            mode=args.mixup_mode,
-            label_smoothing=args.smoothing,
-            # One logit decides between two classes.
-            num_classes=max(args.num_classes, 2),
-        )
+        # One logit decides between two classes.
+        mixup = FastCollateMixup(**_named(args, MIXUP_ARGUMENTS), num_classes=max(args.num_classes, 2))
     collate: Any = mixup or fast_collate
     needs = [] if distiller is None else [needs_in(distiller, i) for i in range(len(distiller.stages()))]
     index = any(n.index for n in needs)
@@ -322,25 +254,20 @@ def create_data(
         whole = train
         train = staged = StagedRows(whole, distiller, 1, args.seed, _numbered if index else None)
         streams = {name: Rows(whole, rows, index) for name, rows in streams.items() if name}
-    training: dict[str, Any] = {name: getattr(args, name) for name in LOADER_ARGUMENTS} | dict(
-        is_training=True,
-        input_size=config["input_size"],
-        mean=config["mean"],
-        std=config["std"],
-        re_prob=args.reprob,
-        re_mode=args.remode,
-        re_count=args.recount,
-        auto_augment=args.aa,
-        interpolation=(not args.no_aug and args.train_interpolation) or config["interpolation"],
-        num_workers=args.workers,
-        pin_memory=args.pin_mem,
-        device=device,
-        distributed=distributed,
-        persistent_workers=False,
+    machine: dict[str, Any] = dict(
+        num_workers=args.workers, pin_memory=args.pin_mem, device=device, distributed=distributed
     )
 
     def loader(dataset: Any) -> Any:
-        made = create_loader(dataset, collate_fn=CollateIndex(collate) if index else collate, **training)
+        made = plain_loader(
+            dataset,
+            {**config, "interpolation": (not args.no_aug and args.train_interpolation) or config["interpolation"]},
+            args.batch_size,
+            is_training=True,
+            collate_fn=CollateIndex(collate) if index else collate,
+            **_named(args, LOADER_ARGUMENTS),
+            **machine,
+        )
         if len(made) == 0:
             raise DistillError(
                 f"The {len(dataset)} training rows do not fill one batch of {args.batch_size}: lower --batch-size."
@@ -352,19 +279,10 @@ def create_data(
         # A method that makes its own inputs gets as many empty batches.
         empty = torch.empty(args.batch_size, 0, device=device)
         loaded = [(empty, empty)] * len(loaded)
+    size = args.validation_batch_size or args.batch_size
     return Data(
         train=loaded,
-        evaluation=None
-        if evaluation is None
-        else plain_loader(
-            evaluation,
-            config,
-            args.validation_batch_size or args.batch_size,
-            device,
-            workers=args.workers,
-            pin_memory=args.pin_mem,
-            distributed=distributed,
-        ),
+        evaluation=None if evaluation is None else plain_loader(evaluation, config, size, **machine),
         config=config,
         classes=classes,
         streams={name: loader(rows) for name, rows in streams.items()},
@@ -373,28 +291,15 @@ def create_data(
     )
 
 
-def plain_loader(
-    dataset: Any,
-    config: Mapping[str, Any],
-    batch_size: int,
-    device: torch.device,
-    *,
-    workers: int = 0,
-    pin_memory: bool = False,
-    distributed: bool = False,
-) -> Any:
-    """A loader of a data set in its order, without augmentation."""
-    keys = ("interpolation", "mean", "std", "crop_pct", "crop_mode")
+def _named(args: argparse.Namespace, names: Mapping[str, str]) -> dict[str, Any]:
+    return {name: getattr(args, flag) for name, flag in names.items()}
+
+
+def plain_loader(dataset: Any, config: Mapping[str, Any], batch_size: int, **options: Any) -> Any:
+    """A loader of a data set in its order, without augmentation, but for what the options of timm's factory say."""
+    keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
     return create_loader(
-        dataset,
-        config["input_size"],
-        batch_size,
-        **{key: config[key] for key in keys},
-        num_workers=workers,
-        pin_memory=pin_memory,
-        device=device,
-        distributed=distributed,
-        persistent_workers=False,
+        dataset, batch_size=batch_size, persistent_workers=False, **{key: config[key] for key in keys}, **options
     )
 
 

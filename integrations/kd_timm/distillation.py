@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from functools import partial
 from itertools import zip_longest
 from typing import Any
@@ -21,32 +20,12 @@ from kd_plugins.catalog.registry import options_from_strings
 from kd_plugins.stages import StageTable
 from kd_timm.build import create_student
 from kd_timm.checkpoint import forked_random_state
-from kd_timm.compat import set_sync_gradients
 from kd_timm.data import Targets, plain_loader
 from kd_timm.engine import PlainStep, TrainingRun
-from kd_timm.flags import AppendKeyValues, flag_group
-from kd_timm.network import TimmNetwork
+from kd_timm.network import TimmNetwork, image_batch
 from kd_timm.teachers import check_classes, create_teacher
 
-__all__ = ["Distillation", "add_arguments"]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of distillation."""
-    add, _ = flag_group(parser, "Distillation parameters")
-    add("--distill", type=str, metavar="NAME", help="distiller, or several joined with +; see `kd-plugins list`")
-    add("--distill-args", nargs="*", default=[], metavar="K=V", help="options of the distiller; see `kd-plugins info`")
-    many: dict[str, Any] = dict(action="append", default=[])
-    pairs: dict[str, Any] = dict(action=AppendKeyValues, nargs="*", default=[], metavar="K=V")
-    add("--teacher", metavar="MODEL", help="teacher model (repeatable)", **many)
-    add("--teacher-checkpoint", metavar="PATH", help='weights of the i-th teacher ("": the published ones)', **many)
-    add("--teacher-kwargs", help="further arguments of the i-th teacher model (repeatable)", **pairs)
-    add("--peer", metavar="MODEL", help="model trained together with --model (repeatable)", **many)
-    add(
-        "--peer-kwargs",
-        help="further arguments of the i-th peer (repeatable); default --model-kwargs for the student's architecture",
-        **pairs,
-    )
+__all__ = ["Distillation"]
 
 
 class Distillation:
@@ -72,7 +51,13 @@ class Distillation:
         self.distiller: Distiller = create_distiller(
             args.distill, **options_from_strings(args.distill, args.distill_args)
         )
-        self._check_fit()
+        if "classification" not in self.distiller.tasks:
+            raise DistillError(
+                f"{self.distiller.name} fits {', '.join(self.distiller.tasks)}, and kd-timm-train trains classifiers:"
+                " choose a method that fits (kd-plugins list)."
+            )
+        if args.grad_accum_steps > 1 and not self.distiller.accumulation:
+            raise DistillError(f"{self.distiller.name} does not fit gradient accumulation: drop --grad-accum-steps.")
         self.criterion: Callable[..., Tensor] = nn.functional.cross_entropy
         given = zip_longest(args.teacher, args.teacher_checkpoint, args.teacher_kwargs)
         common: dict[str, Any] = dict(config=config, num_classes=args.num_classes, classes=classes)
@@ -95,15 +80,6 @@ class Distillation:
         self.rows = 0
         self.player: TurnPlayer
 
-    def _check_fit(self) -> None:
-        if "classification" not in self.distiller.tasks:
-            raise DistillError(
-                f"{self.distiller.name} fits {', '.join(self.distiller.tasks)}, and kd-timm-train trains classifiers:"
-                " choose a method that fits (kd-plugins list)."
-            )
-        if self.args.grad_accum_steps > 1 and not self.distiller.accumulation:
-            raise DistillError(f"{self.distiller.name} does not fit gradient accumulation: drop --grad-accum-steps.")
-
     def _peer(self, number: int, name: str) -> nn.Module:
         """Another network to train, made as the student is; files of weights are the student's alone."""
         args = copy.copy(self.args)
@@ -121,16 +97,14 @@ class Distillation:
         """A batch of timm's loader, as methods see it."""
         labels, index = (targets.labels, targets.index) if isinstance(targets, Targets) else (targets, None)
         data = self.distiller.data
-        return Batch(
-            inputs=inputs if data else None,
-            labels=labels if data else None,
+        return image_batch(
+            self.config,
+            inputs if data else None,
+            labels if data else None,
             size=len(inputs),
             index=index,
             rows=self.rows,
-            shape=tuple(self.config["input_size"]),
             classes=self.args.num_classes,
-            mean=self.config["mean"],
-            std=self.config["std"],
             criterion=lambda view, labels: self.criterion(view.logits, labels),
             streams=streams or {},
         )
@@ -156,7 +130,7 @@ class Distillation:
             yield self.batch(torch.empty(self.args.batch_size, 0), None)
             return
         view = copy.copy(dataset)
-        loader = plain_loader(view, self.config, self.args.batch_size, self.device, workers=workers)
+        loader = plain_loader(view, self.config, self.args.batch_size, device=self.device, num_workers=workers)
         row = 0
         for inputs, labels in loader:
             if self.args.channels_last:
@@ -209,9 +183,8 @@ class DistillStep(PlainStep):
     """A micro-step of training with a distiller."""
 
     def __init__(self, run: TrainingRun, distillation: Distillation) -> None:
-        super().__init__(run)
+        super().__init__(run, distillation.player)
         self.distillation = distillation
-        self.player = distillation.player
         self._streams: dict[str, Iterator[Any]] = {}
 
     def begin_epoch(self) -> None:
@@ -219,28 +192,9 @@ class DistillStep(PlainStep):
             peer.train()
         self._streams = self.run.data.stream_iterators()
 
-    def __call__(self, inputs: Tensor, targets: Any, accumulate: int, update: bool) -> Tensor:
-        run, player, distillation = self.run, self.player, self.distillation
-        streams = {name: self._stream(name) for name in distillation.distiller.needs().streams}
-        set_sync_gradients(run.accelerator, update)
-        player.accumulation = accumulate
-        with nullcontext() if update else run.accelerator.no_sync(run.model):
-            loss = player.forward(distillation.batch(inputs, targets, streams))
-            run.accelerator.backward(loss / accumulate if accumulate > 1 else loss)
-        player.after_backward()
-        if update:
-            run.clip(player.clip_parameters)
-            run.optimizer.step()
-            run.optimizer.zero_grad()
-            player.after_update()
-        return loss.detach()
-
-    def _stream(self, name: str) -> Batch:
-        inputs, targets = next(self._streams[name])
-        return self.distillation.batch(self.run.images(inputs), targets)
-
-    def logs(self) -> dict[str, float]:
-        return self.player.logs()
-
-    def end_epoch(self, epoch: int) -> None:
-        self.player.end_epoch(epoch, unit=self.run.updates_per_epoch)
+    def loss(self, inputs: Tensor, targets: Any, accumulate: int) -> Tensor:
+        distillation = self.distillation
+        distillation.player.accumulation = accumulate
+        drawn = {name: next(self._streams[name]) for name in distillation.distiller.needs().streams}
+        streams = {name: distillation.batch(self.run.images(x), y) for name, (x, y) in drawn.items()}
+        return distillation.player.forward(distillation.batch(inputs, targets, streams))

@@ -6,7 +6,6 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +15,8 @@ from accelerate import Accelerator
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
-from kd_timm.compat import ClassificationEvaluator, evaluation_sample_limit
+from kd_accelerate import TurnPlayer
+from kd_timm.compat import ClassificationEvaluator, evaluation_sample_limit, set_sync_gradients
 from kd_timm.data import Data
 from kd_timm.network import one_head
 from kd_timm.progress import Reporter
@@ -24,7 +24,6 @@ from kd_timm.progress import Reporter
 __all__ = ["PlainStep", "TrainingRun", "evaluate", "train_one_epoch"]
 
 
-@dataclass
 class TrainingRun:
     """What training and evaluation share.
 
@@ -51,8 +50,8 @@ class TrainingRun:
     criterion: nn.Module
     data: Data
     updates_per_epoch: int
-    ema: ModelEmaV3 | None = None
-    step: PlainStep = field(init=False)
+    ema: ModelEmaV3 | None
+    step: PlainStep
 
     @property
     def rate(self) -> float:
@@ -83,14 +82,15 @@ class TrainingRun:
 
 
 class PlainStep:
-    """A micro-step of training without a distiller: what timm's ClassificationTask and loop do.
+    """A micro-step of training; without a player of turns what timm's ClassificationTask and loop do.
 
     Args:
         run: The run.
+        player: What plays the turns of a distiller.
     """
 
-    def __init__(self, run: TrainingRun) -> None:
-        self.run = run
+    def __init__(self, run: TrainingRun, player: TurnPlayer | None = None) -> None:
+        self.run, self.player = run, player
 
     def __call__(self, inputs: Tensor, targets: Any, accumulate: int, update: bool) -> Tensor:
         """Plays one batch, forward, backward and update, and returns its unscaled loss.
@@ -101,27 +101,38 @@ class PlainStep:
             accumulate: Micro-batches in this update.
             update: Whether this one completes the update.
         """
-        run = self.run
+        run, player = self.run, self.player
+        set_sync_gradients(run.accelerator, update)
         with nullcontext() if update else run.accelerator.no_sync(run.model):
-            output = one_head(run.model(inputs), run.student)
-            with run.accelerator.autocast():
-                loss = run.criterion(output, targets)
+            loss = self.loss(inputs, targets, accumulate)
             run.accelerator.backward(loss / accumulate if accumulate > 1 else loss)
+        if player is not None:
+            player.after_backward()
         if update:
-            run.clip()
+            run.clip(() if player is None else player.clip_parameters)
             run.optimizer.step()
             run.optimizer.zero_grad()
+            if player is not None:
+                player.after_update()
         return loss.detach()
+
+    def loss(self, inputs: Tensor, targets: Any, accumulate: int) -> Tensor:
+        """The loss of a batch, with its graph."""
+        output = one_head(self.run.model(inputs), self.run.student)
+        with self.run.accelerator.autocast():
+            return self.run.criterion(output, targets)
 
     def logs(self) -> dict[str, float]:
         """Mean loss terms since the last call, by name; must be called on every process."""
-        return {}
+        return {} if self.player is None else self.player.logs()
 
     def begin_epoch(self) -> None:
         """Called before the first batch of an epoch."""
 
     def end_epoch(self, epoch: int) -> None:
         """Called after the last update of an epoch, with the number of epochs so far."""
+        if self.player is not None:
+            self.player.end_epoch(epoch, unit=self.run.updates_per_epoch)
 
 
 def train_one_epoch(run: TrainingRun, epoch: int, reporter: Reporter, *, first_update: int) -> dict[str, float]:

@@ -1,14 +1,25 @@
-"""How flags are declared: each module adds those that it reads to the parser of `kd_timm.arguments`."""
+"""The flags of kd-timm-train, from the table `flags.yaml`; a test holds that each of them is read somewhere."""
 
 from __future__ import annotations
 
 import argparse
 import ast
-from collections.abc import Callable
-from functools import partial
+import copy
+from pathlib import Path
 from typing import Any
 
-__all__ = ["AppendKeyValues", "KeyValues", "flag_group"]
+import yaml
+
+__all__ = ["UNSUPPORTED", "AppendKeyValues", "KeyValues", "add_flags"]
+
+_FLAGS, _refused = yaml.safe_load_all(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+
+UNSUPPORTED: dict[str, Any] = {
+    **dict.fromkeys(_refused["unset"]),
+    **dict.fromkeys(_refused["switches"], False),
+    **_refused["others"],
+}
+"""The flags of timm's train.py that kd-timm-train does not read, by argparse name, with timm's default."""
 
 
 class KeyValues(argparse.Action):
@@ -36,7 +47,15 @@ class AppendKeyValues(KeyValues):
         setattr(namespace, self.dest, [*earlier, getattr(namespace, self.dest)])
 
 
-def flag_group(parser: argparse.ArgumentParser, title: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """A new group of flags: the functions that add one with a value, and one that is on where it is named."""
-    add = parser.add_argument_group(title).add_argument
-    return add, partial(add, action="store_true")
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds every flag of `flags.yaml`, in its groups."""
+    types: dict[str, Any] = {"int": int, "float": float, "str": str}
+    actions = {"KeyValues": KeyValues, "AppendKeyValues": AppendKeyValues}
+    for title, flags in copy.deepcopy(_FLAGS).items():
+        group = parser.add_argument_group(title)
+        for names, options in flags.items():
+            if "action" in options:
+                options["action"] = actions.get(options["action"], options["action"])
+            elif (kind := options.get("type", type(options.get("default")).__name__)) in types:
+                options["type"] = types[kind]
+            group.add_argument(*names.split(", "), **options)

@@ -11,7 +11,7 @@ import torch
 from kd_plugins import Batch, DistillError, Reads, create_distiller, list_distillers
 from kd_plugins.binding import connect, set_up
 from kd_timm.build import create_student
-from kd_timm.network import TimmNetwork
+from kd_timm.network import TimmNetwork, image_batch
 
 __all__ = ["list_layers"]
 
@@ -29,16 +29,9 @@ def list_layers(args: argparse.Namespace) -> str:
     args.model = args.list_layers
     model, config = create_student(args, "--list-layers")
     network = TimmNetwork(model.eval())
-    batch = Batch(
-        inputs=torch.randn(2, *config["input_size"], generator=torch.Generator().manual_seed(0)),
-        labels=torch.zeros(2, dtype=torch.long),
-        index=torch.arange(2),
-        rows=2,
-        mean=config["mean"],
-        std=config["std"],
-        shape=tuple(config["input_size"]),
-        classes=args.num_classes,
-    )
+    inputs = torch.randn(2, *config["input_size"], generator=torch.Generator().manual_seed(0))
+    labels = torch.zeros(2, dtype=torch.long)
+    batch = image_batch(config, inputs, labels, index=torch.arange(2), rows=2, classes=args.num_classes)
     lines = [
         f"{args.model}, images {'x'.join(map(str, config['input_size']))}, {args.num_classes} classes",
         "",

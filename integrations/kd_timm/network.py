@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from kd_plugins.reading.network import Forward, Network
 from kd_plugins.reading.view import Batch, Reads
 from kd_timm.attention import AttentionTaps
 
-__all__ = ["StagedModel", "TimmNetwork", "one_head"]
+__all__ = ["StagedModel", "TimmNetwork", "image_batch", "one_head"]
 
 
 def one_head(output: Any, model: nn.Module) -> Tensor:
@@ -22,6 +23,12 @@ def one_head(output: Any, model: nn.Module) -> Tensor:
             " model.set_distilled_training(False) gives the mean of its heads."
         )
     return output
+
+
+def image_batch(config: Mapping[str, Any], inputs: Tensor | None, labels: Any = None, **fields: Any) -> Batch:
+    """A batch of images that were normalised as a data configuration says."""
+    shape = tuple(config["input_size"])
+    return Batch(inputs=inputs, labels=labels, mean=config["mean"], std=config["std"], shape=shape, **fields)
 
 
 class StagedModel(nn.Module):

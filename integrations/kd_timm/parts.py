@@ -38,7 +38,7 @@ from kd_timm.trackers import start_trackers
 __all__ = ["Parts"]
 
 
-class Parts:
+class Parts(TrainingRun):
     """What a run is made of, ready to train.
 
     Args:
@@ -73,7 +73,8 @@ class Parts:
             )
         resolve_learning_rate(args, self.processes)
         # Before any hook is set, so that the copy has none.
-        self.ema_model = self._average()
+        decay: dict[str, Any] = dict(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
+        self.ema = ModelEmaV3(self.student, **decay) if args.model_ema else None
         self.distillation: Distillation | None = None
         if args.distill:
             with forked_random_state():
@@ -87,12 +88,6 @@ class Parts:
         if self.accelerator.log_with:
             start_trackers(self.accelerator, args, self.folder, self.given)
 
-    def _average(self) -> ModelEmaV3 | None:
-        args = self.args
-        if not args.model_ema:
-            return None
-        return ModelEmaV3(self.student, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
-
     def _begin(self, optimizer: torch.optim.Optimizer, datasets: tuple[Any, Any, Any], config: dict[str, Any]) -> None:
         """Builds what the training loop works with."""
         args, accelerator, distillation = self.args, self.accelerator, self.distillation
@@ -105,7 +100,7 @@ class Parts:
             distiller=None if distillation is None else distillation.distiller,
         )
         self.updates_per_epoch = -(-len(self.data.train) // args.grad_accum_steps)
-        scheduler, self.epochs = create_scheduler(args, optimizer, self.updates_per_epoch)
+        self.scheduler, self.epochs = create_scheduler(args, optimizer, self.updates_per_epoch)
         model: Any = self.student
         if distillation is not None:
             model = distillation.network.staged
@@ -114,22 +109,11 @@ class Parts:
                 self.data.staged.epoch_steps = self.updates_per_epoch
         if args.torchcompile:
             model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
-        model, prepared = accelerator.prepare(model, optimizer)
-        self.run = TrainingRun(
-            args=args,
-            accelerator=accelerator,
-            student=self.student,
-            model=model,
-            optimizer=prepared,
-            scheduler=scheduler,
-            criterion=create_criterion(args).to(accelerator.device),
-            data=self.data,
-            updates_per_epoch=self.updates_per_epoch,
-            ema=self.ema_model,
-        )
-        self.run.step = PlainStep(self.run)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.criterion = create_criterion(args).to(accelerator.device)
+        self.step = PlainStep(self)
         if distillation is not None:
-            distillation.begin(self.run)
+            distillation.begin(self)
             self.new_schedule()
 
     @property
@@ -142,11 +126,11 @@ class Parts:
         assert self.distillation is not None
         if len(self.distillation.table.stages) == 1:
             return
-        optimizer = self.run.optimizer.optimizer
+        optimizer = self.optimizer.optimizer
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"]
         start, end = self.distillation.stage_epochs(self.updates_per_epoch)
-        self.run.scheduler = create_stage_scheduler(
+        self.scheduler = create_stage_scheduler(
             self.args, optimizer, self.updates_per_epoch, epochs=end - start, of=self.epochs
         )
 
@@ -160,13 +144,13 @@ class Parts:
         self.new_schedule()
         if stage.fresh_student:
             self.checkpoints.restart()
-            if self.run.ema is not None:
-                self.run.ema.set(self.student)
+            if self.ema is not None:
+                self.ema.set(self.student)
 
     @property
     def evaluated(self) -> nn.Module:
         """The bare model that is evaluated and exported: the moving average where there is one."""
-        return self.student if self.run.ema is None else self.run.ema.module
+        return self.student if self.ema is None else self.ema.module
 
     def _open_output(self) -> None:
         args, folder = self.args, None

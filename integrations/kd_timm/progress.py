@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 __all__ = ["Reporter"]
 
@@ -24,32 +23,22 @@ class Reporter:
     def __init__(self, primary: bool) -> None:
         self.primary = primary
         console = Console(stderr=True)
-        self.console = console if primary and console.is_terminal else None
-        self.bar: Progress | None = None
-        self.task: Any = None
+        shown = ("{task.description}", BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
+        left = (TimeRemainingColumn(), "{task.fields[values]}")
+        self.terminal = primary and console.is_terminal
+        self.bar = Progress(*shown, *left, console=console, transient=True, disable=not self.terminal)
+        self.task = self.bar.add_task("", values="")
         self.title, self.total = "", 0
 
     def begin(self, title: str, total: int) -> None:
         """Starts an epoch of `total` updates."""
         self.title, self.total = title, total
-        if self.console is not None:
-            self.bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[values]}"),
-                console=self.console,
-                transient=True,
-            )
-            self.bar.start()
-            self.task = self.bar.add_task(title, total=total, values="")
+        self.bar.reset(self.task, description=title, total=total, values="")
+        self.bar.start()
 
     def advance(self, updates: int) -> None:
         """Moves the bar to a number of updates."""
-        if self.bar is not None:
-            self.bar.update(self.task, completed=updates)
+        self.bar.update(self.task, completed=updates)
 
     def update(self, updates: int, values: Mapping[str, float], speed: float) -> None:
         """Reports running means.
@@ -62,16 +51,15 @@ class Reporter:
         if not self.primary:
             return
         text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        if self.bar is not None:
-            self.bar.update(self.task, completed=updates, values=text)
-        else:
+        self.bar.update(self.task, completed=updates, values=text)
+        if not self.terminal:
             _logger.info(f"{self.title} [{updates}/{self.total}]  {text}  {speed:.0f} images/s")
 
     def end(self) -> None:
         """Ends an epoch."""
-        if self.bar is not None:
+        # Off a terminal it would print an empty line.
+        if self.terminal:
             self.bar.stop()
-            self.bar = None
 
     def line(self, text: str) -> None:
         """Writes a line of text."""

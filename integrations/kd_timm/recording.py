@@ -9,8 +9,9 @@ from kd_plugins import Batch, Net, Nets, Reads
 from kd_report import page_hint
 from kd_report.record import RunRecord, some_rows
 from kd_timm.arguments import parse_args
+from kd_timm.checkpoint import epoch_row
 from kd_timm.data import plain_loader
-from kd_timm.network import TimmNetwork
+from kd_timm.network import TimmNetwork, image_batch
 
 if TYPE_CHECKING:
     from kd_timm.parts import Parts
@@ -52,10 +53,8 @@ class Recorder:
 
     def epoch(self, epoch: int, training: Mapping[str, float], evaluation: Mapping[str, float], rate: float) -> None:
         """Adds the row of an epoch, evaluated or not."""
-        row: dict[str, Any] = {"epoch": epoch + 1, "step": (epoch + 1) * self.session.updates_per_epoch}
-        row |= {f"train_{key}": value for key, value in training.items()}
-        row |= {f"eval_{key}": value for key, value in evaluation.items()}
-        self.record.log(row | {"lr": rate})
+        place = {"epoch": epoch + 1, "step": (epoch + 1) * self.session.updates_per_epoch}
+        self.record.log(place | epoch_row(training, evaluation, rate))
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Analyses the best student and writes the results."""
@@ -87,9 +86,10 @@ class Recorder:
     def _batches(self) -> Iterator[Batch]:
         args, data = self.session.args, self.session.data
         size, config = args.validation_batch_size or args.batch_size, data.config
-        rows = some_rows(data.evaluation.dataset)
-        for inputs, labels in plain_loader(rows, config, size, self.session.accelerator.device, workers=args.workers):
-            yield Batch.of(inputs, labels, mean=config["mean"], std=config["std"])
+        device = self.session.accelerator.device
+        loader = plain_loader(some_rows(data.evaluation.dataset), config, size, device=device, num_workers=args.workers)
+        for inputs, labels in loader:
+            yield image_batch(config, inputs, labels)
 
 
 def _data(session: Parts) -> str:

@@ -29,13 +29,13 @@ def save_state(session: Parts, epoch: int) -> None:
         session.distillation.player.save(folder / "distiller")
     if session.primary:
         save_weights(session.student, folder / "model.safetensors")
-        if session.run.ema is not None:
-            save_weights(session.run.ema.module, folder / "ema.safetensors")
+        if session.ema is not None:
+            save_weights(session.ema.module, folder / "ema.safetensors")
         torch.save(
             {
-                "optimizer": session.run.optimizer.state_dict(),
+                "optimizer": session.optimizer.state_dict(),
                 "scaler": session.accelerator.scaler.state_dict() if session.accelerator.scaler else None,
-                "scheduler": _plateau_state(session.run.scheduler),
+                "scheduler": _plateau_state(session.scheduler),
             },
             folder / "optimizer.pt",
         )
@@ -76,15 +76,15 @@ def load_state(session: Parts) -> int:
         session.distillation.player.load(folder / "distiller")
         session.new_schedule()
     load_weights(session.student, folder / "model.safetensors")
-    if session.run.ema is not None:
-        load_weights(session.run.ema.module, folder / "ema.safetensors")
+    if session.ema is not None:
+        load_weights(session.ema.module, folder / "ema.safetensors")
     state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-    session.run.optimizer.load_state_dict(state["optimizer"])
+    session.optimizer.load_state_dict(state["optimizer"])
     if session.accelerator.scaler is not None:
         session.accelerator.scaler.load_state_dict(state["scaler"])
     if state["scheduler"] is not None:
-        session.run.scheduler.lr_scheduler.load_state_dict(state["scheduler"]["inner"])
-        session.run.scheduler.restore_lr = state["scheduler"]["restore_lr"]
+        session.scheduler.lr_scheduler.load_state_dict(state["scheduler"]["inner"])
+        session.scheduler.restore_lr = state["scheduler"]["restore_lr"]
     session.seconds, session.updates = saved["seconds"], saved["updates"]
     session.checkpoints.kept = [(metric, epoch) for metric, epoch in saved["kept"]]
     session.peers.best = saved["peers"]

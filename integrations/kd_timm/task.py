@@ -11,12 +11,12 @@ from timm.models import group_parameters
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from kd_plugins import Batch, Distiller, DistillError, Nets, create_distiller
+from kd_plugins import Batch, Distiller, DistillError, Net, Nets, View, create_distiller
 from kd_plugins.binding import connect, schedule, set_up
 from kd_plugins.catalog.hosts import refusals
 from kd_plugins.distiller import Turn
 from kd_timm.compat import TrainingTask, resolve_classification_loss
-from kd_timm.network import TimmNetwork
+from kd_timm.network import TimmNetwork, image_batch
 from kd_timm.teachers import InputTransform, Teacher, check_classes, create_teacher, other_classes
 
 __all__ = ["DistillationTask"]
@@ -154,12 +154,10 @@ class DistillationTask(TrainingTask):
         return made
 
     def _batch(self, inputs: Tensor, target: Tensor) -> Batch:
-        return Batch.of(
+        return image_batch(
+            self.config,
             inputs,
             target,
-            mean=self.config["mean"],
-            std=self.config["std"],
-            shape=tuple(self.config["input_size"]),
             classes=getattr(self._nets[1].module, "num_classes", 0),
             criterion=lambda view, labels: self.criterion(view.logits, labels),
         )
@@ -169,10 +167,9 @@ class DistillationTask(TrainingTask):
         """The method."""
         return self._unwrapped().distiller
 
-    def _unwrapped(self, ema: bool = False) -> _Trainable:
-        module = unwrap_model(self.get_trainable_module(ema=ema))
-        assert isinstance(module, _Trainable)
-        return module
+    def _unwrapped(self, ema: bool = False, module: nn.Module | None = None) -> _Trainable:
+        trainable: _Trainable = unwrap_model(self.get_trainable_module(ema=ema) if module is None else module)
+        return trainable
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Any]:
         """One step's loss.
@@ -187,21 +184,24 @@ class DistillationTask(TrainingTask):
         nets = self._nets[0]
         scores: list[Tensor] = []
         batch = self._batch(input, target)
-        self._turns = self.distiller.turns(_Watched(nets, scores), batch)
+        self._turns = self.distiller.turns(Nets(_Noted(nets.student, scores), nets.teachers), batch)
         turn = self.trainable_module(self._turns)
         if list(turn) != ["student"]:
-            raise DistillError(
-                f"{self.distiller.name} plays more than one turn in a step, and timm's train.py has one backward: use"
-                " kd-timm-train."
-            )
+            raise self._turned()
         terms = turn["student"]
         result: dict[str, Any] = {"loss": sum(terms.values()), **terms}
         return result | {"output": scores[0]} if scores else result
 
+    def _turned(self) -> DistillError:
+        return DistillError(
+            f"{self.distiller.name} plays more than one turn in a step, and timm's train.py has one backward: use"
+            " kd-timm-train."
+        )
+
     def update_ema(self, step: int | None = None) -> None:
         """Called by timm's loop after every update: runs what follows the turn, and counts the method's steps."""
         if self._turns is not None and next(self._turns, None) is not None:
-            raise DistillError(f"{self.distiller.name} plays more than one turn in a step: use kd-timm-train.")
+            raise self._turned()
         self._turns = None
         progress = self.distiller.progress
         self.distiller.after_update()
@@ -238,8 +238,7 @@ class DistillationTask(TrainingTask):
         """The distiller's parts."""
         if module is None and self.get_trainable_module(ema=ema) is None:
             return {}
-        trainable = self._unwrapped(ema) if module is None else unwrap_model(module)
-        state = trainable.distiller.state_dict()
+        state = self._unwrapped(ema, module).distiller.state_dict()
         return {"distiller": state} if state else {}
 
     def load_task_state(
@@ -251,24 +250,20 @@ class DistillationTask(TrainingTask):
     ) -> None:
         """Loads the distiller's parts."""
         if state and "distiller" in state:
-            trainable = self._unwrapped(ema) if module is None else unwrap_model(module)
-            trainable.distiller.load_state_dict(state["distiller"], strict=strict)
+            self._unwrapped(ema, module).distiller.load_state_dict(state["distiller"], strict=strict)
 
 
-class _Watched(Nets):
-    """The networks, with a note of the scores that the student's first forward gives."""
+class _Noted(Net):
+    """A network that notes the scores of its forwards."""
 
-    def __init__(self, nets: Nets, scores: list[Tensor]) -> None:
-        super().__init__(nets.student, nets.teachers)
-        asked: Any = nets.student
+    def __init__(self, net: Net, scores: list[Tensor]) -> None:
+        vars(self).update(vars(net))
+        self.scores = scores
 
-        def student(*args: Any, **kwargs: Any) -> Any:
-            view = asked(*args, **kwargs)
-            if view._logits is not None and not scores:
-                scores.append(view._logits)
-            return view
-
-        self.student = student  # type: ignore[assignment]
+    def __call__(self, batch: Batch, **options: Any) -> View:
+        view = super().__call__(batch, **options)
+        self.scores += [] if view._logits is None else [view._logits]
+        return view
 
 
 def _check_fit(distiller: Distiller) -> None:

@@ -13,25 +13,8 @@ from accelerate.utils import LoggerType
 
 from kd_plugins.errors import DistillError, did_you_mean
 from kd_timm.compat import LOGGER_TYPE_TO_CLASS
-from kd_timm.flags import flag_group
 
-__all__ = ["add_arguments", "start_trackers", "tracker_names"]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of trackers: timm's for Weights & Biases, and `--report-to` for all that Accelerate knows."""
-    add, switch = flag_group(parser, "Tracker parameters")
-    switch("--log-wandb", help="log training and validation metrics to wandb, as --report-to wandb")
-    add("--wandb-project", type=str, help="wandb project name (default: kd-timm-train)")
-    add("--wandb-tags", default=[], type=str, nargs="+", help="wandb tags")
-    add("--wandb-resume-id", default="", type=str, metavar="ID", help="continue the wandb run with this id")
-    add(
-        "--report-to",
-        default=[],
-        nargs="+",
-        metavar="NAME",
-        help="trackers that get the columns of summary.csv: tensorboard, wandb, mlflow, ..., or all that are installed",
-    )
+__all__ = ["start_trackers", "tracker_names"]
 
 
 def tracker_names(args: argparse.Namespace) -> list[str]:

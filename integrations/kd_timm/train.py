@@ -79,30 +79,30 @@ class Session(Parts):
         return results
 
     def _epoch(self, epoch: int) -> None:
-        args, run = self.args, self.run
+        args = self.args
         self.enter_stage()
         done = epoch - self.stage_start
         began = time.monotonic()
-        training = train_one_epoch(run, epoch, self.reporter, first_update=done * self.updates_per_epoch)
+        training = train_one_epoch(self, epoch, self.reporter, first_update=done * self.updates_per_epoch)
         self.seconds += time.monotonic() - began
         self.updates += self.updates_per_epoch
-        rate = run.rate
+        rate = self.rate
         if self.processes > 1 and args.dist_bn in ("broadcast", "reduce"):
-            for model in filter(None, (self.student, run.ema)):
+            for model in filter(None, (self.student, self.ema)):
                 distribute_bn(model, self.processes, args.dist_bn == "reduce")
             if self.distillation is not None:
                 self.distillation.player.average_buffers()
         if (epoch + 1) % args.val_interval and epoch + 1 != self.epochs:
             if self.primary:
                 self.recorder.epoch(epoch, training, {}, rate)
-            if run.scheduler is not None:
-                run.scheduler.step(done + 1, None)
+            if self.scheduler is not None:
+                self.scheduler.step(done + 1, None)
             return
         evaluation = {} if self.data.evaluation is None else self._evaluate()
         metric = (evaluation or training)[self.metric]
-        evaluation |= self.peers.evaluate(run, self.evaluated, epoch)
-        if run.scheduler is not None:
-            run.scheduler.step(done + 1, metric)
+        evaluation |= self.peers.evaluate(self, self.evaluated, epoch)
+        if self.scheduler is not None:
+            self.scheduler.step(done + 1, metric)
         if self.primary:
             self.accelerator.log(self.summary.add(epoch, training, evaluation, rate), step=epoch)
             self.recorder.epoch(epoch, training, evaluation, rate)
@@ -113,9 +113,9 @@ class Session(Parts):
 
     def _evaluate(self) -> dict[str, float]:
         """Evaluates what is exported, through the compiled model where there is one."""
-        if self.run.ema is not None:
-            return evaluate(self.run, self.run.ema.module)
-        return evaluate(self.run, self.accelerator.unwrap_model(self.run.model, keep_torch_compile=True))
+        if self.ema is not None:
+            return evaluate(self, self.ema.module)
+        return evaluate(self, self.accelerator.unwrap_model(self.model, keep_torch_compile=True))
 
     def _finish(self) -> dict[str, Any]:
         args = self.args
@@ -128,9 +128,9 @@ class Session(Parts):
         if self.data.evaluation is not None:
             load_weights(self.evaluated, exported)
             others = [] if self.distillation is None else self.distillation.asked()
-            results["evaluation"] = evaluate(self.run, self.evaluated, others=others)
+            results["evaluation"] = evaluate(self, self.evaluated, others=others)
         if self.peers.names:
-            results["peers"] = self.peers.finish(self.run, self.evaluated)
+            results["peers"] = self.peers.finish(self, self.evaluated)
         results |= {
             "parameters": sum(p.numel() for p in self.student.parameters()),
             "bytes": exported.stat().st_size,

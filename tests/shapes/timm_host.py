@@ -125,7 +125,7 @@ class TimmTrained(Host):
             yield
 
     def train(self, until: int) -> None:
-        step, progress = self.session.run.step, self.distiller.progress
+        step, progress = self.session.step, self.distiller.progress
 
         class Until:
             """Plays until an update, then interrupts as a user would."""
@@ -138,7 +138,7 @@ class TimmTrained(Host):
             def __getattr__(self, name: str) -> Any:
                 return getattr(step, name)
 
-        self.session.run.step = Until()
+        self.session.step = Until()
         with self._patched():
             self.session.fit()
         assert progress.step == until

@@ -12,9 +12,10 @@ from timm.scheduler import scheduler_kwargs
 
 import kd_timm
 from kd_timm.arguments import parse_args
-from kd_timm.data import LOADER_ARGUMENTS
+from kd_timm.build import MODEL_ARGUMENTS
+from kd_timm.data import DATASET_ARGUMENTS, LOADER_ARGUMENTS, MIXUP_ARGUMENTS
+from kd_timm.flags import UNSUPPORTED
 from kd_timm.train import main
-from kd_timm.unsupported import UNSUPPORTED
 
 _spec = spec_from_file_location("timm_defaults", Path(__file__).with_name("timm_defaults.py"))
 _module = module_from_spec(_spec)
@@ -51,10 +52,12 @@ def test_every_flag_is_read_somewhere():
     recorder = Recorder(parse_args([]))
     optimizer_kwargs(cfg=recorder)
     scheduler_kwargs(recorder)
-    # Read by resolve_input_data_config out of vars(args), and by timm's loader.
-    read = recorder.read | {"mean", "std", "interpolation", "crop_pct", *LOADER_ARGUMENTS}
+    # Read by resolve_input_data_config out of vars(args), and by timm's factories.
+    read = recorder.read | {"mean", "std", "interpolation", "crop_pct"}
+    for table in (MODEL_ARGUMENTS, DATASET_ARGUMENTS, LOADER_ARGUMENTS, MIXUP_ARGUMENTS):
+        read |= set(table.values())
     package = Path(kd_timm.__path__[0])
-    text = "\n".join(p.read_text() for p in package.glob("*.py") if p.name != "unsupported.py")
+    text = "\n".join(p.read_text() for p in package.glob("*.py"))
     flags = set(vars(parse_args([]))) - {"config"}
     assert [flag for flag in flags if flag not in read and f"args.{flag}" not in text] == []
 

@@ -253,7 +253,9 @@ def test_peers_have_arguments_of_their_own(run):
 
 def test_the_pass_before_the_training_has_the_loaders_workers(run, teacher, monkeypatch):
     made, workers = distillation.plain_loader, []
-    monkeypatch.setattr(distillation, "plain_loader", lambda *a, **k: (workers.append(k["workers"]), made(*a, **k))[1])
+    monkeypatch.setattr(
+        distillation, "plain_loader", lambda *a, **k: (workers.append(k["num_workers"]), made(*a, **k))[1]
+    )
     run(*"--epochs 1 --workers 1 --distill quest --distill-args layers=1 words=4".split(), *teacher)
     # The first batch alone is not worth them.
     assert workers == [0, 1]
@@ -396,8 +398,8 @@ def test_feature_methods_take_a_teacher_of_other_classes(run, tmp_path, classes,
 
 def test_methods_know_the_size_of_the_training_set(run, monkeypatch):
     rows = []
-    made = distillation.Batch
-    monkeypatch.setattr(distillation, "Batch", lambda **fields: (rows.append(fields["rows"]), made(**fields))[1])
+    made = distillation.image_batch
+    monkeypatch.setattr(distillation, "image_batch", lambda *a, **k: (rows.append(k["rows"]), made(*a, **k))[1])
     run("--epochs", "1", "--distill", "timm_distillers:Pair", "--peer", "resnet10t")
     assert set(rows) == {256}
 

@@ -299,11 +299,11 @@ def test_two_heads_are_refused(run):
     two = type("Two", (torch.nn.Module,), {"forward": lambda self, x: (x.mean((2, 3)), x.mean((2, 3)))})
     session = run("--epochs", "1")
     with pytest.raises(DistillError, match=r"Two returns 2 scores in training.*set_distilled_training\(False\)"):
-        train.evaluate(session.run, two())
-    session.run.model = two()
+        train.evaluate(session, two())
+    session.model = two()
     images, labels = torch.zeros(2, 3, 16, 16), torch.zeros(2, dtype=torch.long)
     with pytest.raises(DistillError, match="returns 2 scores"):
-        session.run.step(images, labels, 1, True)
+        session.step(images, labels, 1, True)
 
 
 def test_compiled_training_equals_eager(run):

@@ -28,56 +28,43 @@ from kd_timm.models.staged import StagedNet, checkpoint_filter_fn
 __all__ = ["CifarResNet", "CifarVGG", "LeNet5", "StagedNet", "WideResNet", "checkpoint_filter_fn"]
 
 _IMAGENET: dict[str, Any] = dict(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
-_CIFAR10: dict[str, Any] = dict(num_classes=10, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
-_CIFAR100: dict[str, Any] = dict(num_classes=100, mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761))
-_MNIST: dict[str, Any] = dict(input_size=(1, 32, 32), min_input_size=(1, 32, 32), mean=(0.1307,), std=(0.3081,))
-
-
-def _cfg(first_conv: str = "conv1", pool_size: tuple[int, int] = (8, 8), **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "input_size": (3, 32, 32),
-        "interpolation": "bicubic",
-        "crop_pct": 1.0,
-        "pool_size": pool_size,
-        "first_conv": first_conv,
-        "classifier": "fc",
-        **kwargs,
-    }
-
+_CIFAR: dict[str, dict[str, Any]] = {
+    "cifar10": dict(num_classes=10, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),
+    "cifar100": dict(num_classes=100, mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761)),
+}
+_GREY: dict[str, Any] = dict(input_size=(1, 32, 32), min_input_size=(1, 32, 32), mean=(0.1307,), std=(0.3081,))
+_MNIST: dict[str, dict[str, Any]] = {"mnist": dict(num_classes=10, pool_size=(1, 1), **_GREY)}
 
 _WIDE: dict[str, Any] = dict(widths=(32, 64, 128, 256), shortcut="B")
 _WRNS = ((16, 1), (16, 2), (16, 4), (28, 2), (28, 4), (40, 1), (40, 2))
+_DEPTHS = (8, 20, 32, 44, 56, 110)
 
-# By name: the class, and the arguments that make the network.
-_RESNETS: dict[str, tuple[type[StagedNet], dict[str, Any]]] = {
-    "resnet8": (CifarResNet, dict(depth=8, shortcut="B")),
-    "resnet8x4": (CifarResNet, dict(depth=8, **_WIDE)),
-    "resnet32x4": (CifarResNet, dict(depth=32, **_WIDE)),
-    **{f"wrn_{depth}_{factor}": (WideResNet, dict(depth=depth, widen_factor=factor)) for depth, factor in _WRNS},
+# By name: the class, the arguments that make the network, and what its configuration has beside the data set's.
+_NETWORKS: dict[str, tuple[type[StagedNet], dict[str, Any], dict[str, Any]]] = {
+    **{f"cifar_resnet{depth}": (CifarResNet, dict(depth=depth), {}) for depth in _DEPTHS},
+    "resnet8": (CifarResNet, dict(depth=8, shortcut="B"), {}),
+    "resnet8x4": (CifarResNet, dict(depth=8, **_WIDE), {}),
+    "resnet32x4": (CifarResNet, dict(depth=32, **_WIDE), {}),
+    **{f"wrn_{depth}_{factor}": (WideResNet, dict(depth=depth, widen_factor=factor), {}) for depth, factor in _WRNS},
+    "vgg8": (CifarVGG, dict(layers=1), dict(first_conv="block0.0", pool_size=(4, 4))),
+    "cifar_vgg13": (CifarVGG, dict(layers=2), dict(first_conv="block0.0", pool_size=(4, 4))),
+    "lenet5": (LeNet5, {}, {}),
+    "lenet5_half": (LeNet5, dict(widths=(3, 8, 60, 42)), {}),
 }
-_HE_RESNETS: dict[str, tuple[type[StagedNet], dict[str, Any]]] = {
-    f"cifar_resnet{depth}": (CifarResNet, dict(depth=depth)) for depth in (8, 20, 32, 44, 56, 110)
-}
-_VGGS: dict[str, tuple[type[StagedNet], dict[str, Any]]] = {
-    "vgg8": (CifarVGG, dict(layers=1)),
-    "cifar_vgg13": (CifarVGG, dict(layers=2)),
-}
-_LENETS: dict[str, tuple[type[StagedNet], dict[str, Any]]] = {
-    "lenet5": (LeNet5, {}),
-    "lenet5_half": (LeNet5, dict(widths=(3, 8, 60, 42))),
-}
-_VGG: dict[str, Any] = dict(first_conv="block0.0", pool_size=(4, 4))
+
+
+def _cfg(name: str, tag: str, **own: Any) -> dict[str, Any]:
+    # The public CIFAR-10 weights of He et al.'s networks take images normalized as ImageNet's.
+    images = _IMAGENET if name.startswith("cifar_resnet") and tag == "cifar10" else {}
+    shared = dict(url="", input_size=(3, 32, 32), interpolation="bicubic", crop_pct=1.0, pool_size=(8, 8))
+    return shared | dict(first_conv="conv1", classifier="fc") | (_CIFAR | _MNIST)[tag] | images | own
+
 
 default_cfgs = generate_default_cfgs(
     {
-        # The public CIFAR-10 weights of these take images normalized as ImageNet's.
-        **{f"{name}.cifar10": _cfg(**(_CIFAR10 | _IMAGENET)) for name in _HE_RESNETS},
-        **{f"{name}.cifar10": _cfg(**_CIFAR10) for name in _RESNETS},
-        **{f"{name}.cifar100": _cfg(**_CIFAR100) for name in (*_HE_RESNETS, *_RESNETS)},
-        **{f"{name}.cifar10": _cfg(**_CIFAR10, **_VGG) for name in _VGGS},
-        **{f"{name}.cifar100": _cfg(**_CIFAR100, **_VGG) for name in _VGGS},
-        **{f"{name}.mnist": _cfg(**_MNIST, num_classes=10, pool_size=(1, 1)) for name in _LENETS},
+        f"{name}.{tag}": _cfg(name, tag, **own)
+        for name, (cls, _, own) in _NETWORKS.items()
+        for tag in (_MNIST if cls is LeNet5 else _CIFAR)
     }
 )
 
@@ -101,5 +88,5 @@ def _register(name: str, cls: type[StagedNet], arguments: dict[str, Any]) -> Non
     globals()[name] = register_model(create)
 
 
-for _name, (_cls, _arguments) in (_HE_RESNETS | _RESNETS | _VGGS | _LENETS).items():
+for _name, (_cls, _arguments, _) in _NETWORKS.items():
     _register(_name, _cls, _arguments)

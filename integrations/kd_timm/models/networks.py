@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,18 +19,15 @@ def _conv3x3(in_chs: int, out_chs: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_chs, out_chs, 3, stride=stride, padding=1, bias=False)
 
 
-def _blocks_per_stage(depth: int, rest: int) -> int:
+def _groups(
+    make: Callable[[int, int, int], nn.Module], depth: int, rest: int, widths: Sequence[int]
+) -> Iterator[nn.Sequential]:
+    """The three stages after the stem, in a network of 6n + `rest` layers; their first blocks change width and size."""
     blocks, left = divmod(depth - rest, 6)
     if left or blocks < 1:
         raise DistillError(f"Expected a depth of 6n+{rest}, got {depth}: take {6 * max(blocks, 1) + rest}.")
-    return blocks
-
-
-def _blocks(
-    make: Callable[[int, int, int], nn.Module], number: int, in_chs: int, out_chs: int, stride: int
-) -> nn.Sequential:
-    """A stage: its first block changes width and size."""
-    return nn.Sequential(make(in_chs, out_chs, stride), *(make(out_chs, out_chs, 1) for _ in range(number - 1)))
+    for in_chs, out_chs, stride in zip(widths[:-1], widths[1:], (1, 2, 2), strict=True):
+        yield nn.Sequential(make(in_chs, out_chs, stride), *(make(out_chs, out_chs, 1) for _ in range(blocks - 1)))
 
 
 class PadShortcut(nn.Module):
@@ -89,26 +86,17 @@ class CifarResNet(StagedNet):
     renamed = ((r"^linear\.", "fc."), (r"\.shortcut\.", ".downsample."))
 
     def __init__(
-        self,
-        depth: int,
-        widths: Sequence[int] = (16, 16, 32, 64),
-        shortcut: str = "A",
-        in_chans: int = 3,
-        **head: Any,
+        self, depth: int, widths: Sequence[int] = (16, 16, 32, 64), shortcut: str = "A", in_chans: int = 3, **head: Any
     ) -> None:
         super().__init__()
         self.in_chans = in_chans
         if shortcut not in ("A", "B"):
             raise DistillError(f"Expected shortcut 'A' or 'B', got {shortcut!r}: pad (A) or convolve (B).")
-        blocks = _blocks_per_stage(depth, 2)
         self.conv1 = _conv3x3(in_chans, widths[0])
         self.bn1 = nn.BatchNorm2d(widths[0])
         self.act1 = nn.ReLU()
-
         block = partial(BasicBlock, shortcut=shortcut)
-        self.layer1 = _blocks(block, blocks, widths[0], widths[1], 1)
-        self.layer2 = _blocks(block, blocks, widths[1], widths[2], 2)
-        self.layer3 = _blocks(block, blocks, widths[2], widths[3], 2)
+        self.layer1, self.layer2, self.layer3 = _groups(block, depth, 2, widths)
         stages = (("conv1", "bn1", "act1"), ("layer1",), ("layer2",), ("layer3",))
         self.finish(stages, widths, (1, 1, 2, 4), **head)
 
@@ -151,22 +139,13 @@ class WideResNet(StagedNet):
     # https://github.com/HobbitLong/RepDistiller
     renamed = ((r"^(block\d)\.layer\.", r"\1."), (r"\.convShortcut\.", ".shortcut."), (r"^bn1\.", "norm.0."))
 
-    def __init__(
-        self,
-        depth: int,
-        widen_factor: int = 1,
-        in_chans: int = 3,
-        **head: Any,
-    ) -> None:
+    def __init__(self, depth: int, widen_factor: int = 1, in_chans: int = 3, **head: Any) -> None:
         super().__init__()
         self.in_chans = in_chans
-        blocks = _blocks_per_stage(depth, 4)
         widths = (16, 16 * widen_factor, 32 * widen_factor, 64 * widen_factor)
 
         self.conv1 = _conv3x3(in_chans, widths[0])
-        self.block1 = _blocks(PreActBlock, blocks, widths[0], widths[1], 1)
-        self.block2 = _blocks(PreActBlock, blocks, widths[1], widths[2], 2)
-        self.block3 = _blocks(PreActBlock, blocks, widths[2], widths[3], 2)
+        self.block1, self.block2, self.block3 = _groups(PreActBlock, depth, 4, widths)
         norm = nn.Sequential(nn.BatchNorm2d(widths[3]), nn.ReLU())
         stages = (("conv1",), ("block1",), ("block2",), ("block3",))
         self.finish(stages, widths, (1, 1, 2, 4), norm=norm, **head)
@@ -192,12 +171,7 @@ class CifarVGG(StagedNet):
     renamed = ((r"^classifier\.", "fc."),)
     checkpoint_every = 3  # convolution, norm and ReLU
 
-    def __init__(
-        self,
-        layers: int,
-        in_chans: int = 3,
-        **head: Any,
-    ) -> None:
+    def __init__(self, layers: int, in_chans: int = 3, **head: Any) -> None:
         super().__init__()
         self.in_chans = in_chans
         widths = (64, 128, 256, 512, 512)
@@ -234,12 +208,7 @@ class LeNet5(StagedNet):
     # https://github.com/huawei-noah/Data-Efficient-Model-Compression
     renamed = ((r"^fc1\.", "neck.0."), (r"^fc2\.", "fc."))
 
-    def __init__(
-        self,
-        widths: Sequence[int] = (6, 16, 120, 84),
-        in_chans: int = 1,
-        **head: Any,
-    ) -> None:
+    def __init__(self, widths: Sequence[int] = (6, 16, 120, 84), in_chans: int = 1, **head: Any) -> None:
         super().__init__()
         self.in_chans = in_chans
         *channels, hidden = widths
