@@ -25,7 +25,7 @@ def test_options_take_effect_in_the_training():
 
 def test_a_teacher_of_other_tokens_is_refused_where_attention_is_compared():
     batch = token_batches(1)[0]
-    batch = dataclasses.replace(batch, teacher_kwargs={"input_ids": batch.inputs + 1, **batch.kwargs})
+    batch = dataclasses.replace(batch, teacher_kwargs={"input_ids": batch.inputs.flip(1), **batch.kwargs})
     networks = bert(2, seed=0), bert(4, seed=1)
     with pytest.raises(DistillError, match=r"input_ids of its own.*attention_weight=0"):
         bind(create_distiller("internal", schedule="all"), *networks, batch=batch)
