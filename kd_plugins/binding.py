@@ -129,8 +129,7 @@ def connect(
     """
     parts = distiller.methods.values()
     for part in parts:
-        if len(parts) == 1 or part.teachers:
-            _check_numbers(part, len(teachers), len(peers))
+        _check_numbers(part, len(teachers), len(peers), alone=len(parts) == 1)
     if peers and not distiller.peers:
         raise DistillError(f"{distiller.name} trains one student, got {len(peers)} peers beside it: leave them out.")
     _check_apart([student, *peers], teachers)
@@ -157,7 +156,7 @@ def connect(
     )
 
 
-def _check_numbers(part: Distiller, teachers: int, peers: int) -> None:
+def _check_numbers(part: Distiller, teachers: int, peers: int, *, alone: bool) -> None:
     expected = part.teachers
     if expected == "or peers":
         if not teachers and not peers:
@@ -168,6 +167,8 @@ def _check_numbers(part: Distiller, teachers: int, peers: int) -> None:
         expected = 0 if peers else 1
     elif part.peers and not peers:
         raise DistillError(f"{part.name} trains several networks together: give at least one more (--peer NAME).")
+    if expected == 0 and not alone:
+        return
     if not (teachers >= 1 if expected == "many" else teachers == expected):
         wanted = {0: "no teacher", 1: "one teacher", "many": "at least one teacher"}.get(
             expected, f"{expected} teachers"

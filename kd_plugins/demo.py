@@ -104,6 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     from rich.console import Console
 
+    from kd_report import check_pages
+
+    check_pages()
     console = Console()
     start, root = time.perf_counter(), Path(args.output)
     for name in [args.only] if args.only else list(PARTS):

@@ -25,37 +25,28 @@ Terms = dict[str, Tensor]
 Turn = Mapping[str, Mapping[str, Tensor]]
 """Loss terms of each group of parameters that one turn updates."""
 
-# What the host keeps for a method, under the short names that a method may use for parts of its own.
-_GIVEN = {
-    "generator": ("host", "generator"),
-    "randn": ("host", "randn"),
-    "mean_over_processes": ("host", "mean"),
-    "at": ("progress", "at"),
-    "table": ("progress", "table"),
-}
+# Short names of what the host gives, which a method may use for parts of its own.
+_GIVEN = {"generator": "generator", "randn": "randn", "mean_over_processes": "mean"}
 
 
 class Distiller(nn.Module):
     """A distillation method.
 
-    It holds its own parts only (connectors, critics, codebooks) and never stores a network, so that its `state_dict()`
-    is small and the exported student clean. Plain methods override `loss`; methods that need more than one update a
-    step override `turns`. The keyword-only, annotated and defaulted arguments of the constructor are the method's
-    options, on the command line and in configurations; the `Args` section of the docstring is their help. Each is
-    checked by its annotation and is an attribute before `__init__` runs.
+    It holds its own parts only (connectors, critics, codebooks) and never a network: its `state_dict()` is small. Plain
+    methods override `loss`; those that need more than one update a step override `turns`. The keyword-only, annotated,
+    defaulted arguments of the constructor are the options, on the command line and in configurations; the docstring's
+    `Args` are their help. Each is checked by its annotation and is an attribute before `__init__` runs.
 
     Class attributes:
         paper: What to cite.
-        kind: `"offline"`, `"online"`, `"data-free"`, ...
+        networks: The networks it reads: `"any"`, or `"transformer"` where it reads numbered layers or attention.
         tasks: The tasks it fits; hosts refuse others.
-        teachers: Number of teachers: 0, 1, `"many"` (at least one; `loss` is averaged over them), or `"or peers"` (one,
-            or peers in its place).
+        teachers: 0, 1, `"many"` (at least one; `loss` is averaged over them), or `"or peers"` (one, or peers instead).
         peers: Whether it trains several networks together.
         data: False when it makes its own inputs.
         accumulation: False when gradient accumulation would change what the method is.
-        untrained: Parameters that get no gradient on purpose, as globs over their names (`"student.head.*"`), for
-            `kd_plugins.testing.check_distiller`.
-        example: What `check_distiller` needs to try the method with, beside its options' defaults.
+        untrained: Parameters that get no gradient on purpose, as globs (`"student.head.*"`), for `check_distiller`.
+        example: Options with which `check_distiller` tries the method on its small networks, beside the defaults.
         task_weight: Weight of the task loss in the default turn; 0 drops the term.
 
     Attributes:
@@ -65,9 +56,9 @@ class Distiller(nn.Module):
     """
 
     paper: ClassVar[Paper | None] = None
-    kind: ClassVar[str] = "offline"
     example: ClassVar[Mapping[str, Any]] = {}
     tasks: tuple[str, ...] = ("classification",)
+    networks: ClassVar[str] = "any"
     teachers: int | str = 1
     peers: bool = False
     data: bool = True
@@ -103,10 +94,7 @@ class Distiller(nn.Module):
         return {}
 
     def shared(self, nets: Nets) -> dict[str, list[nn.Parameter]]:
-        """Groups that move parameters of a network by an optimizer of their own, beside the network's own updates.
-
-        A group that is in `extras()` too moves both: a network's features together with a layer on top of them.
-        """
+        """Groups that move parameters of a network beside its own updates; with its part, one that is in `extras()`."""
         return {}
 
     def optimizers(self) -> dict[str, OptimSpec]:
@@ -120,26 +108,18 @@ class Distiller(nn.Module):
     # What a method does
 
     def setup(self, nets: Nets, batch: Batch) -> None:
-        """Refuses what cannot work and builds the parts whose shape follows the networks.
-
-        Called once, without gradient, with one real batch, before any training time.
-        """
+        """Refuses what cannot work, and builds parts of one real batch; called once, without gradient, at the start."""
 
     def prepare(self, nets: Nets, batches: Iterable[Batch]) -> None:
-        """Passes over the training data before the training (a codebook); called once, without gradient.
-
-        What it leaves in parameters and buffers comes from one process, which may be alone in calling it: no means over
-        processes here.
-        """
+        """Passes over the training data before the training (a codebook), without gradient, on one process alone."""
 
     def loss(self, student: View, teacher: View, batch: Batch) -> Terms:
         """The distillation terms of the student's loss, weighted."""
         return {}
 
     def turns(self, nets: Nets, batch: Batch) -> Iterator[Turn]:
-        """The updates of one training step.
+        """The updates of one training step: groups and their loss terms; what follows a yield sees the new weights.
 
-        Each yield names the groups to update and their loss terms; what follows it sees the updated weights.
         `"student"` is in the last turn and only there (or what `Stage.ends_with` names).
         """
         student = nets.student(batch)
@@ -164,10 +144,7 @@ class Distiller(nn.Module):
         """Called when a stage after the first begins: parts that start afresh with it."""
 
     def stage_done(self) -> bool:
-        """Asked at the end of every epoch: whether the current stage may end before its share of steps is used up.
-
-        Must answer the same on every process; `self.host.mean` helps.
-        """
+        """Whether the stage may end now, asked after every epoch; the same on every process (`self.host.mean`)."""
         return False
 
     def pictures(self) -> list[Picture]:
@@ -177,7 +154,10 @@ class Distiller(nn.Module):
     def export(self, folder: str | Path) -> None:
         """Writes what another run may start from into a run's folder; called at the end, on one process."""
 
-    # What is derived
+    @property
+    def kind(self) -> str:
+        """`"offline"` from a teacher, `"online"` with peers, `"data-free"` without a training set."""
+        return "data-free" if not self.data else "online" if self.peers else "offline"
 
     @property
     def methods(self) -> dict[str, Distiller]:
@@ -207,8 +187,7 @@ class Distiller(nn.Module):
         except AttributeError:
             if name not in _GIVEN:
                 raise
-            owner, attribute = _GIVEN[name]
-            return getattr(getattr(self, owner), attribute)
+            return getattr(self.host, _GIVEN[name])
 
 
 _HOOKS = {name for name, value in vars(Distiller).items() if callable(value) or isinstance(value, property)}

@@ -35,7 +35,8 @@ class LayerDistiller(Distiller):
     A method gives `distance`, and `connect` where a pair has a trained part. The term has the method's name.
 
     Class attributes:
-        maps: Whether both activations must be maps `[B, C, H, W]`.
+        maps: Whether both activations must be maps `[B, C, H, W]`; where they need not, those of four axes are maps.
+        examples: The smallest batch of one process and forward that the method can learn from.
 
     Args:
         weight: Weight of the sum over the pairs of layers.
@@ -45,6 +46,7 @@ class LayerDistiller(Distiller):
 
     tasks = FEATURE_TASKS
     maps: bool = True
+    examples: int = 1
     weight: float
     layers: tuple[str | int, ...]
     teacher_layers: tuple[str | int, ...]
@@ -69,11 +71,17 @@ class LayerDistiller(Distiller):
         return Needs(student, Reads(logits=False, features=self.teacher_layers))
 
     def setup(self, nets: Nets, batch: Batch) -> None:
+        if batch.size < self.examples:
+            raise DistillError(
+                f"{self.name} compares the examples of a batch with each other, and one of {batch.size} has too few:"
+                f" give each process at least {self.examples} at a time."
+            )
         student = nets.student(batch)
         for number, net in enumerate(nets.teachers):
             for pair in self.pairs(student, net(batch)):
-                if self.maps:
+                if self.maps or pair.student.dim() == 4:
                     nets.student.network.check_map(self.name, pair.layer, pair.student)
+                if self.maps or pair.teacher.dim() == 4:
                     net.network.check_map(self.name, pair.teacher_layer, pair.teacher)
                 self.check_pair(pair)
                 part = self.connect(pair.student, pair.teacher) if number == 0 else None

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-__all__ = ["Bars", "Heatmap", "Images", "Picture", "Points"]
+__all__ = ["Bars", "Heatmap", "Images", "Picture", "Points", "png"]
 
 
 @dataclass(frozen=True)
@@ -81,9 +84,7 @@ class Images(Picture):
     caption: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        from kd_report.images import rgb
-
-        rows = {name: [rgb(image.detach().cpu()) for image in images] for name, images in self.rows.items()}
+        rows = {name: [png(image) for image in images] for name, images in self.rows.items()}
         return {**super().to_json(), "rows": rows}
 
 
@@ -98,3 +99,15 @@ class Points(Picture):
     kind = "points"
     groups: Mapping[str, Sequence[tuple[float, float]]]
     caption: str = ""
+
+
+def png(image: Tensor) -> str:
+    """An image `[3, H, W]`, from 0 to 255, as the data URI of a PNG file."""
+    _, height, width = image.shape
+    rows = image.detach().byte().cpu().movedim(0, 2).reshape(height, width * 3).tolist()
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = zlib.compress(b"".join(b"\0" + bytes(row) for row in rows), 9)
+    file = b"\x89PNG\r\n\x1a\n"
+    for name, content in ((b"IHDR", head), (b"IDAT", data), (b"IEND", b"")):
+        file += struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    return "data:image/png;base64," + base64.b64encode(file).decode()

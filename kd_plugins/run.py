@@ -346,8 +346,12 @@ class Run:
         self.distiller.begin_stage(stage)
         return stage
 
-    def end_epoch(self, epoch: float | None = None) -> bool:
+    def end_epoch(self, epoch: float | None = None, unit: int = 1) -> bool:
         """Asks the method whether its stage is done, and lets the next one begin with the next step if so.
+
+        Args:
+            epoch: Passes over the training set so far.
+            unit: Steps that the later stages begin with, such as those of an epoch.
 
         Returns:
             Whether the stages have changed; learning-rate curves that follow them then need to be looked up anew.
@@ -357,7 +361,7 @@ class Run:
             progress.epoch = epoch
         if not self.distiller.stage_done() or progress.table is None or progress.next_stage() is not None:
             return False
-        progress.table.end_stage(progress.step)
+        progress.table.end_stage(progress.step, unit)
         progress.at(progress.step)
         return True
 

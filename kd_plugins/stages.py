@@ -102,8 +102,8 @@ class StageTable:
     ([0, 25], 0, 1, (25, 100))
     """
 
-    def __init__(self, stages: Sequence[Stage], starts: Sequence[int], total: int) -> None:
-        self.stages, self.starts, self.total = tuple(stages), list(starts), total
+    def __init__(self, stages: Sequence[Stage], starts: Sequence[int], total: int, epoch: int | None = None) -> None:
+        self.stages, self.starts, self.total, self.epoch = tuple(stages), list(starts), total, epoch
 
     @classmethod
     def resolve(
@@ -133,7 +133,7 @@ class StageTable:
                 f"Expected at least one step for each of the {len(stages)} stages"
                 f" ({', '.join(s.name for s in stages)}), got {total} steps: train longer or use fewer stages."
             )
-        return cls(stages, [s * unit for s in _spread(shares, units)], total)
+        return cls(stages, [s * unit for s in _spread(shares, units)], total, epoch)
 
     def index(self, step: int) -> int:
         """The stage that a step belongs to."""
@@ -144,13 +144,20 @@ class StageTable:
         end = self.starts[stage + 1] if stage + 1 < len(self.starts) else self.total
         return self.starts[stage], end
 
-    def end_stage(self, step: int) -> None:
-        """Lets the stage before `step` end there, and spreads the later stages over the steps that are left."""
+    def end_stage(self, step: int, unit: int = 1) -> None:
+        """Lets the stage before `step` end there, and spreads the later stages over the steps that are left.
+
+        Args:
+            step: A multiple of `unit`.
+            unit: Steps that a stage begins with, such as those of an epoch; with fewer units left than there are later
+                stages, the table stays as it is.
+        """
         current = self.index(step - 1)
         later = self.stages[current + 1 :]
-        if later and self.total - step >= len(later):
-            spread = _spread([s.share for s in later], self.total - step)
-            self.starts[current + 1 :] = [step + s for s in spread]
+        units = (self.total - step) // unit
+        if later and units >= len(later):
+            shares = _shares(later, self.total - step, self.epoch)
+            self.starts[current + 1 :] = [step + unit * s for s in _spread(shares, units)]
 
     def to_json(self) -> dict[str, Any]:
         """The resolved table, for a checkpoint."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import types
@@ -9,10 +10,11 @@ from importlib.metadata import EntryPoint, entry_points, version
 
 import pytest
 
+from kd_plugins.catalog.about import describe
 from kd_plugins.catalog.cli import main
 from kd_plugins.catalog.options import OptimSpec
 from kd_plugins.catalog.paper import Paper
-from kd_plugins.catalog.registry import GROUP, describe, list_distillers
+from kd_plugins.catalog.registry import GROUP, list_distillers
 from kd_plugins.distiller import Distiller
 from kd_plugins.errors import DistillError
 
@@ -25,8 +27,7 @@ class Shown(Distiller):
     """
 
     paper = Paper("A [bold]Title", ("Jörg Müller", "Aaron van den Oord"), "ICML", 2021, arxiv="2101.00001")
-    kind = "online"
-    hosts = ("timm",)
+    peers = True
     tasks = ("classification", "segmentation")
 
     def __init__(self, *, shape: int = 4) -> None:
@@ -55,6 +56,7 @@ def test_the_list_has_one_line_for_each_and_says_what_is_broken(shown, capsys):
     rows = {line.split()[0]: line for line in lines[1:]}
     assert list(rows) == list_distillers()
     assert "online" in rows["shown"]
+    assert re.search(r" classification, segmentation +bare, accelerate, transformers, timm +Müller", rows["shown"])
     assert "2021" in rows["shown"]
     assert "Müller & van den Oord, ICML 2021: A [bold]Title" in rows["shown"]
     assert "broken: " in rows["shattered"]
@@ -92,13 +94,32 @@ def test_info_shows_paper_options_groups_and_bibtex(shown, capsys):
     for text in (
         "A [bold]Title (Müller & van den Oord, ICML 2021)",
         "https://arxiv.org/abs/2101.00001",
-        "classification, segmentation",
+        "tasks:         classification, segmentation",
+        "teachers:      1",
+        "not timm-task: trains several networks together",
         "shape: int = 4    Of maps `[B, C, H, W]`.",
         "critic: OptimSpec(optimizer='Adam', lr=3e-05",
         "@inproceedings{muller2021bold,",
         "author = {Jörg Müller and Aaron van den Oord},",
     ):
         assert text in out
+
+
+def test_markdown_is_printed_or_put_between_markers(capsys, tmp_path):
+    assert main(["list", "--markdown"]) == 0
+    table = capsys.readouterr().out
+    assert "| `kd` | Distils the teacher's softened class probabilities | Hinton et al." in table
+    (tmp_path / "docs" / "methods").mkdir(parents=True)
+    (tmp_path / "docs" / "methods" / "kd.md").touch()
+    page = tmp_path / "docs" / "index.md"
+    page.write_text("Before\n<!-- papers -->\nold\n<!-- /papers -->\nafter\n")
+    assert main(["list", "--markdown", str(page)]) == 0
+    before, marker, _, _, row, end, after = page.read_text().splitlines()
+    assert (before, marker, end, after) == ("Before", "<!-- papers -->", "<!-- /papers -->", "after")
+    assert row.startswith("| [`kd`](methods/kd.md) | Distilling the Knowledge in a Neural Network | Hinton et al., ")
+    page.write_text("no markers")
+    assert main(["list", "--markdown", str(page)]) == 2
+    assert "<!-- methods -->" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["kd", "nst", "internal"])

@@ -185,15 +185,15 @@ def test_the_order_of_the_parts_does_not_matter(pair):
 def test_parts_share_progress_and_generators_are_their_own():
     both = Composite({"one": Maps(), "critic": Critic()})
     schedule(both, 10)
-    both.at(7)
+    both.progress.at(7)
     assert [part.progress.step for part in both.methods.values()] == [7, 7]
     one, two = both.methods.values()
     one.generator(), two.generator()
     draws = torch.randn(3, generator=one.generator())
-    state = both.random_state()
-    assert len(state) == 2
+    state = one.host.state()
+    assert len(state) == 1
     following = torch.randn(3, generator=one.generator())
-    both.load_random_state(state)
+    one.host.load(state)
     assert torch.equal(torch.randn(3, generator=one.generator()), following)
     assert not torch.equal(draws, following)
 
@@ -208,7 +208,7 @@ def test_parts_that_cannot_share_a_training_are_refused():
     with pytest.raises(DistillError, match="'kd' twice in 'kd\\+kd'"):
         create_distiller("kd+kd")
     both = Composite({"one": Critic(), "maps": Maps()})
-    both.methods["maps"].extras = lambda: {"critic": nn.Linear(2, 2)}
+    both.methods["maps"].__dict__["extras"] = lambda: {"critic": nn.Linear(2, 2)}
     with pytest.raises(DistillError, match="one and maps both have the extra group 'critic'"):
         both.extras()
 
@@ -236,9 +236,6 @@ def test_parts_are_set_up_prepared_and_updated_each():
             super().__init__()
             self.log, self.label = log, name
 
-        def check(self, nets):
-            self.log.append(f"check {self.label}")
-
         def setup(self, nets, batch):
             self.log.append(f"setup {self.label}")
 
@@ -253,7 +250,7 @@ def test_parts_are_set_up_prepared_and_updated_each():
     groups = make_optimizers(both, torch.optim.SGD(student.parameters(), lr=0.01))
     for turn in both.turns(nets, batch):
         play(turn, groups)
-    assert log == ["check a", "check b", "setup a", "setup b", "update a", "update b"]
+    assert log == ["setup a", "setup b", "update a", "update b"]
 
 
 def test_a_composition_survives_json(tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,13 @@ def weights(tmp_path_factory):
     return of
 
 
+@pytest.fixture(autouse=True)
+def _my_method(tmp_path, monkeypatch):
+    """The loose file of docs/extend.md, in the folder where the commands are started."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "my_method.py").write_text(blocks(ROOT / "docs" / "extend.md", "python")[0])
+
+
 @pytest.mark.parametrize("page", commands("kd-timm-train"))
 def test_timm_commands(page, data, weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -103,6 +111,8 @@ def test_timm_commands(page, data, weights, tmp_path, monkeypatch):
         argv = [os.path.expandvars(word) for word in shlex.split(line)[1:]]
         argv = [str(data / "imagenet") if word == "DATA" else word for word in argv]
         for given in [argv[j + 1] for j, word in enumerate(argv) if word == "--teacher-checkpoint"]:
+            if Path(given).exists():  # of an earlier line
+                continue
             Path(given).parent.mkdir(parents=True, exist_ok=True)
             _copy(weights(argv[argv.index("--teacher") + 1]), Path(given))
         if "--teacher" in argv and "--teacher-checkpoint" not in argv:
@@ -111,7 +121,7 @@ def test_timm_commands(page, data, weights, tmp_path, monkeypatch):
             _few_words(argv)
         # Stages take an epoch or two each.
         argv += ["--epochs", "9" if "search_" in line or "internal" in argv else "1"]
-        size = [] if "patch16_224" in line or "cifar_" in line else ["--img-size", "64"]
+        size = [] if any(word in line for word in ("patch16_224", "cifar_", "lenet")) else ["--img-size", "64"]
         folder = [] if "--output" in argv else ["--output", "output", "--experiment", str(i)]
         assert timm_main([*argv, *TIMM, *size, *folder, "--num-classes", str(CLASSES)]) == 0, line
         _forget()

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from kd_plugins import Batch, Distiller, DistillError, OptimSpec, bind, create_distiller, make_optimizers, play
-from kd_plugins.groups import Groups, largest, like, like_student
+from kd_plugins import Batch, Distiller, DistillError, OptimSpec, Run, bind, create_distiller, make_optimizers, play
+from kd_plugins.groups import largest, like, like_student
 from kd_plugins.testing import TinyNet, tiny_batches
 
 
@@ -44,7 +44,7 @@ def start(distiller, *, optimizer=None, nets=True):
     batch = tiny_batches(1)[0]
     bound = bind(distiller, student, teacher, batch=batch)
     optimizer = optimizer or torch.optim.SGD(student.parameters(), lr=0.1)
-    return student, bound, Groups(distiller, optimizer, bound if nets else None), batch
+    return student, bound, Run(distiller, optimizer, bound if nets else None), batch
 
 
 def test_a_turn_is_played_as_one_would_by_hand():
@@ -309,7 +309,7 @@ def test_a_peers_parameters_are_treated_as_the_students():
         2: ["head.bias", "head.weight"],
     }
     distiller = create_distiller("afd", logit_only=True)
-    made = Groups(distiller, optimizer, bind(distiller, student, peers=[peer], batch=Batch(torch.zeros(2, 4))))["peer1"]
+    made = Run(distiller, optimizer, bind(distiller, student, peers=[peer], batch=Batch(torch.zeros(2, 4))))["peer1"]
     rates = {group["follows"]: (group["lr"], group["weight_decay"]) for group in made.optimizer.param_groups}
     assert rates == {0: (0.1, 0.3), 1: (0.1, 0.0), 2: (0.5, 0.3)}
     for group, lr in zip(optimizer.param_groups, (0.01, 0.02, 0.03), strict=True):

@@ -1,10 +1,11 @@
-"""Imports go one way: kd_transformers, kd_timm -> kd_accelerate -> kd_plugins -> torch."""
+"""Imports go one way: kd_transformers, kd_timm -> kd_accelerate, kd_report -> kd_plugins -> torch; without circles."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -18,28 +19,34 @@ PACKAGES = {
     "kd_timm": ROOT / "integrations" / "kd_timm",
 }
 ABOVE = {
-    "kd_plugins": {"kd_accelerate", "kd_transformers", "kd_timm"},
-    "kd_accelerate": {"kd_transformers", "kd_timm"},
+    "kd_plugins": {"kd_accelerate", "kd_report", "kd_transformers", "kd_timm"},
+    "kd_accelerate": {"kd_report", "kd_transformers", "kd_timm"},
+    "kd_report": {"kd_transformers", "kd_timm"},
     "kd_transformers": {"kd_timm"},
     "kd_timm": {"kd_transformers"},
 }
 HOSTS = {"timm", "transformers", "accelerate", "datasets", "evaluate"}
-HEAVY = {"sklearn", "matplotlib", "rich", "yaml", "safetensors", "numpy", "PIL"}
+HEAVY = {"sklearn", "matplotlib", "jinja2", "rich", "yaml", "safetensors", "numpy", "PIL"}
 
 
 def sources(package: str) -> list[Path]:
     return sorted(PACKAGES[package].rglob("*.py"))
 
 
-def imports(path: Path) -> list[tuple[str, bool]]:
-    """What a file imports, and whether it does so as soon as it is imported (not in a function, nor for types only)."""
+def imports(path: Path, types: bool = False) -> list[tuple[str, bool]]:
+    """What a file imports, and whether it does so as soon as it is imported (not in a function).
+
+    What is imported for types only is left out, unless asked for.
+    """
     found: list[tuple[str, bool]] = []
 
     def visit(node: ast.AST, now: bool) -> None:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             now = False
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            return
+            if not types:
+                return
+            now = False
         if isinstance(node, ast.Import):
             found.extend((alias.name, now) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -71,12 +78,13 @@ def test_imports_are_recognised(tmp_path):
         ("d.e", True),
         ("late", False),
     ]
+    assert ("types_only", False) in imports(file, types=True)
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_nobody_imports_upwards(package):
-    # The contract compares hosts: the one place below that looks up, when it is called.
-    allowed = {("runs.py", "kd_accelerate")}
+    # The contract compares hosts, and the demo draws pages: the two places that look up, when they are called.
+    allowed = {("runs.py", "kd_accelerate"), ("demo.py", "kd_report")}
     for path in sources(package):
         for name, now in imports(path):
             upward = top(name) in ABOVE[package] and ((path.name, top(name)) not in allowed or now)
@@ -89,7 +97,9 @@ def test_the_core_imports_torch_and_the_standard_library():
         for name, now in imports(path):
             here = path.relative_to(ROOT)
             assert not now or top(name) in allowed, f"{here} imports {name} when it is imported"
-            late = path.name == "runs.py" or top(name) not in HOSTS
+            # The contract plays under Accelerate, and makes a transformer for methods that read its layers.
+            late = (path.name, top(name)) in {("runs.py", "accelerate"), ("networks.py", "transformers")}
+            late |= top(name) not in HOSTS
             assert late, f"{here} imports the host {name}"
 
 
@@ -102,13 +112,87 @@ def test_the_functional_losses_import_nothing_of_ours():
             assert not ours, f"{path.relative_to(ROOT)} imports {name}"
 
 
-@pytest.mark.parametrize("package", ["kd_accelerate", "kd_transformers", "kd_timm"])
+def test_only_pages_import_what_pages_are_made_with():
+    found = {path.name: {top(name) for name, now in imports(path) if now} for path in sources("kd_report")}
+    drawing = {"charts.py", "comparison.py", "pages.py"}
+    for name, packages in found.items():
+        wanted = {"jinja2", "markupsafe", "matplotlib"} if name in drawing else set()
+        assert not packages & {"jinja2", "markupsafe", "matplotlib"} - wanted, name
+    assert {"jinja2", "matplotlib"} <= found["pages.py"]
+    for name in found.keys() - drawing:
+        path = PACKAGES["kd_report"] / name
+        late = {f"{top(n)}.{n.split('.')[1]}" for n, now in imports(path) if now and top(n) == "kd_report"}
+        assert not late & {f"kd_report.{file.removesuffix('.py')}" for file in drawing}, name
+
+
+@pytest.mark.parametrize("package", ["kd_accelerate", "kd_report", "kd_transformers", "kd_timm"])
 def test_hosts_import_no_other_host(package):
-    others = {"kd_accelerate": {"timm", "transformers", "datasets", "evaluate"}, "kd_transformers": {"timm"}}
+    others = dict.fromkeys(("kd_accelerate", "kd_report"), {"timm", "transformers", "datasets", "evaluate"})
+    others["kd_transformers"] = {"timm"}
     for path in sources(package):
         for name, now in imports(path):
             bad = now and top(name) in others.get(package, {"transformers", "datasets", "evaluate"})
             assert not bad, f"{path.relative_to(ROOT)} imports {name} when it is imported"
+
+
+def modules() -> dict[str, Path]:
+    """Every module of ours by its dotted name."""
+    found = {}
+    for root in PACKAGES.values():
+        for path in root.rglob("*.py"):
+            parts = path.relative_to(root.parent).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def edges(known: dict[str, Path]) -> dict[str, set[str]]:
+    """What each module of ours imports of ours, at any time: for types and inside functions included."""
+
+    def module(name: str) -> str:
+        while name and name not in known:
+            name = name.rpartition(".")[0]
+        return name
+
+    found = {}
+    for name, path in known.items():
+        found[name] = {module(what) for what, _ in imports(path, types=True)} - {"", name}
+    return found
+
+
+def test_there_is_no_circle():
+    try:
+        list(TopologicalSorter(edges(modules())).static_order())
+    except CycleError as error:
+        pytest.fail(f"these import each other, if only for types or in a function: {' -> '.join(error.args[1])}")
+
+
+# A package or module imports only what stands in earlier lines, of its own line too where it is a package.
+LAYERS = (
+    ("errors", "picture", "host", "averaging", "stages", "functional", "nn", "reading"),
+    ("catalog.values", "catalog.paper", "catalog.options"),
+    ("distiller",),
+    ("compose", "layers", "methods", "catalog.hosts", "catalog.registry", "catalog.about", "binding", "groups"),
+    ("run",),
+    ("catalog.cli", "testing", "demo"),
+)
+
+
+def test_the_core_is_layered():
+    level = {f"kd_plugins.{name}": number for number, names in enumerate(LAYERS) for name in names}
+
+    def of(module: str) -> int | None:
+        while module and module not in level:
+            module = module.rpartition(".")[0]
+        return level.get(module)
+
+    graph = edges(modules())
+    for module, imported in graph.items():
+        for other in imported:
+            ours, theirs = of(module), of(other)
+            if module.startswith("kd_plugins") and None not in (ours, theirs):
+                assert theirs <= ours, f"{module} imports {other}, which stands above it"
+    placed = {module for module in graph if module.startswith("kd_plugins.") and of(module) is None}
+    assert placed <= {"kd_plugins.__main__", "kd_plugins.catalog"}, f"give {placed} a place in LAYERS"
 
 
 STEPS = [

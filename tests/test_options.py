@@ -10,16 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kd_plugins.catalog.options import (
-    check,
-    config_of,
-    from_json,
-    options_from_strings,
-    options_of,
-    parse,
-    to_json,
-)
-from kd_plugins.catalog.registry import create_distiller
+from kd_plugins.catalog.options import check, options_of, parse
+from kd_plugins.catalog.registry import config_of, create_distiller, from_json, options_from_strings, to_json
 from kd_plugins.catalog.values import as_text, convert
 from kd_plugins.distiller import Distiller
 from kd_plugins.errors import DistillError
@@ -167,6 +159,8 @@ def test_python_values_are_checked_and_converted_where_nothing_is_lost(options, 
         {"weight": True},
         {"weight": [1.0]},
         {"weight": None},
+        {"weight": float("nan")},
+        {"weight": float("inf")},
         {"rounds": 1.0},
         {"rounds": True},
         {"flag": 1},
@@ -185,7 +179,7 @@ def test_ill_typed_python_values_are_refused(options):
         check(Everything, options)
 
 
-@given(st.one_of(st.integers(), st.floats(allow_nan=False), st.booleans(), st.none()))
+@given(st.one_of(st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.booleans(), st.none()))
 def test_a_value_survives_its_own_text(value):
     hint: Any = type(value)
     assert convert(as_text(value), hint, text=True) == value

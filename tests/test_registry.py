@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from kd_plugins import Batch, Distiller, DistillError, bind, make_optimizers, play
+from kd_plugins import Batch, Distiller, DistillError, Needs, Stage, bind, make_optimizers, play
+from kd_plugins.catalog.about import describe
+from kd_plugins.catalog.hosts import refusals
 from kd_plugins.catalog.registry import (
     create_distiller,
-    describe,
     distribution_of,
     get_distiller,
     list_distillers,
@@ -102,6 +103,17 @@ def test_module_and_class_bypass_the_entry_points(install):
         get_distiller("installed_by_nobody:Mine")
 
 
+def test_a_loose_file_is_found_in_the_folder_where_a_script_is_started(tmp_path):
+    """A console script has its own folder first on sys.path, and not the current one."""
+    (tmp_path / "loose_by_test.py").write_text(MODULE)
+    script = "from kd_plugins import get_distiller; print(get_distiller('loose_by_test:Mine').__name__)"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "command.py").write_text(script)
+    command = [sys.executable, str(tmp_path / "bin" / "command.py")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == "Mine\n", done.stderr
+
+
 def test_an_unknown_name_gets_a_hint_and_the_list():
     with pytest.raises(DistillError, match=r"got 'intrenal'\. Did you mean internal\? Installed: .*kd, .*nst"):
         get_distiller("intrenal")
@@ -166,6 +178,36 @@ def test_describe_reads_class_and_constructor(install):
     assert about.options["strength"].help == "Of the term."
     assert about.groups["critic"].lr == 2e-4
     assert about.kind == "offline"
+
+
+def changed(base: type[Distiller] = Distiller, **attributes: object) -> Distiller:
+    return type("Changed", (base,), attributes)()
+
+
+@pytest.mark.parametrize(
+    ("distiller", "hosts"),
+    [
+        (changed(), {}),
+        (changed(data=False), {"transformers": "makes its own data", "timm-task": "makes its own data"}),
+        (changed(peers=True), {"timm-task": "trains several networks together"}),
+        (changed(tasks=("token",)), dict.fromkeys(("timm", "timm-task"), "does not fit classification")),
+        (changed(stages=lambda self: [Stage("a"), Stage("b")]), {"timm-task": "trains in several stages"}),
+        (changed(needs=lambda self: Needs(streams={"x": 0.5})), {"timm-task": "reads held-out streams"}),
+        (changed(needs=lambda self: Needs(index=True)), {"timm-task": "reads row numbers"}),
+        (changed(extras=lambda self: {"critic": nn.Linear(1, 1)}), {"timm-task": "has optimizers of its own"}),
+        (
+            changed(prepare=lambda self, nets, batches: None),
+            {"timm-task": "passes over the training data first"},
+        ),
+    ],
+)
+def test_hosts_follow_from_what_a_method_needs(distiller, hosts):
+    assert refusals(distiller) == hosts
+
+
+def test_what_set_up_tells_is_not_promised_before_it():
+    """The stages of `internal` follow the networks' layers."""
+    assert describe("internal").hosts == ["bare", "accelerate", "transformers", "timm"]
 
 
 # --- names with dots --------------------------------------------------------------------------------------------------

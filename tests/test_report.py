@@ -16,19 +16,19 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import kd_report
 from kd_accelerate import TurnPlayer
 from kd_plugins import Batch, Distiller, DistillError, bind, create_distiller
 from kd_plugins.catalog.cli import main as kd_plugins_main
 from kd_plugins.compose import Composite
 from kd_plugins.picture import Bars, Heatmap, Images, Points
-from kd_report import charts, load_run, main, render
+from kd_report import charts, load_run, main, page_hint, render
 from kd_report.analysis import analyse, as_nets
-from kd_report.channels import common_maps, project_channels
-from kd_report.predictions import calibration, rows_of
+from kd_report.measures import Similarity, calibration, common_maps, project_channels, rows_of
 from kd_report.record import RunRecord
-from kd_report.similarity import Similarity
 
 STATS = (0.5, 0.5, 0.5)
+BAR = re.compile(r'<path d="M ([0-9.]+) [^"]*?L ([0-9.]+) [^"]*" [^>]*style="fill: var\(--c0\)"/>')
 VISION = ["run", "results", "calibration", "curves", "similarity", "features", "confusion", "cost"]
 TEXT = ["run", "results", "calibration", "curves", "similarity", "attention", "confusion", "cost"]
 
@@ -74,7 +74,7 @@ class Page(HTMLParser):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert tag in ("path", "rect", "image", "polyline", "circle"), f"<{tag}/> closes nothing in HTML"
+        assert tag in ("path", "rect", "use", "image"), f"<{tag}/> closes nothing in HTML"
         self.handle_starttag(tag, attrs)
         self.open.pop()
 
@@ -178,7 +178,7 @@ def test_methods_show_their_pictures(tmp_path):
     assert page.words.count("How long & why.") == 1
     assert page.tags.count("img") == 2
     # Bars begin at 0: these two are almost as long as each other.
-    lengths = [float(w) for w in re.findall(r'<rect class="bar c0"[^>]* width="([0-9.]+)"', html)[:2]]
+    lengths = [b - a for a, b in [map(float, found) for found in BAR.findall(html)[:2]]]
     assert lengths[0] / lengths[1] == pytest.approx(0.31 / 0.33, rel=1e-2)
 
 
@@ -201,6 +201,43 @@ def test_pictures_of_another_version_are_left_out_and_bad_ones_do_not_stop_a_run
     assert "no codebook" in render([tmp_path])
 
 
+def test_what_a_run_says_is_shown_and_never_run(tmp_path):
+    word = '"><script>alert(1)</script>$x_1$'
+    RunRecord(tmp_path, host=word, nets=nn.Linear(4, 2), distiller=Shows(), data=word, command=[word]).finish(
+        {word: word}
+    )
+    pictures = json.loads((tmp_path / "pictures.json").read_text())
+    good = pictures[3]["rows"]["word 7"][0]
+    bad = [
+        "javascript:alert(1)",
+        "https://example.org/a.png",
+        f'{good}" onerror="alert(1)',
+        "data:image/svg+xml;base64,AA==",
+        7,
+    ]
+    pictures[3]["rows"] = {word: [good, *bad]}
+    pictures[0]["title"] = pictures[2]["rows"][0] = pictures[0]["values"][0][0] = word
+    pictures[4]["groups"] = {word: [[0.0, 1.0]]}
+    (tmp_path / "pictures.json").write_text(json.dumps(pictures))
+    html = render([tmp_path])
+    page = Page(html)
+    assert page.tags.count("script") == page.tags.count("img") == 1
+    assert page.words.count("alert(1)") >= 10
+    assert "onerror" not in html
+    assert html == render([tmp_path])
+
+
+def test_without_the_extra_one_sentence_says_what_to_install(tmp_path, monkeypatch, capsys):
+    RunRecord(tmp_path, host="loop", nets=nn.Linear(4, 2), command=["x"]).finish({})
+    monkeypatch.setattr(kd_report, "find_spec", lambda name: None if name == "matplotlib" else name)
+    for command in (["report", str(tmp_path)], ["demo"]):
+        assert kd_plugins_main(command) == 2
+        said = capsys.readouterr().err
+        assert len(said.splitlines()) == 1
+        assert 'matplotlib, not installed here: pip install "kd-plugins[report]"' in said
+    assert page_hint("out") == 'Report: pip install "kd-plugins[report]", then kd-plugins report out'
+
+
 # Analysis
 
 
@@ -210,7 +247,6 @@ def test_similarity_is_the_unbiased_estimate_and_ignores_rotation_and_scale():
     rotation = torch.linalg.qr(torch.randn(6, 6))[0]
     similarity = Similarity([2, 1])
     similarity.add([x, 3 * x @ rotation + 1, y])
-    pairs = similarity.matrices()
 
     def hsic(a, b):
         n = len(a)
@@ -222,8 +258,8 @@ def test_similarity_is_the_unbiased_estimate_and_ignores_rotation_and_scale():
         return float((trace - 2 / (n - 2) * (ones.T @ k @ m @ ones)) / (n * (n - 3)))
 
     expected = hsic(x, y) / math.sqrt(hsic(x, x) * hsic(y, y))
-    assert pairs[0, 0] == pytest.approx(torch.ones(2, 2), abs=1e-5)
-    assert pairs[0, 1][:, 0].tolist() == pytest.approx([expected, expected], abs=1e-5)
+    assert similarity.between(0, 0) == pytest.approx(torch.ones(2, 2), abs=1e-5)
+    assert similarity.between(0, 1)[:, 0].tolist() == pytest.approx([expected, expected], abs=1e-5)
 
 
 def test_unrelated_features_are_dissimilar_however_wide_they_are():
@@ -231,7 +267,7 @@ def test_unrelated_features_are_dissimilar_however_wide_they_are():
     similarity = Similarity([1, 1])
     for _ in range(4):
         similarity.add([torch.randn(16, 4000), torch.randn(16, 4000)])
-    assert abs(float(similarity.matrices()[0, 1])) < 0.1
+    assert abs(float(similarity.between(0, 1))) < 0.1
 
 
 def test_calibration_by_hand():
@@ -469,7 +505,8 @@ def test_page_of_a_text_run_with_stages(tmp_path):
     assert f"t{int(ids[0, 0])}" in page.words
     assert "kl_attention" in page.words
     assert page.tags.count("image") == 3 * (4 + 2 + 2)
-    assert html.count('class="stage ') == 2 * len(distiller.stages())
+    # Every other stage has a band, in both of the two charts.
+    assert html.count('style="fill: var(--soft)"') == 2 * -(-len(distiller.stages()) // 2)
     arrays = load_file(tmp_path / "analysis.safetensors")
     rows = arrays["after/teacher/attention"].float().sum(-1)
     assert rows[:, 0, :5].tolist() == [pytest.approx([1.0] * 5, abs=2e-3)] * 4
@@ -523,8 +560,39 @@ def test_comparison_sums_up_seeds(tmp_path):
     assert {"results", "curves", "calibration", "similarity", "cost", "runs"} <= set(page.ids)
     assert "27.50" in page.words
     assert "± 0.71" in page.words
-    assert page.text.count("kd-0") == 1
+    assert page.text.count("kd-0") == 2  # Its similarity, and its line among the runs.
     assert "2 experiments" in page.words
+
+
+def test_comparison_has_the_baseline_first_and_the_teacher_once(tmp_path):
+    def write(name, method, student, teachers=()):
+        folder = tmp_path / name
+        folder.mkdir()
+        info = {"student": {"name": student, "parameters": len(student)}, "status": "finished", "metric": "eval_top1"}
+        info |= {"teachers": [{"name": t, "parameters": len(t)} for t in teachers]}
+        info |= {"method": {"name": method} if method else None}
+        (folder / "run.json").write_text(json.dumps(info))
+        (folder / "history.jsonl").write_text('{"step": 1, "eval_top1": 91.25}\n{"step": 2, "eval_top1": 91.5}\n')
+        if teachers:
+            own = {"accuracy": 0.9, "ece": 0.01, "nll": 0.5, "confidence": 0.9}
+            predictions = {"student": own, "teacher": own | {"accuracy": 0.96}, "agreement": 0.875}
+            after = {"after": {"compared": "teacher", "predictions": predictions}}
+            (folder / "analysis.json").write_text(json.dumps(after))
+        return folder
+
+    def rows(folders):
+        table = render(folders).split("<tbody>")[1].split("</tbody>")[0]
+        return [re.findall(r"<td[^>]*>([^<]*)", row) for row in table.split("<tr>")[1:]]
+
+    runs = [write("big", "", "large"), write("kd", "kd", "small.", ["large"]), write("plain", "", "small.")]
+    assert [(row[0], row[1]) for row in rows(runs)] == [("plain", "91.50"), ("kd", "91.50"), ("big (teacher)", "91.50")]
+    again = write("nst", "nst", "small.", ["large"])
+    found = rows([runs[1], again, runs[2]])
+    assert [row[0] for row in found] == ["plain", "kd", "nst", "teacher: large"]
+    assert found[3][1:5] == ["96.00", "–", "1.0 %", "0.500"]
+    # A network that teaches its own kind: its training alone is the baseline.
+    twin = write("twin", "kd", "large", ["large"])
+    assert [row[0] for row in rows([twin, runs[0]])] == ["big", "twin", "teacher: large"]
 
 
 def test_command(tmp_path, capsys):
@@ -554,6 +622,6 @@ def test_a_running_run_has_a_page(tmp_path):
 
 @pytest.mark.parametrize("values", [[0.0], [1.0, 1.0], [-3.0, 5e6], [1e-9, 2e-9]])
 def test_curves_of_any_range(values):
-    chart = charts.lines([charts.Series("x", list(enumerate(values)))], title="t")
+    chart = charts.lines([charts.Series("x", list(enumerate(values)))], title="t").lower()
     assert "nan" not in chart
     assert "inf" not in chart

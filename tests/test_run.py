@@ -13,7 +13,6 @@ from distributed_kit import keep, kept, on_two_processes
 from torch import nn
 
 from kd_plugins import Batch, Distiller, DistillError, Stage, bind, create_distiller, make_optimizers, play
-from kd_plugins.binding import schedule
 from kd_plugins.testing import TinyNet, tiny_batches
 
 
@@ -215,8 +214,7 @@ def test_names_that_mean_something_are_refused_for_parts(name):
 def test_what_the_host_gives_has_its_short_name_where_nothing_else_has():
     distiller = create_distiller("kd")
     assert distiller.generator() is distiller.host.generator()
-    schedule(distiller, 10)
-    assert distiller.table is distiller.progress.table
+    assert distiller.mean_over_processes == distiller.host.mean
 
 
 def test_options_that_depend_on_each_other_follow():

@@ -84,6 +84,27 @@ def test_a_stage_that_ends_early_leaves_its_steps_to_the_later_ones(parts, total
     assert bounds[-1][1] == total
 
 
+def test_the_later_stages_begin_with_whole_units():
+    resolved = table(3, 1, 2, total=32, epoch=4)
+    resolved.end_stage(4, unit=4)
+    # Seven epochs are left: a third of them, 2.33, and two thirds.
+    assert resolved.starts == [0, 4, 12]
+    short = table(1, 1, 1, total=12, epoch=4)
+    short.end_stage(8, unit=4)
+    assert short.starts == [0, 4, 8]
+    few = table(2, 1, 1, total=14)
+    few.end_stage(7, unit=4)
+    assert few.starts == [0, 7, 10]  # one unit is left for two stages
+
+
+def test_fixed_lengths_stay_when_a_stage_ends_early():
+    stages = [Stage("a", 2.0), Stage("b", epochs=1), Stage("c", 1.0)]
+    resolved = StageTable.resolve(stages, 40, epoch=10)
+    assert resolved.starts == [0, 20, 30]
+    resolved.end_stage(10, unit=10)
+    assert resolved.starts == [0, 10, 20]
+
+
 def test_the_last_stage_does_not_end_early():
     resolved = table(1, 1, total=10)
     resolved.end_stage(8)
@@ -176,10 +197,10 @@ def test_a_stage_changes_only_where_it_begins():
     distiller = Phased()
     schedule(distiller, 10)
     assert distiller.progress.next_stage() is None
-    distiller.at(5)
+    distiller.progress.at(5)
     assert distiller.progress.stage == 0
     assert distiller.progress.next_stage().name == "logits"
-    distiller.enter_stage()
+    distiller.progress.enter()
     assert (distiller.progress.stage, distiller.progress.stage_start, distiller.progress.stage_end) == (1, 5, 10)
     assert needs_in(distiller, 0).student.features == ("layer1",)
     assert distiller.progress.stage == 1
@@ -206,14 +227,15 @@ def test_fresh_optimizer_state_and_fresh_student():
     assert not torch.equal(student.state_dict()["head.weight"], initial["head.weight"])
 
 
-def test_a_fresh_student_needs_the_networks():
+def test_a_fresh_student_is_found_through_the_networks_that_the_method_was_bound_to():
     distiller = Phased(fresh_student=True)
     student = TinyNet()
+    initial = {k: v.clone() for k, v in student.state_dict().items()}
     nets = bind(distiller, student, TinyNet(), batch=tiny_batches(1)[0], total_steps=2)
     groups = make_optimizers(distiller, torch.optim.SGD(student.parameters(), lr=0.1))
-    turn = next(distiller.turns(nets, tiny_batches(1)[0]))
-    with pytest.raises(DistillError, match=r"fresh student: make_optimizers\(..., nets=nets\)"):
-        play(turn, groups)
+    play(next(distiller.turns(nets, tiny_batches(1)[0])), groups)
+    assert distiller.progress.stage == 1
+    assert all(torch.equal(value, initial[key]) for key, value in student.state_dict().items())
 
 
 def test_stages_without_a_length_are_refused():

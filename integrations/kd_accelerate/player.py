@@ -44,6 +44,7 @@ class TurnPlayer(Run):
         DistillError: The student is sharded (FSDP, DeepSpeed), or the method cannot accumulate and shall.
     """
 
+    nets: Nets
     keeps_student = False
 
     def __init__(

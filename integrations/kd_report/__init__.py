@@ -1,16 +1,31 @@
-"""The command `kd-plugins report`: one self-contained HTML page of one run, or a comparison of several."""
+"""Runs: what they leave (`record`), what is found in their networks (`analysis`), and the pages made of both."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
-from kd_report.compare import comparison_page
-from kd_report.page import run_page
+from kd_plugins.errors import DistillError
 from kd_report.runs import Run, load_run
 
-__all__ = ["Run", "load_run", "main", "render"]
+__all__ = ["Run", "check_pages", "load_run", "main", "page_hint", "render"]
+
+INSTALL = 'pip install "kd-plugins[report]"'
+
+
+def check_pages() -> None:
+    """Raises `DistillError` where the packages that pages are made with are not installed."""
+    missing = [name for name in ("jinja2", "matplotlib") if not find_spec(name)]
+    if missing:
+        raise DistillError(f"Report pages are made with {' and '.join(missing)}, not installed here: {INSTALL}")
+
+
+def page_hint(folder: str | Path) -> str:
+    """How to get the page of a run, for the last line of a script."""
+    installed = find_spec("jinja2") and find_spec("matplotlib")
+    return f"Report: {'' if installed else f'{INSTALL}, then '}kd-plugins report {folder}"
 
 
 def render(folders: Sequence[str | Path]) -> str:
@@ -19,32 +34,28 @@ def render(folders: Sequence[str | Path]) -> str:
     Args:
         folders: Output folders of runs.
     """
+    check_pages()
+    from kd_report.comparison import comparison_page
+    from kd_report.pages import run_page
+
     runs = [load_run(folder) for folder in folders]
     return run_page(runs[0]) if len(runs) == 1 else comparison_page(runs)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes the page and prints where it is.
-
-    Args:
-        argv: Arguments after `kd-plugins report`.
-    """
+    """The command `kd-plugins report`: writes the page and prints where it is."""
     parser = argparse.ArgumentParser(
         prog="kd-plugins report", description="One HTML page of a run; of several runs, a comparison."
     )
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="output folder of a run of either training script")
-    parser.add_argument(
-        "-o",
-        "--output",
-        metavar="FILE",
-        help="where to write the page (default: report.html in the run's folder; comparison.html beside the first run)",
-    )
+    where = "where to write the page (default: report.html in the run's folder; comparison.html beside the first run)"
+    parser.add_argument("-o", "--output", metavar="FILE", help=where)
     options = parser.parse_args(argv)
     folders = [Path(folder) for folder in options.runs]
     default = folders[0] / "report.html" if len(folders) == 1 else folders[0].resolve().parent / "comparison.html"
     output = Path(options.output) if options.output else default
     page = render(folders)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(page, encoding="utf-8")
+    output.write_text(page, encoding="utf-8", errors="replace")
     print(output)
     return 0

@@ -1,21 +1,51 @@
-"""Charts as inline SVG whose colours come from the page's style sheet, so that they follow light and dark."""
+"""Charts with matplotlib, as inline SVG whose colours are the page's, so that they follow light and dark."""
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Mapping, Sequence
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
 from html import escape
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-__all__ = ["Series", "bars", "heatmap", "lines", "number", "points", "reliability", "stacked", "svg", "ticks"]
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+__all__ = ["Series", "attention", "bars", "dots", "heatmap", "lines", "number", "own_ids", "points", "reliability"]
+
+# Colours of the style sheet; each is drawn as a colour of its own, whose name is put in its place afterwards.
+_NAMES = ("ink", "muted", "line", "soft", "accent", "on-accent", "minus", "dim", *(f"c{i}" for i in range(8)))
+_INK, _MUTED, _LINE, _SOFT, _ACCENT, _ON_ACCENT, _MINUS, _DIM, *_C = (f"#fe01{i:02x}" for i in range(len(_NAMES)))
+_SHADE = (72 / 255, 112 / 255, 214 / 255)  # The accent in a tone between its two themes.
+_LEFT_OUT = (
+    r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>|font-family: [^;]*; | transform=\"rotate\(-0 [^)]*\)\""
+)
+
+_STYLE: dict[str, Any] = {"font.family": "DejaVu Sans", "font.size": 10, "text.color": _INK, "text.parse_math": False}
+_STYLE |= {"svg.fonttype": "none", "svg.hashsalt": "kd", "grid.color": _LINE, "grid.linewidth": 1}
+_STYLE |= {"axes.edgecolor": _LINE, "axes.labelcolor": _MUTED, "axes.labelsize": 9.5, "axes.axisbelow": True}
+_STYLE |= {"axes.titlesize": 11.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlepad": 9}
+_STYLE |= {f"axes.spines.{side}": False for side in ("top", "right", "left")}
+for _axis in ("xtick", "ytick"):
+    _STYLE |= {f"{_axis}.color": _MUTED, f"{_axis}.labelsize": 9.5, f"{_axis}.major.size": 0, f"{_axis}.major.pad": 6}
+_STYLE |= {"legend.frameon": False, "legend.fontsize": 9.5, "legend.labelcolor": _MUTED, "legend.borderaxespad": 0}
+_STYLE |= {"legend.handlelength": 1.1, "legend.handletextpad": 0.5, "legend.columnspacing": 1.2}
+_DASHED: dict[str, Any] = {"color": _MUTED, "linewidth": 1, "linestyle": (0, (3, 4))}
 
 
 class Series(NamedTuple):
-    """One line of a chart: its name, its points, and its class in the style sheet (`c0` to `c7`, `dim`)."""
+    """One line of a chart: its name, its points, and the number of its colour."""
 
     name: str
     points: Sequence[tuple[float, float]]
-    style: str = "c0"
+    colour: int = 0
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -24,48 +54,105 @@ def number(value: float, digits: int = 3) -> str:
     >>> number(0.12345), number(123456.0), number(0.0000123), number(2.0)
     ('0.123', '123,456', '1.23e-5', '2')
     """
-    if value == 0:
-        return "0"
     size = abs(value)
     if size >= 10 ** (digits + 1):
         return f"{value:,.0f}"
-    if size < 10**-4:
+    if 0 < size < 10**-4:
         mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
         return f"{mantissa.rstrip('0').rstrip('.') if '.' in mantissa else mantissa}e{int(exponent)}"
-    decimals = max(digits - 1 - math.floor(math.log10(size)), 0)
-    text = f"{value:.{decimals}f}"
+    text = f"{value:.{max(digits - 1 - math.floor(math.log10(size)), 0) if size else 0}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-def ticks(low: float, high: float, n: int = 4) -> list[float]:
-    """About n round numbers from low to high.
-
-    >>> ticks(0.0, 1.0), ticks(3, 97)
-    ([0.0, 0.25, 0.5, 0.75, 1.0], [25.0, 50.0, 75.0])
-    """
-    span = high - low
-    if not span > 0:
-        return [low]
-    rough = span / n
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(f * power for f in (1, 2, 2.5, 5, 10) if f * power >= rough * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
+def _minus(text: str) -> str:
+    return text.replace("-", "−")
 
 
-def svg(width: float, height: float, body: Sequence[str], label: str, style: str = "") -> str:
-    """A chart of its natural size in pixels."""
-    return (
-        f'<svg class="chart {style}" width="{width:g}" height="{height:g}" viewBox="0 0 {width:g} {height:g}"'
-        f' role="img" aria-label="{escape(label)}">{"".join(body)}</svg>'
-    )
+def _short(name: object, longest: int = 16) -> str:
+    text = str(name)
+    return text if len(text) <= longest else "…" + text[-(longest - 1) :]
 
 
-def _text(x: float, y: float, text: str, style: str = "", anchor: str = "start", rotate: float = 0) -> str:
-    turn = f' transform="rotate({rotate:g} {x:.1f} {y:.1f})"' if rotate else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" class="{style}" text-anchor="{anchor}"{turn}>{escape(text)}</text>'
+def _longest(names: Iterable[object], most: int) -> int:
+    return min(max((len(str(name)) for name in names), default=0), most)
 
 
+class Sheet:
+    """A drawing of a size in pixels."""
+
+    def __init__(self, width: float, height: float) -> None:
+        self.width, self.height = width, height
+        self.figure = Figure((width / 72, height / 72))
+        self.tips: dict[str, list[str]] = {}
+
+    def axes(self, left: float, top: float, width: float, height: float) -> Axes:
+        """Axes at a place in pixels, counted from the upper left corner."""
+        bottom = self.height - top - height
+        return self.figure.add_axes((left / self.width, bottom / self.height, width / self.width, height / self.height))
+
+    def text(self, left: float, top: float, words: str, **style: Any) -> None:
+        """Words at a place in pixels; in bold type a title."""
+        self.figure.text(left / self.width, 1 - top / self.height, words, **style)
+
+    def title(self, left: float, words: str) -> None:
+        self.text(left, 13, words, size=11.5, weight="bold")
+
+    def marks(self, axes: Axes, xy: Sequence[tuple[float, float]], tips: Iterable[str], **style: Any) -> None:
+        """Marks that tell what they are under the pointer."""
+        if xy:
+            name = f"tips{len(self.tips)}"
+            self.tips[name] = list(tips)
+            axes.scatter(*zip(*xy, strict=True), clip_on=False, linewidths=0, **style).set_gid(name)
+
+    def svg(self, label: str) -> Markup:
+        """The drawing for a page; ids are unique once `own_ids` has seen the page."""
+        file = io.StringIO()
+        with warnings.catch_warnings():
+            # The browser has glyphs that matplotlib's font lacks.
+            warnings.filterwarnings("ignore", "Glyph .* missing from")
+            self.figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+        text = file.getvalue()
+        text = re.sub(_LEFT_OUT, "", text[text.index("<svg") :], flags=re.DOTALL)
+        for name, tips in self.tips.items():
+            head, mark, rest = text.partition(f'<g id="{name}">')
+            body, end, tail = rest.partition("\n   </g>")
+            # Many marks are uses of one path, few are paths of their own.
+            tag = "use" if "<use " in body else "path"
+            marks = re.split(rf"(<{tag} [^>]*)/>", body)
+            marks[1::2] = [f"{m}><title>{escape(t)}</title></{tag}>" for m, t in zip(marks[1::2], tips, strict=True)]
+            text = head + mark + "".join(marks) + end + tail
+        used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
+        text = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", text)
+        text = re.sub(r"#fe01([0-9a-f]{2})", lambda m: f"var(--{_NAMES[int(m[1], 16)]})", text)
+        text = re.sub(r"(\s*(<g/>)?\n)+\s*", "\n", text.replace("xlink:href=", "href="))
+        size = f'width="{self.width:g}" height="{self.height:g}" viewBox="0 0 {self.width:g} {self.height:g}"'
+        opening = f'<svg class="chart" {size} role="img" aria-label="{escape(label)}">'
+        return Markup(opening + text.partition(">")[2].strip())
+
+
+def own_ids(page: str) -> str:
+    """Gives every chart of a page ids of its own."""
+    parts = re.split(r"(<svg.*?</svg>)", page, flags=re.DOTALL)
+    for i in range(1, len(parts), 2):
+        parts[i] = re.sub(r'( id="| href="#|url\(#)', rf"\g<1>s{i}-", parts[i])
+    return "".join(parts)
+
+
+def chart(draw: Callable[..., Markup]) -> Callable[..., Markup]:
+    """Draws with the style of the page; matplotlib's settings are as before afterwards."""
+
+    @wraps(draw)
+    def styled(*args: Any, **kwargs: Any) -> Markup:
+        with rc_context(_STYLE):
+            return draw(*args, **kwargs)
+
+    return styled
+
+
+_TICKS = FuncFormatter(lambda value, _: _minus(number(value, 4)))
+
+
+@chart
 def lines(
     series: Sequence[Series],
     *,
@@ -73,89 +160,54 @@ def lines(
     stages: Sequence[tuple[str, float, float]] = (),
     x_label: str = "step",
     legend: bool = True,
-    width: int = 336,
-    height: int = 214,
-) -> str:
-    """Curves over the training, with a band for each stage.
-
-    Args:
-        series: At least one, none empty.
-        title: What is drawn.
-        stages: Name, start and end of each stage on the x axis; fewer than two are not drawn.
-        x_label: Name of the x axis.
-        legend: Whether the series are named in the chart.
-        width: In pixels.
-        height: In pixels.
-    """
-    left, right, top, bottom = 46, 10, 36, 32
-    xs = [x for s in series for x, _ in s.points] + [x for _, *ends in stages for x in ends]
-    ys = [y for s in series for _, y in s.points]
-    x0, x1 = min(xs), max(xs)
-    y0, y1 = min(ys), max(ys)
-    x0 = 0.0 if 0 < x0 < 0.25 * x1 or 0 < x0 == x1 else x0
-    x1 = x1 if x1 > x0 else x0 + 1
-    flat = y1 - y0 < 1e-6 * abs(y1)
-    pad = 0.25 * abs(y1) if flat else (y1 - y0) * 0.06 or 1.0
+) -> Markup:
+    """Curves over the training, with a band for each stage: its name, its start and its end."""
+    sheet = Sheet(336, 214)
+    axes = sheet.axes(46, 36, 280, 142)
+    sheet.title(0, title)
+    for name, points, colour in series:
+        axes.plot(*zip(*points, strict=True), color=_C[colour % 8], linewidth=1.8, label=name)
+        if len(points) <= 40:
+            tips = [f"{name} at {x_label} {number(x, 4)}: {number(y, 4)}" for x, y in points]
+            sheet.marks(axes, points, tips, s=20, color=_C[colour % 8], zorder=3)
+    for i, (name, start, end) in enumerate(stages):
+        axes.axvspan(start, end, color=_SOFT, alpha=1 - i % 2, linewidth=0, zorder=0)
+        axes.text(start, 1.03, name, size=9, color=_MUTED, transform=axes.get_xaxis_transform())
+    xs, ys = ([point[k] for s in series for point in s.points] for k in (0, 1))
+    xs += [x for _, *ends in stages for x in ends]
+    (left, right), (low, high) = (min(xs), max(xs)), (min(ys), max(ys))
+    flat = high - low < 1e-6 * abs(high)
+    pad = 0.25 * abs(high) if flat else 0.06 * (high - low)
     # A quantity that is never negative is read from 0 when it comes near it.
-    y0, y1 = (0.0 if y0 >= 0 and (flat or y0 < 0.4 * y1) else y0 - pad), y1 + pad
-    inner_w, inner_h = width - left - right, height - top - bottom
-
-    def px(x: float) -> float:
-        return left + (x - x0) / (x1 - x0) * inner_w
-
-    def py(y: float) -> float:
-        return top + (1 - (y - y0) / (y1 - y0)) * inner_h
-
-    body = [_text(0, 13, title, "title")]
-    place = float(width - right)
-    for s in reversed(series if legend and len(series) > 1 else ()):
-        place -= 5.8 * len(s.name)
-        body.append(_text(place, 13, s.name, "key"))
-        body.append(f'<path class="line {s.style}" d="M{place - 15:.1f} 9.5h11"/>')
-        place -= 26
-    if len(stages) > 1:
-        for i, (name, start, end) in enumerate(stages):
-            a, b = px(start), px(end)
-            body.append(
-                f'<rect class="stage s{i % 2}" x="{a:.1f}" y="{top}" width="{max(b - a, 0):.1f}" height="{inner_h}">'
-                f"<title>{escape(name)}: {number(start)} to {number(end)}</title></rect>"
-            )
-            if len(name) * 5.2 + 4 < b - a:
-                body.append(_text(a + 1, top - 5, name, "small muted"))
-    for y in ticks(y0, y1):
-        body.append(f'<path class="grid" d="M{left} {py(y):.1f}h{inner_w}"/>')
-        body.append(_text(left - 6, py(y) + 3.5, number(y), "small muted", "end"))
-    for x in ticks(x0, x1):
-        body.append(_text(px(x), height - bottom + 15, number(x, 4), "small muted", "middle"))
-    body.append(_text(left + inner_w / 2, height - 3, x_label, "small muted", "middle"))
-    for s in series:
-        path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in s.points)
-        if len(s.points) > 1:
-            body.append(f'<polyline class="line {s.style}" points="{path}"/>')
-        if len(s.points) <= 40:
-            body += [
-                f'<circle class="dot {s.style}" cx="{px(x):.1f}" cy="{py(y):.1f}" r="2.4">'
-                f"<title>{escape(s.name)} at {x_label} {number(x, 4)}: {number(y, 4)}</title></circle>"
-                for x, y in s.points
-            ]
-    return svg(width, height, body, title)
+    axes.set_ylim(0 if low >= 0 and (flat or low < 0.4 * high) else low - pad, high + (pad or 1))
+    left = 0 if 0 < left < 0.25 * right or 0 < left == right else left
+    axes.set_xlim(left, right if right > left else left + 1)
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=x_label == "step"))
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_formatter(_TICKS)
+    axes.yaxis.set_major_formatter(_TICKS)
+    axes.set_xlabel(x_label)
+    axes.grid(axis="y")
+    if legend and len(series) > 1:
+        axes.legend(loc="upper right", bbox_to_anchor=(1, 1 + 33 / 142), ncols=len(series))
+    return sheet.svg(title)
 
 
+@chart
 def heatmap(
     values: Sequence[Sequence[float]],
     rows: Sequence[str],
     columns: Sequence[str],
     *,
     title: str,
-    row_label: str,
-    column_label: str,
+    row_label: str = "",
+    column_label: str = "",
     signed: bool = False,
     digits: int = 2,
     scale: float | None = None,
     space: float = 400,
-    largest: float = 40,
-) -> str:
-    """A matrix as squares; small ones carry their numbers.
+) -> Markup:
+    """A matrix as squares; large ones carry their numbers.
 
     Args:
         values: One list for each row.
@@ -168,221 +220,154 @@ def heatmap(
         digits: Decimals of the numbers.
         scale: The value of full colour; by default the largest there is.
         space: Width of the squares together, in pixels.
-        largest: Side of a square at most.
     """
     n, m = len(rows), len(columns)
-    side = max(min(space / max(m, 1), largest), 5)
+    side = max(min(space / max(m, 1), 40), 5)
     full = scale or max((abs(v) for row in values for v in row), default=1.0) or 1.0
-    numbers, names = side >= 26, side >= 11
-    left = 26 + (min(max((len(str(r)) for r in rows), default=0), 16) * 6.1 if names else 0)
-    below = 24 + (min(max((len(str(c)) for c in columns), default=0), 16) * 4.4 if names else 0)
-    top = 26
-    width, height = max(left + m * side, left + 7.4 * len(title)) + 8, top + n * side + below
-    flat = names and max((len(str(c)) for c in columns), default=0) * 6.2 < side
-    height = top + n * side + 34 if flat else height
-    body = [_text(left, 13, title, "title")]
-    for i, row in enumerate(values):
-        y = top + i * side
-        if names:
-            body.append(_text(left - 7, y + side / 2 + 3.5, _short(rows[i]), "small", "end"))
-        for j, value in enumerate(row):
-            strength = min(abs(value) / full, 1.0)
-            shown = (f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}").replace("-", "−")
-            x = left + j * side
-            if not strength and not numbers:
-                continue
-            style = "cell minus" if signed and value < 0 else "cell plus"
-            body.append(
-                f'<rect class="{style}" x="{x:.1f}" y="{y:.1f}" width="{side - 1:.1f}" height="{side - 1:.1f}"'
-                f' fill-opacity="{strength:.3f}"><title>{escape(str(rows[i]))} / {escape(str(columns[j]))}: {shown}'
-                "</title></rect>"
-            )
-            if numbers:
-                blank = signed and float(f"{value:.{digits}f}") == 0
-                text = "·" if blank else shown if signed else shown.removeprefix("0") if digits else shown
-                tone = "cellnumber on" if strength > 0.55 else "cellnumber"
-                body.append(_text(x + side / 2 - 0.5, y + side / 2 + 3.2, text, tone, "middle"))
-    body.append(
-        f'<rect class="frame" x="{left - 0.5:.1f}" y="{top - 0.5}" width="{m * side:.1f}" height="{n * side:.1f}"/>'
-    )
-    if names:
-        for j, name in enumerate(columns):
-            x, y = left + (j + 0.5) * side, top + n * side + 13
-            body.append(
-                _text(x, y, _short(name), "small", "middle")
-                if flat
-                else _text(x + 3, y, _short(name), "small", "end", -40)
-            )
-    body.append(_text(left + m * side / 2, height - 3, column_label, "small muted", "middle"))
-    middle = top + n * side / 2
-    body.append(_text(9, middle, row_label, "small muted", "middle", -90))
-    return svg(width, height, body, title)
+    numbers, named = side >= 26, side >= 11
+    upright = _longest(columns, 16) * 6.4 < side
+    left = 26 + (_longest(rows, 16) * 6.4 if named else 0)
+    below = 24 + (0 if not named else 12 if upright else _longest(columns, 16) * 4.6)
+    sheet = Sheet(max(left + m * side, left + 8 * len(title)) + 8, 28 + n * side + below)
+    axes = sheet.axes(left, 28, m * side, n * side)
+    axes.set_title(title)
+    cells = [(i, j, value, min(abs(value) / full, 1.0)) for i, row in enumerate(values) for j, value in enumerate(row)]
+    form = f"{'+' if signed else ''}.{digits}f"
+    seen = [cell for cell in cells if cell[3]]
+    tips = [f"{rows[i]} / {columns[j]}: {_minus(format(value, form))}" for i, j, value, _ in seen]
+    paints = [to_rgba(_MINUS if signed and value < 0 else _ACCENT, strength) for _, _, value, strength in seen]
+    sheet.marks(axes, [(j, i) for i, j, *_ in seen], tips, marker="s", s=(side - 1) ** 2, color=paints)
+    for i, j, value, strength in cells if numbers else ():
+        words = _minus(format(value, form)) if not signed or float(format(value, form)) else "·"
+        words = words if signed or not digits else words.removeprefix("0")
+        colour = _ON_ACCENT if strength > 0.55 else _INK
+        axes.text(j, i, words, size=9, ha="center", va="center_baseline", color=colour)
+    axes.set(xlim=(-0.5, m - 0.5), ylim=(n - 0.5, -0.5))
+    axes.spines[:].set_visible(True)
+    slant: dict[str, Any] = {} if upright else {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(range(m if named else 0), [_short(name) for name in columns[: m if named else 0]], **slant)
+    axes.set_yticks(range(n if named else 0), [_short(name) for name in rows[: n if named else 0]])
+    axes.tick_params(labelcolor=_INK, pad=5)
+    sheet.text(left + m * side / 2, sheet.height - 4, column_label, color=_MUTED, ha="center")
+    sheet.text(10, 28 + n * side / 2, row_label, color=_MUTED, rotation=90, ha="center", va="center")
+    return sheet.svg(title or f"{row_label} by {column_label}")
 
 
-def _short(name: object, longest: int = 16) -> str:
-    text = str(name)
-    return text if len(text) <= longest else "…" + text[-(longest - 1) :]
-
-
-def reliability(
-    diagram: Sequence[Sequence[float]], *, title: str, subtitle: str, style: str, width: int = 250, height: int = 290
-) -> str:
+@chart
+def reliability(diagram: Sequence[Sequence[float]], *, title: str, subtitle: str, colour: int) -> Markup:
     """Accuracy over confidence in bins, the diagonal of a calibrated network, and how many examples are in each bin.
 
     Args:
         diagram: Examples, mean confidence and accuracy of each bin.
         title: The network.
         subtitle: Its calibration error.
-        style: Class of the bars in the style sheet.
-        width: In pixels.
-        height: In pixels.
+        colour: Number of the bars' colour.
     """
-    left, right, top, bottom, counts = 46, 8, 40, 78, 34
-    w, h = width - left - right, height - top - bottom
-    n = len(diagram)
-    most = max((row[0] for row in diagram), default=1) or 1
-    total = sum(row[0] for row in diagram) or 1
-    body = [_text(left, 13, title, "title"), _text(left, 29, subtitle, "small muted")]
-    for value in (0, 0.25, 0.5, 0.75, 1):
-        y = top + (1 - value) * h
-        body.append(f'<path class="grid" d="M{left} {y:.1f}h{w}"/>')
-        if value in (0, 0.5, 1):
-            body.append(_text(left - 6, y + 3.5, f"{value:g}", "small muted", "end"))
+    sheet = Sheet(300, 300)
+    axes, counts = sheet.axes(46, 42, 246, 172), sheet.axes(46, 226, 246, 34)
+    sheet.title(46, _short(title, 32))
+    sheet.text(46, 30, subtitle, color=_MUTED)
+    width = 0.88 / len(diagram)
     for i, (count, confidence, accuracy) in enumerate(diagram):
-        if not count:
-            continue
-        x, bar = left + i / n * w + 0.8, w / n - 1.6
-        solid = min(accuracy, confidence)
-        tip = f"{count:.0f} examples: confidence {confidence:.3f}, accuracy {accuracy:.3f}"
-        body.append(
-            f'<rect class="bar {style}" x="{x:.1f}" y="{top + (1 - solid) * h:.1f}" width="{bar:.1f}"'
-            f' height="{solid * h:.1f}"><title>{tip}</title></rect>'
-        )
-        low, high = sorted((accuracy, confidence))
-        gap = f"bar {style} under" if accuracy > confidence else "gap"
-        body.append(
-            f'<rect class="{gap}" x="{x:.1f}" y="{top + (1 - high) * h:.1f}" width="{bar:.1f}"'
-            f' height="{(high - low) * h:.1f}"><title>{tip}</title></rect>'
-        )
-        tall = count / most * counts
-        body.append(
-            f'<rect class="bar dim" x="{x:.1f}" y="{top + h + 12 + counts - tall:.1f}" width="{bar:.1f}"'
-            f' height="{tall:.1f}"><title>{count:.0f} of {total:.0f} examples</title></rect>'
-        )
-    body.append(f'<path class="diagonal" d="M{left} {top + h}L{left + w} {top}"/>')
-    base = top + h + 12 + counts
-    body.append(f'<path class="axis" d="M{left} {base:.1f}h{w}"/>')
-    for value in (0, 0.5, 1):
-        body.append(_text(left + value * w, base + 14, f"{value:g}", "small muted", "middle"))
-    body.append(_text(left + w / 2, height - 3, "confidence", "small muted", "middle"))
-    body.append(_text(10, top + h / 2, "accuracy", "small muted", "middle", -90))
-    return svg(width, height, body, f"Reliability of {title}")
+        if count:
+            x, low, high = (i + 0.5) / len(diagram), *sorted((accuracy, confidence))
+            gap = to_rgba(_C[colour], 0.45) if accuracy > confidence else to_rgba(_MINUS, 0.32)
+            axes.bar(x, low, width, color=_C[colour])
+            axes.bar(x, high - low, width, low, color=gap)
+            counts.bar(x, count, width, color=to_rgba(_DIM, 0.75))
+    axes.plot((0, 1), (0, 1), **_DASHED)
+    axes.set(xlim=(0, 1), ylim=(0, 1), xticks=[], yticks=(0, 0.25, 0.5, 0.75, 1), ylabel="accuracy")
+    axes.yaxis.set_major_formatter(_TICKS)
+    axes.grid(axis="y")
+    counts.set(xlim=(0, 1), yticks=[], xticks=(0, 0.5, 1), xlabel="confidence")
+    counts.xaxis.set_major_formatter(_TICKS)
+    return sheet.svg(f"Reliability of {title}")
 
 
-def stacked(parts: Mapping[str, float], *, unit: str = "ms", width: int = 980) -> str:
-    """One bar made of parts, with a legend that names each part, its size and its share."""
-    total = sum(parts.values()) or 1.0
-    body, x = [], 0.0
-    for i, (name, value) in enumerate(parts.items()):
-        w = value / total * width
-        body.append(
-            f'<rect class="bar c{i}" x="{x:.1f}" y="0" width="{max(w - 1.5, 0.5):.1f}" height="26" rx="2">'
-            f"<title>{escape(name)}: {number(value)} {unit}</title></rect>"
-        )
-        if w > 46:
-            body.append(_text(x + w / 2 - 1, 17, f"{100 * value / total:.0f} %", "small on", "middle"))
-        x += w
-    chart = svg(width, 26, body, "Parts of a step", "wide")
-    keys = "".join(
-        f'<li><i class="c{i}"></i>{escape(name)} <b>{number(value)} {unit}</b></li>'
-        for i, (name, value) in enumerate(parts.items())
-    )
-    return f'{chart}<ul class="legend">{keys}</ul>'
+def _rows(names: Sequence[str], width: float, title: str) -> tuple[Sheet, Axes]:
+    """Axes with a line for each name, the first on top."""
+    left = _longest(names, 44) * 6.6 + 14
+    sheet = Sheet(width, 32 + 26 * len(names) + 24)
+    axes = sheet.axes(left, 32, width - left - 100, 26 * len(names))
+    axes.set_title(title)
+    axes.set_yticks(range(len(names)), [_short(name, 44) for name in names], color=_INK)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_formatter(_TICKS)
+    axes.grid(axis="x")
+    return sheet, axes
 
 
-def bars(
-    values: Sequence[tuple[str, float, float | None]],
-    *,
-    title: str,
-    unit: str = "",
-    width: int = 480,
-    mark: float | None = None,
-    zero: bool = False,
-) -> str:
-    """Horizontal bars with their numbers, and a whisker for the spread where there are several seeds.
-
-    Args:
-        values: Name, mean, and standard deviation or None.
-        title: What is drawn.
-        unit: Behind the numbers.
-        width: In pixels.
-        mark: A line to compare with, such as the teacher's value.
-        zero: Whether the axis begins at 0, also where all values lie close together.
-    """
-    left = min(max((len(name) for name, *_ in values), default=0), 44) * 6.3 + 12
-    right, row, top = 96, 26, 28
-    w = width - left - right
-    high = max([v + (sd or 0) for _, v, sd in values] + ([mark] if mark is not None else [])) or 1.0
-    # Accuracies lie close together: the axis begins below the lowest, and says so by its numbers.
-    low = min([v - (sd or 0) for _, v, sd in values] + ([mark] if mark is not None else []))
-    low = 0.0 if zero or low < 0.5 * high else low - 0.5 * (high - low) if high > low else 0.0
-    height = top + row * len(values) + 22
-
-    def px(v: float) -> float:
-        return left + (v - low) / ((high - low) or 1) * w
-
-    body = [_text(left, 13, title, "title")]
-    for v in ticks(low, high, 4):
-        body.append(f'<path class="grid" d="M{px(v):.1f} {top - 4}v{row * len(values) + 4}"/>')
-        body.append(_text(px(v), height - 6, number(v), "small muted", "middle"))
-    for i, (name, v, sd) in enumerate(values):
-        y = top + i * row
-        body.append(_text(left - 8, y + 14, _short(name, 44), "small", "end"))
-        body.append(
-            f'<rect class="bar c0" x="{left:.1f}" y="{y + 3}" width="{max(px(v) - left, 1):.1f}" height="15" rx="2"/>'
-        )
-        if sd:
-            body.append(f'<path class="whisker" d="M{px(v - sd):.1f} {y + 10.5}H{px(v + sd):.1f}"/>')
-        end = px(v + (sd or 0)) + 7
-        body.append(_text(end, y + 14, f"{v:.2f}{f' ± {sd:.2f}' if sd else ''}{unit}", "small"))
+@chart
+def bars(values: Sequence[tuple[str, float]], *, title: str, mark: float | None = None) -> Markup:
+    """Horizontal bars from 0 with their numbers, and a line to compare with."""
+    sheet, axes = _rows([name for name, _ in values], 480, title)
+    lengths = [float(value) for _, value in values]
+    drawn = axes.barh(range(len(values)), lengths, height=0.58, color=_C[0])
+    axes.bar_label(drawn, [_minus(f"{value:.2f}") for value in lengths], padding=6)
     if mark is not None:
-        body.append(f'<path class="diagonal" d="M{px(mark):.1f} {top - 4}v{row * len(values) + 4}"/>')
-    return svg(width, height, body, title)
+        axes.axvline(mark, **_DASHED)
+    held = [0.0, *lengths, mark or 0.0]
+    axes.set_xlim(min(held), max(held) if any(held) else 1)
+    return sheet.svg(title)
 
 
+@chart
+def dots(values: Sequence[tuple[str, Sequence[float]]], *, title: str) -> Markup:
+    """A point for each number of a row, and their mean with its standard deviation; the axis need not begin at 0."""
+    sheet, axes = _rows([name for name, _ in values], 760, title)
+    for i, (_, found) in enumerate(values):
+        mean = math.fsum(found) / len(found)
+        spread = (math.fsum((x - mean) ** 2 for x in found) / max(len(found) - 1, 1)) ** 0.5
+        text = _minus(f"{mean:.2f}" if abs(mean) > 1.5 else f"{mean:.4f}")
+        if len(found) > 1:
+            text += f" ± {spread:.2f}" if abs(mean) > 1.5 else f" ± {spread:.4f}"
+            axes.errorbar(mean, i, xerr=spread, color=_INK, linewidth=1.3, capsize=3)
+            sheet.marks(axes, [(x, i) for x in found], map(number, found), s=18, color=to_rgba(_C[0], 0.5), zorder=3)
+        sheet.marks(axes, [(mean, i)], [number(mean, 4)], s=48, color=_C[0], zorder=4)
+        axes.annotate(text, (1, i), (10, 0), ("axes fraction", "data"), "offset points", va="center")
+    axes.margins(x=0.08)
+    return sheet.svg(title)
+
+
+@chart
 def points(
-    groups: Mapping[str, Sequence[Sequence[float]]],
-    *,
-    title: str,
-    limits: Sequence[Sequence[float]] | None = None,
-    width: int = 420,
-    height: int = 380,
-) -> str:
-    """Points in a plane, in a colour for each group; the axes have no unit and so no numbers.
+    groups: Mapping[str, Sequence[Sequence[float]]], *, title: str, limits: Sequence[Sequence[float]] | None = None
+) -> Markup:
+    """Points (x, y) in a plane, in a colour for each of at most eight groups, in a frame that holds `limits` too.
 
-    Args:
-        groups: Pairs (x, y) by the group's name; at most eight groups.
-        title: What is drawn.
-        limits: Points that the frame holds; by default those of the groups.
-        width: In pixels.
-        height: In pixels.
+    The axes have no unit and so no numbers.
     """
-    pad, top = 12, 44
-    held = [p for group in groups.values() for p in group] if limits is None else limits
-    xs, ys = ([float(p[k]) for p in held] or [0.0] for k in (0, 1))
-    x0, y0 = min(xs), min(ys)
-    wide, tall = (max(xs) - x0) or 1.0, (max(ys) - y0) or 1.0
-    body, place = [_text(0, 13, title, "title")], 0.0
+    sheet = Sheet(420, 380)
+    axes = sheet.axes(1, 46, 418, 332)
+    sheet.title(0, title)
+    held = limits if limits is not None else [p for group in groups.values() for p in group]
+    axes.scatter([p[0] for p in held], [p[1] for p in held], alpha=0)
     for i, (name, group) in enumerate(groups.items()):
-        body.append(f'<circle class="dot c{i % 8}" cx="{place + 5:.1f}" cy="27" r="4"/>')
-        body.append(_text(place + 14, 31, name, "key"))
-        place += 5.8 * len(name) + 30
-        for n, (x, y) in enumerate(group):
-            cx = pad + (float(x) - x0) / wide * (width - 2 * pad)
-            cy = top + pad + (1 - (float(y) - y0) / tall) * (height - top - 2 * pad)
-            tip = f"<title>{escape(name)} {n}</title>"
-            body.append(
-                f'<circle class="dot c{i % 8}" cx="{cx:.1f}" cy="{cy:.1f}" r="3" fill-opacity="0.75">{tip}</circle>'
-            )
-    body.append(f'<rect class="frame" x="0.5" y="{top}" width="{width - 1}" height="{height - top - 1}"/>')
-    return svg(width, height, body, title)
+        tips = [f"{name} {n}" for n in range(len(group))]
+        sheet.marks(axes, [(p[0], p[1]) for p in group], tips, s=28, color=to_rgba(_C[i % 8], 0.75))
+        axes.scatter([], [], s=40, color=_C[i % 8], label=name)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(True)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.02), ncols=8)
+    return sheet.svg(title)
+
+
+@chart
+def attention(maps: Sequence[tuple[str, Any]], tokens: Sequence[str], full: float) -> Markup:
+    """Attention `[n, n]` of one network's layers side by side, the tokens beside the first; `full` has full colour."""
+    n = min(len(tokens), *(len(probs) for _, probs in maps))
+    side = max(min(196 / max(n, 1), 18), 7.5)
+    names = [str(t) if len(str(t)) < 14 else f"{str(t)[:12]}…" for t in tokens[: n if side >= 8.5 else 0]]
+    left, step = _longest(names, 13) * 6 + 8, n * side + 20
+    sheet = Sheet(left + len(maps) * step, n * side + 32)
+    for k, (layer, probs) in enumerate(maps):
+        axes = sheet.axes(left + k * step, 22, n * side, n * side)
+        axes.set_title(layer, size=9.5, color=_MUTED, weight="normal", pad=6)
+        shades = (probs[:n, :n].float() / max(full, 1e-12)).clamp(0, 1).tolist()
+        axes.imshow([[(*_SHADE, a) for a in row] for row in shades], interpolation="none", aspect="auto")
+        axes.spines[:].set_visible(True)
+        axes.set(xticks=[], yticks=[])
+        if not k:
+            axes.set_yticks(range(len(names)), names, color=_INK, size=9)
+    return sheet.svg("attention of " + ", ".join(layer for layer, _ in maps))

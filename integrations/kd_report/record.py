@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -123,12 +124,12 @@ class RunRecord:
             self.run["resumed"] = before.get("resumed", 0) + 1
             rows = self._file("history.jsonl")
             lines = rows.read_text(encoding="utf-8").splitlines() if rows.is_file() else []
-            kept = [line for line in lines if json.loads(line).get("step", 0) <= resume]
+            kept = [line + "\n" for line in lines if json.loads(line).get("step", 0) <= resume]
         else:
             for name in ("analysis.json", "analysis.safetensors", "pictures.json"):
                 self._file(name).unlink(missing_ok=True)
         self._spent = float(self.run["seconds"])
-        self._file("history.jsonl").write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        self._file("history.jsonl").write_text("".join(kept), encoding="utf-8")
         self._write()
 
     def before(self, nets: Nets | nn.Module, batches: Iterable[Batch], **options: Any) -> None:
@@ -182,33 +183,34 @@ class RunRecord:
             if self.timer.steps:
                 cost |= {"parts": self.timer.medians(), "timed_steps": self.timer.steps}
         cost |= _peak_memory(self._cuda)
-        self.run |= {"results": _plain(dict(results)), "status": status}
+        self.run |= {"results": dict(results), "status": status}
         self._write()
-        self._draw()
-
-    # Files
+        try:
+            pictures = [p.to_json() for p in self.distiller.pictures()] if self.distiller is not None else []
+        except Exception as error:  # noqa: BLE001
+            self._failed("The method's pictures could not be made", "No pictures of the method", error)
+        else:
+            if pictures:
+                self._replace("pictures.json", pictures)
 
     def _file(self, name: str) -> Path:
         return self.folder / name
 
+    def _replace(self, name: str, content: Any) -> None:
+        """Writes a file in one step, so that a report made meanwhile reads the old one or the new one."""
+        partial = self._file(name).with_suffix(".partial")
+        partial.write_text(json.dumps(_plain(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(partial, self._file(name))
+
     def _write(self) -> None:
         self.run["seconds"] = self._spent + time.monotonic() - self._began
-        table = self.distiller.progress.table if self.distiller is not None else None
-        if table is not None:
-            self.run["stages"] = table.to_json()
-        _replace(self._file("run.json"), json.dumps(_plain(self.run), indent=2, ensure_ascii=False) + "\n")
+        if self.distiller is not None and self.distiller.progress.table is not None:
+            self.run["stages"] = self.distiller.progress.table.to_json()
+        self._replace("run.json", self.run)
 
-    def _draw(self) -> None:
-        if self.distiller is None:
-            return
-        try:
-            pictures = [picture.to_json() for picture in self.distiller.pictures()]
-        except Exception as error:  # noqa: BLE001
-            self.note(f"The method's pictures could not be made: {error}")
-            warnings.warn(f"No pictures of the method: {type(error).__name__}: {error}", stacklevel=3)
-            return
-        if pictures:
-            _replace(self._file("pictures.json"), json.dumps(_plain(pictures), ensure_ascii=False) + "\n")
+    def _failed(self, note: str, warning: str, error: Exception) -> None:
+        self.note(f"{note}: {error}")
+        warnings.warn(f"{warning}: {type(error).__name__}: {error}", stacklevel=4)
 
     def _analyse(
         self, phase: str, nets: Nets | nn.Module, batches: Iterable[Batch], options: Mapping[str, Any]
@@ -218,8 +220,7 @@ class RunRecord:
         try:
             found = analyse(as_nets(nets), batches, decode=self.decode, **options)
         except Exception as error:  # noqa: BLE001
-            self.note(f"The networks could not be analysed {phase} the training: {error}")
-            warnings.warn(f"No analysis {phase} the training: {type(error).__name__}: {error}", stacklevel=3)
+            self._failed(f"The networks could not be analysed {phase} the training", f"No analysis {phase}", error)
             return
         numbers, arrays = self._file("analysis.json"), self._file("analysis.safetensors")
         summary = json.loads(numbers.read_text(encoding="utf-8")) if numbers.is_file() else {}
@@ -228,15 +229,8 @@ class RunRecord:
         tensors |= {f"{phase}/{key}": value.clone() for key, value in found.arrays.items()}
         save_file(tensors, arrays.with_suffix(".partial"))
         os.replace(arrays.with_suffix(".partial"), arrays)
-        _replace(numbers, json.dumps(_plain(summary | {phase: found.summary}), ensure_ascii=False, indent=2) + "\n")
+        self._replace("analysis.json", summary | {phase: found.summary})
         self._write()
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a file in one step, so that a report made meanwhile reads the old one or the new one."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _plain(value: Any) -> Any:
@@ -265,10 +259,8 @@ def _command() -> list[str]:
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found | {"torch": str(torch.__version__)}
 
 
@@ -281,39 +273,25 @@ def _device_name(device: torch.device) -> str:
 
 def _method(distiller: Distiller) -> dict[str, Any]:
     """Name, options and papers of a method and of its parts."""
-    parts = getattr(distiller, "methods", None) or {distiller.name: distiller}
-    described = []
-    for name, part in parts.items():
-        paper = part.paper
-        described.append(
-            {
-                "name": name,
-                "summary": (type(part).__doc__ or "").strip().partition("\n")[0],
-                "kind": part.kind,
-                "paper": paper
-                and {
-                    "title": paper.title,
-                    "authors": list(paper.authors),
-                    "short": str(paper),
-                    "arxiv": paper.arxiv,
-                    "bibtex": paper.bibtex,
-                },
-            }
-        )
+    described: list[dict[str, Any]] = []
+    for name, part in (getattr(distiller, "methods", None) or {distiller.name: distiller}).items():
+        paper, summary = part.paper, (type(part).__doc__ or "").strip().partition("\n")[0]
+        cited = paper and {key: getattr(paper, key) for key in ("title", "authors", "arxiv", "bibtex")}
+        described.append({"name": name, "summary": summary, "kind": part.kind, "paper": cited})
+        if cited:
+            cited["short"] = str(paper)
     config = config_of(distiller)
     return {"name": config["distiller"], "options": config["options"], "parts": described}
 
 
 def _networks(nets: Nets, names: Mapping[str, Any]) -> dict[str, Any]:
     sizes = describe(nets)
-    student = {"name": names.get("student") or sizes["student"]["class"], **sizes["student"]}
-    others = {}
+    found: dict[str, Any] = {"student": {"name": names.get("student") or sizes["student"]["class"], **sizes["student"]}}
     for kind in ("teachers", "peers"):
         given = list(names.get(kind) or ())
-        others[kind] = [
-            {"name": given[i] if i < len(given) else size["class"], **size} for i, size in enumerate(sizes[kind])
-        ]
-    return {"student": student, **others}
+        given += [size["class"] for size in sizes[kind][len(given) :]]
+        found[kind] = [{"name": name, **size} for name, size in zip(given, sizes[kind], strict=False)]
+    return found
 
 
 def _peak_memory(device: torch.device | None) -> dict[str, Any]:

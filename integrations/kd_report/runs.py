@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
 
 from kd_plugins.errors import DistillError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = ["Run", "load_run"]
 
@@ -21,15 +23,14 @@ Row = dict[str, float]
 
 @dataclass
 class Run:
-    """One run.
+    """One run: its folder, and what stands in the files there.
 
     Attributes:
-        folder: Where it was read.
-        info: `run.json`: what was run, results, cost.
+        info: What was run, results, cost (`run.json`).
         history: One row a log, numbers only.
-        analysis: `analysis.json`: `before` and `after` the training.
-        arrays: `analysis.safetensors`, by name.
-        pictures: `pictures.json`: what the method shows of itself.
+        analysis: What was found `before` and `after` the training (`analysis.json`).
+        arrays: Tensors of the analysis by name (`analysis.safetensors`).
+        pictures: What the method shows of itself (`pictures.json`).
     """
 
     folder: Path
@@ -95,11 +96,8 @@ def load_run(folder: str | Path) -> Run:
             f"Expected run.json, summary.csv or trainer_state.json in {folder}, got none of them: name the output"
             " folder of a run of kd-timm-train or kd-transformers-train."
         )
-    arrays: dict[str, Tensor] = {}
-    if (folder / "analysis.safetensors").is_file():
-        from safetensors.torch import load_file
-
-        arrays = load_file(folder / "analysis.safetensors")
+    tensors = folder / "analysis.safetensors"
+    arrays = load_file(tensors) if tensors.is_file() else {}
     pictures = _json(folder / "pictures.json") or []
     return Run(folder, info, history, _json(folder / "analysis.json") or {}, arrays, pictures)
 
@@ -119,8 +117,7 @@ def _host_info(folder: Path) -> dict[str, Any]:
     results = _json(folder / "results.json") or _json(folder / "all_results.json")
     if results:
         info["results"] = results
-        if "seconds_per_step" in results:
-            info["cost"] = {"seconds_per_step": results["seconds_per_step"]}
+        info["cost"] = {key: results[key] for key in ("seconds_per_step",) if key in results}
     config = _json(folder / "config.json")
     if config:
         info["student"] = {"name": config.get("architecture") or (config.get("architectures") or ["student"])[0]}
@@ -131,37 +128,25 @@ def _host_info(folder: Path) -> dict[str, Any]:
 
 
 def _history(folder: Path) -> list[Row]:
+    rows: list[Mapping[str, Any]] = []
     if (folder / "history.jsonl").is_file():
-        lines = (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
-        rows: list[Any] = []
-        for line in lines:
-            try:
+        for line in (folder / "history.jsonl").read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError):  # A run that is being written, or was killed while writing its last row.
                 rows.append(json.loads(line))
-            except ValueError:
-                # A run that is being written, or was killed while writing its last row.
-                continue
-        if rows:
-            return [_numbers(row) for row in rows]
-    if (folder / "summary.csv").is_file():
+    if not rows and (folder / "summary.csv").is_file():
         with (folder / "summary.csv").open(newline="", encoding="utf-8") as file:
-            return [_numbers(row) for row in csv.DictReader(file)]
-    states = [folder / "trainer_state.json", *folder.glob("checkpoint-*/trainer_state.json")]
-    states = [path for path in states if path.is_file()]
-    if states:
-        logs = [_json(path).get("log_history", []) for path in states]
-        return [_numbers(row) for row in max(logs, key=len)]
-    return []
+            rows = list(csv.DictReader(file))
+    if not rows:
+        states = [folder / "trainer_state.json", *folder.glob("checkpoint-*/trainer_state.json")]
+        rows = max(((_json(path) or {}).get("log_history", []) for path in states), key=len)
+    return [_numbers(row) for row in rows]
 
 
 def _numbers(row: Mapping[str, Any]) -> Row:
     """The numbers of a row; text of a CSV file is read as such."""
     numbers: Row = {}
     for key, value in row.items():
-        if isinstance(value, str):
-            try:
-                value = float(value)
-            except ValueError:
-                continue
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            numbers[key] = float(value)
+        with suppress(TypeError, ValueError):
+            if not isinstance(value, bool) and math.isfinite(float(value)):
+                numbers[key] = float(value)
     return numbers

@@ -13,8 +13,6 @@ from kd_accelerate.player import TurnPlayer
 
 __all__ = ["StepTimer"]
 
-Undo = Callable[[], None]
-
 
 class StepTimer:
     """Measures the parts of a few steps of a `TurnPlayer`, then takes itself out of the way.
@@ -32,14 +30,13 @@ class StepTimer:
 
     def __init__(self, player: TurnPlayer, *, skip: int = 3, steps: int = 25) -> None:
         self.wanted, self.skip = steps, skip
-        self.rows: list[dict[str, float]] = []
-        self._row: dict[str, float] = {}
-        self._undo: list[Undo] = []
+        self.rows: list[dict[str, float]] = [{}]
+        self._undo: list[Callable[[], None]] = []
         self._mark: float | None = None
         self._cuda = player.accelerator.device.type == "cuda"
         nets = player.nets
-        for net in (*nets.peers, *nets.teachers):
-            name = "student" if net is nets.student else "teacher" if net in nets.teachers else "peers"
+        for net in nets or ():
+            name = "teacher" if net.frozen else "student" if nets and net is nets.student else "peers"
             self._wrap(net.network, "read", f"{name} forward")
         self._wrap(player, "forward", "turns", before="data and the rest")
         self._wrap(player, "after_backward", "optimizer", before="backward")
@@ -48,62 +45,44 @@ class StepTimer:
     @property
     def steps(self) -> int:
         """Steps measured so far."""
-        return max(len(self.rows) - self.skip, 0)
+        return max(len(self.rows) - 1 - self.skip, 0)
 
     def medians(self) -> dict[str, float]:
         """Median seconds of each part of a step."""
-        rows = self.rows[self.skip :]
+        rows = self.rows[self.skip : -1]
         names = dict.fromkeys(name for row in rows for name in row)
         medians = {name: statistics.median([row.get(name, 0.0) for row in rows]) for name in names}
-        forwards = sum(value for name, value in medians.items() if name.endswith("forward"))
         parts = {name: value for name, value in medians.items() if name.endswith("forward")}
-        parts["distillation terms"] = max(medians.get("turns", 0.0) - forwards, 0.0)
-        return parts | {
-            name: medians[name] for name in ("backward", "optimizer", "data and the rest") if name in medians
-        }
+        parts["distillation terms"] = max(medians.get("turns", 0.0) - sum(parts.values()), 0.0)
+        return parts | {n: medians[n] for n in ("backward", "optimizer", "data and the rest") if n in medians}
 
     def stop(self) -> None:
         """Gives the methods back."""
-        for undo in self._undo:
-            undo()
-        self._undo = []
+        while self._undo:
+            self._undo.pop()()
 
     def _now(self) -> float:
         if self._cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def _wrap(self, owner: Any, method: str, part: str, *, before: str | None = None, last: bool = False) -> None:
+    def _wrap(self, owner: Any, method: str, part: str, *, before: str = "", last: bool = False) -> None:
         """Adds the time of a method to `part`, and the time since the method before it to `before`."""
-        original, own = getattr(owner, method), method in vars(owner)
+        original, own = getattr(owner, method), vars(owner).get(method)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            start = self._now()
-            if before is not None and self._mark is not None:
-                self._add(before, start - self._mark)
+            row, start = self.rows[-1], self._now()
+            if before and self._mark is not None:
+                row[before] = row.get(before, 0.0) + start - self._mark
             result = original(*args, **kwargs)
             end = self._now()
-            self._add(part, end - start)
-            if before is not None:
-                self._mark = end
+            row[part] = row.get(part, 0.0) + end - start
+            self._mark = end if before else self._mark
             if last:
-                self._end()
+                self.rows.append({})
+                if self.steps >= self.wanted:
+                    self.stop()
             return result
 
-        def undo() -> None:
-            if own:
-                setattr(owner, method, original)
-            else:
-                vars(owner).pop(method, None)
-
         setattr(owner, method, timed)
-        self._undo.append(undo)
-
-    def _add(self, part: str, seconds: float) -> None:
-        self._row[part] = self._row.get(part, 0.0) + seconds
-
-    def _end(self) -> None:
-        self.rows.append(self._row)
-        self._row = {}
-        if self.steps >= self.wanted:
-            self.stop()
+        self._undo.append(lambda: delattr(owner, method) if own is None else setattr(owner, method, own))

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from kd_plugins.errors import DistillError
+from kd_timm.compat import save_config_for_hf
 
 __all__ = ["Checkpoints", "Summary", "forked_random_state", "load_random_state", "random_state", "save_weights"]
 
@@ -197,12 +197,13 @@ class Summary:
             with path.open(newline="", encoding="utf-8") as file:
                 self.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < start_epoch]
 
-    def add(self, epoch: int, train: Mapping[str, float], evaluation: Mapping[str, float], lr: float) -> None:
-        """Adds the row of an epoch and writes the file."""
+    def add(self, epoch: int, train: Mapping[str, float], evaluation: Mapping[str, float], lr: float) -> dict[str, Any]:
+        """Adds the row of an epoch and writes the file; returns the row."""
         row: dict[str, Any] = {"epoch": epoch}
         row |= {f"train_{key}": value for key, value in train.items()}
         row |= {f"eval_{key}": value for key, value in evaluation.items()}
-        self.rows.append(row | {"lr": lr})
+        row["lr"] = lr
+        self.rows.append(row)
         columns = list(dict.fromkeys(key for r in self.rows for key in r))
         # As in timm's file: epoch, training, evaluation, rate.
         rank = {"epoch": 0, "train": 1, "eval": 2, "lr": 3}
@@ -211,3 +212,4 @@ class Summary:
             writer = csv.DictWriter(file, fieldnames=columns, restval="")
             writer.writeheader()
             writer.writerows(self.rows)
+        return row

@@ -6,20 +6,99 @@ import argparse
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 import torch
 from timm.data import FastCollateMixup, create_dataset, create_loader
-from timm.data.loader import fast_collate
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from kd_accelerate.streams import StagedDataset, split
 from kd_plugins import Distiller, DistillError
 from kd_plugins.binding import needs_in
+from kd_timm.compat import fast_collate
 from kd_timm.digits import DIGITS_DEFAULTS, Digits
+from kd_timm.flags import flag_group
 
-__all__ = ["Data", "Targets", "apply_data_defaults", "create_data", "create_datasets"]
+__all__ = [
+    "LOADER_ARGUMENTS",
+    "Data",
+    "Targets",
+    "add_arguments",
+    "apply_data_defaults",
+    "create_data",
+    "create_datasets",
+    "plain_loader",
+    "uses_mixup",
+]
+
+# Arguments that timm's loader takes under their own names.
+LOADER_ARGUMENTS = (
+    *("batch_size", "no_aug", "train_crop_mode", "scale", "ratio", "hflip", "vflip", "color_jitter"),
+    *("color_jitter_prob", "grayscale_prob", "gaussian_blur_prob", "worker_seeding"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of data and augmentation."""
+    _add_dataset(parser)
+    _add_augmentation(parser)
+
+
+def _add_dataset(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", nargs="?", metavar="DIR", help="path to dataset (positional is deprecated)")
+    add, switch = flag_group(parser, "Dataset parameters")
+    add("--data-dir", metavar="DIR", help="path to dataset (root dir)")
+    add(
+        "--dataset",
+        default="",
+        metavar="NAME",
+        help='dataset type + name ("<type>/<name>"); empty: a folder or tar of images; "digits": scikit-learn\'s'
+        " handwritten digits, also taken when no data is named",
+    )
+    add("--train-split", default="train", metavar="NAME", help="dataset train split")
+    add("--val-split", default="validation", metavar="NAME", help="dataset validation split")
+    switch("--dataset-download", help="allow download for torch/ and tfds/ datasets that support it")
+    add("--class-map", default="", type=str, metavar="FILENAME", help="path to class to idx mapping file")
+    add("--input-img-mode", type=str, help="image conversion mode for input images")
+    add("--input-key", type=str, help="dataset key for input images")
+    add("--target-key", type=str, help="dataset key for target labels")
+    switch("--dataset-trust-remote-code", help="allow a hub dataset to run code of its repository")
+
+
+def _add_augmentation(parser: argparse.ArgumentParser) -> None:
+    add, switch = flag_group(parser, "Augmentation and regularization parameters")
+    switch("--no-aug", help="disable all training augmentation")
+    add("--train-crop-mode", type=str, help="crop mode in training")
+    add("--scale", type=float, nargs="+", default=[0.08, 1.0], metavar="PCT", help="random resize scale")
+    add("--ratio", type=float, nargs="+", default=[3 / 4, 4 / 3], metavar="RATIO", help="random aspect ratio")
+    add("--hflip", type=float, default=0.5, help="horizontal flip probability")
+    add("--vflip", type=float, default=0.0, help="vertical flip probability")
+    add("--color-jitter", type=float, default=0.4, metavar="PCT", help="color jitter factor")
+    add("--color-jitter-prob", type=float, metavar="PCT", help="probability of applying color jitter")
+    add("--grayscale-prob", type=float, metavar="PCT", help="probability of grayscale conversion")
+    add("--gaussian-blur-prob", type=float, metavar="PCT", help="probability of gaussian blur")
+    add("--aa", type=str, metavar="NAME", help='AutoAugment policy, e.g. "rand-m9-mstd0.5"')
+    switch("--bce-loss", help="binary cross entropy, with or without Mixup/CutMix")
+    switch("--bce-sum", help="sum over classes in the binary cross entropy")
+    add("--bce-target-thresh", type=float, help="threshold for binarizing softened targets of --bce-loss")
+    add("--bce-pos-weight", type=float, help="positive weighting of --bce-loss")
+    add("--reprob", type=float, default=0.0, metavar="PCT", help="random erase probability")
+    add("--remode", type=str, default="pixel", help="random erase mode")
+    add("--recount", type=int, default=1, help="random erase count")
+    add("--mixup", type=float, default=0.0, help="mixup alpha, enabled if > 0")
+    add("--cutmix", type=float, default=0.0, help="cutmix alpha, enabled if > 0")
+    add("--cutmix-minmax", type=float, nargs="+", help="cutmix min/max ratio, overrides alpha")
+    add("--mixup-prob", type=float, default=1.0, help="probability of mixup or cutmix")
+    add("--mixup-switch-prob", type=float, default=0.5, help="probability of cutmix where both are enabled")
+    add("--mixup-mode", type=str, default="batch", help='"batch", "pair" or "elem"')
+    add("--mixup-off-epoch", default=0, type=int, metavar="N", help="turn mixup off after this epoch")
+    add("--smoothing", type=float, default=0.1, help="label smoothing")
+    add("--train-interpolation", type=str, default="random", help="training interpolation")
+    add("--drop", type=float, default=0.0, metavar="PCT", help="dropout rate")
+    add("--drop-path", type=float, metavar="PCT", help="drop path rate")
+    add("--drop-block", type=float, metavar="PCT", help="drop block rate")
 
 
 class Targets(NamedTuple):
@@ -33,7 +112,22 @@ class Targets(NamedTuple):
         return Targets(self.labels.to(*args, **kwargs), self.index.to(*args, **kwargs))
 
 
-class Rows(Dataset[Any]):
+class _Transformed:
+    """timm's loader sets the transform of what it is given; here it is that of the whole data set."""
+
+    dataset: Any
+
+    @property
+    def transform(self) -> Any:
+        """The transform of the whole data set."""
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, transform: Any) -> None:
+        self.dataset.transform = transform
+
+
+class Rows(_Transformed, Dataset[Any]):
     """Some rows of a data set, optionally with their numbers in the whole of it.
 
     Args:
@@ -47,33 +141,14 @@ class Rows(Dataset[Any]):
 
     def __getitem__(self, item: int) -> tuple[Any, ...]:
         row = self.rows[item]
-        return (*self.dataset[row], row) if self.index else self.dataset[row]
+        return _numbered(self.dataset[row], row) if self.index else self.dataset[row]
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    # timm's loader sets the transform of what it is given.
-    @property
-    def transform(self) -> Any:
-        """The transform of the whole data set."""
-        return self.dataset.transform
 
-    @transform.setter
-    def transform(self, transform: Any) -> None:
-        self.dataset.transform = transform
-
-
-class StagedRows(StagedDataset):
+class StagedRows(_Transformed, StagedDataset):
     """The training set of a distillation, whose stages may hold rows out for other streams."""
-
-    @property
-    def transform(self) -> Any:
-        """The transform of the whole data set."""
-        return self.dataset.transform
-
-    @transform.setter
-    def transform(self, transform: Any) -> None:
-        self.dataset.transform = transform
 
 
 class CollateIndex:
@@ -85,28 +160,6 @@ class CollateIndex:
     def __call__(self, samples: Sequence[tuple[Any, Any, int]]) -> tuple[Tensor, Targets]:
         images, labels = self.collate([sample[:2] for sample in samples])
         return images, Targets(labels, torch.tensor([sample[2] for sample in samples]))
-
-
-class NoImages:
-    """The loader of a method that makes its own inputs: as many empty batches as the training set has full ones.
-
-    Args:
-        batches: Batches in an epoch.
-        batch_size: Examples in a batch.
-        device: Where they are.
-    """
-
-    def __init__(self, batches: int, batch_size: int, device: torch.device) -> None:
-        self.batches, self.batch_size, self.device = batches, batch_size, device
-        self.dataset = self.sampler = None
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        empty = torch.empty(self.batch_size, 0, device=self.device)
-        for _ in range(self.batches):
-            yield empty, empty
-
-    def __len__(self) -> int:
-        return self.batches
 
 
 @dataclass
@@ -135,20 +188,15 @@ class Data:
     def set_epoch(self, epoch: int, mixup_off_epoch: int = 0) -> None:
         """Reshuffles distributed samplers and ends mixup when its time has come."""
         for loader in (self.train, *self.streams.values()):
-            for part in (loader.dataset, loader.sampler):
-                if hasattr(part, "set_epoch"):
-                    part.set_epoch(epoch)
+            for part in ("dataset", "sampler"):
+                if hasattr(getattr(loader, part, None), "set_epoch"):
+                    getattr(loader, part).set_epoch(epoch)
         if self.mixup is not None:
             self.mixup.mixup_enabled = not (mixup_off_epoch and epoch >= mixup_off_epoch)
 
     def stream_iterators(self) -> dict[str, Iterator[Any]]:
         """Endless iterators over the streams; a new set for every epoch, so that a resumed run sees the same rows."""
-        return {name: _endless(loader) for name, loader in self.streams.items()}
-
-
-def _endless(loader: Any) -> Iterator[Any]:
-    while True:
-        yield from loader
+        return {name: chain.from_iterable(repeat(loader)) for name, loader in self.streams.items()}
 
 
 def apply_data_defaults(args: argparse.Namespace) -> None:
@@ -249,7 +297,7 @@ def create_data(
     """
     train, evaluation, classes = datasets
     mixup = None
-    if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None:
+    if uses_mixup(args):
         mixup = FastCollateMixup(
             mixup_alpha=args.mixup,
             cutmix_alpha=args.cutmix,
@@ -258,7 +306,8 @@ def create_data(
             switch_prob=args.mixup_switch_prob,
             mode=args.mixup_mode,
             label_smoothing=args.smoothing,
-            num_classes=args.num_classes,
+            # One logit decides between two classes.
+            num_classes=max(args.num_classes, 2),
         )
     collate: Any = mixup or fast_collate
     needs = [] if distiller is None else [needs_in(distiller, i) for i in range(len(distiller.stages()))]
@@ -273,38 +322,21 @@ def create_data(
         whole = train
         train = staged = StagedRows(whole, distiller, 1, args.seed, _numbered if index else None)
         streams = {name: Rows(whole, rows, index) for name, rows in streams.items() if name}
-    common: dict[str, Any] = dict(
+    training: dict[str, Any] = {name: getattr(args, name) for name in LOADER_ARGUMENTS} | dict(
+        is_training=True,
         input_size=config["input_size"],
         mean=config["mean"],
         std=config["std"],
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+        auto_augment=args.aa,
+        interpolation=(not args.no_aug and args.train_interpolation) or config["interpolation"],
         num_workers=args.workers,
         pin_memory=args.pin_mem,
         device=device,
         distributed=distributed,
         persistent_workers=False,
-    )
-    training: dict[str, Any] = dict(
-        is_training=True,
-        batch_size=args.batch_size,
-        no_aug=args.no_aug,
-        re_prob=args.reprob,
-        re_mode=args.remode,
-        re_count=args.recount,
-        train_crop_mode=args.train_crop_mode,
-        scale=args.scale,
-        ratio=args.ratio,
-        hflip=args.hflip,
-        vflip=args.vflip,
-        color_jitter=args.color_jitter,
-        color_jitter_prob=args.color_jitter_prob,
-        grayscale_prob=args.grayscale_prob,
-        gaussian_blur_prob=args.gaussian_blur_prob,
-        auto_augment=args.aa,
-        interpolation=config["interpolation"]
-        if args.no_aug or not args.train_interpolation
-        else args.train_interpolation,
-        worker_seeding=args.worker_seeding,
-        **common,
     )
 
     def loader(dataset: Any) -> Any:
@@ -315,20 +347,23 @@ def create_data(
             )
         return made
 
+    loaded = loader(train)
+    if distiller is not None and not distiller.data:
+        # A method that makes its own inputs gets as many empty batches.
+        empty = torch.empty(args.batch_size, 0, device=device)
+        loaded = [(empty, empty)] * len(loaded)
     return Data(
-        train=loader(train)
-        if distiller is None or distiller.data
-        else NoImages(len(loader(train)), args.batch_size, device),
+        train=loaded,
         evaluation=None
         if evaluation is None
-        else create_loader(
+        else plain_loader(
             evaluation,
-            batch_size=args.validation_batch_size or args.batch_size,
-            is_training=False,
-            interpolation=config["interpolation"],
-            crop_pct=config["crop_pct"],
-            crop_mode=config["crop_mode"],
-            **common,
+            config,
+            args.validation_batch_size or args.batch_size,
+            device,
+            workers=args.workers,
+            pin_memory=args.pin_mem,
+            distributed=distributed,
         ),
         config=config,
         classes=classes,
@@ -336,3 +371,33 @@ def create_data(
         mixup=mixup,
         staged=staged,
     )
+
+
+def plain_loader(
+    dataset: Any,
+    config: Mapping[str, Any],
+    batch_size: int,
+    device: torch.device,
+    *,
+    workers: int = 0,
+    pin_memory: bool = False,
+    distributed: bool = False,
+) -> Any:
+    """A loader of a data set in its order, without augmentation."""
+    keys = ("interpolation", "mean", "std", "crop_pct", "crop_mode")
+    return create_loader(
+        dataset,
+        config["input_size"],
+        batch_size,
+        **{key: config[key] for key in keys},
+        num_workers=workers,
+        pin_memory=pin_memory,
+        device=device,
+        distributed=distributed,
+        persistent_workers=False,
+    )
+
+
+def uses_mixup(args: argparse.Namespace) -> bool:
+    """Whether Mixup or CutMix is on, so that targets are soft."""
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None

@@ -4,57 +4,49 @@ from __future__ import annotations
 
 import argparse
 import copy
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
+from itertools import zip_longest
 from typing import Any
 
 import torch
-from timm.data import create_loader
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from kd_accelerate import TurnPlayer
-from kd_plugins import Batch, Distiller, DistillError, Net, Reads, Stage, create_distiller
+from kd_plugins import Batch, Distiller, DistillError, Net, Reads, create_distiller
 from kd_plugins.binding import connect, needs_pass, prepare, schedule, set_up
 from kd_plugins.catalog.registry import options_from_strings
 from kd_plugins.stages import StageTable
 from kd_timm.build import create_student
 from kd_timm.checkpoint import forked_random_state
-from kd_timm.data import Targets
-from kd_timm.engine import Run
+from kd_timm.compat import set_sync_gradients
+from kd_timm.data import Targets, plain_loader
+from kd_timm.engine import PlainStep, TrainingRun
+from kd_timm.flags import AppendKeyValues, flag_group
 from kd_timm.network import TimmNetwork
-from kd_timm.teachers import create_teacher
+from kd_timm.teachers import check_classes, create_teacher
 
-__all__ = ["Distillation", "create_distillation"]
-
-_logger = logging.getLogger("kd_timm.train")
+__all__ = ["Distillation", "add_arguments"]
 
 
-def create_distillation(
-    args: argparse.Namespace,
-    student: nn.Module,
-    config: Mapping[str, Any],
-    classes: tuple[str, ...] | None,
-    device: torch.device,
-) -> Distillation | None:
-    """What `--distill` and its fellows ask for; None without `--distill`.
-
-    Args:
-        args: Parsed arguments.
-        student: The bare student, on its device.
-        config: Its data configuration.
-        classes: Its class names, where they are known.
-        device: Where teachers and peers go.
-    """
-    if not args.distill:
-        given = [flag for flag in ("teacher", "peer", "distill_args") if getattr(args, flag)]
-        if given:
-            raise DistillError(f"--{given[0].replace('_', '-')} does nothing without --distill NAME: name a distiller.")
-        return None
-    with forked_random_state():
-        return Distillation(args, student, config, classes, device)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of distillation."""
+    add, _ = flag_group(parser, "Distillation parameters")
+    add("--distill", type=str, metavar="NAME", help="distiller, or several joined with +; see `kd-plugins list`")
+    add("--distill-args", nargs="*", default=[], metavar="K=V", help="options of the distiller; see `kd-plugins info`")
+    many: dict[str, Any] = dict(action="append", default=[])
+    pairs: dict[str, Any] = dict(action=AppendKeyValues, nargs="*", default=[], metavar="K=V")
+    add("--teacher", metavar="MODEL", help="teacher model (repeatable)", **many)
+    add("--teacher-checkpoint", metavar="PATH", help='weights of the i-th teacher ("": the published ones)', **many)
+    add("--teacher-kwargs", help="further arguments of the i-th teacher model (repeatable)", **pairs)
+    add("--peer", metavar="MODEL", help="model trained together with --model (repeatable)", **many)
+    add(
+        "--peer-kwargs",
+        help="further arguments of the i-th peer (repeatable); default --model-kwargs for the student's architecture",
+        **pairs,
+    )
 
 
 class Distillation:
@@ -82,17 +74,9 @@ class Distillation:
         )
         self._check_fit()
         self.criterion: Callable[..., Tensor] = nn.functional.cross_entropy
-        self.teachers = [
-            create_teacher(
-                name,
-                args.teacher_checkpoint[i] if i < len(args.teacher_checkpoint) else "",
-                args.teacher_kwargs[i] if i < len(args.teacher_kwargs) else {},
-                config=config,
-                num_classes=args.num_classes,
-                classes=classes,
-            )
-            for i, name in enumerate(args.teacher)
-        ]
+        given = zip_longest(args.teacher, args.teacher_checkpoint, args.teacher_kwargs)
+        common: dict[str, Any] = dict(config=config, num_classes=args.num_classes, classes=classes)
+        self.teachers = [create_teacher(name, path or "", kwargs or {}, **common) for name, path, kwargs in given]
         self.peers = [self._peer(i, name) for i, name in enumerate(args.peer)]
         for module in (*(t.module for t in self.teachers), *self.peers):
             module.to(device)
@@ -108,6 +92,7 @@ class Distillation:
             orders=[teacher.order for teacher in self.teachers],
         )
         self.device = device
+        self.rows = 0
         self.player: TurnPlayer
 
     def _check_fit(self) -> None:
@@ -141,6 +126,9 @@ class Distillation:
             labels=labels if data else None,
             size=len(inputs),
             index=index,
+            rows=self.rows,
+            shape=tuple(self.config["input_size"]),
+            classes=self.args.num_classes,
             mean=self.config["mean"],
             std=self.config["std"],
             criterion=lambda view, labels: self.criterion(view.logits, labels),
@@ -155,7 +143,9 @@ class Distillation:
             fresh: False where what a pass would find comes from a checkpoint, or from the first process.
         """
         with forked_random_state():
+            self.rows = 0 if isinstance(dataset, IterableDataset) else len(dataset)
             set_up(self.distiller, self.nets, next(self._pass(dataset)))
+            check_classes(self.distiller, self.teachers)
             if fresh and needs_pass(self.distiller):
                 prepare(self.distiller, self.nets, self._pass(dataset, self.args.workers))
         self.distiller.to(self.device)
@@ -163,22 +153,10 @@ class Distillation:
     def _pass(self, dataset: Any, workers: int = 0) -> Iterator[Batch]:
         """The training set in its order, without augmentation."""
         if not self.distiller.data:
-            yield Batch(size=self.args.batch_size, mean=self.config["mean"], std=self.config["std"])
+            yield self.batch(torch.empty(self.args.batch_size, 0), None)
             return
         view = copy.copy(dataset)
-        loader = create_loader(
-            view,
-            self.config["input_size"],
-            self.args.batch_size,
-            interpolation=self.config["interpolation"],
-            mean=self.config["mean"],
-            std=self.config["std"],
-            crop_pct=self.config["crop_pct"],
-            crop_mode=self.config["crop_mode"],
-            num_workers=workers,
-            device=self.device,
-            persistent_workers=False,
-        )
+        loader = plain_loader(view, self.config, self.args.batch_size, self.device, workers=workers)
         row = 0
         for inputs, labels in loader:
             if self.args.channels_last:
@@ -198,7 +176,7 @@ class Distillation:
                 f" from {epochs} to at least {len(table.starts)}."
             )
 
-    def begin(self, run: Run) -> None:
+    def begin(self, run: TrainingRun) -> None:
         """Connects the method with the wrapped student; the player makes the optimizers of the method's groups."""
         self.nets.student.forward = run.model
         self.criterion = run.criterion
@@ -217,32 +195,22 @@ class Distillation:
         start, end = self.table.bounds(self.distiller.progress.stage)
         return start // updates_per_epoch, end // updates_per_epoch
 
-    def enter_stage(self) -> Stage | None:
-        """Enters the stage of the coming update; None where the training is in it already."""
-        return self.player.enter_stage()
-
     def asked(self) -> list[Callable[[Tensor], Tensor]]:
-        """The teachers as functions from the student's images to scores, in the student's class order."""
+        """The teachers of the student's classes, as functions from its images to scores in its class order."""
 
         def scores(net: Net, images: Tensor) -> Tensor:
             return net(Batch.of(images), reads=Reads()).logits
 
-        return [partial(scores, net) for net in self.nets.teachers]
-
-    def save(self, folder: Path) -> None:
-        """Writes what a resumed run needs of the method; called on every process."""
-        self.player.save(folder / "distiller")
-
-    def load(self, folder: Path) -> None:
-        """Takes up what `save` wrote."""
-        self.player.load(folder / "distiller")
+        known = zip(self.teachers, self.nets.teachers, strict=True)
+        return [partial(scores, net) for teacher, net in known if not teacher.misfit]
 
 
-class DistillStep:
+class DistillStep(PlainStep):
     """A micro-step of training with a distiller."""
 
-    def __init__(self, run: Run, distillation: Distillation) -> None:
-        self.run, self.distillation = run, distillation
+    def __init__(self, run: TrainingRun, distillation: Distillation) -> None:
+        super().__init__(run)
+        self.distillation = distillation
         self.player = distillation.player
         self._streams: dict[str, Iterator[Any]] = {}
 
@@ -253,11 +221,8 @@ class DistillStep:
 
     def __call__(self, inputs: Tensor, targets: Any, accumulate: int, update: bool) -> Tensor:
         run, player, distillation = self.run, self.player, self.distillation
-        streams = {
-            name: distillation.batch(*self._channels_last(*next(self._streams[name])))
-            for name in distillation.distiller.needs().streams
-        }
-        run.accelerator.gradient_state._set_sync_gradients(update)
+        streams = {name: self._stream(name) for name in distillation.distiller.needs().streams}
+        set_sync_gradients(run.accelerator, update)
         player.accumulation = accumulate
         with nullcontext() if update else run.accelerator.no_sync(run.model):
             loss = player.forward(distillation.batch(inputs, targets, streams))
@@ -270,25 +235,12 @@ class DistillStep:
             player.after_update()
         return loss.detach()
 
-    def _channels_last(self, inputs: Tensor, targets: Any) -> tuple[Tensor, Any]:
-        last = self.run.args.channels_last
-        return inputs.contiguous(memory_format=torch.channels_last) if last else inputs, targets
+    def _stream(self, name: str) -> Batch:
+        inputs, targets = next(self._streams[name])
+        return self.distillation.batch(self.run.images(inputs), targets)
 
     def logs(self) -> dict[str, float]:
         return self.player.logs()
 
     def end_epoch(self, epoch: int) -> None:
-        table, progress = self.distillation.table, self.distillation.distiller.progress
-        before, unit, current = list(table.starts), self.run.updates_per_epoch, progress.stage
-        if not self.player.end_epoch(epoch):
-            return
-        # A stage that ended early leaves its steps to the later ones; here they go on beginning with an epoch.
-        later = range(current + 1, len(table.starts))
-        if (table.total - progress.step) // unit < len(later):
-            table.starts = before
-        else:
-            for k in later:
-                low = max(table.starts[k - 1] // unit + 1, progress.step // unit)
-                high = table.total // unit - (len(table.starts) - k)
-                table.starts[k] = unit * min(max(round(table.starts[k] / unit), low), high)
-        self.distillation.distiller.at(progress.step)
+        self.player.end_epoch(epoch, unit=self.run.updates_per_epoch)

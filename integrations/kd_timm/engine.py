@@ -7,50 +7,25 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from accelerate import Accelerator
-from timm.task.evaluator import ClassificationEvaluator, evaluation_sample_limit
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
+from kd_timm.compat import ClassificationEvaluator, evaluation_sample_limit
 from kd_timm.data import Data
+from kd_timm.network import one_head
 from kd_timm.progress import Reporter
 
-__all__ = ["PlainStep", "Run", "Step", "evaluate", "train_one_epoch"]
-
-
-class Step(Protocol):
-    """A micro-step of training: forward, backward, and at the accumulation boundary the update."""
-
-    def __call__(self, inputs: Tensor, targets: Any, accumulate: int, update: bool) -> Tensor:
-        """Plays one batch and returns its unscaled loss.
-
-        Args:
-            inputs: Normalised images `[B, C, H, W]`.
-            targets: Labels `[B]`, or soft targets `[B, K]` of Mixup.
-            accumulate: Micro-batches in this update.
-            update: Whether this one completes the update.
-        """
-        ...
-
-    def logs(self) -> dict[str, float]:
-        """Mean loss terms since the last call, by name; must be called on every process."""
-        ...
-
-    def begin_epoch(self) -> None:
-        """Called before the first batch of an epoch."""
-        ...
-
-    def end_epoch(self, epoch: int) -> None:
-        """Called after the last update of an epoch, with the number of epochs so far."""
-        ...
+__all__ = ["PlainStep", "TrainingRun", "evaluate", "train_one_epoch"]
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """What training and evaluation share.
 
     Attributes:
@@ -77,13 +52,18 @@ class Run:
     data: Data
     updates_per_epoch: int
     ema: ModelEmaV3 | None = None
-    step: Step = field(default=None)  # type: ignore[assignment]
+    step: PlainStep = field(init=False)
 
     @property
     def rate(self) -> float:
         """Mean learning rate over the parameter groups."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
         return sum(rates) / len(rates)
+
+    def images(self, inputs: Tensor) -> Tensor:
+        """Images as `--channels-last` lays them out; anything else as it is."""
+        last = self.args.channels_last and inputs.dim() == 4
+        return inputs.contiguous(memory_format=torch.channels_last) if last else inputs
 
     def clip(self, others: Sequence[nn.Parameter] = ()) -> None:
         """Clips the student's gradients as `--clip-grad` and `--clip-mode` say, jointly with those of others."""
@@ -103,15 +83,27 @@ class Run:
 
 
 class PlainStep:
-    """Training without a distiller: what timm's ClassificationTask and loop do."""
+    """A micro-step of training without a distiller: what timm's ClassificationTask and loop do.
 
-    def __init__(self, run: Run) -> None:
+    Args:
+        run: The run.
+    """
+
+    def __init__(self, run: TrainingRun) -> None:
         self.run = run
 
     def __call__(self, inputs: Tensor, targets: Any, accumulate: int, update: bool) -> Tensor:
+        """Plays one batch, forward, backward and update, and returns its unscaled loss.
+
+        Args:
+            inputs: Normalised images `[B, C, H, W]`.
+            targets: Labels `[B]`, or soft targets `[B, K]` of Mixup.
+            accumulate: Micro-batches in this update.
+            update: Whether this one completes the update.
+        """
         run = self.run
         with nullcontext() if update else run.accelerator.no_sync(run.model):
-            output = run.model(inputs)
+            output = one_head(run.model(inputs), run.student)
             with run.accelerator.autocast():
                 loss = run.criterion(output, targets)
             run.accelerator.backward(loss / accumulate if accumulate > 1 else loss)
@@ -122,16 +114,17 @@ class PlainStep:
         return loss.detach()
 
     def logs(self) -> dict[str, float]:
+        """Mean loss terms since the last call, by name; must be called on every process."""
         return {}
 
     def begin_epoch(self) -> None:
-        pass
+        """Called before the first batch of an epoch."""
 
     def end_epoch(self, epoch: int) -> None:
-        pass
+        """Called after the last update of an epoch, with the number of epochs so far."""
 
 
-def train_one_epoch(run: Run, epoch: int, reporter: Reporter, *, first_update: int) -> dict[str, float]:
+def train_one_epoch(run: TrainingRun, epoch: int, reporter: Reporter, *, first_update: int) -> dict[str, float]:
     """Trains for one epoch.
 
     Args:
@@ -160,9 +153,7 @@ def train_one_epoch(run: Run, epoch: int, reporter: Reporter, *, first_update: i
         update = last or (number + 1) % accumulate == 0
         # The last update of an epoch may hold fewer micro-batches; each counts for more then.
         current = remainder if remainder and number >= batches - remainder else accumulate
-        if args.channels_last and inputs.dim() == 4:
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
-        loss = run.step(inputs, targets, current, update)
+        loss = run.step(run.images(inputs), targets, current, update)
         # The sum stays on the device: reading it would wait for the step.
         total += loss * len(inputs)
         count += len(inputs)
@@ -192,14 +183,19 @@ def train_one_epoch(run: Run, epoch: int, reporter: Reporter, *, first_update: i
     return {"loss": _mean(run, total) / max(count, 1)} | {name: s / w for name, (s, w) in terms.items()}
 
 
-def _mean(run: Run, value: Tensor) -> float:
+def _mean(run: TrainingRun, value: Tensor) -> float:
     """A number, averaged over processes."""
     return float(run.accelerator.reduce(value.detach().clone(), reduction="mean"))
 
 
+def _two_classes(scores: Tensor) -> Tensor:
+    """Scores `[B, K]`; one logit `[B, 1]` as the two classes between which its sign decides."""
+    return F.pad(scores, (1, 0)) if scores.shape[-1] == 1 else scores
+
+
 @torch.inference_mode()
 def evaluate(
-    run: Run,
+    run: TrainingRun,
     model: nn.Module,
     *,
     others: Sequence[Callable[[Tensor], Tensor]] = (),
@@ -221,14 +217,12 @@ def evaluate(
     agree = torch.zeros(len(others) + 1, dtype=torch.float64, device=accelerator.device)
     model.eval()
     for inputs, targets in loader:
-        if run.args.channels_last:
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        inputs = run.images(inputs)
         with accelerator.autocast():
-            output = model(inputs)
-            output = output[0] if isinstance(output, (tuple, list)) else output
+            output = _two_classes(one_head(model(inputs), model))
             known = None if limit is None else max(0, limit - evaluator.num_samples)
             for i, other in enumerate(others):
-                agree[i] += (other(inputs).argmax(-1) == output.argmax(-1))[:known].sum()
+                agree[i] += (_two_classes(other(inputs)).argmax(-1) == output.argmax(-1))[:known].sum()
         agree[-1] += len(output[:known])
         evaluator.update(output, targets)
     distributed = accelerator.num_processes > 1

@@ -11,7 +11,17 @@ from kd_plugins.reading.network import Forward, Network
 from kd_plugins.reading.view import Batch, Reads
 from kd_timm.attention import AttentionTaps
 
-__all__ = ["StagedModel", "TimmNetwork"]
+__all__ = ["StagedModel", "TimmNetwork", "one_head"]
+
+
+def one_head(output: Any, model: nn.Module) -> Tensor:
+    """A model's scores; refuses the pair of heads that a model gives under `set_distilled_training(True)`."""
+    if isinstance(output, (tuple, list)):
+        raise DistillError(
+            f"{type(model).__name__} returns {len(output)} scores in training, of which one alone would be trained:"
+            " model.set_distilled_training(False) gives the mean of its heads."
+        )
+    return output
 
 
 class StagedModel(nn.Module):
@@ -38,13 +48,13 @@ class StagedModel(nn.Module):
             **kwargs: Further inputs of the model.
         """
         if not stages:
-            return self.model(x, **kwargs)
+            return one_head(self.model(x, **kwargs), self.model)
         if not logits:
             return None, self.model.forward_intermediates(
                 x, indices=list(stages), intermediates_only=True, stop_early=True, **kwargs
             )
         final, maps = self.model.forward_intermediates(x, indices=list(stages), **kwargs)
-        return self.model.forward_head(final), maps
+        return one_head(self.model.forward_head(final), self.model), maps
 
 
 class TimmNetwork(Network):

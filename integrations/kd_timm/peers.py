@@ -11,7 +11,7 @@ from timm.models import safe_model_name
 from torch import nn
 
 from kd_timm.checkpoint import load_weights, save_weights
-from kd_timm.engine import Run, evaluate
+from kd_timm.engine import TrainingRun, evaluate
 
 __all__ = ["Peers"]
 
@@ -35,7 +35,7 @@ class Peers:
         self.folder, self.metric = folder, metric
         self.best: dict[str, list[float]] = {}
 
-    def evaluate(self, run: Run, student: nn.Module, epoch: int) -> dict[str, float]:
+    def evaluate(self, run: TrainingRun, student: nn.Module, epoch: int) -> dict[str, float]:
         """Evaluates and saves the peers after an epoch; called on every process.
 
         Args:
@@ -66,7 +66,7 @@ class Peers:
         """The file of a peer."""
         return self.folder / f"{label}.safetensors"
 
-    def finish(self, run: Run, student: nn.Module) -> list[dict[str, Any]]:
+    def finish(self, run: TrainingRun, student: nn.Module) -> list[dict[str, Any]]:
         """Evaluates what was exported, beside the exported student, and leaves the peers with these weights."""
         best = broadcast_object_list([self.best])[0]
         results = []

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from kd_plugins import Batch, Net, Nets, Reads
+from kd_report import page_hint
 from kd_report.record import RunRecord
 from kd_timm.arguments import parse_args
 from kd_timm.network import TimmNetwork
 
 if TYPE_CHECKING:
-    from kd_timm.train import Session
+    from kd_timm.parts import Parts
 
 __all__ = ["Recorder"]
 
@@ -24,7 +25,7 @@ class Recorder:
         start: The epoch that it begins with.
     """
 
-    def __init__(self, session: Session, start: int) -> None:
+    def __init__(self, session: Parts, start: int) -> None:
         self.session = session
         args, distillation, accelerator = session.args, session.distillation, session.accelerator
         defaults = vars(parse_args([]))
@@ -59,6 +60,7 @@ class Recorder:
         """Analyses the best student and writes the results."""
         self._analyse("after")
         self.record.finish(results, seconds_per_step=results["seconds_per_step"])
+        self.session.reporter.line(page_hint(self.session.folder))
 
     def interrupted(self) -> None:
         """Says that the run has not come to its end."""
@@ -85,7 +87,7 @@ class Recorder:
             yield Batch.of(inputs, labels, mean=config["mean"], std=config["std"])
 
 
-def _data(session: Session) -> str:
+def _data(session: Parts) -> str:
     """The data set in words."""
     args, sizes = session.args, []
     for name, loader in (("training", session.data.train), ("evaluation", session.data.evaluation)):

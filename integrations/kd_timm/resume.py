@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 
 from kd_plugins import DistillError
 from kd_timm.checkpoint import load_random_state, load_weights, random_state, read_json, save_weights, write_json
-
-if TYPE_CHECKING:
-    from kd_timm.train import Session
+from kd_timm.parts import Parts
 
 __all__ = ["load_state", "save_state"]
 
 # Arguments that may change on resume without changing the numbers.
 _FREE = {"resume", "config", "output", "experiment", "log_interval", "device", "checkpoint_hist", "pin_mem"}
+_FREE |= {"report_to", "log_wandb", "wandb_project", "wandb_tags", "wandb_resume_id"}
 
 
-def save_state(session: Session, epoch: int) -> None:
+def save_state(session: Parts, epoch: int) -> None:
     """Writes what `--resume` needs to go on with `epoch`."""
     states = gather_object([random_state()])
     folder = session.checkpoints.open_state() if session.primary else session.checkpoints.new_state
     session.accelerator.wait_for_everyone()
     if session.distillation is not None:
-        session.distillation.save(folder)
+        session.distillation.player.save(folder / "distiller")
     if session.primary:
         save_weights(session.student, folder / "model.safetensors")
         if session.run.ema is not None:
@@ -58,7 +57,7 @@ def save_state(session: Session, epoch: int) -> None:
     session.accelerator.wait_for_everyone()
 
 
-def load_state(session: Session) -> int:
+def load_state(session: Parts) -> int:
     """Takes up the state of `--resume`; returns the epoch to go on with."""
     folder = session.state
     assert folder is not None
@@ -74,8 +73,8 @@ def load_state(session: Session) -> int:
             f" those of {folder.parent / 'args.yaml'} (--config reads that file)."
         )
     if session.distillation is not None:
-        session.distillation.load(folder)
-        session._new_schedule()
+        session.distillation.player.load(folder / "distiller")
+        session.new_schedule()
     load_weights(session.student, folder / "model.safetensors")
     if session.run.ema is not None:
         load_weights(session.run.ema.module, folder / "ema.safetensors")

@@ -8,17 +8,16 @@ from typing import Any
 import torch
 from timm.data import resolve_input_data_config
 from timm.models import group_parameters
-from timm.task import TrainingTask
-from timm.task.classification import resolve_classification_loss
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from kd_plugins import Batch, Distiller, DistillError, Nets, create_distiller
-from kd_plugins.binding import connect, needs_pass, schedule, set_up
-from kd_plugins.compose import Composite
+from kd_plugins.binding import connect, schedule, set_up
+from kd_plugins.catalog.hosts import refusals
 from kd_plugins.distiller import Turn
+from kd_timm.compat import TrainingTask, resolve_classification_loss
 from kd_timm.network import TimmNetwork
-from kd_timm.teachers import InputTransform, create_teacher
+from kd_timm.teachers import InputTransform, Teacher, check_classes, create_teacher, other_classes
 
 __all__ = ["DistillationTask"]
 
@@ -116,9 +115,9 @@ class DistillationTask(TrainingTask):
         nets = connect(
             distiller,
             network,
-            [TimmNetwork(module) for module, _, _ in made],
-            transforms=[transform for _, transform, _ in made],
-            orders=[order for _, _, order in made],
+            [TimmNetwork(teacher.module) for teacher in made],
+            transforms=[teacher.transform for teacher in made],
+            orders=[teacher.order for teacher in made],
         )
         # Not a submodule: a teacher belongs neither in checkpoints nor in the optimizer.
         self._nets: tuple[Nets, TimmNetwork] = (nets, network)
@@ -128,6 +127,8 @@ class DistillationTask(TrainingTask):
             sample.to(self.device, self.dtype), torch.zeros(len(sample), dtype=torch.long).to(self.device)
         )
         set_up(distiller, nets, batch)
+        _check_fit(distiller)  # with the stages and parts that follow the networks
+        check_classes(distiller, made)
         distiller.to(device=self.device, dtype=self.dtype)
         if distiller.extras() or distiller.shared(nets):
             raise DistillError(
@@ -138,21 +139,19 @@ class DistillationTask(TrainingTask):
         self.trainable_module: nn.Module = _Trainable(student_model, distiller)
         self._turns: Iterator[Turn] | None = None
 
-    def _teacher(self, teacher: str | nn.Module, path: str, student: nn.Module) -> tuple[nn.Module, Any, Any]:
+    def _teacher(self, teacher: str | nn.Module, path: str, student: Any) -> Teacher:
         if isinstance(teacher, str):
-            classes: int = student.num_classes  # type: ignore[assignment]
-            made = create_teacher(teacher, path, {}, config=self.config, num_classes=classes, classes=None)
-            return made.module.to(self.device, self.dtype), made.transform, made.order
-        theirs, ours = getattr(teacher, "num_classes", None), getattr(student, "num_classes", None)
-        if theirs is not None and theirs != ours:
-            raise DistillError(
-                f"The teacher tells {theirs} classes apart and the student {ours}: they must be the same."
-            )
-        transform = None
-        if getattr(teacher, "pretrained_cfg", None):
-            config = resolve_input_data_config(teacher)
-            transform = InputTransform(self.config, config, bool(teacher.pretrained_cfg.get("fixed_input_size")))
-        return teacher.to(self.device, self.dtype), transform, None
+            made = create_teacher(teacher, path, {}, config=self.config, num_classes=student.num_classes, classes=None)
+        else:
+            name, theirs, ours = type(teacher).__name__, *(getattr(m, "num_classes", None) for m in (teacher, student))
+            misfit = "" if theirs is None or ours is None else other_classes(name, theirs, ours)
+            made = Teacher(name, teacher, transform=None, misfit=misfit)
+            if getattr(teacher, "pretrained_cfg", None):
+                cfg: Any = teacher.pretrained_cfg
+                config = resolve_input_data_config(teacher)
+                made.transform = InputTransform(self.config, config, bool(cfg.get("fixed_input_size")))
+        made.module.to(self.device, self.dtype)
+        return made
 
     def _batch(self, inputs: Tensor, target: Tensor) -> Batch:
         return Batch.of(
@@ -160,6 +159,8 @@ class DistillationTask(TrainingTask):
             target,
             mean=self.config["mean"],
             std=self.config["std"],
+            shape=tuple(self.config["input_size"]),
+            classes=getattr(self._nets[1].module, "num_classes", 0),
             criterion=lambda view, labels: self.criterion(view.logits, labels),
         )
 
@@ -204,7 +205,7 @@ class DistillationTask(TrainingTask):
         self._turns = None
         progress = self.distiller.progress
         self.distiller.after_update()
-        self.distiller.at(progress.step + 1 if step is None else step)
+        self.distiller.progress.at(progress.step + 1 if step is None else step)
         super().update_ema(step)
 
     def prepare_distributed(self, device_ids: list[Any] | None = None, **ddp_kwargs: Any) -> DistillationTask:
@@ -272,17 +273,6 @@ class _Watched(Nets):
 
 def _check_fit(distiller: Distiller) -> None:
     """Refuses a method that one backward and one optimizer cannot play."""
-    needs = distiller.needs()
-    parts = list(distiller.methods.values()) if isinstance(distiller, Composite) else [distiller]
-    reasons = {
-        "does not fit classification": "classification" not in distiller.tasks,
-        "trains several networks together": distiller.peers,
-        "makes its own data": not distiller.data,
-        "trains in several stages": len(distiller.stages()) > 1,
-        "reads held-out streams": bool(needs.streams),
-        "reads row numbers": needs.index,
-        "passes over the training data first": any(map(needs_pass, parts)),
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            raise DistillError(f"{distiller.name} {reason}, which timm's train.py cannot do: use kd-timm-train.")
+    reason = refusals(distiller).get("timm-task")
+    if reason:
+        raise DistillError(f"{distiller.name} {reason}, which timm's train.py cannot do: use kd-timm-train.")

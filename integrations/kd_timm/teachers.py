@@ -17,10 +17,11 @@ from timm.data import resolve_input_data_config
 from timm.models import load_state_dict, parse_model_name
 from torch import Tensor, nn
 
-from kd_plugins import DistillError
+from kd_plugins import Distiller, DistillError
+from kd_plugins.binding import needs_in
 from kd_timm.build import check_model_name
 
-__all__ = ["InputTransform", "Teacher", "create_teacher"]
+__all__ = ["InputTransform", "Teacher", "check_classes", "create_teacher", "other_classes"]
 
 
 class InputTransform:
@@ -59,12 +60,33 @@ class Teacher:
         module: The network, with its weights.
         transform: Makes its images of the student's.
         order: Its class numbers in the student's order, where they differ.
+        misfit: Why its classes are not the student's, where they are not.
     """
 
     name: str
     module: nn.Module
-    transform: InputTransform
-    order: list[int] | None
+    transform: InputTransform | None
+    order: list[int] | None = None
+    misfit: str = ""
+
+
+def check_classes(distiller: Distiller, teachers: Sequence[Teacher]) -> None:
+    """Refuses a teacher of other classes, where a method that is set up reads its scores in any stage."""
+    stages = [needs_in(distiller, stage) for stage in range(len(distiller.stages()))]
+    for number, teacher in enumerate(teachers):
+        if teacher.misfit and any(needs.of_teacher(number).logits for needs in stages):
+            raise DistillError(teacher.misfit)
+
+
+def other_classes(name: str, theirs: int, ours: int) -> str:
+    """What is wrong with a teacher's number of classes; nothing where it is the student's."""
+    if theirs == ours:
+        return ""
+    has = f"tells {theirs} classes apart" if theirs else "has no classifier"
+    return (
+        f"The teacher {name} {has} and the student tells {ours} classes apart: take a teacher that was trained on the"
+        " student's classes, or a method that reads its features alone."
+    )
 
 
 def create_teacher(
@@ -76,7 +98,7 @@ def create_teacher(
     num_classes: int,
     classes: Sequence[str] | None,
 ) -> Teacher:
-    """Builds a teacher and checks that it fits the student.
+    """Builds a teacher and checks that it fits the student; `check_classes` says whether its classes must, too.
 
     Its normalisation, size and class names are those of `config.json` beside the checkpoint, which kd-timm-train and
     timm write, else those of timm's configuration of the model. A teacher of fixed size gets images of its size, any
@@ -91,7 +113,7 @@ def create_teacher(
         classes: The student's class names, where they are known.
 
     Raises:
-        DistillError: There are no weights, they do not fill the whole model, or its classes are not the student's.
+        DistillError: There are no weights, or they do not fill the whole model.
     """
     check_model_name(name, "--teacher")
     saved: dict[str, Any] = {}
@@ -100,11 +122,6 @@ def create_teacher(
     else:
         module = _published(name, kwargs)
     theirs: Any = module
-    if theirs.num_classes != num_classes:
-        raise DistillError(
-            f"The teacher {name} tells {theirs.num_classes} classes apart and the student {num_classes}: take a teacher"
-            " that was trained on the student's classes."
-        )
     cfg = {**theirs.pretrained_cfg, **saved.get("pretrained_cfg", {})}
     own = resolve_input_data_config(module, {}, pretrained_cfg=cfg)
     if own["input_size"][0] != config["input_size"][0]:
@@ -112,13 +129,13 @@ def create_teacher(
             f"The teacher {name} takes {own['input_size'][0]} image channels and the student {config['input_size'][0]}:"
             " give both the same, --in-chans for the student or --teacher-kwargs in_chans=... for the teacher."
         )
-    names = saved.get("label_names") or cfg.get("label_names")
-    return Teacher(
-        name=name,
-        module=module.requires_grad_(False).eval(),
-        transform=InputTransform(config, own, bool(cfg.get("fixed_input_size"))),
-        order=_order(name, names, classes),
-    )
+    order, misfit = None, other_classes(name, theirs.num_classes, num_classes)
+    try:
+        order = _order(name, saved.get("label_names") or cfg.get("label_names"), classes) if not misfit else None
+    except DistillError as error:
+        misfit = str(error)
+    transform = InputTransform(config, own, bool(cfg.get("fixed_input_size")))
+    return Teacher(name, module.requires_grad_(False).eval(), transform, order, misfit)
 
 
 def _published(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
@@ -127,7 +144,7 @@ def _published(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
     if source is None and (cfg is None or not (cfg.has_weights)):
         raise DistillError(f"The teacher {name} has no published weights: give its own, --teacher-checkpoint PATH.")
     wanted = kwargs.get("num_classes")
-    if wanted is not None and cfg is not None and wanted != cfg.num_classes:
+    if wanted and cfg is not None and wanted != cfg.num_classes:
         raise DistillError(
             f"The published weights of the teacher {name} have {cfg.num_classes} classes, so with num_classes={wanted}"
             " its head would be random: train it first, and give --teacher-checkpoint PATH."

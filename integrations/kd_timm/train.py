@@ -3,49 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import os
-import sys
 import time
 from collections.abc import Sequence
-from datetime import datetime
-from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from timm.layers import convert_sync_batchnorm
-from timm.models import safe_model_name
-from timm.utils import ModelEmaV3, distribute_bn, random_seed, setup_default_logging
-from torch import nn
+from timm.utils import distribute_bn, setup_default_logging
 
-from kd_accelerate import broadcast
+from kd_accelerate.command import run_command
 from kd_plugins import DistillError
 from kd_timm.arguments import parse_args
-from kd_timm.build import (
-    create_criterion,
-    create_optimizer,
-    create_scheduler,
-    create_stage_scheduler,
-    create_student,
-    resolve_learning_rate,
-)
-from kd_timm.checkpoint import Checkpoints, Summary, find_state, load_weights, write_json
-from kd_timm.data import apply_data_defaults, create_data, create_datasets
-from kd_timm.distillation import create_distillation
-from kd_timm.engine import PlainStep, Run, evaluate, train_one_epoch
-from kd_timm.peers import Peers
-from kd_timm.progress import Reporter
+from kd_timm.checkpoint import Summary, load_weights, write_json
+from kd_timm.engine import evaluate, train_one_epoch
+from kd_timm.layers import list_layers
+from kd_timm.parts import Parts
 from kd_timm.recording import Recorder
 from kd_timm.resume import load_state, save_state
-from kd_timm.setup import check_arguments, create_accelerator
 
 __all__ = ["Session", "main", "train"]
-
-_logger = logging.getLogger("kd_timm.train")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,15 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not logging.getLogger().handlers:
         setup_default_logging()
     args = parse_args(argv)
-    try:
-        train(args)
-        # A thread of the communication library that outlives the interpreter can abort the process.
-        PartialState().destroy_process_group()
-    except DistillError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"kd-timm-train: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command("kd-timm-train", lambda: print(list_layers(args)) if args.list_layers else train(args))
 
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
@@ -83,154 +51,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     return Session(args).fit()
 
 
-class Session:
-    """One run from its arguments to its results.
-
-    Args:
-        args: Parsed arguments; what is derived from them (learning rate, number of classes) is filled in.
-    """
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        check_arguments(args)
-        self.accelerator = accelerator = create_accelerator(args)
-        self.primary, self.processes = accelerator.is_main_process, accelerator.num_processes
-        self.state = find_state(args.resume) if args.resume else None
-        # As it comes back from a file: JSON has no tuples.
-        self.given = json.loads(json.dumps(vars(args)))
-        apply_data_defaults(args)
-        random_seed(args.seed, accelerator.process_index)
-        self.student, config = create_student(args)
-        self.student.to(accelerator.device)
-        # The processes draw from streams of their own; the moving average is copied before DDP would make them agree.
-        broadcast(self.student.state_dict().values())
-        if args.channels_last:
-            self.student.to(memory_format=torch.channels_last)
-        if args.sync_bn and self.processes > 1:
-            args.dist_bn = ""
-            self.student = convert_sync_batchnorm(self.student)
-        datasets = create_datasets(args, config["input_size"][0])
-        classes = datasets[2]
-        if classes is not None and args.num_classes < len(classes):
-            raise DistillError(
-                f"The data set has {len(classes)} classes and the model {args.num_classes}: add --num-classes"
-                f" {len(classes)}."
-            )
-        resolve_learning_rate(args, self.processes)
-        # Before any hook is set, so that the copy has none.
-        self.ema_model = self._average()
-        self.distillation = create_distillation(args, self.student, config, classes, accelerator.device)
-        if self.distillation is not None:
-            self.distillation.set_up(datasets[0], fresh=self.state is None and self.primary)
-        self.reporter = Reporter(self.primary)
-        self.seconds, self.updates = 0.0, 0
-        self._begin(create_optimizer(args, self.student), datasets, config)
-        self.metric = args.eval_metric if self.data.evaluation is not None else "loss"
-        self._open_output()
-
-    def _average(self) -> ModelEmaV3 | None:
-        args = self.args
-        if not args.model_ema:
-            return None
-        return ModelEmaV3(self.student, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
-
-    def _begin(self, optimizer: torch.optim.Optimizer, datasets: tuple[Any, Any, Any], config: dict[str, Any]) -> None:
-        """Builds what the training loop works with."""
-        args, accelerator, distillation = self.args, self.accelerator, self.distillation
-        self.data = create_data(
-            args,
-            config,
-            datasets,
-            accelerator.device,
-            distributed=self.processes > 1,
-            distiller=None if distillation is None else distillation.distiller,
-        )
-        self.updates_per_epoch = -(-len(self.data.train) // args.grad_accum_steps)
-        scheduler, self.epochs = create_scheduler(args, optimizer, self.updates_per_epoch)
-        model: Any = self.student
-        if distillation is not None:
-            model = distillation.network.staged
-            distillation.schedule(self.epochs, self.updates_per_epoch)
-            if self.data.staged is not None:
-                self.data.staged.epoch_steps = self.updates_per_epoch
-        if args.torchcompile:
-            model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
-        model, prepared = accelerator.prepare(model, optimizer)
-        self.run = Run(
-            args=args,
-            accelerator=accelerator,
-            student=self.student,
-            model=model,
-            optimizer=prepared,
-            scheduler=scheduler,
-            criterion=create_criterion(args).to(accelerator.device),
-            data=self.data,
-            updates_per_epoch=self.updates_per_epoch,
-            ema=self.ema_model,
-        )
-        self.run.step = PlainStep(self.run)
-        if distillation is not None:
-            distillation.begin(self.run)
-            self._new_schedule()
-
-    @property
-    def stage_start(self) -> int:
-        """First epoch of the learning-rate schedule: of the run, or of the current stage of the distillation."""
-        return 0 if self.distillation is None else self.distillation.stage_epochs(self.updates_per_epoch)[0]
-
-    def _new_schedule(self) -> None:
-        """Gives the current stage a learning-rate curve of its own; a run of one stage keeps the curve of the run."""
-        assert self.distillation is not None
-        if len(self.distillation.table.stages) == 1:
-            return
-        optimizer = self.run.optimizer.optimizer
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"]
-        start, end = self.distillation.stage_epochs(self.updates_per_epoch)
-        self.run.scheduler = create_stage_scheduler(
-            self.args, optimizer, self.updates_per_epoch, epochs=end - start, of=self.epochs
-        )
-
-    def _enter_stage(self) -> None:
-        """Begins the stage of the coming epoch, where the distillation gets to one."""
-        if self.distillation is None or self.distillation.distiller.progress.next_stage() is None:
-            return
-        stage = self.distillation.enter_stage()
-        assert stage is not None
-        self.reporter.line(f"Stage {stage.name!r} begins" + (" with a fresh student" if stage.fresh_student else ""))
-        self._new_schedule()
-        if stage.fresh_student:
-            self.checkpoints.restart()
-            if self.run.ema is not None:
-                self.run.ema.set(self.student)
-
-    @property
-    def evaluated(self) -> nn.Module:
-        """The bare model that is evaluated and exported: the moving average where there is one."""
-        return self.student if self.run.ema is None else self.run.ema.module
-
-    def _open_output(self) -> None:
-        args, folder = self.args, None
-        if self.primary:
-            if args.resume and not args.output and not args.experiment and self.state is not None:
-                folder = self.state.parent
-            else:
-                size = self.data.config["input_size"][-1]
-                stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-                name = args.experiment or f"{stamp}-{safe_model_name(args.model)}-{size}"
-                folder = Path(args.output or "output/train") / name
-            folder.mkdir(parents=True, exist_ok=True)
-        self.folder: Path = broadcast_object_list([folder])[0]
-        self.checkpoints = Checkpoints(self.folder, args.checkpoint_hist, self.metric == "loss")
-        peers = [] if self.distillation is None else self.distillation.peers
-        self.peers = Peers(args.peer, peers, self.folder, self.metric)
-        if self.primary:
-            (self.folder / "args.yaml").write_text(
-                yaml.safe_dump({**self.given, "config": "", "resume": ""}), encoding="utf-8"
-            )
-            self.checkpoints.describe(self.student, self.data.config, self.data.classes)
-            for label, peer in zip(self.peers.labels, peers, strict=True):
-                self.checkpoints.describe(peer, self.data.config, self.data.classes, name=label)
+class Session(Parts):
+    """One run from its arguments to its results."""
 
     def fit(self) -> dict[str, Any]:
         """Trains to the end, or to an interrupt, and evaluates the best student."""
@@ -244,18 +66,21 @@ class Session:
         try:
             for epoch in range(start, self.epochs):
                 self._epoch(epoch)
+            results = self._finish()
         except KeyboardInterrupt:
             self.reporter.end()
             self.recorder.interrupted()
             self.reporter.line(f"Interrupted; continue with --resume {self.folder}")
             return {}
-        results = self._finish()
+        finally:
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
         self.accelerator.wait_for_everyone()
         return results
 
     def _epoch(self, epoch: int) -> None:
         args, run = self.args, self.run
-        self._enter_stage()
+        self.enter_stage()
         done = epoch - self.stage_start
         began = time.monotonic()
         training = train_one_epoch(run, epoch, self.reporter, first_update=done * self.updates_per_epoch)
@@ -279,7 +104,7 @@ class Session:
         if run.scheduler is not None:
             run.scheduler.step(done + 1, metric)
         if self.primary:
-            self.summary.add(epoch, training, evaluation, rate)
+            self.accelerator.log(self.summary.add(epoch, training, evaluation, rate), step=epoch)
             self.recorder.epoch(epoch, training, evaluation, rate)
             self.checkpoints.save(self.evaluated, epoch, metric)
         shown = "  ".join(f"{key} {value:.4g}" for key, value in evaluation.items())

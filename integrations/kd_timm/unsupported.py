@@ -6,73 +6,40 @@ from typing import Any
 
 __all__ = ["UNSUPPORTED"]
 
+_NONE = """
+    train_num_samples val_num_samples model_dtype device_modules start_epoch drop_connect train_img_sizes
+    train_batch_sizes train_size_probs train_batches_per_epoch naflex_patch_sizes naflex_patch_size_probs
+    kd_model_name distill_loss_weight task_loss_weight kd_student_feature_dim kd_teacher_feature_dim
+""".split()
+_OFF = """
+    no_resume_opt fast_norm torchscript synchronize_step jsd_loss resplit split_bn model_ema_force_cpu save_images
+    no_prefetcher use_multi_epochs_loader naflex_loader naflex_patchify_channels_first
+""".split()
+# Newer than the script whose defaults these are; None where the default is not known.
+_NEWER = """
+    task loss loss_class_weight loss_pos_weight loss_weight_power class_stats poly_epsilon poly_gamma target_format
+    multilabel_threshold save_epochs stop_epoch lr_decay_fn lr_stable_timescale pretrained_cfg_overlay
+""".split()
+
 UNSUPPORTED: dict[str, Any] = {
-    "train_num_samples": None,
-    "val_num_samples": None,
-    "no_resume_opt": False,
+    **dict.fromkeys([*_NONE, *_NEWER]),
+    **dict.fromkeys(_OFF, False),
     "fuser": "",
-    "fast_norm": False,
-    "torchscript": False,
-    "model_dtype": None,
-    "synchronize_step": False,
     "local_rank": 0,
-    "device_modules": None,
     "epoch_repeats": 0.0,
-    "start_epoch": None,
     "aug_repeats": 0,
     "aug_splits": 0,
-    "jsd_loss": False,
-    "resplit": False,
-    "drop_connect": None,
-    "split_bn": False,
-    "model_ema_force_cpu": False,
     "recovery_interval": 0,
-    "save_images": False,
-    "no_prefetcher": False,
     "tta": 0,
-    "use_multi_epochs_loader": False,
-    "log_wandb": False,
-    "wandb_project": None,
-    "wandb_tags": [],
-    "wandb_resume_id": "",
-    "train_img_sizes": None,
-    "train_batch_sizes": None,
-    "train_size_probs": None,
     "train_size_schedule": "constant",
     "train_size_schedule_spread": 0.65,
     "train_size_random_mix": 0.1,
-    "train_batches_per_epoch": None,
     "variable_batch_loss_scale": "none",
-    "naflex_loader": False,
     "naflex_train_seq_lens": [128, 256, 576, 784, 1024],
     "naflex_max_seq_len": 576,
-    "naflex_patch_sizes": None,
-    "naflex_patch_size_probs": None,
     "naflex_loss_scale": "linear",
-    "naflex_patchify_channels_first": False,
-    "kd_model_name": None,
     "kd_distill_type": "logit",
     "kd_loss_type": "kl",
-    "distill_loss_weight": None,
-    "task_loss_weight": None,
     "kd_temperature": 4.0,
-    "kd_student_feature_dim": None,
-    "kd_teacher_feature_dim": None,
     "kd_token_distill_type": "soft",
-    # Newer than the script whose defaults are above; None where the default is not known.
-    "task": None,
-    "loss": None,
-    "loss_class_weight": None,
-    "loss_pos_weight": None,
-    "loss_weight_power": None,
-    "class_stats": None,
-    "poly_epsilon": None,
-    "poly_gamma": None,
-    "target_format": None,
-    "multilabel_threshold": None,
-    "save_epochs": None,
-    "stop_epoch": None,
-    "lr_decay_fn": None,
-    "lr_stable_timescale": None,
-    "pretrained_cfg_overlay": None,
 }

@@ -18,6 +18,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from kd_plugins.errors import DistillError, did_you_mean
+from kd_transformers.compat import flags
 from kd_transformers.docstrings import DOCSTRINGS_DEFAULTS
 
 __all__ = ["Arguments", "DataArguments", "DistillationArguments", "ModelArguments", "build_parser", "parse_args"]
@@ -146,7 +147,7 @@ def build_parser() -> HfArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", default=SUPPRESS, help="YAML or JSON file of arguments")
-    for action in parser._actions:
+    for action in flags(parser).values():
         if action.dest in ("distill_args", "teacher_checkpoint"):
             # "--distill-args" with nothing after it is what a script with an empty variable writes.
             action.nargs = "*"
@@ -174,7 +175,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
         # TrainingArguments refuse combinations of their own.
         parser.error(str(error))
     if unknown:
-        known = [option for option in parser._option_string_actions if option.startswith("--")]
+        known = [option for option in flags(parser) if option.startswith("--")]
         parser.error(f"unrecognized argument {unknown[0]}.{did_you_mean(unknown[0].partition('=')[0], known)}")
     arguments = Arguments(*parsed[:4])
     problem = _problem(arguments, given)
@@ -257,9 +258,9 @@ def _with_file(parser: HfArgumentParser, words: list[str]) -> list[str]:
     from_file = []
     for key, value in _read_file(path).items():
         name = str(key).replace("-", "_")
-        action = parser._option_string_actions.get(f"--{name}")
+        action = flags(parser).get(f"--{name}")
         if action is None or name in ("config", "help"):
-            known = [option[2:] for option in parser._option_string_actions if option.startswith("--")]
+            known = [option[2:] for option in flags(parser) if option.startswith("--")]
             raise DistillError(f"{path}: unknown argument {key!r}.{did_you_mean(name, known)}")
         if action.dest not in given:
             from_file += _as_words(name, value, action.nargs)
@@ -299,6 +300,5 @@ def _option(value: Any) -> str:
 
 def _given(parser: HfArgumentParser, words: Sequence[str]) -> set[str]:
     """The destinations of the flags that occur in a command line."""
-    actions = parser._option_string_actions
-    flags = (word.partition("=")[0] for word in words)
-    return {actions[flag].dest for flag in flags if flag in actions}
+    actions, names = flags(parser), (word.partition("=")[0] for word in words)
+    return {actions[name].dest for name in names if name in actions}

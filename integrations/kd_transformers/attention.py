@@ -8,8 +8,6 @@ its other layers stay as they are, nothing reaches config.json, and the user's c
 
 from __future__ import annotations
 
-import copy
-import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kd_plugins.errors import DistillError
 from kd_plugins.reading.attention import AttentionCall, AttentionTap, BaseAttentionTaps, Layer, Trace
 from kd_plugins.reading.view import Attention
+from kd_transformers.compat import attention_name, chosen_attention, chosen_mask, tapped
 
 __all__ = ["Attention", "AttentionTaps", "Layer"]
 
@@ -61,7 +58,8 @@ class AttentionTaps(BaseAttentionTaps):
 
 
 def _owns_config(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "config", None), PretrainedConfig) and not isinstance(module, PreTrainedModel)
+    # By its own attributes: a wrapper may answer for what it wraps (PEFT), and is no attention module.
+    return isinstance(vars(module).get("config"), PretrainedConfig) and not isinstance(module, PreTrainedModel)
 
 
 class _ConfigTap(AttentionTap):
@@ -75,7 +73,14 @@ class _ConfigTap(AttentionTap):
     @property
     def delegate(self) -> Callable[..., Any]:
         """The attention function that the module would have called."""
-        return _chosen_attention(self.module, self.config._attn_implementation)
+        found = chosen_attention(self.module, self.config)
+        if found is None:
+            raise DistillError(
+                f"Expected to know the attention function of {type(self.module).__name__}, got"
+                f" {attention_name(self.config)!r}, which is not in transformers' AttentionInterface: load the model"
+                " with attn_implementation='sdpa'."
+            )
+        return found
 
     def start(self, calls: Collection[int], share: bool) -> None:
         self._swap()
@@ -95,15 +100,13 @@ class _ConfigTap(AttentionTap):
         if "kd_plugins_tap" in vars(self.module.config):
             raise DistillError(f"The attention of {type(self.module).__name__} is being captured already: do not nest.")
         self.config = self.module.config
-        tapped = copy.copy(self.config)
-        vars(tapped).update(_attn_implementation_internal=_NAME, kd_plugins_tap=self)
-        self.module.config = tapped
+        self.module.config = tapped(self.config, _NAME, self)
 
     def call(
         self, query: Tensor, key: Tensor, mask: Any, scaling: float | None, extra: dict[str, Any]
     ) -> AttentionCall:
         """The call, with the flags that the chosen implementation goes by when it gets no full mask."""
-        chosen = self.config._attn_implementation or "eager"
+        chosen = attention_name(self.config) or "eager"
         if mask is not None and not isinstance(mask, Tensor):
             raise DistillError(
                 f"Expected an attention mask that is a tensor, got {type(mask).__name__} from {chosen!r} attention:"
@@ -156,7 +159,7 @@ def _attention(
     if tap.trace is None and tap.share:
         output, attention = call.attend(value, dropout)
         tap.records.append(attention)
-        eager = tap.config._attn_implementation == "eager"
+        eager = attention_name(tap.config) == "eager"
         return output.transpose(1, 2).contiguous(), attention.probs if eager else None
     result = tap.delegate(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     if tap.trace is None:
@@ -169,25 +172,7 @@ def _attention(
 def _mask(*args: Any, config: Any, **kwargs: Any) -> Any:
     """The mask of a module that builds its own: as the user's choice of attention wants it."""
     config = config.kd_plugins_tap.config
-    return ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation](*args, config=config, **kwargs)
-
-
-def _chosen_attention(module: nn.Module, name: str | None) -> Callable[..., Any]:
-    """The attention function that a module would have called: by name, or its own file's eager one."""
-    for cls in type(module).__mro__:
-        space = vars(sys.modules.get(cls.__module__, object))
-        functions = space.get("ALL_ATTENTION_FUNCTIONS")
-        if functions is not None:
-            found = functions.get_interface(name, space.get("eager_attention_forward"))
-            break
-    else:
-        found = ALL_ATTENTION_FUNCTIONS.get(name)
-    if found is None:
-        raise DistillError(
-            f"Expected to know the attention function of {type(module).__name__}, got {name!r}, which is not in"
-            " transformers' AttentionInterface: load the model with attn_implementation='sdpa'."
-        )
-    return found
+    return chosen_mask(config)(*args, config=config, **kwargs)
 
 
 AttentionInterface.register(_NAME, _attention)

@@ -12,65 +12,100 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.models.auto import modeling_auto as auto
 
 from kd_plugins import Distiller, DistillError
+from kd_transformers.compat import is_reentrant
 
 __all__ = [
+    "base",
     "check_checkpointing",
     "check_fit",
     "check_host",
     "check_vocabulary",
     "class_order",
     "inputs_of",
+    "kind_of",
     "same_class_order",
     "task_of",
 ]
 
-_TASKS = {
+_KINDS = {
     "classification": (
         auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
         auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
         auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
+        auto.MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES,
     ),
-    "token": (auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+    "token classification": (auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,),
+    "sequence to sequence": (
+        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+    ),
+    "masked language modelling": (auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,),
     "causal-lm": (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,),
+    "question answering": (auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,),
+    "multiple choice": (auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,),
     "segmentation": (auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,),
     "depth": (auto.MODEL_FOR_DEPTH_ESTIMATION_MAPPING_NAMES,),
+    "ctc": (auto.MODEL_FOR_CTC_MAPPING_NAMES,),
 }
+# What the scores of these are: the choices are classes; the start and the end of an answer are two rows of positions.
+_TASKS = {
+    "token classification": "token",
+    "sequence to sequence": "token",
+    "masked language modelling": "token",
+    "question answering": "token",
+    "multiple choice": "classification",
+}
+_VOCABULARY = ("sequence to sequence", "masked language modelling", "causal-lm")
+TASKS = ("classification", "multilabel", "regression", "token", "causal-lm", "segmentation", "depth")
+
+
+def base(model: nn.Module) -> nn.Module:
+    """The transformers model in one with adapters (PEFT)."""
+    inner: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return inner
+
+
+def kind_of(model: nn.Module) -> str:
+    """What a model is for, by its class: `"classification"`, `"question answering"`, `"causal-lm"`, ...
+
+    A model that is no transformers model counts as a classifier, one of a kind that is not known here as `"other"`.
+    """
+    model = base(model)
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_dict"):
+        return "classification"
+    cls: Any = type(model)
+    kind = _kind(cls)
+    # Among transformers' models from sequence to sequence are decoders of sound, whose labels are one token ahead.
+    return "other" if kind == "sequence to sequence" and not config.is_encoder_decoder else kind
 
 
 def task_of(model: nn.Module, labels: Any = None) -> str:
     """What a model's logits are: `"classification"`, `"multilabel"`, `"regression"`, `"token"`, `"causal-lm"`, ...
 
-    A model that is no transformers model counts as a classifier, one of a kind that is not known here as `"other"`. A
-    classifier without a `problem_type` is multi-label if its labels are floats, which transformers sees by them, too.
+    A classifier without a `problem_type` is multi-label if its labels are floats, which transformers sees by them, too.
     """
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "to_dict"):
-        return "classification"
-    cls: Any = type(model)
-    task = _family(cls)
-    if task != "classification":
-        return task
-    kind = getattr(config, "problem_type", None)
-    if kind is None and config.num_labels == 1:
+    kind = kind_of(model)
+    config: Any = getattr(base(model), "config", None)
+    if kind != "classification" or not hasattr(config, "to_dict"):
+        return _TASKS.get(kind, kind)
+    problem = getattr(config, "problem_type", None)
+    if problem is None and config.num_labels == 1:
         return "regression"
     floats = isinstance(labels, Tensor) and labels.is_floating_point()
-    if kind == "multi_label_classification" or (kind is None and floats):
+    if problem == "multi_label_classification" or (problem is None and floats):
         return "multilabel"
-    return "regression" if kind == "regression" else "classification"
+    return "regression" if problem == "regression" else "classification"
 
 
 @lru_cache
-def _family(cls: Any) -> str:
-    """The task of a class of transformers models, or of one that inherits from it."""
-    for task, mappings in _TASKS.items():
-        if any(_listed(cls, mapping) for mapping in mappings):
-            return task
+def _kind(cls: Any) -> str:
+    """The kind of a class of transformers models, or of one that inherits from it."""
+    for kind, mappings in _KINDS.items():
+        names = {n for m in mappings for name in m.values() for n in ((name,) if isinstance(name, str) else name)}
+        if any(parent.__name__ in names for parent in cls.__mro__):
+            return kind
     return "other"
-
-
-def _listed(cls: Any, mapping: Any) -> bool:
-    names = {n for name in mapping.values() for n in ((name,) if isinstance(name, str) else name)}
-    return any(base.__name__ in names for base in cls.__mro__)
 
 
 @lru_cache
@@ -81,8 +116,8 @@ def _parameters(cls: Any) -> frozenset[str]:
 
 def inputs_of(model: nn.Module) -> frozenset[str]:
     """The names that a transformers model's forward takes; empty for other models, which do not tell."""
-    cls: Any = type(model)
-    return _parameters(cls) if isinstance(model, PreTrainedModel) else frozenset()
+    cls: Any = type(base(model))
+    return _parameters(cls) if issubclass(cls, PreTrainedModel) else frozenset()
 
 
 def check_host(args: TrainingArguments, *, fsdp: bool, deepspeed: bool) -> None:
@@ -102,8 +137,7 @@ def check_host(args: TrainingArguments, *, fsdp: bool, deepspeed: bool) -> None:
 def check_checkpointing(model: nn.Module) -> None:
     """Refuses reentrant activation checkpointing, under which nothing that is read inside a layer has a gradient."""
     for module in model.modules():
-        function = getattr(module, "_gradient_checkpointing_func", None)
-        if getattr(module, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant"):
+        if is_reentrant(module):
             raise DistillError(
                 "Expected activation checkpointing that is not reentrant, got use_reentrant=True, which hides the"
                 " gradients of what a method reads inside the student: set"
@@ -113,24 +147,49 @@ def check_checkpointing(model: nn.Module) -> None:
 
 def check_fit(distiller: Distiller, task: str, model: nn.Module) -> None:
     """Refuses a method that does not fit the task."""
-    if task not in distiller.tasks:
+    if task in distiller.tasks:
+        return
+    fits, name = ", ".join(distiller.tasks), type(base(model)).__name__
+    if task == "other":
         raise DistillError(
-            f"{distiller.name} fits {', '.join(distiller.tasks)}, and {type(model).__name__} is a model for {task}:"
-            " choose a method that fits (kd-plugins list)."
+            f"{distiller.name} fits {fits}, and the class {name} does not tell what its scores are: say it with"
+            f" task=..., one of {', '.join(TASKS)}."
         )
+    if task == "ctc":
+        raise DistillError(
+            f"{distiller.name} fits {fits}, and {name} scores frames of sound, whose labels (CTC) are not aligned with"
+            " them, so that no frame has a label or is known to be padding: distill a classifier or a"
+            " sequence-to-sequence model of speech."
+        )
+    kind = kind_of(model)
+    raise DistillError(
+        f"{distiller.name} fits {fits}, and {name} is a model for {task if _TASKS.get(kind, kind) != task else kind}:"
+        " choose a method that fits (kd-plugins list)."
+    )
 
 
 def check_vocabulary(student: nn.Module, teacher: nn.Module) -> None:
     """Refuses networks that read the same token ids but do not share a vocabulary."""
-    ours, theirs = (getattr(m, "config", None) for m in (student, teacher))
-    for what, name in (("vocab_size", "a vocabulary of {} tokens"), ("pad_token_id", "token {} as padding")):
+    ours, theirs = (getattr(base(m), "config", None) for m in (student, teacher))
+    for what, name in (
+        ("vocab_size", "a vocabulary of {} tokens"),
+        ("pad_token_id", "token {} as padding"),
+        ("decoder_start_token_id", "token {} as the decoder's first"),
+    ):
         a, b = getattr(ours, what, None), getattr(theirs, what, None)
         if isinstance(a, int) and isinstance(b, int) and a != b:
             raise DistillError(
                 f"Expected networks that share a tokenizer, got a student with {name.format(a)} and a"
-                f" {type(teacher).__name__} with {b}: use one with the student's tokenizer, or give a teacher columns"
-                " of its own (teacher_input_ids, teacher_attention_mask)."
+                f" {type(base(teacher)).__name__} with {b}:"
+                f" {_resize(a, b) if what == 'vocab_size' else ''}use one with the student's tokenizer, or give a"
+                " teacher columns of its own (teacher_input_ids, teacher_attention_mask)."
             )
+
+
+def _resize(student: int, teacher: int) -> str:
+    """The remedy where one of two vocabularies is the other with rows of padding after it."""
+    larger, smaller = "teacher" if teacher > student else "student", min(student, teacher)
+    return f"where the rows beyond are padding, {larger}.resize_token_embeddings({smaller}) drops them; else "
 
 
 def class_order(student: nn.Module, teacher: nn.Module) -> Sequence[int] | None:
@@ -139,18 +198,27 @@ def class_order(student: nn.Module, teacher: nn.Module) -> Sequence[int] | None:
     Raises:
         DistillError: Other classes, or another number of classes.
     """
-    ours, theirs = getattr(student, "config", None), getattr(teacher, "config", None)
-    if _scores_tokens(student) and _scores_tokens(teacher):
-        what, n_s, n_t = "tokens to choose from", getattr(ours, "vocab_size", None), getattr(theirs, "vocab_size", None)
-        names_s = names_t = None
-    else:
-        what, n_s, n_t = "classes", getattr(ours, "num_labels", None), getattr(theirs, "num_labels", None)
-        names_s, names_t = _class_names(ours), _class_names(theirs)
+    kind, (ours, theirs) = kind_of(student), (getattr(base(m), "config", None) for m in (student, teacher))
+    name = type(base(teacher)).__name__
+    if kind in ("question answering", "multiple choice"):
+        if kind_of(teacher) != kind:
+            raise DistillError(f"Expected a teacher for {kind}, as the student is, got {name}, for {kind_of(teacher)}.")
+        return None
+    if kind in _VOCABULARY and kind_of(teacher) in _VOCABULARY:
+        n_s, n_t = (getattr(config, "vocab_size", None) for config in (ours, theirs))
+        if n_s is not None and n_t is not None and n_s != n_t:
+            raise DistillError(
+                f"Expected a teacher that scores the same tokens to choose from, got {n_s} in the student and {n_t} in"
+                f" {name}: {_resize(n_s, n_t)}use a teacher that was trained on the student's."
+            )
+        return None
+    n_s, n_t = (getattr(config, "num_labels", None) for config in (ours, theirs))
     if n_s is not None and n_t is not None and n_s != n_t:
         raise DistillError(
-            f"Expected a teacher that scores the same {what}, got {n_s} in the student and {n_t} in"
-            f" {type(teacher).__name__}: use a teacher that was trained on the student's."
+            f"Expected a teacher that scores the same classes, got {n_s} in the student and {n_t} in {name}: use a"
+            " teacher that was trained on the student's, or a method that reads no scores of the teacher (nst)."
         )
+    names_s, names_t = _class_names(ours), _class_names(theirs)
     if names_s is None or names_t is None or names_s == names_t:
         return None
     if sorted(names_s) != sorted(names_t):
@@ -168,12 +236,6 @@ def same_class_order(student: nn.Module, peer: nn.Module) -> None:
             "Expected peers that number their classes as the student does, got the same classes in another order: give"
             " all configurations the same label2id."
         )
-
-
-def _scores_tokens(model: nn.Module) -> bool:
-    """Whether a model's logits are scores of the vocabulary."""
-    lists = (auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    return any(_listed(type(model), names) for names in lists)
 
 
 def _class_names(config: Any) -> list[str] | None:

@@ -1,21 +1,28 @@
-"""Metrics of the training script: `evaluate` modules that ship with this package, or modules of the hub by name."""
+"""Metrics of the training script: scikit-learn's and SciPy's, which need no network, or `evaluate`'s by name."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-import evaluate
 import numpy as np
+from scipy import stats
+from sklearn import metrics
 from transformers import EvalPrediction
 
 from kd_plugins.errors import DistillError, did_you_mean
+from kd_transformers.compat import averages
 
 __all__ = ["agreement", "build_metrics", "decide", "default_metrics", "local_metrics"]
 
-_FOLDER = Path(__file__).parent / "evaluate_modules"
+_LOCAL: dict[str, Callable[[Any, Any, str], Any]] = {
+    "accuracy": lambda truth, guess, average: metrics.accuracy_score(truth, guess),
+    "f1": lambda truth, guess, average: metrics.f1_score(truth, guess, average=average),
+    "matthews_correlation": lambda truth, guess, average: metrics.matthews_corrcoef(truth, guess),
+    "pearsonr": lambda truth, guess, average: stats.pearsonr(truth, guess)[0],
+    "spearmanr": lambda truth, guess, average: stats.spearmanr(truth, guess)[0],
+}
 # As GLUE scores its tasks; the others by accuracy.
 _GLUE = {
     "cola": ["matthews_correlation"],
@@ -27,7 +34,7 @@ _GLUE = {
 
 def local_metrics() -> list[str]:
     """Names of the metrics that need no network."""
-    return sorted(path.name for path in _FOLDER.iterdir() if (path / f"{path.name}.py").is_file())
+    return sorted(_LOCAL)
 
 
 def default_metrics(problem: str, task_name: str | None = None) -> list[str]:
@@ -48,22 +55,18 @@ def build_metrics(names: Sequence[str], problem: str, classes: int) -> Callable[
     multi-label problem; with two classes, class 1 is the positive one.
 
     Args:
-        names: Of shipped modules, of modules on the hub, or paths of modules.
+        names: Of those that need no network, of modules on the hub, or paths of modules.
         problem: transformers' name of the kind of problem.
         classes: Number of classes.
     """
     multi = problem == "multi_label_classification"
-    metrics = [_load(name, "multilabel" if multi else None) for name in dict.fromkeys(names)]
     average = "micro" if multi else "macro" if classes > 2 else "binary"
+    found = [_metric(name, "multilabel" if multi else None, average) for name in dict.fromkeys(names)]
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
-        predictions, references = decide(_logits(prediction.predictions), problem), prediction.label_ids
-        values: dict[str, float] = {}
-        for metric in metrics:
-            options = {"average": average} if "average" in inspect.signature(metric._compute).parameters else {}
-            given = references.astype(np.int64) if multi else np.squeeze(references)
-            values |= metric.compute(predictions=predictions, references=given, **options)
-        return values
+        guess, labels = decide(_logits(prediction.predictions), problem), prediction.label_ids
+        truth = labels.astype(np.int64) if multi else np.squeeze(labels)
+        return {name: value for metric in found for name, value in metric(truth, guess).items()}
 
     return compute
 
@@ -93,14 +96,26 @@ def _logits(predictions: Any) -> np.ndarray:
     return predictions[0] if isinstance(predictions, tuple) else predictions
 
 
-def _load(name: str, config: str | None) -> Any:
-    path = _FOLDER / name
+def _metric(name: str, config: str | None, average: str) -> Callable[[Any, Any], dict[str, float]]:
+    """A metric of the truth and the guesses."""
+    if name in _LOCAL:
+        return partial(_local, name, average)
+    import evaluate
+
     try:
         # Every process computes on all predictions: nothing to gather, no cache files to wait for.
-        return evaluate.load(str(path) if path.is_dir() else name, config, keep_in_memory=True)
+        module = evaluate.load(name, config, keep_in_memory=True)
     except Exception as error:
         # The loader raises errors of many libraries; each means that the metric is not to be had.
         raise DistillError(
             f"The metric {name} cannot be loaded ({type(error).__name__}: {error})."
             f"{did_you_mean(name, local_metrics())} Without a network there are {', '.join(local_metrics())}."
         ) from error
+    options = {"average": average} if averages(module) else {}
+    return lambda truth, guess: dict(module.compute(predictions=guess, references=truth, **options))
+
+
+def _local(name: str, average: str, truth: Any, guess: Any) -> dict[str, float]:
+    if guess.dtype.kind == "f":
+        truth, guess = truth.astype(np.float64), guess.astype(np.float64)
+    return {name: float(_LOCAL[name](truth, guess, average))}

@@ -11,6 +11,7 @@ from transformers import TrainingArguments, get_scheduler
 
 from kd_plugins import DistillError
 from kd_plugins.stages import StageTable
+from kd_transformers.compat import rates_are
 
 __all__ = ["refresh", "staged_scheduler"]
 
@@ -55,4 +56,4 @@ def refresh(scheduler: Any) -> None:
         groups = scheduler.optimizer.param_groups
         for group, rate, curve in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
             group["lr"] = rate * curve(scheduler.last_epoch)
-        scheduler._last_lr = [group["lr"] for group in groups]
+        rates_are(scheduler, [group["lr"] for group in groups])

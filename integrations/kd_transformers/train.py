@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from datasets import disable_progress_bars
 from transformers import (
     AutoConfig,
@@ -33,8 +30,10 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from kd_accelerate.command import run_command
 from kd_plugins.catalog.registry import distiller_classes, options_from_strings
 from kd_plugins.errors import DistillError
+from kd_report import page_hint
 from kd_transformers import DistillationTrainer
 from kd_transformers.arguments import Arguments, parse_args
 from kd_transformers.cache import cache_teacher
@@ -78,15 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status.
     """
     arguments = parse_args(argv)
-    try:
-        train(arguments)
-        # A thread of the communication library that outlives the interpreter can abort the process.
-        PartialState().destroy_process_group()
-    except DistillError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"kd-transformers-train: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command("kd-transformers-train", lambda: train(arguments))
 
 
 def train(arguments: Arguments) -> dict[str, Any]:
@@ -180,6 +171,8 @@ class Session:
             self._train()
         if training.do_eval:
             self._evaluate()
+        if self.recorder.record is not None:
+            self._say(page_hint(self.output))
         if training.push_to_hub:
             self.trainer.push_to_hub()
         # The first process writes the results that all of them read.

@@ -13,18 +13,20 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from kd_accelerate import TurnPlayer
 from kd_accelerate.streams import StagedDataset, Streams
-from kd_plugins import Batch, Distiller, DistillError, Net, Nets, Reads, View, create_distiller
+from kd_plugins import Batch, Distiller, DistillError, Needs, Net, Nets, Reads, View, create_distiller
 from kd_plugins.binding import connect, needs_in, needs_pass, prepare, schedule, set_up
 from kd_plugins.catalog.registry import to_json
 from kd_plugins.reading.network import adapt
-from kd_transformers.cache import TEACHER_LOGITS, check_cache
+from kd_transformers.cache import check_cache
 from kd_transformers.checks import (
+    TASKS,
+    base,
     check_checkpointing,
     check_fit,
     check_host,
@@ -34,33 +36,35 @@ from kd_transformers.checks import (
     same_class_order,
     task_of,
 )
+from kd_transformers.columns import INDEX, TEACHER, TEACHER_LOGITS, Indexed, Rows, with_index, with_padding
+from kd_transformers.compat import ALWAYS_DIVIDES, Hooks
+from kd_transformers.inputs import decoder_inputs, labels_of, with_labels
 from kd_transformers.schedule import refresh, staged_scheduler
 
 __all__ = ["DistillationTrainer"]
 
 logger = logging.get_logger(__name__)
 
-_INDEX = "kd_index"
-_TEACHER = "teacher_"
-_WEIGHTS = "model.safetensors"
 
-
-class DistillationTrainer(Trainer):
+class DistillationTrainer(Hooks):
     """A drop-in for `Trainer` that distils.
 
-    It takes everything that `Trainer` takes, in the same places, and four keyword arguments more. Without them it is
+    It takes everything that `Trainer` takes, in the same places, and five keyword arguments more. Without them it is
     `Trainer`, to the last bit.
 
-    With a distiller, the loss of every micro-batch is its mean, divided by the number of accumulation steps:
-    `Trainer` itself inflates the loss of several models under accumulation. A `compute_loss_func` gets the number of
-    items of its own micro-batch. Evaluation computes the task loss alone, without the teacher, so that it compares
-    across the phases of a schedule. Loss terms are logged as `distill/<term>`, averaged since the last log. What is
-    saved is the bare student; the distiller's own parts are saved beside it (`distiller.safetensors`,
-    `distiller.json`), and so is each peer, in a folder of its own (`peer1`, ...). With `model_init` every run starts
-    with a fresh copy of the distiller.
+    With a distiller, the update is the same however it is split into micro-batches. A task loss that divides by
+    `num_items_in_batch` (language models, a `compute_loss_func`, a class that changes the loss) gets the number of the
+    whole accumulated batch, as from `Trainer`; any other is a mean of every micro-batch, divided by the number of
+    accumulation steps, where `Trainer` itself inflates the loss of models that take the number and ignore it. Which of
+    both a loss is, it is asked once, before the training. Evaluation computes the task loss alone, without the teacher,
+    so that it compares across the phases of a schedule. Loss terms are logged as `distill/<term>`, averaged since the
+    last log. What is saved is the bare student (of a PEFT model the adapters alone); the distiller's own parts are
+    saved beside it (`distiller.safetensors`, `distiller.json`), and so is each peer, in a folder of its own (`peer1`,
+    ...). With `model_init` every run starts with a fresh copy of the distiller.
 
     Columns of the data named `teacher_<input>` go to the teacher alone, in place of the student's; so do inputs that
-    only the teacher's forward takes (a BERT teacher's `token_type_ids` beside a DistilBERT student). A column
+    only the teacher's forward takes (a BERT teacher's `token_type_ids` beside a DistilBERT student). Where the collator
+    is one of transformers' own, they are padded by the `pad_token_id` of the teacher's configuration. A column
     `teacher_logits`, which `cache_teacher` makes, stands for the teacher's forward where only its logits are read.
 
     Args:
@@ -69,6 +73,9 @@ class DistillationTrainer(Trainer):
         peer_models: Networks that are trained together with the student (online methods).
         distiller: A distiller, or the name of one (`"kd"`, `"kd+nst"`, `"module:Class"`).
         distiller_args: Its options, where it is given by name: `{"schedule": "stacked"}`.
+        task: What the model's scores are, where its class does not tell: `"classification"`, `"multilabel"`,
+            `"regression"`, `"token"` (labels per token), `"causal-lm"` (labels one token ahead), `"segmentation"`,
+            `"depth"`.
         **kwargs: As for `Trainer`.
 
     Raises:
@@ -76,9 +83,8 @@ class DistillationTrainer(Trainer):
             not fit, other classes or tokens in teacher and student, no teacher, DataParallel, FSDP or DeepSpeed.
     """
 
-    data_collator: Any
     lr_scheduler: Any
-    _signature_columns: Any
+    model_accepts_loss_kwargs: bool
 
     def __init__(
         self,
@@ -87,6 +93,7 @@ class DistillationTrainer(Trainer):
         peer_models: Sequence[nn.Module] = (),
         distiller: Distiller | str | None = None,
         distiller_args: Mapping[str, Any] | None = None,
+        task: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -94,10 +101,12 @@ class DistillationTrainer(Trainer):
         self.teachers = [teachers] if isinstance(teachers, nn.Module) else list(teachers)
         self.peer_models = list(peer_models or ())
         self.distiller = self._distiller(distiller, distiller_args)
+        self.task = task
         self.player: TurnPlayer | None = None
         self._nets: Nets | None = None
         self._bound_to: nn.Module | None = None
         self._playing = self._played = self._resuming = False
+        self._items: Any = None
         self._epoch_steps: int | None = None
         self._resumed_from: str | None = None
         self._staged: StagedDataset | None = None
@@ -115,12 +124,13 @@ class DistillationTrainer(Trainer):
                 f"This {self.distiller.name} object was set up for another training: create a new one, or give"
                 " its name."
             )
-        # Means, divided by Trainer: what ignores num_items_in_batch would else count once for each micro-batch.
-        self.model_accepts_loss_kwargs = False
+        # Everything is handed to Trainer as a mean of the micro-batch, which it then divides.
         self.loss_is_scaled_for_ga = False
+        self._takes_items = self.model_accepts_loss_kwargs
+        self.model_accepts_loss_kwargs = False
         self._unused = copy.deepcopy(self.distiller)
         self._teacher_networks = [adapt(t) for t in self.teachers]
-        self._nets = self._connect()
+        self._nets = self._connect(self.distiller)
         # model_init makes a new student in every run; its peers begin anew with it.
         self._peers_at_first = [copy.deepcopy(p.state_dict()) for p in self.peer_models] if self.model_init else []
         self.add_callback(_Updates(self))
@@ -138,17 +148,21 @@ class DistillationTrainer(Trainer):
 
     # Networks
 
-    def _connect(self) -> Nets:
+    def _connect(self, distiller: Distiller) -> Nets:
         """Connects the distiller to the networks, and refuses what cannot work before any training time is spent."""
-        assert self.distiller is not None  # noqa: S101
+        if self.task not in (None, *TASKS):
+            raise DistillError(f"Expected a task among {', '.join(TASKS)}, got {self.task!r}.")
         nets = connect(
-            self.distiller,
+            distiller,
             adapt(self.model),
             self._teacher_networks,
             [adapt(p) for p in self.peer_models],
-            orders=[class_order(self.model, t) for t in self.teachers],
+            orders=[
+                class_order(self.model, teacher) if _reads_scores(distiller, i) else None
+                for i, teacher in enumerate(self.teachers)
+            ],
         )
-        check_fit(self.distiller, task_of(self.model), self.model)
+        check_fit(distiller, self.task or task_of(self.model), self.model)
         for peer in self.peer_models:
             same_class_order(self.model, peer)
         columns = getattr(self.train_dataset, "column_names", None)
@@ -159,16 +173,15 @@ class DistillationTrainer(Trainer):
 
     def _check_vocabularies(self, columns: Iterable[Any]) -> None:
         """Networks that read the same token ids must share a vocabulary."""
-        own = any(str(column).startswith(_TEACHER) and column != TEACHER_LOGITS for column in columns)
+        own = any(str(column).startswith(TEACHER) and column != TEACHER_LOGITS for column in columns)
         for network in [*([] if own else self.teachers), *self.peer_models]:
             check_vocabulary(self.model, network)
 
-    def _set_up(self) -> None:
+    def _set_up(self, distiller: Distiller) -> None:
         """Binds the distiller to the model that is about to be trained; model_init makes a new one in every run."""
-        distiller = self.distiller
-        if distiller is None or self._bound_to is self.model:
+        if self._bound_to is self.model:
             return
-        nets = self._nets = self._connect()
+        nets = self._nets = self._connect(distiller)
         for module in [*self.teachers, *self.peer_models]:
             if getattr(module, "hf_device_map", None) is None:
                 module.to(self.args.device)
@@ -176,37 +189,73 @@ class DistillationTrainer(Trainer):
         if batch is None:
             raise DistillError("Expected at least one training example, got an empty train_dataset.")
         check_fit(distiller, batch.task, self.model)
-        self._check_vocabularies(_TEACHER + name for name in batch.teacher_kwargs)
-        self._check_cache(batch)
+        self._check_vocabularies(TEACHER + name for name in batch.teacher_kwargs)
+        self._check_aligned(distiller, batch)
+        self._check_cache(nets, batch)
         set_up(distiller, nets, batch)
-        if any(needs_in(distiller, stage).student.taps for stage in range(len(distiller.stages()))):
+        # Some methods know what they read of a teacher only now.
+        for i, (net, teacher) in enumerate(zip(nets.teachers, self.teachers, strict=True)):
+            net.order = class_order(self.model, teacher) if _reads_scores(distiller, i) else None
+        if any(needs.student.taps for needs in _needs(distiller)):
             check_checkpointing(self.model)
         if needs_pass(distiller) and not self._resuming and self.args.process_index == 0:
             prepare(distiller, nets, self._pass(self.args.dataloader_num_workers))
+        self.model_accepts_loss_kwargs = self._takes_items
+        trained = [net for net in nets.peers if isinstance(net, _Trained)]
+        for net in trained:
+            net.counts = self._counts_items(net, batch)
+        self.model_accepts_loss_kwargs = self._takes_items and any(net.counts for net in trained)
         self._bound_to = self.model
 
-    def _check_cache(self, batch: Batch) -> None:
-        """Asks the teacher once, to see that the column of its logits is its own."""
-        if batch.teacher_logits is None or self._nets is None:
-            return
-        if len(self.teachers) != 1:
+    def _check_aligned(self, distiller: Distiller, batch: Batch) -> None:
+        """Refuses scores per token of a teacher that reads other tokens."""
+        theirs = batch.teacher_kwargs.get(batch.name or "")
+        aligned = theirs is None or (isinstance(batch.inputs, Tensor) and torch.equal(theirs, batch.inputs))
+        if not aligned and batch.task in ("token", "causal-lm") and _reads_scores(distiller):
             raise DistillError(
-                f"The column {TEACHER_LOGITS} belongs to one teacher, got {len(self.teachers)}: remove it."
+                f"{distiller.name} compares scores token by token, and the column {TEACHER}{batch.name} holds other"
+                " tokens than the student's: use a teacher with the student's tokenizer."
             )
-        teacher, uncached = self._nets.teacher, dataclasses.replace(batch, teacher_logits=None)
-        check_cache(*(teacher(asked, reads=Reads()).logits for asked in (batch, uncached)))
+
+    def _check_cache(self, nets: Nets, batch: Batch) -> None:
+        """Asks the teachers once, to see that the column of their logits is their own."""
+        if batch.teacher_logits is None:
+            return
+        cached = batch.teacher_logits.shape[1] if batch.teacher_logits.dim() == 3 else 1
+        if cached != len(self.teachers):
+            raise DistillError(
+                f"The column {TEACHER_LOGITS} holds the logits of {cached} teachers, got {len(self.teachers)}: make it"
+                " anew, cache_teacher(dataset, teachers), or remove it."
+            )
+        uncached = dataclasses.replace(batch, teacher_logits=None)
+        for teacher in nets.teachers:
+            check_cache(*(teacher(asked, reads=Reads()).logits for asked in (batch, uncached)))
+
+    def _counts_items(self, net: _Trained, batch: Batch) -> bool:
+        """Whether a network's task loss divides by the number of items it is given; BERT's classifiers ignore it."""
+        if not (self._takes_items or self.compute_loss_func is not None):
+            return False
+        if self.args.gradient_accumulation_steps * self.args.world_size == 1:
+            return True  # The number is that of the batch, and both are the same.
+        for asked in itertools.chain([batch], self._pass()):
+            one, two = (net.task_loss(asked, items) for items in (1, 2))
+            if one is None or two is None:
+                return False
+            if bool(one.isfinite() & two.isfinite() & (one != 0)):  # Else no label counts in this batch.
+                return not torch.allclose(one, two, rtol=1e-3)
+        return self._takes_items
+
+    # Data
 
     def _pass(self, workers: int = 0) -> Iterator[Batch]:
         """Batches of the training set in its order, outside of the training's random state.
 
         Of a data set without a length, which may be endless, no more than the training reads.
         """
-        dataset, collate = self.train_dataset, self.data_collator
-        if hasattr(dataset, "column_names"):
-            dataset = self._remove_unused_columns(dataset, description="Training")
-        else:
-            collate = self._get_collator_with_removed_columns(collate, description="Training")
-        loader = DataLoader(dataset, self._train_batch_size, collate_fn=collate, num_workers=workers)
+        dataset, collate = self.used_columns(
+            self.train_dataset, with_padding(self.data_collator, self.teachers), "Training"
+        )
+        loader = DataLoader(dataset, self.train_batch, collate_fn=collate, num_workers=workers)
         reads = self.args.max_steps * self.args.gradient_accumulation_steps * self.args.world_size
         iterator = None
         for _ in itertools.count() if has_length(dataset) else range(max(reads, 1)):
@@ -215,18 +264,28 @@ class DistillationTrainer(Trainer):
                 inputs = next(iterator, None)
             if inputs is None:
                 return
-            yield self._batch(self._prepare_inputs(inputs))
+            yield self._batch(self.on_device(inputs))
 
     def _batch(self, inputs: Mapping[str, Any]) -> Batch:
-        own = self._own_inputs(inputs)
-        only = self._teacher_only()
+        own, only = self._own_inputs(inputs), self._teacher_only()
         theirs = {name: value for name, value in inputs.items() if name in only}
-        theirs |= {k.removeprefix(_TEACHER): v for k, v in inputs.items() if k.startswith(_TEACHER)}
-        cached = theirs.pop(TEACHER_LOGITS.removeprefix(_TEACHER), None)
-        name = getattr(self.model, "main_input_name", None)
-        fields = {"index": inputs.get(_INDEX), **self._normalisation()}
-        task = task_of(self.model, own.get("labels"))
-        return Batch.of(own, name=name, task=task, teacher_kwargs=theirs, teacher_logits=cached, **fields)
+        theirs |= {k.removeprefix(TEACHER): v for k, v in inputs.items() if k.startswith(TEACHER)}
+        cached = theirs.pop(TEACHER_LOGITS.removeprefix(TEACHER), None)
+        student = base(self.model)
+        labels, mask = labels_of(student, own)
+        return Batch.of(
+            own | decoder_inputs(student, own, labels),
+            labels,
+            name=getattr(student, "main_input_name", None),
+            task=self.task or task_of(student, labels),
+            ignore_index=getattr(getattr(student, "config", None), "semantic_loss_ignore_index", -100),
+            mask=mask,
+            teacher_kwargs=theirs,
+            teacher_logits=cached,
+            index=inputs.get(INDEX),
+            rows=len(self.train_dataset) if has_length(self.train_dataset) else 0,
+            **self._normalisation(),
+        )
 
     def _normalisation(self) -> dict[str, Any]:
         """The mean and std of the images, where an image processor tells."""
@@ -238,51 +297,50 @@ class DistillationTrainer(Trainer):
     def _own_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What the student reads of a batch."""
         only = self._teacher_only()
-        return {k: v for k, v in inputs.items() if k not in only and k != _INDEX and not k.startswith(_TEACHER)}
+        return {k: v for k, v in inputs.items() if k not in only and k != INDEX and not k.startswith(TEACHER)}
 
     def _teacher_only(self) -> set[str]:
         """Inputs that a teacher takes and the student does not."""
         ours, theirs = inputs_of(self.model), set().union(*map(inputs_of, self.teachers))
         return theirs - ours if ours else set()
 
-    def _with_streams(self, batch: Batch) -> Batch:
+    def _with_streams(self, distiller: Distiller, batch: Batch) -> Batch:
         """The batch with one of each other stream that the method reads in this step, whose stage may be new."""
-        assert self.distiller is not None  # noqa: S101
-        assert self.distiller.progress.table is not None  # noqa: S101
-        shares = needs_in(self.distiller, self.distiller.progress.table.index(self.distiller.progress.step)).streams
+        table = distiller.progress.table
+        shares = needs_in(distiller, table.index(distiller.progress.step) if table is not None else 0).streams
         if not shares:
             return batch
         if self._streams is None:
-            rows = _Rows(self._staged.dataset if self._staged else self.train_dataset)
-            collate = self._get_collator_with_removed_columns(_IndexCollator(self.data_collator))
-            self._streams = Streams(rows, shares, self._train_batch_size, collate, self.args.seed)
+            rows = Rows(self._staged.dataset if self._staged else self.train_dataset)
+            # Rows of every kind have their unused columns removed by the collator.
+            _, collate = self.used_columns(None, Indexed(with_padding(self.data_collator, self.teachers)), "Training")
+            self._streams = Streams(rows, shares, self.train_batch, collate, self.args.seed)
             if self._resumed_from is not None and (Path(self._resumed_from) / "streams.json").is_file():
                 self._streams.load(self._resumed_from)
-        drawn = {name: self._batch(self._prepare_inputs(self._streams.draw(name))) for name in shares}
+        drawn = {name: self._batch(self.on_device(self._streams.draw(name))) for name in shares}
         return dataclasses.replace(batch, streams=drawn)
 
-    def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
-        if not is_training or self.distiller is None or isinstance(dataset, IterableDataset):
-            return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
-        needs = [needs_in(self.distiller, stage) for stage in range(len(self.distiller.stages()))]
-        if not any(n.index or n.streams for n in needs):
-            return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
-        if hasattr(dataset, "column_names"):
-            dataset = self._remove_unused_columns(dataset, description="training")
-        steps, seed = self._epoch_steps or 1, self.args.seed
-        dataset = self._staged = StagedDataset(dataset, self.distiller, steps, seed, _with_index)
-        collator, self.data_collator = self.data_collator, _IndexCollator(self.data_collator)
+    def loader(self, dataset: Any, build: Any, *, training: bool) -> DataLoader:
+        if self.distiller is None:
+            return super().loader(dataset, build, training=training)
+        collator, collate = self.data_collator, with_padding(self.data_collator, self.teachers)
+        needs = _needs(self.distiller) if training and not isinstance(dataset, IterableDataset) else []
+        if any(n.index or n.streams for n in needs):
+            dataset, _ = self.used_columns(dataset, collate, "training")
+            steps, seed = self._epoch_steps or 1, self.args.seed
+            dataset = self._staged = StagedDataset(dataset, self.distiller, steps, seed, with_index)
+            collate = Indexed(collate)
+        self.data_collator = collate
         try:
-            return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+            return super().loader(dataset, build, training=training)
         finally:
             self.data_collator = collator
 
-    def _set_signature_columns_if_needed(self) -> None:
-        known = self._signature_columns is not None
-        super()._set_signature_columns_if_needed()
-        if self.distiller is not None and not known:
-            columns = dict.fromkeys([*self._signature_columns, *sorted(self._teacher_only())])
-            self._signature_columns = [*columns, *(_TEACHER + name for name in columns), TEACHER_LOGITS, _INDEX]
+    def further_columns(self, columns: list[str]) -> list[str]:
+        if self.distiller is None:
+            return []
+        only = sorted(self._teacher_only() - set(columns))
+        return [*only, *(TEACHER + name for name in (*columns, *only)), TEACHER_LOGITS, INDEX]
 
     # Training
 
@@ -303,33 +361,30 @@ class DistillationTrainer(Trainer):
         return values
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        self._set_up()
+        if self.distiller is not None:
+            self._set_up(self.distiller)
         return super().create_optimizer(model) if model is not None else super().create_optimizer()
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         distiller = self.distiller
         if distiller is None or self._nets is None:
             return super().create_scheduler(num_training_steps, optimizer)
-        table = schedule(distiller, num_training_steps, epoch=self._epoch_steps)
+        table, optimizer = schedule(distiller, num_training_steps, epoch=self._epoch_steps), optimizer or self.optimizer
         if len(table.stages) > 1 and self.lr_scheduler is None:
-            self.lr_scheduler = staged_scheduler(self.args, optimizer or self.optimizer, table)
-            self._created_lr_scheduler = True
+            self.own_scheduler(staged_scheduler(self.args, optimizer, table))
         else:
             super().create_scheduler(num_training_steps, optimizer)
         norm = self.args.max_grad_norm if self.args.max_grad_norm and self.args.max_grad_norm > 0 else None
-        self.player = TurnPlayer(
-            self.accelerator, distiller, self._nets, optimizer or self.optimizer, max_grad_norm=norm
-        )
+        self.player = TurnPlayer(self.accelerator, distiller, self._nets, optimizer, max_grad_norm=norm)
         return self.lr_scheduler
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        if self.distiller is None:
+        if self.player is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        assert self.player is not None  # noqa: S101
         self.model_wrapped = self.player.model = model
-        self._playing, self._played = True, False
+        self._playing, self._played, self._items = True, False, num_items_in_batch
         try:
-            loss = super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs)
         finally:
             self._playing = False
         if not self._played:
@@ -344,27 +399,27 @@ class DistillationTrainer(Trainer):
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The distillation's loss in training, and `Trainer`'s own in evaluation."""
-        if not self._playing or self.player is None:
+        if not self._playing or self.player is None or self._nets is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._played = True
         self.player.accumulation = self.current_gradient_accumulation_steps
-        peers = self._nets.peers[1:] if self._nets is not None else ()
-        for peer in peers:
+        for peer in self._nets.peers[1:]:
             peer.module.train()
-        loss = self.player.forward(self._with_streams(self._batch(inputs)))
-        if self.compute_loss_func is not None and not hasattr(Trainer, "loss_is_scaled_for_ga"):
-            # Before 5.19 Trainer takes every compute_loss_func for one that counts the accumulated items itself.
+        loss = self.player.forward(self._with_streams(self.player.distiller, self._batch(inputs)))
+        if self.compute_loss_func is not None and not ALWAYS_DIVIDES:
             loss = loss / self.current_gradient_accumulation_steps
         return (loss, None) if return_outputs else loss
+
+    def host_loss(self, model: nn.Module, inputs: dict[str, Any], items: Any) -> tuple[Tensor, Any]:
+        """The task loss of what follows in the bases, Trainer or a class that changes it, and the model's output."""
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=items)
+        return loss, outputs
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         return super().prediction_step(model, self._own_inputs(inputs) if self.distiller else inputs, *args, **kwargs)
 
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        own = self.player.clip_parameters if self.player is not None else []
-        if not own:
-            return super()._clip_grad_norm(model)
-        return self.accelerator.clip_grad_norm_([*model.parameters(), *own], self.args.max_grad_norm)
+    def clipped_beside(self) -> list[nn.Parameter]:
+        return self.player.clip_parameters if self.player is not None else []
 
     # Logs and checkpoints
 
@@ -373,87 +428,89 @@ class DistillationTrainer(Trainer):
             logs = {**logs, **self.player.logs()}
         super().log(logs, start_time)
 
-    def _end_epoch(self, epoch: float) -> None:
+    def end_epoch(self, epoch: float) -> None:
         """Asks the method whether its stage is done; the next one then begins with its own learning rate."""
         if self.player is not None and self.player.end_epoch(epoch):
             refresh(self.lr_scheduler)
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
+    def optimizer_saved(self, folder: str) -> None:
         if self.player is not None:
-            self.player.save(output_dir)
+            self.player.save(folder)
             if self._streams is not None and self.args.should_save:
-                self._streams.save(output_dir)
+                self._streams.save(folder)
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self.player is None or checkpoint is None:
+    def optimizer_loaded(self, folder: str) -> None:
+        if self.player is None:
             return
-        distiller = self.player.distiller
-        total = distiller.progress.total or 0
-        if self.player.load(checkpoint):
+        progress = self.player.distiller.progress
+        total, changed = progress.total or 0, self.player.load(folder)
+        if changed and progress.table is not None:
             logger.warning(
                 "The length of the training differs from the run that is resumed; its stages are kept as the checkpoint"
                 " has them, the last one until the new end."
             )
-            assert distiller.progress.table is not None  # noqa: S101
-            distiller.progress.table.total = max(total, distiller.progress.table.starts[-1] + 1)
-            distiller.at(distiller.progress.step)
-        self._streams, self._resumed_from = None, checkpoint
+            progress.table.total = max(total, progress.table.starts[-1] + 1)
+            progress.at(progress.step)
+        self._streams, self._resumed_from = None, folder
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         if self.distiller is not None and self.distiller.ready and self.args.should_save and not _internal_call:
             folder = Path(output_dir or self.args.output_dir)
             to_json(self.distiller, folder / "distiller.json")
-            state = {k: v.detach().clone().contiguous() for k, v in self.distiller.state_dict().items()}
-            save_file(state, folder / "distiller.safetensors")
+            _save(self.distiller, folder / "distiller.safetensors")
             self.distiller.export(folder)
-            self._export_peers(folder)
-
-    def _export_peers(self, folder: Path) -> None:
-        """Writes each peer as `from_pretrained` loads it, into a folder of its own: `peer1`, `peer2`, ..."""
-        for i, peer in enumerate(self.peer_models, 1):
-            own = folder / f"peer{i}"
-            if isinstance(peer, PreTrainedModel):
-                peer.save_pretrained(own)
-                continue
-            own.mkdir(exist_ok=True)
-            save_file({k: v.detach().clone().contiguous() for k, v in peer.state_dict().items()}, own / _WEIGHTS)
+            for i, peer in enumerate(self.peer_models, 1):
+                _export(peer, folder / f"peer{i}")
 
 
 class _Trained(Net):
-    """The student, or a peer, under Trainer: its view holds the task loss that Trainer computes in its forward."""
+    """The student, or a peer, under Trainer: its view holds the task loss that Trainer computes in its forward.
+
+    Attributes:
+        counts: Whether that loss divides by the number of items it is given.
+    """
 
     def __init__(self, trainer: DistillationTrainer, net: Net, *, student: bool) -> None:
         super().__init__(net.network, lambda: net.reads, forward=self._call)
         self.trainer = trainer
         self.student = student
-        self._labels: Any = None
+        self.counts = False
+        self._batch = Batch()
+        self._asks_loss = False
         self._loss: Tensor | None = None
 
     def __call__(self, batch: Batch, **options: Any) -> View:
-        reads = options.get("reads") or self.reads
-        self._labels, self._loss = batch.labels if reads.logits else None, None
+        self._batch, self._loss = batch, None
+        self._asks_loss = (options.get("reads") or self.reads).logits
         view = super().__call__(batch, **options)
         view.loss = self._loss
         return view
 
+    def task_loss(self, batch: Batch, items: int) -> Tensor | None:
+        """The task loss of a batch that has so many items, in evaluation mode; None without labels."""
+        _, inputs = self.network.arguments(batch)
+        if batch.labels is None and not any(name in inputs for name in self.trainer.label_names):
+            return None
+        self.module.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            return self.trainer.host_loss(self.module, with_labels(self.module, inputs, batch.labels), items)[0]
+
     def _call(self, **inputs: Any) -> Any:
-        trainer = self.trainer
+        trainer, labels = self.trainer, self._batch.labels if self._asks_loss else None
         if not trainer._playing:
             return (trainer.model if self.student else self.module)(**inputs)
         model = trainer.model_wrapped if self.student else self.module
-        if self._labels is not None:
-            inputs["labels"] = self._labels
-        elif not any(name in inputs for name in trainer.label_names):
+        if labels is None and not any(name in inputs for name in trainer.label_names):
             return model(**inputs)
-        items = None
-        if trainer.compute_loss_func is not None:
-            items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
-        # What follows in the bases: the task loss of Trainer, or of a class that changes it.
-        task: Any = super(DistillationTrainer, trainer).compute_loss  # type: ignore[misc]
-        self._loss, outputs = task(model, inputs, return_outputs=True, num_items_in_batch=items)
+        inputs = with_labels(self.module, inputs, labels)
+        # Another stream's batch is no part of the accumulated one, whose items were counted.
+        whole = not trainer._streams or bool(self._batch.streams)
+        items = (trainer._items if whole else trainer.count_items(inputs)) if self.counts else None
+        self._loss, outputs = trainer.host_loss(model, inputs, items)
+        if items is not None and whole:
+            # Everything is divided by the accumulation steps afterwards, which this loss is already.
+            self._loss = self._loss * trainer.current_gradient_accumulation_steps
         return outputs
 
 
@@ -470,7 +527,7 @@ class _Updates(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Here, and not in on_epoch_end, which follows the checkpoint of an epoch's last step.
         if state.global_step % self.trainer._epoch_steps == 0:
-            self.trainer._end_epoch(state.epoch)
+            self.trainer.end_epoch(state.epoch)
         if control.should_evaluate or control.should_save:
             self.average_buffers()
 
@@ -482,30 +539,24 @@ class _Updates(TrainerCallback):
             self.trainer.player.average_buffers()
 
 
-class _IndexCollator:
-    """A collator that carries row numbers past the user's own."""
-
-    def __init__(self, collate: Any) -> None:
-        self.collate = collate
-
-    def __call__(self, items: list[Any]) -> Any:
-        index = torch.tensor([item[_INDEX] for item in items])
-        batch = self.collate([{k: v for k, v in item.items() if k != _INDEX} for item in items])
-        return {**batch, _INDEX: index}
+def _needs(distiller: Distiller) -> list[Needs]:
+    """What a method needs in each of its stages."""
+    return [needs_in(distiller, stage) for stage in range(len(distiller.stages()))]
 
 
-def _with_index(item: Any, row: int) -> Any:
-    return {**item, _INDEX: row}
+def _reads_scores(distiller: Distiller, teacher: int = 0) -> bool:
+    """Whether a method reads the scores of a teacher in any of its stages."""
+    return any(needs.of_teacher(teacher).logits for needs in _needs(distiller))
 
 
-class _Rows:
-    """Items with their row numbers."""
+def _export(peer: nn.Module, folder: Path) -> None:
+    """Writes a peer as `from_pretrained` loads it."""
+    if hasattr(peer, "save_pretrained"):
+        peer.save_pretrained(folder)
+        return
+    folder.mkdir(exist_ok=True)
+    _save(peer, folder / "model.safetensors")
 
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, row: int) -> Any:
-        return _with_index(self.dataset[row], row)
+def _save(module: nn.Module, path: Path) -> None:
+    save_file({k: v.detach().clone().contiguous() for k, v in module.state_dict().items()}, path)

@@ -6,11 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kd_plugins.catalog.about import Description, describe, filled, markdown
 from kd_plugins.catalog.options import options_table
-from kd_plugins.catalog.registry import Description, describe, distribution_of, list_distillers
+from kd_plugins.catalog.registry import distribution_of, kd_version, list_distillers
 from kd_plugins.errors import DistillError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ __all__ = ["main"]
 # Commands with a command line of their own, imported only when asked for.
 _MODULES = {
     "demo": ("kd_plugins.demo", "distil small networks and show what comes of it"),
-    "report": ("kd_report", "tables and curves of finished runs"),
+    "report": ("kd_report", "a page of a run, or a comparison of several"),
 }
 
 
@@ -33,8 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return import_module(_MODULES[arguments[0]][0]).main(arguments[1:]) or 0
         options = _parser().parse_args(arguments)
         if options.command == "info":
-            return _info(options.names)
-        return _list()
+            _info(options.names)
+        else:
+            _list(getattr(options, "markdown", None))
+        return 0
     except DistillError as error:
         print(f"kd-plugins: {error}", file=sys.stderr)
         return 2
@@ -44,9 +47,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kd-plugins", description="Knowledge distillation that plugs into HuggingFace Trainer and timm."
     )
-    parser.add_argument("--version", action="version", version=f"kd-plugins {_version()}")
+    parser.add_argument("--version", action="version", version=f"kd-plugins {kd_version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    commands.add_parser("list", help="all installed distillers (the default)")
+    listing = commands.add_parser("list", help="all installed distillers (the default)")
+    listing.add_argument(
+        "--markdown", nargs="*", type=Path, metavar="FILE", help="as a table in Markdown; in the FILEs, between markers"
+    )
     info = commands.add_parser("info", help="a distiller's paper, options, parameter groups and BibTeX")
     info.add_argument("names", nargs="+", metavar="NAME", help='such as nst; "kd+nst" shows both')
     for name, (_, text) in _MODULES.items():
@@ -54,39 +60,37 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _version() -> str:
-    try:
-        return version("kd-plugins")
-    except PackageNotFoundError:
-        return "(not installed: run `pip install -e .`)"
-
-
-def _list() -> int:
+def _list(files: Sequence[Path] | None) -> None:
     from rich import box
     from rich.table import Table
 
     names = list_distillers()
     if not names:
         raise DistillError("expected installed distillers, got none — run `pip install -e .` in a source checkout")
+    if files is not None:
+        for file in files:
+            file.write_text(filled(file), encoding="utf-8")
+        if not files:
+            print(markdown(names), end="")
+        return
     console = _console()
     table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, pad_edge=False)
-    for column in ("name", "year", "kind", "hosts", "distribution", "paper"):
+    for column in ("name", "year", "kind", "tasks", "hosts", "distribution", "paper"):
         table.add_column(column, overflow="fold")
     for name in names:
         table.add_row(*_row(name))
     _print(console, table)
-    return 0
 
 
 def _row(name: str) -> tuple[str, ...]:
     try:
         about = describe(name)
     except DistillError as error:
-        return name, "", "", "", _distribution(name), f"broken: {str(error).splitlines()[0]}"
+        return name, "", "", "", "", _distribution(name), f"broken: {str(error).splitlines()[0]}"
     paper = about.paper
-    year = str(paper.year) if paper else ""
     cited = f"{paper}: {paper.title}" if paper else about.summary
-    return name, year, about.kind, ", ".join(about.hosts), _distribution(name), cited
+    year, tasks, hosts = str(paper.year) if paper else "", ", ".join(about.tasks), ", ".join(about.hosts)
+    return name, year, about.kind, tasks, hosts, _distribution(name), cited
 
 
 def _distribution(name: str) -> str:
@@ -96,38 +100,35 @@ def _distribution(name: str) -> str:
         return "several"
 
 
-def _info(names: Sequence[str]) -> int:
-    console = _console()
+def _info(names: Sequence[str]) -> None:
     parts = [part.strip() for name in names for part in name.split("+")]
-    for i, about in enumerate([describe(part) for part in parts]):
-        text = _about(about, prefix=f"{about.name}." if any("+" in name for name in names) else "")
-        _print(console, ("\n\n" if i else "") + text)
-    return 0
+    composed = any("+" in name for name in names)
+    texts = [_about(about, f"{about.name}." if composed else "") for about in map(describe, parts)]
+    _print(_console(), "\n\n\n".join(texts))
 
 
 def _about(about: Description, prefix: str) -> str:
     paper = about.paper
-    lines = [f"{about.name}: {about.summary}" if about.summary else about.name, ""]
     facts = {
         "paper": f"{paper.title} ({paper})" if paper else "",
         "url": paper.url if paper else "",
         "kind": about.kind,
+        "teachers": about.teachers,
         "tasks": ", ".join(about.tasks),
+        "networks": about.networks,
         "hosts": ", ".join(about.hosts),
+        **{f"not {host}": reason for host, reason in about.refusals.items()},
         "class": f"{about.cls.__module__}:{about.cls.__qualname__}",
         "distribution": str(about.source or ""),
     }
-    lines += [f"{key + ':':<14}{value}" for key, value in facts.items() if value]
+    lines = [f"{about.name}: {about.summary}".rstrip(": "), ""]
+    lines += [f"{key + ':':<15}{value}" for key, value in facts.items() if value]
     lines += ["", "Options (--distill-args name=value ...):", options_table(about.options, prefix)]
     if about.groups:
-        lines += [
-            "",
-            f"Groups with an optimizer of their own (--distill-args {prefix}{next(iter(about.groups))}.lr=...):",
-        ]
+        setting = f"{prefix}{next(iter(about.groups))}.lr=..."
+        lines += ["", f"Groups with an optimizer of their own (--distill-args {setting}):"]
         lines += [f"  {name}: {spec}" for name, spec in about.groups.items()]
-    if paper:
-        lines += ["", paper.bibtex]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(["", paper.bibtex] if paper else [])])
 
 
 def _console() -> Console:

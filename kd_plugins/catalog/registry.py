@@ -6,36 +6,32 @@ for, so a broken one harms nobody else.
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from importlib import import_module
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from kd_plugins.catalog.options import OptimSpec, Option, Resolved, options_of, resolve, split
-from kd_plugins.catalog.paper import Paper
+from kd_plugins.catalog.options import Resolved, resolve, split
 from kd_plugins.compose import Composite
 from kd_plugins.distiller import Distiller
 from kd_plugins.errors import DistillError, did_you_mean
 
 __all__ = [
     "GROUP",
-    "Description",
     "Source",
     "config_of",
     "create_distiller",
-    "describe",
     "distiller_classes",
     "distribution_of",
     "from_json",
     "get_distiller",
+    "kd_version",
     "list_distillers",
     "name_of",
     "options_from_strings",
@@ -55,22 +51,6 @@ class Source(NamedTuple):
         return f"{self.name} {self.version}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Description:
-    """What is known of a distiller without training it: the data of `kd-plugins info`."""
-
-    name: str
-    cls: type[Distiller]
-    source: Source | None
-    summary: str
-    paper: Paper | None
-    kind: str
-    tasks: tuple[str, ...]
-    hosts: tuple[str, ...]
-    options: dict[str, Option]
-    groups: dict[str, OptimSpec]
-
-
 def list_distillers() -> list[str]:
     """The names of all installed distillers, sorted. Imports none of them."""
     return sorted(_entries())
@@ -87,15 +67,12 @@ def get_distiller(name: str) -> type[Distiller]:
     if ":" in name:
         return _import(EntryPoint(name=name, value=name, group=GROUP))
     entries = _entries()
-    if not entries:
-        raise DistillError(
-            f"expected the distiller {name!r}, got no distillers installed at all — run `pip install -e .` in a source "
-            "checkout, or install kd-plugins"
-        )
     if name not in entries:
+        known = f"Installed: {', '.join(sorted(entries))} — or give module:Class"
+        nothing = "No distiller is installed — run `pip install -e .` in a source checkout, or install kd-plugins"
         raise DistillError(
-            f"expected an installed distiller, got {name!r}.{did_you_mean(name, entries)} "
-            f"Installed: {', '.join(sorted(entries))} — or give module:Class"
+            f"expected an installed distiller, got {name!r}.{did_you_mean(name, entries)}"
+            f" {known if entries else nothing}"
         )
     return _import(_only(entries[name]))
 
@@ -162,10 +139,9 @@ def options_from_strings(name: str, strings: Iterable[str]) -> dict[str, Any]:
 
 
 def _flat(parts: Mapping[str, Resolved]) -> dict[str, Any]:
-    single = len(parts) == 1
     flat: dict[str, Any] = {}
     for name, part in parts.items():
-        prefix = "" if single else f"{name}."
+        prefix = "" if len(parts) == 1 else f"{name}."
         flat |= {f"{prefix}{key}": value for key, value in part.options.items()}
         for group, settings in part.optim.items():
             flat |= {f"{prefix}{group}.{key}": value for key, value in settings.items()}
@@ -177,21 +153,29 @@ def config_of(distiller: Distiller) -> dict[str, Any]:
 
     `from_json` makes the same distiller again, with fresh weights; its `state_dict()` belongs beside it.
     """
-    parts = distiller.methods if isinstance(distiller, Composite) else {name_of(type(distiller)): distiller}
-    names = [name_of(type(part)) for part in parts.values()]
-    resolved = {key: Resolved(type(part), part.config, part.optim_overrides) for key, part in parts.items()}
-    owners = {owner.name: owner.version for name in names if (owner := distribution_of(name))}
+    parts = {name_of(type(part)): part for part in distiller.methods.values()}
+    prefixes = parts if len(parts) == 1 else distiller.methods
+    resolved = {key: Resolved(type(part), part.config, part.optim_overrides) for key, part in prefixes.items()}
+    sources = {source.name: source.version for name in parts if (source := distribution_of(name))}
     config = {
-        "distiller": "+".join(names),
+        "distiller": "+".join(parts),
         "options": _flat(resolved),
-        "versions": {"kd-plugins": _version("kd-plugins"), "torch": str(torch.__version__), **owners},
+        "versions": {"kd-plugins": kd_version(), "torch": str(torch.__version__), **sources},
     }
     try:
         return json.loads(json.dumps(config))
     except (TypeError, ValueError) as error:
         raise DistillError(
-            f"expected options of {'+'.join(names)} that JSON can hold, got {config['options']}"
+            f"expected options of {config['distiller']} that JSON can hold, got {config['options']}"
         ) from error
+
+
+def kd_version() -> str:
+    """The version of kd-plugins that is installed."""
+    try:
+        return version("kd-plugins")
+    except PackageNotFoundError:
+        return "unknown (not installed)"
 
 
 def to_json(distiller: Distiller, path: str | Path | None = None) -> str:
@@ -220,38 +204,6 @@ def from_json(source: str | Path | Mapping[str, Any]) -> Distiller:
         raise DistillError(f"{error}\n(The config was written by {made}.)") from error
 
 
-def _version(distribution: str) -> str:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:  # a source tree on PYTHONPATH
-        return "unknown"
-
-
-def describe(name: str) -> Description:
-    """What a distiller is: its paper, options, hosts and, where they are known before setup, its parameter groups."""
-    cls = get_distiller(name)
-    summary = inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[0]
-    return Description(
-        name=name,
-        cls=cls,
-        source=distribution_of(name),
-        summary=" ".join(summary.split()),
-        paper=getattr(cls, "paper", None),
-        kind=getattr(cls, "kind", ""),
-        tasks=tuple(getattr(cls, "tasks", ())),
-        hosts=tuple(getattr(cls, "hosts", ())),
-        options=options_of(cls),
-        groups=_static_groups(cls),
-    )
-
-
-def _static_groups(cls: type[Distiller]) -> dict[str, OptimSpec]:
-    try:
-        return dict(cls().optimizers())
-    except Exception:  # groups that only setup() knows, by whatever way a method fails before it
-        return {}
-
-
 def _entries() -> dict[str, list[EntryPoint]]:
     """Entry points by name; one each distribution, however often sys.path leads to it."""
     found: dict[str, dict[str, EntryPoint]] = {}
@@ -274,12 +226,15 @@ def _only(entries: list[EntryPoint]) -> EntryPoint:
 def _import(entry: EntryPoint) -> type[Distiller]:
     source = _source(entry)
     what = f"distiller {entry.name!r} of {source} ({entry.value})" if source else f"distiller {entry.value!r}"
+    if source is None and os.getcwd() not in sys.path:
+        # A loose file beside the command: a console script, unlike `python -m`, does not look there.
+        sys.path.append(os.getcwd())
     try:
-        cls: Any = import_module(entry.module)
-        for attribute in entry.attr.split("."):
-            cls = getattr(cls, attribute)
+        cls: Any = entry.load()
     except (Exception, SystemExit) as error:  # another distribution's module may fail in any way
-        remedy = "is it mended by an update of its distribution?" if source else "is the module on PYTHONPATH?"
+        remedy = (
+            "is it mended by an update of its distribution?" if source else "is it in this folder or on PYTHONPATH?"
+        )
         raise DistillError(f"cannot load {what}: {type(error).__name__}: {error} — {remedy}") from error
     if not (isinstance(cls, type) and issubclass(cls, Distiller)):
         raise DistillError(f"expected {what} to be a subclass of kd_plugins.Distiller, got {cls!r}")

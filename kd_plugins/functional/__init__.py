@@ -3,32 +3,22 @@
 Differences are computed in float32 whatever the inputs and the autocast (float64 stays float64). `reduction="mean"` is
 the mean over the examples of the batch, `"sum"` their sum, `"none"` one value for each example `[B]`. A ValueError says
 what is wrong with the inputs.
+
+What the `__all__` of a module in this folder names is here too, so a new loss is a new file and nothing else.
 """
 
-from kd_plugins.functional.adversarial import lsgan_classes, lsgan_discriminator, lsgan_generator, wgan_gp
-from kd_plugins.functional.dfa import aggregate
-from kd_plugins.functional.internal import attention_kl, cls_cosine
-from kd_plugins.functional.kd import kd, kd_multilabel
-from kd_plugins.functional.nst import match_spatial, nst
-from kd_plugins.functional.quest import match_sharpness, quest, soft_assignment
-from kd_plugins.functional.similarity import feature_l1, feature_l2, linear_cka
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "aggregate",
-    "attention_kl",
-    "cls_cosine",
-    "feature_l1",
-    "feature_l2",
-    "kd",
-    "kd_multilabel",
-    "linear_cka",
-    "lsgan_classes",
-    "lsgan_discriminator",
-    "lsgan_generator",
-    "match_sharpness",
-    "match_spatial",
-    "nst",
-    "quest",
-    "soft_assignment",
-    "wgan_gp",
-]
+__all__ = []
+
+for _name in (info.name for info in iter_modules(__path__) if not info.name.startswith("_")):
+    _module = import_module(f"{__name__}.{_name}")
+    # A function takes the place of the module of its name.
+    globals().update({name: getattr(_module, name) for name in _module.__all__})
+    __all__ += _module.__all__
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any: ...

@@ -32,6 +32,31 @@ def check_reduction(reduction: str) -> None:
         raise ValueError(f"Expected reduction 'mean', 'sum' or 'none', got {reduction!r}.")
 
 
+def unit(x: Tensor, dim: int = -1, eps: float = 1e-12) -> Tensor:
+    """The vectors along an axis divided by their norms; those up to `eps` become 0 and get no gradient.
+
+    >>> unit(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+    tensor([[0.6000, 0.8000],
+            [0.0000, 0.0000]])
+    """
+    norms = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+    return torch.where(norms > eps, x / norms.clamp_min(eps), 0)
+
+
+def centred(x: Tensor, dim: int = -1) -> Tensor:
+    """The vectors along an axis less their means; 0, without gradient, where that leaves nothing but rounding.
+
+    >>> centred(torch.tensor([[1.0, 3.0], [0.1, 0.1]]))
+    tensor([[-1.,  1.],
+            [ 0.,  0.]])
+    """
+    rest = x - x.mean(dim, keepdim=True)
+    left = torch.linalg.vector_norm(rest, dim=dim, keepdim=True)
+    # 6e-6 in float32 and 2e-12 in float64.
+    size = torch.linalg.vector_norm(x, dim=dim, keepdim=True) * torch.finfo(x.dtype).eps ** 0.75
+    return torch.where(left > size, rest, 0)
+
+
 def per_example(values: Tensor, mask: Tensor | None = None) -> Tensor:
     """The mean over the positions of each example that count, 0 for an example with none.
 

@@ -7,15 +7,17 @@ from torch import Tensor
 
 from kd_plugins.functional._common import (
     Reduction,
+    centred,
     check_reduction,
     exact,
     no_autocast,
     per_example,
     reduce,
     softmax_kl,
+    unit,
 )
 
-__all__ = ["kd", "kd_multilabel"]
+__all__ = ["kd", "kd_multilabel", "standardize"]
 
 
 def kd(
@@ -94,6 +96,31 @@ def kd_multilabel(
         log_not = torch.nn.functional.logsigmoid
         labels = teacher.sigmoid() * (teacher - student) + log_not(-teacher) - log_not(-student)
         return temperature**2 * reduce(per_example(labels.sum(-1), mask), reduction)
+
+
+def standardize(logits: Tensor) -> Tensor:
+    """Logits of mean 0 and standard deviation 1 over the classes, to be softened by a temperature.
+
+    Sun, Ren, Li, Wang, Cao, "Logit Standardization in Knowledge Distillation", CVPR 2024, arXiv 2403.01427: the Z-score
+    `(z - mean(z)) / std(z)` of the student's and of the teacher's logits, each network's own. The student then need not
+    match the teacher's range of logits, only their relations. No logit leaves `[-sqrt(K - 1), sqrt(K - 1)]`.
+
+    Departures: the released code takes the unbiased standard deviation, so its scores are smaller by
+    `sqrt((K - 1) / K)`, 0.5 % with 100 classes. Logits that are all equal become 0 and get no gradient.
+
+    Args:
+        logits: `[..., K]`.
+
+    Returns:
+        The same shape, in float32 (float64 stays float64).
+
+    >>> standardize(torch.tensor([[1.0, 2.0, 3.0], [5.0, 5.0, 5.0]]))
+    tensor([[-1.2247,  0.0000,  1.2247],
+            [ 0.0000,  0.0000,  0.0000]])
+    """
+    with no_autocast(logits):
+        (scores,) = exact(logits)
+        return scores.shape[-1] ** 0.5 * unit(centred(scores))
 
 
 def _check(student: Tensor, teacher: Tensor, temperature: float, reduction: str) -> None:

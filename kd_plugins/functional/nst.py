@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kd_plugins.functional._common import Reduction, check_reduction, exact, no_autocast, reduce
+from kd_plugins.functional._common import Reduction, check_reduction, exact, no_autocast, reduce, unit
 
 __all__ = ["match_spatial", "nst"]
 
@@ -73,7 +73,7 @@ def nst(
     """
     _check(student_map, teacher_map, kernel, d, sigma2, reduction)
     with no_autocast(student_map):
-        student, teacher = (_unit(x, eps) for x in exact(student_map.flatten(2), teacher_map.detach().flatten(2)))
+        student, teacher = (unit(x, eps=eps) for x in exact(student_map.flatten(2), teacher_map.detach().flatten(2)))
         (c_s, n), c_t = student.shape[1:], teacher.shape[1]
         channel_entries, spatial_entries = c_s**2 + c_t**2 + c_s * c_t, n**2
         if kernel == "linear":
@@ -130,12 +130,6 @@ def match_spatial(
         return student.to(student_map.dtype), teacher_map
     smaller = (min(h_s, h_t), min(w_s, w_t))
     return F.adaptive_avg_pool2d(student_map, smaller), F.adaptive_avg_pool2d(teacher_map, smaller)
-
-
-def _unit(maps: Tensor, eps: float) -> Tensor:
-    """Channels `[B, C, N]` divided by their norms; those up to eps become 0, and their gradient too."""
-    norms = torch.linalg.vector_norm(maps, dim=2, keepdim=True)
-    return torch.where(norms > eps, maps / norms.clamp_min(eps), 0)
 
 
 _Form = Callable[[Tensor, Tensor, bool], Tensor]

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kd_plugins.functional._common import Reduction, check_reduction, exact, no_autocast
+from kd_plugins.functional._common import Reduction, check_reduction, exact, no_autocast, unit
 
 __all__ = ["match_sharpness", "quest", "soft_assignment"]
 
 # Scores that live at a time, 16 MiB in float32; larger batches go in pieces.
 _SCORES = 2**22
-_EPS = 1e-12
 _DOUBLINGS = 60
 
 
@@ -66,7 +65,7 @@ def quest(
         # Distances do not change when everything moves, and near 0 they are rounded less.
         centre = words.mean(0)
         f_t, words = f_t - centre, words - centre
-        cosines, w = scale * _unit(f_s), _unit(w)
+        cosines, w = scale * unit(f_s), unit(w)
         examples = (
             zip(cosines, f_t, strict=True) if reduction == "none" else [(cosines.flatten(0, 1), f_t.flatten(0, 1))]
         )
@@ -137,12 +136,6 @@ def match_sharpness(vectors: Tensor, codebook: Tensor, sharpness: float) -> floa
             middle = (low + high) / 2
             low, high = (middle, high) if sharp(middle) < sharpness else (low, middle)
         return (low + high) / 2
-
-
-def _unit(vectors: Tensor) -> Tensor:
-    """Vectors divided by their norms; a vector of zeros, as rectifiers leave them, stays so and gets no gradient."""
-    norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    return torch.where(norms > _EPS, vectors / norms.clamp_min(_EPS), 0)
 
 
 def _target_scores(x: Tensor, words: Tensor, temperature: Tensor | float) -> Tensor:

@@ -76,7 +76,6 @@ class AFD(Distiller):
         2020,
         arxiv="2002.01775",
     )
-    kind = "online"
     tasks = ("classification", "multilabel")
     teachers = "or peers"
     peers = True

@@ -63,6 +63,7 @@ class Internal(Distiller):
         arxiv="1910.03723",
     )
     tasks = ("classification", "multilabel")
+    networks = "transformer"
 
     def __init__(
         self,
@@ -132,10 +133,12 @@ class Internal(Distiller):
                     self.projections[str(ours)] = nn.Linear(h_s, h_t)
 
     def _check_tokens(self, batch: Batch) -> None:
-        if self.attention_weight and batch.name in batch.teacher_kwargs:
+        own = batch.teacher_kwargs.get(batch.name or "")
+        ids = isinstance(own, Tensor) and not own.is_floating_point()
+        if self.attention_weight and ids and not torch.equal(own, batch.inputs):
             raise DistillError(
-                f"internal compares attention token by token, and the teacher reads {batch.name} of its own: use a"
-                " teacher with the student's tokenizer, or attention_weight=0."
+                f"internal compares attention token by token, and teacher_{batch.name} holds other tokens than the"
+                " student's: use a teacher with the student's tokenizer, or attention_weight=0."
             )
 
     def stages(self) -> list[Stage]:
@@ -176,7 +179,6 @@ class Internal(Distiller):
     def loss(self, student: View, teacher: View, batch: Batch) -> Terms:
         layers, labels = self._phase()
         terms: Terms = {}
-        self._check_tokens(batch)
         if layers and self.attention_weight:
             terms["kl_attention"] = self.attention_weight * sum(self._kl(i, student, teacher, batch) for i in layers)
         if layers and self.hidden_weight:

@@ -71,6 +71,7 @@ class QUEST(LayerDistiller):
         2020,
         arxiv="1912.01540",
     )
+    example = {"words": 16}
 
     def __init__(
         self,

@@ -101,7 +101,9 @@ class Net:
             with torch.set_grad_enabled(input_grad and torch.is_grad_enabled()):
                 view = self.network.read(self._translate(batch), reads, forward=self.forward, replace=replace)
         if self.order is not None and view._logits is not None:
-            view._logits = view._logits[..., list(self.order)]
+            # As in `class_scores`: of tokens the classes are the last axis, of images and maps the second.
+            axis = -1 if batch.task in ("token", "causal-lm") else 1
+            view._logits = view._logits.index_select(axis, torch.tensor(self.order, device=view._logits.device))
         return view
 
     def layers(self, batch: Batch) -> int:
@@ -121,7 +123,15 @@ class Net:
             else:
                 inputs, mask, own = batch.inputs, own.get("attention_mask", batch.mask), {**batch.kwargs, **own}
             batch = dataclasses.replace(batch, inputs=inputs, mask=mask, kwargs=own)
-        return batch
+        weight = next((p for p in self.module.parameters() if p.is_floating_point()), None)
+        if weight is None or torch.is_autocast_enabled(weight.device.type):
+            return batch
+
+        def cast(x: Any) -> Any:
+            return x.to(weight.dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+        kwargs = {name: cast(value) for name, value in batch.kwargs.items()}
+        return dataclasses.replace(batch, inputs=cast(batch.inputs), kwargs=kwargs)
 
 
 class Nets:

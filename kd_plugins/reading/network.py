@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import lru_cache
@@ -69,7 +70,8 @@ class Network:
         if self.attention is not None and reads.attentions:
             capture = self.attention.capture(reads.attentions)
         attentions: Mapping[int, Attention]
-        output, maps = None, {}
+        output: Any = None
+        maps: dict[str | int, Tensor] = {}
         record = self.tap.record(
             list(calls),
             stop=bool(calls) and not reads.logits and not self._stage_numbers(reads),
@@ -112,9 +114,15 @@ class Network:
         """The network's arguments, by position and by keyword."""
         if batch.inputs is None:
             raise DistillError(f"{type(self.module).__name__} was asked with a batch that has no inputs.")
-        if batch.name is not None:
-            return (), {batch.name: batch.inputs, **batch.kwargs}
-        return (batch.inputs,), dict(batch.kwargs)
+        if batch.name is None:
+            return (batch.inputs,), dict(batch.kwargs)
+        cls: Any = type(self.module)
+        names, first, rest = _parameters(cls)
+        kwargs = {k: v for k, v in batch.kwargs.items() if rest or k in names}
+        if batch.name in names or first is None:
+            return (), {batch.name: batch.inputs, **kwargs}
+        # Another library's network has another name for its first input.
+        return (batch.inputs,), {k: v for k, v in kwargs.items() if k != first}
 
     def logits(self, output: Any) -> Tensor:
         """The scores in what the network returned."""
@@ -234,6 +242,16 @@ class Network:
                 f" {type(self.module).__name__} is not: leave freeze_lower out."
             )
         return key
+
+
+@lru_cache
+def _parameters(cls: Any) -> tuple[frozenset[str], str | None, bool]:
+    """The names that a network's forward takes, the first that may be given by position, whether it takes any other."""
+    parameters = [*inspect.signature(cls.forward).parameters.values()][1:]
+    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    rest = any(p.kind == p.VAR_KEYWORD for p in parameters)
+    by_position = any(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters[:1])
+    return frozenset(names), names[0] if by_position else None, rest
 
 
 @lru_cache(maxsize=1)

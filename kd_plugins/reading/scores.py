@@ -95,8 +95,8 @@ def class_scores(student: View, teacher: View, batch: Batch) -> Rows:
     if batch.task == "causal-lm":
         s, t = s[:, :-1], t[:, :-1]
         mask, labels = (None if x is None else x[:, 1:] for x in (mask, labels))
-    flat = (None if x is None else x.flatten(1) for x in (mask, labels))
-    return Rows(s.flatten(1, -2), t.flatten(1, -2), *flat, binary)
+    mask, labels = (None if x is None else x.flatten(1) for x in (mask, labels))
+    return Rows(s.flatten(1, -2), t.flatten(1, -2), mask, labels, binary)
 
 
 def _classes_last(scores: Tensor, labels: Tensor | None, batch: Batch) -> bool:

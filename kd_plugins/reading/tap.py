@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, TypeAlias
 
 import torch
@@ -78,10 +79,17 @@ class Seen(Mapping[str, Tensor]):
         return len(self._captured[key])
 
 
-@torch.compiler.disable
-def _stop() -> None:
-    """Ends a forward; not compiled, or the whole frame that the exception leaves would never be compiled again."""
-    raise Reached
+@cache
+def _uncompiled_stop() -> Callable[[], None]:
+    """Ends a forward; not compiled, or the whole frame that the exception leaves would never be compiled again.
+
+    Made when the first tap is, as it imports the compiler, which takes as long as torch itself.
+    """
+
+    def stop() -> None:
+        raise Reached
+
+    return torch.compiler.disable(stop)
 
 
 def _ignore(*_: Any) -> None:
@@ -181,6 +189,7 @@ class Tap:
         self._expected: dict[str, int] = {}
         self._missing = 0
         self._stop = False
+        self._end = _uncompiled_stop()
         self._trains = False
         self._cut: frozenset[str] = frozenset()
         self._replace: dict[str, Replacement] = {}
@@ -275,7 +284,7 @@ class Tap:
                 kept = tensor.clone() if self.clone else tensor
                 seen.add(key, kept, -1 if kept.is_inference() else kept._version)
             if self._stop and self._missing == 0:
-                _stop()
+                self._end()
         if key in self._cut:
             tensor = _first_tensor(value)
             return value if tensor is None else _put(value, tensor.detach())

@@ -38,7 +38,6 @@ import copy
 import importlib.util
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,83 +45,37 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from kd_plugins.binding import needs_in
-from kd_plugins.catalog.registry import create_distiller
+from kd_plugins.catalog.registry import create_distiller, distiller_classes
 from kd_plugins.distiller import Distiller
 from kd_plugins.errors import DistillError
-from kd_plugins.reading.network import Network, adapt
 from kd_plugins.reading.view import Batch, Reads
 from kd_plugins.testing.clauses import ContractError, broken, check_class, check_needs, check_parts, parts_of
+from kd_plugins.testing.networks import (
+    TinyNet,
+    adapt,
+    tiny_batches,
+    tiny_network,
+    tiny_tokens,
+    tiny_transformer,
+    training_set,
+)
 from kd_plugins.testing.runs import Setting, Training, difference, matches, under_accelerate, walk
 
-__all__ = ["CLAUSES", "ContractError", "TinyNet", "check_distiller", "tiny_batches"]
+__all__ = [
+    "CLAUSES",
+    "ContractError",
+    "TinyNet",
+    "check_distiller",
+    "tiny_batches",
+    "tiny_tokens",
+    "tiny_transformer",
+]
 
 CLAUSES = (
     *("docstring", "options", "config", "networks untouched", "no network inside", "registered", "one group", "needs"),
     *("turns", "student last", "grad mode", "no backward", "teacher untouched", "student untouched", "gradients"),
     *("resume", "hosts agree", "precision"),
 )
-
-
-class TinyNet(nn.Module):
-    """A convolutional classifier of a few hundred weights, without batch statistics or dropout.
-
-    Its stages are `layer1` (the input's size) and `layer2` (half of it); `head` classifies their mean.
-
-    Args:
-        width: Channels of `layer1`; `layer2` has twice as many.
-        classes: Number of classes K.
-        channels: Channels of the images.
-    """
-
-    def __init__(self, width: int = 4, classes: int = 4, channels: int = 3) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, width, 3, padding=1)
-        self.layer1 = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU())
-        self.layer2 = nn.Sequential(nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.ReLU())
-        self.head = nn.Linear(2 * width, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images `[B, C, H, W]` to logits `[B, K]`."""
-        features = self.layer2(self.layer1(self.conv1(x).relu()))
-        return self.head(features.mean((2, 3)))
-
-
-class _TinyNetwork(Network):
-    def stages(self) -> list[str]:
-        return ["layer1", "layer2"]
-
-
-def _adapt(module: nn.Module) -> Network:
-    return _TinyNetwork(module) if isinstance(module, TinyNet) else adapt(module)
-
-
-def tiny_batches(
-    count: int = 3, size: int = 8, classes: int = 4, *, streams: Sequence[str] = (), seed: int = 0
-) -> list[Batch]:
-    """Batches of noise images `[size, 3, 12, 12]` with labels, row numbers, mean and std, and further streams of them.
-
-    >>> batch = tiny_batches(streams=["search"])[0]
-    >>> batch.inputs.shape, batch.stream("search").size
-    (torch.Size([8, 3, 12, 12]), 8)
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def one(number: int) -> Batch:
-        return Batch.of(
-            torch.randn(size, 3, 12, 12, generator=generator),
-            torch.randint(classes, (size,), generator=generator),
-            mean=(0.5, 0.5, 0.5),
-            std=(0.25, 0.25, 0.25),
-            index=torch.arange(number * size, (number + 1) * size),
-        )
-
-    return [replace(one(i), streams={name: one(count + i) for name in streams}) for i in range(count)]
-
-
-def _no_data() -> Batch:
-    """What a method that makes its own data gets to know."""
-    return Batch(size=8, shape=(3, 12, 12), classes=4, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
 
 def _sgd(parameters: Any) -> Optimizer:
@@ -145,12 +98,13 @@ def check_distiller(
     Args:
         distiller: A name (`"nst"`, `"kd+nst"`, `"module:Class"`), a class, a distiller that is not set up yet, or a
             function that makes one; several are needed, with equal options.
-        options: Of the distiller, where a name or a class is given.
+        options: Of the distiller, where a name or a class is given; those in the class's `example` are its defaults.
         student: The student, without dropout for equality between hosts; copies of it are trained. By default a
-            `TinyNet`; a method that reads hidden states or attention needs a transformer here.
-        teacher: The teacher or teachers; by default wider `TinyNet`s, as many as the method takes.
-        peers: The other peers; by default a `TinyNet` where the method takes any.
-        batches: The batches of one epoch; by default `tiny_batches()`, with the streams that the method asks for.
+            `TinyNet`; a `tiny_transformer` where the class says `networks = "transformer"`.
+        teacher: The teacher or teachers; by default larger networks of the same kind, as many as the method takes.
+        peers: The other peers; by default one where the method takes any.
+        batches: The batches of one epoch; by default `tiny_batches` or `tiny_tokens`, with the streams that the method
+            asks for.
         steps: Least number of updates; rounded up to whole epochs, at least one for each stage.
         optimizer: Makes the student's optimizer of its parameters.
 
@@ -164,8 +118,24 @@ def check_distiller(
     probe = make()
     for part in parts_of(probe):
         check_class(part)
-    setting = _setting(probe, make, student, teacher, peers, batches, steps, optimizer)
-    devices = [setting.device] if setting.device.type == "cuda" else []
+    student = tiny_network(probe, 0) if student is None else student
+    device = next((p.device for p in student.parameters()), torch.device("cpu"))
+    if teacher is None:
+        count = probe.teachers if isinstance(probe.teachers, int) else {"many": 2, "or peers": 0}[probe.teachers]
+        teacher = [tiny_network(probe, i + 1).to(device) for i in range(count)]
+    if peers is None:
+        peers = [tiny_network(probe, 1).to(device)] if probe.peers else []
+    setting = Setting(
+        make=make,
+        student=student,
+        teachers=[teacher] if isinstance(teacher, nn.Module) else list(teacher),
+        peers=list(peers),
+        batches=[batch.to(device) for batch in (training_set(probe) if batches is None else batches)],
+        steps=steps,
+        optimizer=optimizer,
+        adapt=adapt,
+    )
+    devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         run = Training(setting)
         check_parts(run.distiller, run.nets)
@@ -183,9 +153,15 @@ def check_distiller(
 def _maker(distiller: Any, options: Mapping[str, Any] | None) -> Callable[[], Distiller]:
     given = dict(options or {})
     if isinstance(distiller, str):
+        classes = distiller_classes(distiller)
+        for name, part in classes.items():
+            for option, value in part.example.items():
+                if not {option, f"{name}.{option}"} & set(given):
+                    given[option if len(classes) == 1 else f"{name}.{option}"] = value
         return lambda: create_distiller(distiller, **given)
     if isinstance(distiller, type):
-        return lambda: distiller(**given)
+        cls: Any = distiller
+        return lambda: cls(**{**cls.example, **given})
     if given:
         raise DistillError("Expected options with a name or a class only — give the distiller the options itself.")
     if isinstance(distiller, Distiller):
@@ -193,33 +169,6 @@ def _maker(distiller: Any, options: Mapping[str, Any] | None) -> Callable[[], Di
             raise DistillError(f"Expected a distiller that is not set up, got {distiller.name} — give a fresh one.")
         return lambda: copy.deepcopy(distiller)
     return distiller
-
-
-def _setting(
-    probe: Distiller,
-    make: Callable[[], Distiller],
-    student: nn.Module | None,
-    teacher: nn.Module | Sequence[nn.Module] | None,
-    peers: Sequence[nn.Module] | None,
-    batches: Sequence[Batch] | None,
-    steps: int,
-    optimizer: Callable[[Any], Optimizer],
-) -> Setting:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        student = TinyNet() if student is None else student
-        device = next((p.device for p in student.parameters()), torch.device("cpu"))
-        if teacher is None:
-            count = probe.teachers if isinstance(probe.teachers, int) else {"many": 2, "or peers": 0}[probe.teachers]
-            teacher = [TinyNet(6 + 2 * i).to(device) for i in range(count)]
-        if peers is None:
-            peers = [TinyNet(5).to(device)] if probe.peers else []
-    if batches is None:
-        streams = [name for i in range(len(probe.stages())) for name in needs_in(probe, i).streams]
-        batches = tiny_batches(streams=streams) if probe.data else [_no_data()] * 3
-    teachers = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
-    batches = [batch.to(device) for batch in batches]
-    return Setting(make, student, teachers, list(peers), batches, steps, optimizer, _adapt)
 
 
 def _check_reached(run: Training, reached: Mapping[str, bool]) -> None:

@@ -1,4 +1,4 @@
-"""The contract, first half: what a distiller is. The second half, what it does, is in `_contract_runs`."""
+"""The contract, first half: what a distiller is. The second half, what it does, is in `runs`."""
 
 from __future__ import annotations
 

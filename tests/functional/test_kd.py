@@ -191,3 +191,43 @@ def test_multilabel_written_out() -> None:
         p_s, p_t = 1 / (1 + math.exp(-a / 3)), 1 / (1 + math.exp(-b / 3))
         total += p_t * math.log(p_t / p_s) + (1 - p_t) * math.log((1 - p_t) / (1 - p_s))
     assert KF.kd_multilabel(s, t, 3.0).item() == pytest.approx(9 * total / 2, rel=1e-5)
+
+
+class TestStandardize:
+    @pytest.mark.parametrize("shape", [(4, 10), (2, 3, 7)])
+    def test_value_is_that_of_the_definition(self, shape: tuple[int, ...]) -> None:
+        z = 5 * randn(*shape) + 3
+        ours = KF.standardize(z).reshape(-1, shape[-1]).tolist()
+        for row, found in zip(z.reshape(-1, shape[-1]).tolist(), ours, strict=True):
+            mean = sum(row) / len(row)
+            deviation = math.sqrt(sum((x - mean) ** 2 for x in row) / len(row))
+            assert found == pytest.approx([(x - mean) / deviation for x in row], abs=1e-12)
+
+    def test_properties_of_the_paper(self) -> None:
+        """Order is kept, scale and shift are not seen, and no score leaves `[-sqrt(K - 1), sqrt(K - 1)]`."""
+        z = randn(50, 6).exp()
+        scores = KF.standardize(z)
+        assert (scores.argsort(1) == z.argsort(1)).all()
+        torch.testing.assert_close(KF.standardize(9 * z - 4), scores)
+        spike = torch.zeros(1, 6, dtype=torch.float64)
+        spike[0, 2] = 7
+        assert KF.standardize(spike).max().item() == pytest.approx(math.sqrt(5), abs=1e-12)
+        assert scores.abs().max() <= math.sqrt(5) + 1e-12
+
+    def test_gradient(self) -> None:
+        assert torch.autograd.gradcheck(KF.standardize, (randn(3, 5).requires_grad_(),))
+
+    @pytest.mark.parametrize("level", [0.0, 0.1, -7.3])
+    def test_equal_logits(self, level: float) -> None:
+        z = torch.full((3, 7), level, requires_grad=True)
+        scores = KF.standardize(z)
+        scores.square().sum().backward()
+        assert (scores == 0).all()
+        assert (z.grad == 0).all()
+
+    def test_half_precision(self) -> None:
+        z = (100 * randn(4, 5)).half()
+        with torch.autocast("cpu", torch.bfloat16):
+            scores = KF.standardize(z)
+        assert scores.dtype == torch.float32
+        torch.testing.assert_close(scores, KF.standardize(z.double()).float())

@@ -6,15 +6,15 @@ import dataclasses
 
 import pytest
 import torch
-from test_contract import bert, token_batches
 
 from kd_plugins import DistillError, bind, create_distiller
+from kd_plugins.testing.networks import tiny_tokens, tiny_transformer
 
 
 def test_options_take_effect_in_the_training():
     distiller = create_distiller("internal", schedule="all")
-    batch = token_batches(1)[0]
-    nets = bind(distiller, bert(2, seed=0).eval(), bert(4, seed=1), batch=batch)
+    batch = tiny_tokens(1)[0]
+    nets = bind(distiller, tiny_transformer(2).eval(), tiny_transformer(4), batch=batch)
     (before,) = distiller.turns(nets, batch)
     distiller.gold, distiller.attention_weight, distiller.hidden_weight = 0.1, 0.5, 0.0
     (after,) = distiller.turns(nets, batch)
@@ -24,10 +24,10 @@ def test_options_take_effect_in_the_training():
 
 
 def test_a_teacher_of_other_tokens_is_refused_where_attention_is_compared():
-    batch = token_batches(1)[0]
-    batch = dataclasses.replace(batch, teacher_kwargs={"input_ids": batch.inputs.flip(1), **batch.kwargs})
-    networks = bert(2, seed=0), bert(4, seed=1)
-    with pytest.raises(DistillError, match=r"input_ids of its own.*attention_weight=0"):
+    batch = tiny_tokens(1)[0]
+    batch = dataclasses.replace(batch, teacher_kwargs={"input_ids": batch.inputs.roll(1, 0), **batch.kwargs})
+    networks = tiny_transformer(2), tiny_transformer(4)
+    with pytest.raises(DistillError, match=r"teacher_input_ids holds other tokens.*attention_weight=0"):
         bind(create_distiller("internal", schedule="all"), *networks, batch=batch)
     distiller = create_distiller("internal", schedule="all", attention_weight=0.0)
     bind(distiller, *networks, batch=batch)

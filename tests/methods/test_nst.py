@@ -39,16 +39,16 @@ def test_globs_of_other_numbers_of_layers():
             bind(distiller, net(2), net(3), batch=batch, batches=[batch])
 
 
-@pytest.mark.parametrize("name", ["nst", "quest", "afd"])
+@pytest.mark.parametrize("name", ["nst", "quest", "afd", "pkt"])
 def test_layers_that_keep_their_channels_last_are_read_by_number(name):
     def swin(width: int) -> nn.Module:
         options = {"embed_dim": width, "depths": (1, 1), "num_heads": (1, 2), "window_size": 4, "img_size": 32}
         return timm.create_model("swin_tiny_patch4_window7_224", num_classes=4, **options)
 
-    batch = Batch(torch.randn(2, 3, 32, 32), torch.zeros(2).long())
+    batch = Batch(torch.randn(3, 3, 32, 32), torch.zeros(3).long())
     own = {"words": 4} if name == "quest" else {}
     layers = {"layer": "layers.0"} if name == "afd" else {"layers": ("layers.0",)}
-    with pytest.raises(DistillError, match=r"keep their channels last, got \[2, 8, 8, .*by its number"):
+    with pytest.raises(DistillError, match=r"keep their channels last, got \[3, 8, 8, .*by its number"):
         bind(create_distiller(name, **own, **layers), swin(8), swin(16), batch=batch, batches=[batch])
     number = {"layer": 0} if name == "afd" else {"layers": (0,)}
     bind(create_distiller(name, **own, **number), swin(8), swin(16), batch=batch, batches=[batch])

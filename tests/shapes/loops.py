@@ -55,34 +55,12 @@ class Bare(Host):
                 self.curve.step()
 
     def save(self) -> None:
-        state = {
-            "student": self.student.state_dict(),
-            "peers": [peer.state_dict() for peer in self.peers],
-            "optimizer": self.optimizers.optimizer.state_dict(),
-            "groups": {group.name: group.optimizer.state_dict() for group in self.optimizers},
-            "initial": self.optimizers.initial,
-            "distiller": self.distiller.state_dict(),
-            "random": self.distiller.random_state(),
-            "stage": self.distiller.progress.stage,
-            "step": self.distiller.progress.step,
-            "drawn": self.streams.drawn,
-        }
-        torch.save(state, self.folder / "run.pt")
+        self.optimizers.save(self.folder)
+        self.streams.save(self.folder)
 
     def load(self) -> None:
-        state = torch.load(self.folder / "run.pt", weights_only=True)
-        self.student.load_state_dict(state["student"])
-        for peer, saved in zip(self.peers, state["peers"], strict=True):
-            peer.load_state_dict(saved)
-        self.optimizers.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizers:
-            group.optimizer.load_state_dict(state["groups"][group.name])
-        self.optimizers.initial = state["initial"]
-        self.distiller.load_state_dict(state["distiller"])
-        self.distiller.load_random_state(state["random"])
-        self.distiller.progress.stage = state["stage"]
-        self.distiller.at(state["step"])
-        self.streams = self.further(state["drawn"])
+        self.optimizers.load(self.folder)
+        self.streams.load(self.folder)
 
 
 class Accelerated(Host):

@@ -142,7 +142,7 @@ def test_fp16_scales_and_unscales_every_group_by_itself(shape):
     assert made.accelerator.native_amp
     assert made.accelerator.scaler.get_scale() == 2**8
     assert {name: s.get_scale() for name, s in made.player._scalers.items()} == {
-        group.name: 2**8 for group in made.player.groups if group.name != "own"
+        group.name: 2**8 for group in made.player if group.name != "own"
     }
     assert 1e-6 < distance(made.result(), once("accelerate", shape)) <= 2e-2
 

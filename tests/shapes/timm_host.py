@@ -117,7 +117,7 @@ class TimmTrained(Host):
     def _patched(self) -> Iterator[None]:
         with ExitStack() as stack:
             for target, replacement in (
-                ("kd_timm.train.create_datasets", lambda args, channels: (Pictures(), None, None)),
+                ("kd_timm.parts.create_datasets", lambda args, channels: (Pictures(), None, None)),
                 ("torch.utils.data.RandomSampler.__iter__", _in_order),
                 ("torch.utils.data.distributed.DistributedSampler.__iter__", _shards(self.job.micro)),
             ):

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 from timm.optim import optimizer_kwargs
-from timm.scheduler.scheduler_factory import scheduler_kwargs
+from timm.scheduler import scheduler_kwargs
 
 import kd_timm
-from kd_timm.arguments import build_parser, parse_args
+from kd_timm.arguments import parse_args
+from kd_timm.data import LOADER_ARGUMENTS
+from kd_timm.train import main
 from kd_timm.unsupported import UNSUPPORTED
 
 _spec = spec_from_file_location("timm_defaults", Path(__file__).with_name("timm_defaults.py"))
@@ -19,16 +21,17 @@ _module = module_from_spec(_spec)
 _spec.loader.exec_module(_module)
 DEFAULTS = _module.DEFAULTS
 
-OURS = {"help", "distill", "distill_args", "teacher", "teacher_checkpoint", "teacher_kwargs", "peer", "peer_kwargs"}
+OURS = {"distill", "distill_args", "teacher", "teacher_checkpoint", "teacher_kwargs", "peer", "peer_kwargs"}
+OURS |= {"report_to", "list_layers"}
 
 
 def test_every_flag_of_timms_has_timms_default():
-    actions = {a.dest: a for a in build_parser()._actions}
-    assert {name: actions[name].default for name in DEFAULTS} == DEFAULTS
+    args = vars(parse_args([]))
+    assert {name: args[name] for name in DEFAULTS} == DEFAULTS
 
 
 def test_flags_are_timms_or_ours_and_none_is_both_taken_and_refused():
-    names = {a.dest for a in build_parser()._actions}
+    names = set(vars(parse_args([])))
     assert names - OURS == set(DEFAULTS)
     assert not names & set(UNSUPPORTED)
 
@@ -48,11 +51,11 @@ def test_every_flag_is_read_somewhere():
     recorder = Recorder(parse_args([]))
     optimizer_kwargs(cfg=recorder)
     scheduler_kwargs(recorder)
-    # Read by resolve_input_data_config out of vars(args).
-    read = recorder.read | {"mean", "std", "interpolation", "crop_pct"}
+    # Read by resolve_input_data_config out of vars(args), and by timm's loader.
+    read = recorder.read | {"mean", "std", "interpolation", "crop_pct", *LOADER_ARGUMENTS}
     package = Path(kd_timm.__path__[0])
-    text = "\n".join(p.read_text() for p in package.glob("*.py") if p.name not in ("arguments.py", "unsupported.py"))
-    flags = {a.dest for a in build_parser()._actions} - {"help", "config"}
+    text = "\n".join(p.read_text() for p in package.glob("*.py") if p.name != "unsupported.py")
+    flags = set(vars(parse_args([]))) - {"config"}
     assert [flag for flag in flags if flag not in read and f"args.{flag}" not in text] == []
 
 
@@ -102,6 +105,7 @@ def test_config_may_be_a_file_that_timms_script_wrote(tmp_path):
     [
         ("epoch: 3", "Did you mean epochs"),
         ("epochs: [1]", "epochs"),
+        ("epochs: 1.5", "epochs"),
         ("amp: 1", "amp"),
         ("jsd_loss: true", "not supported"),
     ],
@@ -118,3 +122,16 @@ def test_keyword_values_are_literals_or_text():
     args = parse_args("--model-kwargs depth=3 name=ab w=(1,2) --teacher a --teacher b --teacher-kwargs x=1".split())
     assert args.model_kwargs == {"depth": 3, "name": "ab", "w": (1, 2)}
     assert args.teacher_kwargs == [{"x": 1}]
+
+
+def test_the_layers_of_a_model_are_listed(capsys):
+    small = "--img-size 64 --model-kwargs channels=(8,8,16,16) stem_width=8 --num-classes 5".split()
+    assert main(["--list-layers", "resnet10t", *small]) == 0
+    printed = capsys.readouterr().out
+    assert "images 3x64x64, 5 classes" in printed
+    assert "  2  layer2  [8, 8, 8]" in printed
+    assert "  layer4.0  BasicBlock" in printed
+    found = dict(line.split(maxsplit=1) for line in printed.partition("methods")[2].splitlines()[1:])
+    assert {found[name] for name in ("kd", "afd", "nst")} == {"fits"}
+    assert "transformer" in found["internal"]
+    assert main(["--list-layers", "resnet81"]) == 2

@@ -201,15 +201,13 @@ def test_peers_train_together(run):
 
 
 def test_a_peer_of_the_same_architecture_starts_elsewhere(run, monkeypatch):
-    from kd_timm.train import Session
-
     seen = {}
 
     def stop(session):
         seen["nets"] = [net.module.state_dict() for net in session.distillation.nets.peers]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Session, "fit", stop)
+    monkeypatch.setattr(train.Session, "fit", stop)
     with pytest.raises(KeyboardInterrupt):
         run("--distill", "timm_distillers:Pair", "--peer", "resnet10t", "--peer", "resnet10t")
     for i, ours in enumerate(seen["nets"]):
@@ -254,10 +252,8 @@ def test_peers_have_arguments_of_their_own(run):
 
 
 def test_the_pass_before_the_training_has_the_loaders_workers(run, teacher, monkeypatch):
-    made, workers = distillation.create_loader, []
-    monkeypatch.setattr(
-        distillation, "create_loader", lambda *a, **k: (workers.append(k["num_workers"]), made(*a, **k))[1]
-    )
+    made, workers = distillation.plain_loader, []
+    monkeypatch.setattr(distillation, "plain_loader", lambda *a, **k: (workers.append(k["workers"]), made(*a, **k))[1])
     run(*"--epochs 1 --workers 1 --distill quest --distill-args layers=1 words=4".split(), *teacher)
     # The first batch alone is not worth them.
     assert workers == [0, 1]
@@ -380,6 +376,30 @@ def test_a_teacher_that_does_not_fit_is_refused(run, teacher, tiny, tmp_path, ca
     monkeypatch.setattr(teachers.timm, "create_model", lambda *a, **k: offline() if k.get("pretrained") else None)
     with pytest.raises(kd_plugins.DistillError, match="no network.*--teacher-checkpoint"):
         create_teacher("resnet18", "", {}, config=CONFIG, num_classes=1000, classes=None)
+
+
+@pytest.mark.parametrize(("classes", "head"), [(7, "num_classes=7"), (0, "num_classes=0")])
+def test_feature_methods_take_a_teacher_of_other_classes(run, tmp_path, classes, head):
+    torch.manual_seed(0)
+    wide = timm.create_model("resnet10t", num_classes=classes, channels=(8, 8, 16, 16), stem_width=16)
+    save_file(wide.state_dict(), tmp_path / "wide.safetensors")
+    flags = ["--teacher", "resnet10t", "--teacher-checkpoint", str(tmp_path / "wide.safetensors"), "--teacher-kwargs"]
+    flags += ["channels=(8,8,16,16)", "stem_width=16", head, "--epochs", "1"]
+    session = run("--distill", *methods("nst"), *flags)
+    (row,) = csv.DictReader((session.folder / "summary.csv").open())
+    assert float(row["train_distill/nst"]) > 0
+    # Nothing to agree with.
+    assert "agreement" not in session.results["evaluation"]
+    with pytest.raises(kd_plugins.DistillError, match="7 classes apart" if classes else "has no classifier"):
+        run("--distill", *methods("kd+nst"), *flags)
+
+
+def test_methods_know_the_size_of_the_training_set(run, monkeypatch):
+    rows = []
+    made = distillation.Batch
+    monkeypatch.setattr(distillation, "Batch", lambda **fields: (rows.append(fields["rows"]), made(**fields))[1])
+    run("--epochs", "1", "--distill", "timm_distillers:Pair", "--peer", "resnet10t")
+    assert set(rows) == {256}
 
 
 @pytest.mark.distributed

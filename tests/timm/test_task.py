@@ -201,6 +201,27 @@ def test_other_classes_are_refused(networks):
         DistillationTask(student, "kd", verbose=False)
 
 
+@pytest.mark.parametrize("classes", [7, 0])
+def test_feature_methods_take_a_teacher_of_other_classes(networks, classes):
+    student, _ = networks
+    teacher = timm.create_model("resnet10t", **{**SMALL, "num_classes": classes})
+    task = DistillationTask(student, "nst", teacher, distiller_args={"layers": (2,)}, verbose=False)
+    assert task(*batches(1)[0])["nst"] > 0
+    with pytest.raises(DistillError, match="7 classes apart" if classes else "has no classifier"):
+        DistillationTask(student, "kd+nst", teacher, distiller_args={"nst.layers": (2,)}, verbose=False)
+
+
+def test_two_heads_are_refused():
+    small = dict(img_size=32, patch_size=16, embed_dim=16, depth=1, num_heads=2, num_classes=10)
+    model = timm.create_model("deit_tiny_distilled_patch16_224", **small)
+    task = DistillationTask(model, "kd", timm.create_model("resnet10t", **SMALL), verbose=False)
+    model.train()
+    assert task(*batches(1)[0])["output"].shape == (8, 10)
+    model.set_distilled_training(True)
+    with pytest.raises(DistillError, match="returns 2 scores in training"):
+        task(*batches(1)[0])
+
+
 def test_one_process_of_ddp_gives_the_same_gradients(networks):
     student, teacher = networks
     task = DistillationTask(student, Connected(), teacher, data_config=CONFIG, verbose=False)

@@ -19,7 +19,7 @@ from timm.task import ClassificationTask
 from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
 
 from kd_plugins import DistillError
-from kd_timm import data, train
+from kd_timm import build, data, train
 from kd_timm.arguments import parse_args
 from kd_timm.digits import Digits
 
@@ -251,6 +251,59 @@ def test_arguments_of_the_model_win_over_flags(run):
     assert session.student.drop_rate == 0.5
     assert session.data.config["input_size"] == (1, 16, 16)
     assert session.args.num_classes == session.student.num_classes == 12
+
+
+@pytest.fixture
+def parity(monkeypatch):
+    """The digits as odd and even ones."""
+    given = data.Digits.__init__
+
+    def init(self, *args):
+        given(self, *args)
+        self.targets = [target % 2 for target in self.targets]
+
+    monkeypatch.setattr(data.Digits, "__init__", init)
+    monkeypatch.setattr(data.Digits, "classes", ("even", "odd"))
+
+
+def test_one_logit_is_a_binary_classifier(run, parity):
+    one = run("--num-classes", "1", "--bce-loss", "--epochs", "1", "--mixup", "0.4")
+    student, right, loss, count = one.student.eval(), 0, 0.0, 0
+    with torch.no_grad():
+        for images, labels in one.data.evaluation:
+            probability = torch.sigmoid(student(images)[:, 0].double())
+            right += ((probability > 0.5) == labels.bool()).sum().item()
+            chosen = torch.where(labels.bool(), probability, 1 - probability)
+            loss -= chosen.log().sum().item()
+            count += len(labels)
+    assert one.results["evaluation"]["top1"] == pytest.approx(100 * right / count)
+    assert one.results["evaluation"]["loss"] == pytest.approx(loss / count, rel=1e-4)
+
+
+def test_the_loss_of_one_logit():
+    scores, labels = torch.tensor([[1.5], [-0.5]]), torch.tensor([1, 0])
+    criterion = build.create_criterion(parse_args(["--num-classes", "1", "--bce-loss", "--smoothing", "0.1"]))
+    p = torch.sigmoid(scores[:, 0])
+    target = torch.tensor([0.95, 0.05])
+    expected = -(target * p.log() + (1 - target) * (1 - p).log()).mean()
+    torch.testing.assert_close(criterion(scores, labels), expected)
+    mixed = build.create_criterion(parse_args(["--num-classes", "1", "--bce-loss", "--mixup", "1"]))
+    torch.testing.assert_close(mixed(scores, torch.tensor([[0.05, 0.95], [0.95, 0.05]])), expected)
+    with pytest.raises(DistillError, match="got the label 3"):
+        build.create_criterion(parse_args(["--num-classes", "1", "--bce-loss"]))(scores, torch.tensor([0, 3]))
+    with pytest.raises(DistillError, match="--bce-loss"):
+        build.create_criterion(parse_args(["--num-classes", "1"]))
+
+
+def test_two_heads_are_refused(run):
+    two = type("Two", (torch.nn.Module,), {"forward": lambda self, x: (x.mean((2, 3)), x.mean((2, 3)))})
+    session = run("--epochs", "1")
+    with pytest.raises(DistillError, match=r"Two returns 2 scores in training.*set_distilled_training\(False\)"):
+        train.evaluate(session.run, two())
+    session.run.model = two()
+    images, labels = torch.zeros(2, 3, 16, 16), torch.zeros(2, dtype=torch.long)
+    with pytest.raises(DistillError, match="returns 2 scores"):
+        session.run.step(images, labels, 1, True)
 
 
 def test_compiled_training_equals_eager(run):

@@ -122,4 +122,8 @@ DEFAULTS = {
     "output": "",
     "experiment": "",
     "eval_metric": "top1",
+    "log_wandb": False,
+    "wandb_project": None,
+    "wandb_tags": [],
+    "wandb_resume_id": "",
 }

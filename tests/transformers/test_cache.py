@@ -13,7 +13,7 @@ from torch import nn
 
 from kd_plugins import Batch, Distiller, DistillError
 from kd_transformers import DistillationTrainer, cache_teacher
-from kd_transformers.cache import TEACHER_LOGITS
+from kd_transformers.columns import TEACHER_LOGITS
 
 
 @pytest.fixture
@@ -106,10 +106,27 @@ class Many(Distiller):
         return {"logits": (student.logits - teacher.logits).square().mean()}
 
 
-def test_several_teachers_have_no_one_column(rows, tmp_path):
-    cached = cache_teacher(rows, kit.teacher())
-    with pytest.raises(DistillError, match="belongs to one teacher, got 2"):
-        train(tmp_path, cached, [kit.teacher(), kit.teacher()], distiller=Many())
+def test_several_teachers_have_a_column_in_common(rows, tmp_path):
+    teachers = [kit.teacher(), kit.bert(4, seed=7)]
+    plain = train(tmp_path / "a", rows, teachers, distiller=Many())
+    cached = cache_teacher(rows, teachers)
+    assert torch.tensor(cached[TEACHER_LOGITS][:]).shape == (16, 2, 3)
+    with kit.calls(dict(enumerate(teachers))) as count:
+        quick = train(tmp_path / "b", cached, teachers, distiller=Many())
+    assert count == {0: 1, 1: 1}
+    assert kit.difference(kit.weights(plain.model), kit.weights(quick.model)) < 1e-6
+    with pytest.raises(DistillError, match="is not what teacher_model says"):
+        train(tmp_path, cached, teachers[::-1], distiller=Many())
+    with pytest.raises(DistillError, match="holds the logits of 1 teachers, got 2"):
+        train(tmp_path, cache_teacher(rows, teachers[0]), teachers, distiller=Many())
+
+
+def test_a_teacher_with_columns_of_its_own(rows, tmp_path):
+    teacher = kit.teacher(vocab_size=99)
+    theirs = rows.add_column("teacher_input_ids", [[i + 7] * (2 + i % 5) for i in range(16)])
+    plain = train(tmp_path / "a", theirs, teacher)
+    quick = train(tmp_path / "b", cache_teacher(theirs, teacher), teacher)
+    assert kit.difference(kit.weights(plain.model), kit.weights(quick.model)) < 1e-6
 
 
 def test_rows_that_change_are_refused(rows):

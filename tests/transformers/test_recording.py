@@ -43,7 +43,7 @@ def test_recording_changes_no_weight(tmp_path, method, options):
     page = render([tmp_path / "a"])
     keys = ["results", "calibration", "curves", "similarity", "attention", "confusion", "cost"]
     assert [key for key in keys if f'id="{key}"' in page] == keys
-    assert ('class="stage ' in page) == (options is not None)
+    assert ('style="fill: var(--soft)"' in page) == (options is not None)
 
 
 def test_a_plain_training_is_compared_with_the_teacher_it_might_have_had(tmp_path):

@@ -100,7 +100,7 @@ def test_fresh_optimizer_state(tmp_path: Path, fresh: bool) -> None:
     def keep(state: Any) -> None:
         word = run.model.bert.embeddings.word_embeddings.weight
         own = run.distiller.projections["1"].weight
-        optimizers = run.player.groups.optimizer, run.player.groups.own.optimizer
+        optimizers = run.player.plain_optimizer, run.player.own.optimizer
         found = (o.state.get(p, {}).get("step", 0) for o, p in zip(optimizers, (word, own), strict=True))
         steps.append(tuple(int(s) for s in found))
 
@@ -189,7 +189,7 @@ def test_resume_is_exact(tmp_path: Path, schedule: str, step: int) -> None:
     assert difference(weights(whole.model), weights(other.model)) == 0.0
     assert difference(weights(whole.distiller), weights(other.distiller)) == 0.0
     assert logged(whole, "loss") == logged(other, "loss")
-    moments = [run.player.groups.optimizer.state_dict()["state"] for run in (whole, other)]
+    moments = [run.player.plain_optimizer.state_dict()["state"] for run in (whole, other)]
     assert all(torch.equal(moments[0][i]["exp_avg"], moments[1][i]["exp_avg"]) for i in moments[0])
 
 

@@ -20,14 +20,31 @@ def named(names: list[str], make: Any = bert) -> Any:
     return make(id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
 
 
+def unknown() -> Any:
+    return hf.BertForNextSentencePrediction(hf.BertConfig(**{**TINY, "num_hidden_layers": 1}))
+
+
+def sound() -> Any:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    convolutions = {"conv_dim": (4,), "conv_kernel": (4,), "conv_stride": (2,), "num_feat_extract_layers": 1}
+    positions = {"num_conv_pos_embedding_groups": 1, "num_conv_pos_embeddings": 2}
+    return hf.Wav2Vec2ForCTC(hf.Wav2Vec2Config(vocab_size=8, **sizes, **convolutions, **positions))
+
+
+def causal(vocabulary: int) -> Any:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    return hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=vocabulary, **sizes, **heads))
+
+
 AT_CONSTRUCTION: dict[str, tuple[dict[str, Any], str]] = {
     "unknown distiller": ({"distiller": "kdd"}, "[Dd]id you mean.*kd"),
     "option typo": ({"options": {"temprature": 2.0}}, "[Dd]id you mean.*temperature"),
     "ill-typed option": ({"options": {"temperature": "hot"}}, "temperature"),
-    "value out of range": ({"options": {"alpha": 1.5}}, "alpha between 0 and 1"),
+    "value out of range": ({"options": {"alpha": 1.5}}, "alpha to be float from 0 to 1"),
     "options of an object": ({"distiller": create_distiller("kd"), "options": {"alpha": 0.5}}, "given by name"),
     "no distiller": ({"distiller": 3}, "Expected a distiller or the name of one"),
-    "two teachers": ({"of": [teacher(), teacher()]}, "kd needs one teacher, got 2"),
+    "two teachers": ({"distiller": "internal", "of": [teacher(), teacher()]}, "internal needs one teacher, got 2"),
     "peers": ({"given": {"peer_models": [bert()]}}, "trains one student, got 1 peers"),
     "other number of classes": ({"of": teacher(num_labels=5)}, "3 in the student and 5"),
     "other class names": (
@@ -42,7 +59,23 @@ AT_CONSTRUCTION: dict[str, tuple[dict[str, Any], str]] = {
     "question answering": (
         {"student": hf.BertForQuestionAnswering(hf.BertConfig(**{**TINY, "num_labels": 2, "num_hidden_layers": 1}))}
         | {"of": teacher(num_labels=2)},
-        "kd fits classification",
+        "Expected a teacher for question answering, as the student is, got BertForSequenceClassification",
+    ),
+    "sound": (
+        {"student": sound(), "of": sound()},
+        r"Wav2Vec2ForCTC scores frames of sound, whose labels \(CTC\) are not aligned",
+    ),
+    "a kind that is not known": (
+        {"student": unknown(), "of": unknown()},
+        "the class BertForNextSentencePrediction does not tell what its scores are: say it with task=",
+    ),
+    "a task that is not known": (
+        {"student": unknown(), "of": unknown(), "given": {"task": "tokens"}},
+        "Expected a task among classification, .*, got 'tokens'",
+    ),
+    "a padded vocabulary": (
+        {"student": causal(64), "of": causal(80)},
+        r"teacher\.resize_token_embeddings\(64\) drops them",
     ),
     "masked language models of two vocabularies": (
         {

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers as hf
 from safetensors.torch import save_file
 from trainer_kit import Texts, bert, logged, shifted, teacher, trainer, weights
 
@@ -18,6 +19,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "kd": {"options": {"alpha": 0.5}},
     "kd accumulated": {"gradient_accumulation_steps": 2},
     "stacked": {"options": {"schedule": "stacked", "gold": 0.5}, "gradient_accumulation_steps": 2},
+    # Rows with very different numbers of labels, whose loss is a mean over those of both processes.
+    "kd of tokens": {"gradient_accumulation_steps": 2, "options": {"alpha": 0.5}},
     "own": {"options": {"schedule": "all", "project": True}, "max_grad_norm": 0.1},
     # Between the mean of one process, 0.44, and that of both, 0.42.
     "threshold": {"options": {"schedule": "progressive", "threshold": 0.43, "classification_share": 0.25}},
@@ -39,7 +42,20 @@ def run_of(name: str, folder: Path, processes: int, **changes: Any) -> Any:
         "accelerator_config": {"use_seedable_sampler": True},
         "data_seed": 5,
     }
-    return trainer(folder, of=of, data=Texts(48), **{**settings, **given})
+    data: Any = Texts(48)
+    if name == "kd of tokens":
+        labels = data.ids.masked_fill((data.mask == 0) | (torch.arange(10) > torch.arange(48)[:, None] % 10), -100)
+        data = [{**row, "labels": own} for row, own in zip(data, labels, strict=True)]
+        of, given["student"] = causal(2), causal(1)
+    return trainer(folder, of=of, data=data, **{**settings, **given})
+
+
+def causal(layers: int) -> Any:
+    """A small causal language model."""
+    torch.manual_seed(layers)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": layers}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    return hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=64, **sizes, **heads))
 
 
 def record(run: Any, folder: Path, name: str) -> None:

@@ -46,164 +46,60 @@ def _cfg(first_conv: str = "conv1", pool_size: tuple[int, int] = (8, 8), **kwarg
     }
 
 
-_HE_RESNETS = [f"cifar_resnet{depth}" for depth in (8, 20, 32, 44, 56, 110)]
-_RESNETS = ["resnet8", "resnet8x4", "resnet32x4"]
-_WRNS = [f"wrn_{shape}" for shape in ("16_1", "16_2", "16_4", "28_2", "28_4", "40_1", "40_2")]
+_WIDE: dict[str, Any] = dict(widths=(32, 64, 128, 256), shortcut="B")
+_WRNS = ((16, 1), (16, 2), (16, 4), (28, 2), (28, 4), (40, 1), (40, 2))
+
+# By name: the class, and the arguments that make the network.
+_RESNETS: dict[str, tuple[type[StagedNet], dict[str, Any]]] = {
+    "resnet8": (CifarResNet, dict(depth=8, shortcut="B")),
+    "resnet8x4": (CifarResNet, dict(depth=8, **_WIDE)),
+    "resnet32x4": (CifarResNet, dict(depth=32, **_WIDE)),
+    **{f"wrn_{depth}_{factor}": (WideResNet, dict(depth=depth, widen_factor=factor)) for depth, factor in _WRNS},
+}
+_HE_RESNETS: dict[str, tuple[type[StagedNet], dict[str, Any]]] = {
+    f"cifar_resnet{depth}": (CifarResNet, dict(depth=depth)) for depth in (8, 20, 32, 44, 56, 110)
+}
+_VGGS: dict[str, tuple[type[StagedNet], dict[str, Any]]] = {
+    "vgg8": (CifarVGG, dict(layers=1)),
+    "cifar_vgg13": (CifarVGG, dict(layers=2)),
+}
+_LENETS: dict[str, tuple[type[StagedNet], dict[str, Any]]] = {
+    "lenet5": (LeNet5, {}),
+    "lenet5_half": (LeNet5, dict(widths=(3, 8, 60, 42))),
+}
 _VGG: dict[str, Any] = dict(first_conv="block0.0", pool_size=(4, 4))
 
 default_cfgs = generate_default_cfgs(
     {
         # The public CIFAR-10 weights of these take images normalized as ImageNet's.
         **{f"{name}.cifar10": _cfg(**(_CIFAR10 | _IMAGENET)) for name in _HE_RESNETS},
-        **{f"{name}.cifar10": _cfg(**_CIFAR10) for name in _RESNETS + _WRNS},
-        **{f"{name}.cifar100": _cfg(**_CIFAR100) for name in _HE_RESNETS + _RESNETS + _WRNS},
-        **{f"{name}.cifar10": _cfg(**_CIFAR10, **_VGG) for name in ("vgg8", "cifar_vgg13")},
-        **{f"{name}.cifar100": _cfg(**_CIFAR100, **_VGG) for name in ("vgg8", "cifar_vgg13")},
-        **{f"{name}.mnist": _cfg(**_MNIST, num_classes=10, pool_size=(1, 1)) for name in ("lenet5", "lenet5_half")},
+        **{f"{name}.cifar10": _cfg(**_CIFAR10) for name in _RESNETS},
+        **{f"{name}.cifar100": _cfg(**_CIFAR100) for name in (*_HE_RESNETS, *_RESNETS)},
+        **{f"{name}.cifar10": _cfg(**_CIFAR10, **_VGG) for name in _VGGS},
+        **{f"{name}.cifar100": _cfg(**_CIFAR100, **_VGG) for name in _VGGS},
+        **{f"{name}.mnist": _cfg(**_MNIST, num_classes=10, pool_size=(1, 1)) for name in _LENETS},
     }
 )
 
 
-def _create(
-    variant: str, cls: type[StagedNet], pretrained: bool, model_args: dict[str, Any], kwargs: dict[str, Any]
-) -> Any:
-    stages = 3 if cls is LeNet5 else 5 if cls is CifarVGG else 4
-    return build_model_with_cfg(
-        cls,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=tuple(range(stages)), feature_cls="getter"),
-        **(model_args | kwargs),
-    )
+def _register(name: str, cls: type[StagedNet], arguments: dict[str, Any]) -> None:
+    """Makes the function that timm's registry calls for a name."""
+
+    def create(pretrained: bool = False, **kwargs: Any) -> StagedNet:
+        stages = 3 if cls is LeNet5 else 5 if cls is CifarVGG else 4
+        return build_model_with_cfg(
+            cls,
+            name,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=dict(out_indices=tuple(range(stages)), feature_cls="getter"),
+            **(arguments | kwargs),
+        )
+
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = f"{cls.__name__} with {arguments or 'its defaults'}."
+    globals()[name] = register_model(create)
 
 
-def _resnet(variant: str, pretrained: bool, kwargs: dict[str, Any], **model_args: Any) -> CifarResNet:
-    return _create(variant, CifarResNet, pretrained, model_args, kwargs)
-
-
-def _wrn(variant: str, pretrained: bool, kwargs: dict[str, Any], **model_args: Any) -> WideResNet:
-    return _create(variant, WideResNet, pretrained, model_args, kwargs)
-
-
-_WIDE: dict[str, Any] = dict(widths=(32, 64, 128, 256), shortcut="B")
-
-
-@register_model
-def cifar_resnet8(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
-    """ResNet-8 with widths 16/32/64 and zero-padded shortcuts."""
-    return _resnet("cifar_resnet8", pretrained, kwargs, depth=8)
-
-
-@register_model
-def cifar_resnet20(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
-    """ResNet-20 of He et al. for CIFAR."""
-    return _resnet("cifar_resnet20", pretrained, kwargs, depth=20)
-
-
-@register_model
-def cifar_resnet32(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
-    """ResNet-32 of He et al. for CIFAR."""
-    return _resnet("cifar_resnet32", pretrained, kwargs, depth=32)
-
-
-@register_model
-def cifar_resnet44(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
-    """ResNet-44 of He et al. for CIFAR."""
-    return _resnet("cifar_resnet44", pretrained, kwargs, depth=44)
-
-
-@register_model
-def cifar_resnet56(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
-    """ResNet-56 of He et al. for CIFAR."""
-    return _resnet("cifar_resnet56", pretrained, kwargs, depth=56)
-
-
-@register_model
-def cifar_resnet110(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
-    """ResNet-110 of He et al. for CIFAR."""
-    return _resnet("cifar_resnet110", pretrained, kwargs, depth=110)
-
-
-@register_model
-def resnet8(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
-    """ResNet-8 of Tian et al., with 1x1 convolutions as shortcuts."""
-    return _resnet("resnet8", pretrained, kwargs, depth=8, shortcut="B")
-
-
-@register_model
-def resnet8x4(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
-    """ResNet-8 of Tian et al. with four times the channels and a stem of 32."""
-    return _resnet("resnet8x4", pretrained, kwargs, depth=8, **_WIDE)
-
-
-@register_model
-def resnet32x4(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
-    """ResNet-32 of Tian et al. with four times the channels and a stem of 32."""
-    return _resnet("resnet32x4", pretrained, kwargs, depth=32, **_WIDE)
-
-
-@register_model
-def wrn_16_1(pretrained: bool = False, **kwargs: Any) -> WideResNet:
-    """Wide ResNet of depth 16 and width factor 1."""
-    return _wrn("wrn_16_1", pretrained, kwargs, depth=16, widen_factor=1)
-
-
-@register_model
-def wrn_16_2(pretrained: bool = False, **kwargs: Any) -> WideResNet:
-    """Wide ResNet of depth 16 and width factor 2."""
-    return _wrn("wrn_16_2", pretrained, kwargs, depth=16, widen_factor=2)
-
-
-@register_model
-def wrn_16_4(pretrained: bool = False, **kwargs: Any) -> WideResNet:
-    """Wide ResNet of depth 16 and width factor 4."""
-    return _wrn("wrn_16_4", pretrained, kwargs, depth=16, widen_factor=4)
-
-
-@register_model
-def wrn_28_2(pretrained: bool = False, **kwargs: Any) -> WideResNet:
-    """Wide ResNet of depth 28 and width factor 2."""
-    return _wrn("wrn_28_2", pretrained, kwargs, depth=28, widen_factor=2)
-
-
-@register_model
-def wrn_28_4(pretrained: bool = False, **kwargs: Any) -> WideResNet:
-    """Wide ResNet of depth 28 and width factor 4."""
-    return _wrn("wrn_28_4", pretrained, kwargs, depth=28, widen_factor=4)
-
-
-@register_model
-def wrn_40_1(pretrained: bool = False, **kwargs: Any) -> WideResNet:
-    """Wide ResNet of depth 40 and width factor 1."""
-    return _wrn("wrn_40_1", pretrained, kwargs, depth=40, widen_factor=1)
-
-
-@register_model
-def wrn_40_2(pretrained: bool = False, **kwargs: Any) -> WideResNet:
-    """Wide ResNet of depth 40 and width factor 2."""
-    return _wrn("wrn_40_2", pretrained, kwargs, depth=40, widen_factor=2)
-
-
-@register_model
-def vgg8(pretrained: bool = False, **kwargs: Any) -> CifarVGG:
-    """VGG-8 for CIFAR: one convolution a block."""
-    return _create("vgg8", CifarVGG, pretrained, dict(layers=1), kwargs)
-
-
-@register_model
-def cifar_vgg13(pretrained: bool = False, **kwargs: Any) -> CifarVGG:
-    """VGG-13 for CIFAR: two convolutions a block."""
-    return _create("cifar_vgg13", CifarVGG, pretrained, dict(layers=2), kwargs)
-
-
-@register_model
-def lenet5(pretrained: bool = False, **kwargs: Any) -> LeNet5:
-    """LeNet-5, for grey images of 32 x 32."""
-    return _create("lenet5", LeNet5, pretrained, {}, kwargs)
-
-
-@register_model
-def lenet5_half(pretrained: bool = False, **kwargs: Any) -> LeNet5:
-    """LeNet-5 of half the width, for grey images of 32 x 32."""
-    return _create("lenet5_half", LeNet5, pretrained, dict(widths=(3, 8, 60, 42)), kwargs)
+for _name, (_cls, _arguments) in (_HE_RESNETS | _RESNETS | _VGGS | _LENETS).items():
+    _register(_name, _cls, _arguments)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +24,13 @@ def _blocks_per_stage(depth: int, rest: int) -> int:
     if left or blocks < 1:
         raise DistillError(f"Expected a depth of 6n+{rest}, got {depth}: take {6 * max(blocks, 1) + rest}.")
     return blocks
+
+
+def _blocks(
+    make: Callable[[int, int, int], nn.Module], number: int, in_chs: int, out_chs: int, stride: int
+) -> nn.Sequential:
+    """A stage: its first block changes width and size."""
+    return nn.Sequential(make(in_chs, out_chs, stride), *(make(out_chs, out_chs, 1) for _ in range(number - 1)))
 
 
 class PadShortcut(nn.Module):
@@ -72,10 +81,8 @@ class CifarResNet(StagedNet):
         depth: Layers, 6n+2.
         widths: Channels of the stem and of the three stages.
         shortcut: `"A"` pads with zeros, as He et al. on CIFAR; `"B"` is a 1x1 convolution with norm, as Tian et al.
-        num_classes: Classes; 0 leaves the classifier out.
         in_chans: Channels of the images.
-        global_pool: timm's name of the pooling.
-        drop_rate: Dropout before the classifier.
+        **head: `num_classes`, `global_pool`, `drop_rate`, as in `StagedNet.finish`.
     """
 
     # https://github.com/akamaster/pytorch_resnet_cifar10
@@ -86,10 +93,8 @@ class CifarResNet(StagedNet):
         depth: int,
         widths: Sequence[int] = (16, 16, 32, 64),
         shortcut: str = "A",
-        num_classes: int = 10,
         in_chans: int = 3,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
+        **head: Any,
     ) -> None:
         super().__init__()
         self.in_chans = in_chans
@@ -100,15 +105,12 @@ class CifarResNet(StagedNet):
         self.bn1 = nn.BatchNorm2d(widths[0])
         self.act1 = nn.ReLU()
 
-        def layer(in_chs: int, out_chs: int, stride: int) -> nn.Sequential:
-            first = BasicBlock(in_chs, out_chs, stride, shortcut)
-            return nn.Sequential(first, *(BasicBlock(out_chs, out_chs, 1, shortcut) for _ in range(blocks - 1)))
-
-        self.layer1 = layer(widths[0], widths[1], 1)
-        self.layer2 = layer(widths[1], widths[2], 2)
-        self.layer3 = layer(widths[2], widths[3], 2)
+        block = partial(BasicBlock, shortcut=shortcut)
+        self.layer1 = _blocks(block, blocks, widths[0], widths[1], 1)
+        self.layer2 = _blocks(block, blocks, widths[1], widths[2], 2)
+        self.layer3 = _blocks(block, blocks, widths[2], widths[3], 2)
         stages = (("conv1", "bn1", "act1"), ("layer1",), ("layer2",), ("layer3",))
-        self._finish(stages, widths, (1, 1, 2, 4), num_classes, global_pool, drop_rate)
+        self.finish(stages, widths, (1, 1, 2, 4), **head)
 
 
 class PreActBlock(nn.Module):
@@ -142,10 +144,8 @@ class WideResNet(StagedNet):
     Args:
         depth: Layers, 6n+4.
         widen_factor: Width of the stages over 16/32/64.
-        num_classes: Classes; 0 leaves the classifier out.
         in_chans: Channels of the images.
-        global_pool: timm's name of the pooling.
-        drop_rate: Dropout before the classifier.
+        **head: `num_classes`, `global_pool`, `drop_rate`, as in `StagedNet.finish`.
     """
 
     # https://github.com/HobbitLong/RepDistiller
@@ -155,27 +155,21 @@ class WideResNet(StagedNet):
         self,
         depth: int,
         widen_factor: int = 1,
-        num_classes: int = 10,
         in_chans: int = 3,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
+        **head: Any,
     ) -> None:
         super().__init__()
         self.in_chans = in_chans
         blocks = _blocks_per_stage(depth, 4)
         widths = (16, 16 * widen_factor, 32 * widen_factor, 64 * widen_factor)
 
-        def block(in_chs: int, out_chs: int, stride: int) -> nn.Sequential:
-            first = PreActBlock(in_chs, out_chs, stride)
-            return nn.Sequential(first, *(PreActBlock(out_chs, out_chs, 1) for _ in range(blocks - 1)))
-
         self.conv1 = _conv3x3(in_chans, widths[0])
-        self.block1 = block(widths[0], widths[1], 1)
-        self.block2 = block(widths[1], widths[2], 2)
-        self.block3 = block(widths[2], widths[3], 2)
+        self.block1 = _blocks(PreActBlock, blocks, widths[0], widths[1], 1)
+        self.block2 = _blocks(PreActBlock, blocks, widths[1], widths[2], 2)
+        self.block3 = _blocks(PreActBlock, blocks, widths[2], widths[3], 2)
         norm = nn.Sequential(nn.BatchNorm2d(widths[3]), nn.ReLU())
         stages = (("conv1",), ("block1",), ("block2",), ("block3",))
-        self._finish(stages, widths, (1, 1, 2, 4), num_classes, global_pool, drop_rate, norm=norm)
+        self.finish(stages, widths, (1, 1, 2, 4), norm=norm, **head)
 
 
 class CifarVGG(StagedNet):
@@ -190,10 +184,8 @@ class CifarVGG(StagedNet):
 
     Args:
         layers: Convolutions in each of the five blocks.
-        num_classes: Classes; 0 leaves the classifier out.
         in_chans: Channels of the images.
-        global_pool: timm's name of the pooling.
-        drop_rate: Dropout before the classifier.
+        **head: `num_classes`, `global_pool`, `drop_rate`, as in `StagedNet.finish`.
     """
 
     # https://github.com/HobbitLong/RepDistiller
@@ -203,10 +195,8 @@ class CifarVGG(StagedNet):
     def __init__(
         self,
         layers: int,
-        num_classes: int = 10,
         in_chans: int = 3,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
+        **head: Any,
     ) -> None:
         super().__init__()
         self.in_chans = in_chans
@@ -224,7 +214,7 @@ class CifarVGG(StagedNet):
         for i in range(3):
             self.add_module(f"pool{i}", nn.MaxPool2d(2))
         stages = (("block0",), ("pool0", "block1"), ("pool1", "block2"), ("pool2", "block3"), ("block4",))
-        self._finish(stages, widths, (1, 2, 4, 8, 8), num_classes, global_pool, drop_rate)
+        self.finish(stages, widths, (1, 2, 4, 8, 8), **head)
 
 
 class LeNet5(StagedNet):
@@ -237,10 +227,8 @@ class LeNet5(StagedNet):
 
     Args:
         widths: Channels of the three convolutions, and of the hidden layer.
-        num_classes: Classes; 0 leaves the classifier out.
         in_chans: Channels of the images.
-        global_pool: timm's name of the pooling.
-        drop_rate: Dropout before the classifier.
+        **head: `num_classes`, `global_pool`, `drop_rate`, as in `StagedNet.finish`.
     """
 
     # https://github.com/huawei-noah/Data-Efficient-Model-Compression
@@ -249,10 +237,8 @@ class LeNet5(StagedNet):
     def __init__(
         self,
         widths: Sequence[int] = (6, 16, 120, 84),
-        num_classes: int = 10,
         in_chans: int = 1,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
+        **head: Any,
     ) -> None:
         super().__init__()
         self.in_chans = in_chans
@@ -264,6 +250,4 @@ class LeNet5(StagedNet):
         self.conv3, self.act3 = nn.Conv2d(channels[1], channels[2], 5), nn.ReLU()
         neck = nn.Sequential(nn.Linear(channels[2], hidden), nn.ReLU())
         stages = (("conv1", "act1"), ("pool1", "conv2", "act2"), ("pool2", "conv3", "act3"))
-        self._finish(
-            stages, channels, (1, 2, 4), num_classes, global_pool, drop_rate, neck=neck, head_hidden_size=hidden
-        )
+        self.finish(stages, channels, (1, 2, 4), neck=neck, head_hidden_size=hidden, **head)

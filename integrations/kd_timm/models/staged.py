@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 from timm.layers import create_classifier
 from timm.models import checkpoint_seq
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError
+from kd_timm.compat import feature_take_indices
 
 __all__ = ["StagedNet", "checkpoint_filter_fn"]
 
@@ -19,7 +19,7 @@ __all__ = ["StagedNet", "checkpoint_filter_fn"]
 class StagedNet(nn.Module):
     """A chain of stages, a norm and a classifier, with timm's interface to features and head.
 
-    A subclass makes its modules, then calls `_finish`. Stages are numbered from 0, the stem.
+    A subclass makes its modules, then calls `finish`. Stages are numbered from 0, the stem.
 
     Attributes:
         feature_info: Channels, reduction and module of every stage, as in timm's models.
@@ -31,14 +31,14 @@ class StagedNet(nn.Module):
     checkpoint_every: ClassVar[int] = 1
     global_pool: nn.Module
 
-    def _finish(
+    def finish(
         self,
         stages: Sequence[Sequence[str]],
         channels: Sequence[int],
         reductions: Sequence[int],
-        num_classes: int,
-        global_pool: str,
-        drop_rate: float,
+        num_classes: int = 10,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
         norm: nn.Module | None = None,
         neck: nn.Module | None = None,
         head_hidden_size: int | None = None,

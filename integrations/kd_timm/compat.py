@@ -1,0 +1,38 @@
+"""Every name of timm, Accelerate and argparse that is used though it is not published, or not yet settled.
+
+`timm.task` is public and young: names moved until 1.0.31. A test holds each of these names and its signature.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from timm.data.loader import fast_collate
+from timm.models._features import feature_take_indices
+from timm.models._hub import save_config_for_hf
+from timm.task import ClassificationEvaluator, TrainingTask, evaluation_sample_limit, resolve_classification_loss
+
+__all__ = [
+    "LOGGER_TYPE_TO_CLASS",
+    "ClassificationEvaluator",
+    "TrainingTask",
+    "evaluation_sample_limit",
+    "fast_collate",
+    "feature_take_indices",
+    "parser_actions",
+    "resolve_classification_loss",
+    "save_config_for_hf",
+    "set_sync_gradients",
+]
+
+
+def set_sync_gradients(accelerator: Accelerator, sync: bool) -> None:
+    """Tells Accelerate whether the coming backward closes an accumulation window, in a loop that counts by itself."""
+    accelerator.gradient_state._set_sync_gradients(sync)
+
+
+def parser_actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    """The arguments of a parser by name, help left out."""
+    return {action.dest: action for action in parser._actions if action.dest != "help"}

@@ -1,0 +1,102 @@
+"""Rows on their way to a batch: the teacher's own columns, and row numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from kd_plugins import DistillError
+from kd_transformers.checks import base
+
+__all__ = ["INDEX", "TEACHER", "TEACHER_LOGITS", "Indexed", "Padded", "Rows", "with_index", "with_padding"]
+
+INDEX = "kd_index"
+TEACHER = "teacher_"
+"""A column of this prefix goes to the teacher."""
+TEACHER_LOGITS = "teacher_logits"
+"""The column that stands for the teacher's forward."""
+
+
+def with_padding(collate: Any, teachers: Sequence[nn.Module]) -> Any:
+    """A collator; transformers' own, which do not know the teacher's columns, get these padded."""
+    if not teachers or not getattr(collate, "__module__", "").startswith("transformers."):
+        return collate
+    pads = [getattr(getattr(base(t), "config", None), "pad_token_id", None) for t in teachers]
+    return Padded(collate, next((p for p in pads if p is not None), None))
+
+
+class Padded:
+    """A collator of transformers that gets the teacher's own columns padded, of which it knows nothing.
+
+    A column of sequences is padded to its longest row: token ids with the teacher's padding token, everything else
+    (masks, types) with 0.
+
+    Args:
+        collate: The collator.
+        pad: The teacher's padding token, where it has one.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], Any], pad: int | None) -> None:
+        self.collate, self.pad = collate, pad
+
+    def __call__(self, items: list[Any]) -> Any:
+        ids, mask = f"{TEACHER}input_ids", f"{TEACHER}attention_mask"
+        own = [name for name in items[0] if name.startswith(TEACHER)] if isinstance(items[0], Mapping) else []
+        ragged = [name for name in own if len({_length(item[name]) for item in items}) > 1]
+        if not ragged:
+            return self.collate(items)
+        rows = [{**item, **{name: torch.as_tensor(item[name]).tolist() for name in ragged}} for item in items]
+        if ids in ragged and self.pad is None:
+            raise DistillError(
+                f"Expected a teacher whose configuration has a pad_token_id, to pad the column {ids} with: set"
+                " teacher.config.pad_token_id, or give a data_collator that pads it."
+            )
+        if ids in ragged and mask not in own:
+            ragged.append(mask)
+            for row in rows:
+                row[mask] = [1] * len(row[ids])
+        for name in ragged:
+            longest, fill = max(len(row[name]) for row in rows), self.pad if name == ids else 0
+            for row in rows:
+                row[name] = row[name] + [fill] * (longest - len(row[name]))
+        return self.collate(rows)
+
+
+def _length(value: Any) -> int:
+    """Of a sequence of numbers; 0 for anything else."""
+    if isinstance(value, (list, tuple)):
+        return 0 if value and isinstance(value[0], (list, tuple)) else len(value)
+    return len(value) if getattr(value, "ndim", 0) == 1 else 0
+
+
+class Indexed:
+    """A collator that carries row numbers past another one."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, items: list[Any]) -> Any:
+        index = torch.tensor([item[INDEX] for item in items])
+        batch = self.collate([{k: v for k, v in item.items() if k != INDEX} for item in items])
+        return {**batch, INDEX: index}
+
+
+def with_index(item: Any, row: int) -> Any:
+    """An item with its row number."""
+    return {**item, INDEX: row}
+
+
+class Rows:
+    """Items with their row numbers."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, row: int) -> Any:
+        return with_index(self.dataset[row], row)

@@ -1,0 +1,187 @@
+"""Every private name of transformers, and of what lies under it, that this package relies on.
+
+`tests/transformers/test_compat.py` says of each whether the installed versions still have it, as it is used here.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from argparse import Action, ArgumentParser
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PretrainedConfig, Trainer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+__all__ = [
+    "ALWAYS_DIVIDES",
+    "Hooks",
+    "attention_name",
+    "averages",
+    "chosen_attention",
+    "chosen_mask",
+    "flags",
+    "is_reentrant",
+    "rates_are",
+    "rows_id",
+    "tapped",
+]
+
+# Before 5.19 Trainer takes every compute_loss_func for one that counts the accumulated items itself.
+ALWAYS_DIVIDES = hasattr(Trainer, "loss_is_scaled_for_ga")
+
+
+class Hooks(Trainer):
+    """Trainer's private hooks and helpers under names of ours; as it stands it is Trainer."""
+
+    data_collator: Any
+    _signature_columns: Any
+
+    # Hooks, for a subclass to override
+
+    def loader(self, dataset: Any, build: Callable[[Any], DataLoader], *, training: bool) -> DataLoader:
+        """Makes a data loader; `build(dataset)` is how Trainer makes it, of `self.data_collator`."""
+        return build(dataset)
+
+    def further_columns(self, columns: list[str]) -> list[str]:
+        """Columns that stay beside those that the model's forward takes."""
+        return []
+
+    def clipped_beside(self) -> list[nn.Parameter]:
+        """Parameters that are clipped jointly with the model's."""
+        return []
+
+    def optimizer_saved(self, folder: str) -> None:
+        """Called when a checkpoint's optimizer has been written."""
+
+    def optimizer_loaded(self, folder: str) -> None:
+        """Called when a checkpoint's optimizer has been read."""
+
+    # Helpers
+
+    @property
+    def train_batch(self) -> int:
+        """Rows of a training batch of this process."""
+        return int(self._train_batch_size)
+
+    def own_scheduler(self, scheduler: Any) -> None:
+        """Takes a learning-rate curve as one that Trainer has made, which it drops before another training."""
+        self.lr_scheduler = scheduler
+        self._created_lr_scheduler = True
+
+    def count_items(self, inputs: Mapping[str, Any]) -> Tensor | int | None:
+        """What Trainer counts as the items of one batch, over all processes where it averages over them."""
+        items: Tensor | int | None = self._get_num_items_in_batch([inputs], self.args.device)
+        return items
+
+    def on_device(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A batch where Trainer wants it."""
+        prepared: Mapping[str, Any] = self._prepare_inputs(inputs)  # type: ignore[arg-type]
+        return prepared
+
+    def used_columns(self, dataset: Any, collate: Any, description: str) -> tuple[Any, Any]:
+        """A data set and its collator without the columns that nothing takes."""
+        from datasets import Dataset
+
+        if isinstance(dataset, Dataset):
+            return self._remove_unused_columns(dataset, description=description), collate
+        return dataset, self._get_collator_with_removed_columns(collate, description=description)
+
+    # Trainer's own
+
+    def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
+        build = super()._get_dataloader
+        return self.loader(
+            dataset, lambda rows: build(rows, *args, is_training=is_training, **kwargs), training=is_training
+        )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        known = self._signature_columns is not None
+        super()._set_signature_columns_if_needed()
+        if not known:
+            self._signature_columns = [*self._signature_columns, *self.further_columns(list(self._signature_columns))]
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        beside = self.clipped_beside()
+        if not beside:
+            return super()._clip_grad_norm(model)
+        return self.accelerator.clip_grad_norm_([*model.parameters(), *beside], self.args.max_grad_norm)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        self.optimizer_saved(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.optimizer_loaded(checkpoint)
+
+
+# Attention
+
+
+def tapped(config: PretrainedConfig, name: str, tap: Any) -> PretrainedConfig:
+    """A shallow copy of a config that names an attention function of ours, and its tap."""
+    copied = copy.copy(config)
+    vars(copied).update({"_attn_implementation_internal": name, name: tap})
+    return copied
+
+
+def attention_name(config: Any) -> str | None:
+    """The attention that a config names."""
+    name: str | None = config._attn_implementation
+    return name
+
+
+def chosen_attention(module: nn.Module, config: Any) -> Callable[..., Any] | None:
+    """The attention function that a module would have called: by name, or its own file's eager one."""
+    name = attention_name(config)
+    for cls in type(module).__mro__:
+        space = vars(sys.modules.get(cls.__module__, object))
+        functions = space.get("ALL_ATTENTION_FUNCTIONS")
+        if functions is not None:
+            found: Callable[..., Any] | None = functions.get_interface(name, space.get("eager_attention_forward"))
+            return found
+    return ALL_ATTENTION_FUNCTIONS.get(name)
+
+
+def chosen_mask(config: Any) -> Callable[..., Any]:
+    """The function that makes the mask of the attention that a config names."""
+    function: Callable[..., Any] = ALL_MASK_ATTENTION_FUNCTIONS[attention_name(config)]
+    return function
+
+
+def is_reentrant(module: nn.Module) -> bool:
+    """Whether a module recomputes its activations by reentrant checkpointing."""
+    function = getattr(module, "_gradient_checkpointing_func", None)
+    return bool(
+        getattr(module, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant")
+    )
+
+
+# evaluate, datasets, torch, argparse
+
+
+def averages(metric: Any) -> bool:
+    """Whether a metric of `evaluate` can average over classes."""
+    return "average" in inspect.signature(metric._compute).parameters
+
+
+def rows_id(dataset: Any) -> str:
+    """What `datasets` knows the rows of a data set by."""
+    return str(dataset._fingerprint)
+
+
+def rates_are(scheduler: Any, rates: list[float]) -> None:
+    """Tells a scheduler that the learning rates were set by another hand."""
+    scheduler._last_lr = rates
+
+
+def flags(parser: ArgumentParser) -> dict[str, Action]:
+    """What each flag of a parser does."""
+    return parser._option_string_actions

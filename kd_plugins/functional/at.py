@@ -1,0 +1,50 @@
+"""The distance of Attention Transfer: where in the image two networks respond."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kd_plugins.functional._common import Reduction, check_reduction, exact, no_autocast, reduce
+from kd_plugins.functional.nst import match_spatial
+
+__all__ = ["at"]
+
+
+def at(student_map: Tensor, teacher_map: Tensor, p: int = 2, *, reduction: Reduction = "mean") -> Tensor:
+    """Mean squared difference of normalised spatial attention maps.
+
+    Zagoruyko, Komodakis, "Paying More Attention to Attention", ICLR 2017, arXiv 1612.03928, section 3.1, eq. 2: the
+    attention map is `Q = sum_c |A_c|^p`, flattened and divided by its L2 norm; compared is
+    `mean_hw (Q_s / |Q_s| - Q_t / |Q_t|)^2`.
+
+    The numbers of channels may differ. The larger of two attention maps is averaged down to the other's size.
+
+    Departures: eq. 2 has the norm of the difference, the released code its mean square, as here (read in the code). The
+    factor beta / 2 is the caller's. Averaging down is ours: the paper's pairs have one size.
+
+    Args:
+        student_map: Activations `[B, C_s, H_s, W_s]`.
+        teacher_map: Activations `[B, C_t, H_t, W_t]`; gets no gradient.
+        p: Exponent of the activations, from 1.
+        reduction: `"mean"` over the batch, `"sum"`, or `"none"`.
+
+    Returns:
+        A scalar, or `[B]` for `"none"`.
+
+    >>> import torch
+    >>> student = torch.tensor([1.0, 0.0]).reshape(1, 1, 1, 2)
+    >>> at(student, torch.tensor([[0.0, 3.0], [0.0, 4.0]]).reshape(1, 2, 1, 2))
+    tensor(1.)
+    """
+    check_reduction(reduction)
+    if student_map.dim() != 4 or teacher_map.dim() != 4 or len(student_map) != len(teacher_map):
+        raise ValueError(
+            f"Expected maps [B, C, H, W] of one batch, got {list(student_map.shape)} and {list(teacher_map.shape)}."
+        )
+    if p < 1:
+        raise ValueError(f"Expected an exponent p from 1, got {p}.")
+    with no_autocast(student_map):
+        q_s, q_t = (x.abs().pow(p).mean(1, keepdim=True) for x in exact(student_map, teacher_map.detach()))
+        u_s, u_t = (F.normalize(q.flatten(1)) for q in match_spatial(q_s, q_t, "pool"))
+        return reduce((u_s - u_t).square().mean(1), reduction)

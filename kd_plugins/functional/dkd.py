@@ -1,0 +1,81 @@
+"""The loss of Decoupled Knowledge Distillation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kd_plugins.functional._common import (
+    Reduction,
+    check_reduction,
+    exact,
+    no_autocast,
+    per_example,
+    reduce,
+    softmax_kl,
+)
+
+__all__ = ["dkd"]
+
+
+def dkd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: float = 4.0,
+    *,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Divergence in the probability of the labelled class, and in those of the other classes among themselves.
+
+    Zhao, Cui, Song, Qiu, Liang, "Decoupled Knowledge Distillation", CVPR 2022, arXiv 2203.08679:
+    `T^2 * (alpha * TCKD + beta * NCKD)`. With p the softmax of `z / T`, y the label and q the softmax over the classes
+    other than y: `TCKD = KL(Bernoulli(p_t[y]) || Bernoulli(p_s[y]))` and `NCKD = KL(q_t || q_s)`. The paper takes the
+    soft labels apart so: `KL(p_t || p_s) = TCKD + (1 - p_t[y]) * NCKD`.
+
+    Per token as in `kd`: the mean over an example's own tokens, then over the examples.
+
+    Args:
+        student_logits: `[B, K]`, or `[B, N, K]` (any number of position axes), K from 2.
+        teacher_logits: The same shape; gets no gradient.
+        labels: Class numbers `[B]`, or `[B, N]`; what stands where the mask leaves out does not count.
+        alpha: Weight of the target class' part.
+        beta: Weight of the other classes' part.
+        temperature: Softens both sides.
+        mask: Of the shape of the labels, boolean or integer: the positions that count.
+        reduction: `"mean"` over the batch, `"sum"`, or `"none"`.
+
+    Returns:
+        A scalar, or `[B]` for `"none"`.
+
+    >>> student, teacher = torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.0, 2.0, 1.0]])
+    >>> dkd(student, teacher, torch.tensor([2]), alpha=0.0, beta=1.0, temperature=2.0)  # kd of the first two classes
+    tensor(0.4438)
+    """
+    check_reduction(reduction)
+    if student_logits.shape != teacher_logits.shape or student_logits.dim() < 2 or student_logits.shape[-1] < 2:
+        raise ValueError(
+            "Expected student and teacher logits of one shape [B, K] or [B, N, K] with two classes or more, got"
+            f" {list(student_logits.shape)} and {list(teacher_logits.shape)}."
+        )
+    rows = student_logits.shape[:-1]
+    if labels.shape != rows or labels.is_floating_point() or (mask is not None and mask.shape != rows):
+        raise ValueError(
+            f"Expected class numbers {list(rows)}, one for each row of logits, and a mask like them or none, got"
+            f" {labels.dtype} {list(labels.shape)} and {None if mask is None else list(mask.shape)}."
+        )
+    if not temperature > 0:
+        raise ValueError(f"Expected a temperature above 0, got {temperature}.")
+    target = (labels if mask is None else labels.where(mask.bool(), 0)).long().unsqueeze(-1)
+    with no_autocast(student_logits):
+        logits = [z / temperature for z in exact(student_logits, teacher_logits.detach())]
+        others = [z.scatter(-1, target, -torch.inf) for z in logits]
+        # The logit of the labelled class against all others together.
+        s, t = (z.gather(-1, target).squeeze(-1) - o.logsumexp(-1) for z, o in zip(logits, others, strict=True))
+        log_not = torch.nn.functional.logsigmoid
+        tckd = t.sigmoid() * (t - s) + log_not(-t) - log_not(-s)
+        values = alpha * tckd + beta * softmax_kl(*others)
+        return temperature**2 * reduce(per_example(values, mask), reduction)

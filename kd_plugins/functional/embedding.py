@@ -1,0 +1,38 @@
+"""One vector for each example, of whatever a layer gives."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kd_plugins.functional._common import exact, no_autocast
+
+__all__ = ["embedding"]
+
+
+def embedding(features: Tensor, mask: Tensor | None = None) -> Tensor:
+    """What a layer says of each example as one vector: vectors as they are, maps and tokens by their mean.
+
+    In float32 (float64 stays float64).
+
+    Args:
+        features: `[B, D]`, maps `[B, D, H, W]`, or tokens `[B, L, D]`.
+        mask: `[B, L]`, the tokens that count; all of them by default. Has no meaning for the others.
+
+    Returns:
+        `[B, D]`.
+
+    >>> import torch
+    >>> tokens = torch.tensor([[[1.0], [3.0], [9.0]]])
+    >>> embedding(tokens), embedding(tokens, torch.tensor([[1, 1, 0]]))
+    (tensor([[4.3333]]), tensor([[2.]]))
+    """
+    if features.dim() not in (2, 3, 4):
+        raise ValueError(f"Expected features [B, D], [B, D, H, W] or [B, L, D], got {list(features.shape)}.")
+    if features.dim() == 3 and mask is not None and mask.shape != features.shape[:2]:
+        raise ValueError(f"Expected a mask {list(features.shape[:2])} for these tokens, got {list(mask.shape)}.")
+    with no_autocast(features):
+        (x,) = exact(features)
+        if x.dim() == 3 and mask is not None:
+            weights = mask.to(x.dtype).unsqueeze(-1)
+            return (x * weights).sum(1) / weights.sum(1).clamp_min(1)
+        return x if x.dim() == 2 else x.mean(1) if x.dim() == 3 else x.mean((2, 3))

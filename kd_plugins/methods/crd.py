@@ -1,0 +1,90 @@
+"""Contrastive Representation Distillation."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from kd_plugins.catalog.paper import Paper
+from kd_plugins.catalog.values import AtLeastOne, NonNegative, Positive, Share
+from kd_plugins.errors import DistillError
+from kd_plugins.functional.crd import crd, crd_log_z
+from kd_plugins.layers import LayerDistiller
+from kd_plugins.nn.bank import PairMemory
+from kd_plugins.reading.nets import Nets
+from kd_plugins.reading.view import Batch, Needs, Reads
+
+__all__ = ["CRD"]
+
+
+class CRD(LayerDistiller):
+    """The two networks' embeddings of an input are to be told apart from those of many other inputs.
+
+    Tian, Krishnan, Isola, "Contrastive Representation Distillation", ICLR 2020, arXiv 1910.10699: heads make embeddings
+    of length 1 of both networks' layers, maps `[B, C, H, W]` (averaged) or vectors `[B, C]`; memories hold those of all
+    M rows of the training set. `task + weight * sum_sides (-log h(own, other's) - sum over N rows of log(1 - h))` with
+    the critic `h = e / (e + N / M)`, `e = exp(cosine / temperature)`.
+
+    **Departures** e is divided by a constant that the first step estimates, as in the released code (read there). The
+    positive is the other network's embedding of this step, where that code has the memory's; the memory takes the
+    step's embeddings before the negatives are scored. Negatives are drawn with replacement.
+
+    Args:
+        negatives: N for each example; not more than there are rows.
+        others: `classes` draws negatives of other classes (as far as they have been seen), `rows` any other rows.
+        dim: Length of the embeddings.
+        temperature: tau.
+        momentum: Share of the old vector in a row's new one.
+        normalize: Whether e is divided by its mean times M; the paper's critic is not, and begins at thousands.
+        weight: Weight of both sides; 0.8 is the authors'.
+    """
+
+    paper = Paper(
+        "Contrastive Representation Distillation",
+        ("Yonglong Tian", "Dilip Krishnan", "Phillip Isola"),
+        "ICLR",
+        2020,
+        arxiv="1910.10699",
+    )
+    maps = False
+
+    def __init__(
+        self,
+        *,
+        negatives: AtLeastOne = 16384,
+        others: Literal["classes", "rows"] = "classes",
+        dim: AtLeastOne = 128,
+        temperature: Positive = 0.07,
+        momentum: Share = 0.5,
+        normalize: bool = True,
+        weight: NonNegative = 0.8,
+        **layers: Any,
+    ) -> None:
+        super().__init__(**layers)
+
+    def needs(self) -> Needs:
+        return super().needs() | Needs(teacher=Reads(logits=False), index=True)
+
+    def setup(self, nets: Nets, batch: Batch) -> None:
+        if batch.index is None or not batch.rows:
+            raise DistillError("crd remembers the training set by row: give Batch.of(..., index=row numbers, rows=M).")
+        self.rows = batch.rows
+        super().setup(nets, batch)
+
+    def connect(self, student: Tensor, teacher: Tensor) -> nn.Module:
+        return PairMemory(student.shape[1], teacher.shape[1], self.dim, self.rows, self.momentum, self.normalize)
+
+    def distance(self, student: Tensor, teacher: Tensor, part: Any, batch: Batch) -> Tensor:
+        classes = batch.labels if self.others == "classes" else batch.index
+        if not isinstance(classes, Tensor) or classes.dim() != 1 or classes.is_floating_point():
+            raise DistillError("crd draws rows of other classes, and the labels are no classes [B]: take others=rows.")
+        sides: list[tuple[Tensor, Tensor, Tensor]] = part(student, teacher, batch.index, classes)
+        rows = part.others.draw(classes, min(self.negatives, self.rows), self.host.generator(student.device))
+        tau = self.temperature
+        if part.log_z.isnan().any():
+            found = [crd_log_z(own, bank, rows, temperature=tau) for own, _, bank in sides]
+            part.log_z.copy_(self.host.mean(torch.stack(found)))
+        terms = [crd(*side, rows, temperature=tau, log_z=z) for side, z in zip(sides, part.log_z, strict=True)]
+        return torch.stack(terms).sum()

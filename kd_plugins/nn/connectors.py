@@ -1,0 +1,72 @@
+"""Trained parts between a student's map and a teacher's."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kd_plugins.functional._common import no_autocast
+
+__all__ = ["GaussianRegressor", "UnitHead", "hint_regressor"]
+
+
+def hint_regressor(student: Tensor, teacher: Tensor) -> nn.Conv2d:
+    """The convolution without padding that brings a student's map to the teacher's channels and size.
+
+    Romero et al., ICLR 2015, arXiv 1412.6550, section 2.2: its kernel is as large as the sizes differ, plus one, which
+    is a 1x1 convolution for maps of one size. A height or width that is the smaller one already is kept.
+
+    Args:
+        student: `[B, C_s, H_s, W_s]`.
+        teacher: `[B, C_t, H_t, W_t]`.
+
+    >>> hint_regressor(torch.zeros(1, 4, 8, 8), torch.zeros(1, 6, 6, 8))
+    Conv2d(4, 6, kernel_size=(3, 1), stride=(1, 1))
+    """
+    kernel = [max(ours - theirs, 0) + 1 for ours, theirs in zip(student.shape[2:], teacher.shape[2:], strict=True)]
+    return nn.Conv2d(student.shape[1], teacher.shape[1], (kernel[0], kernel[1]))
+
+
+class GaussianRegressor(nn.Module):
+    """Predicts a map as a Gaussian: the mean at every position, and one variance for each channel.
+
+    Ahn et al., CVPR 2019, arXiv 1904.05835: the mean by 1x1 convolutions `[B, C_s, H, W]` to `[B, C_t, H, W]`, the
+    variance `softplus(alpha) + eps`, both trained.
+
+    Departures: three convolutions with ReLU between them and no bias, the first variance and eps are the public code's
+    (read there).
+
+    Args:
+        student: C_s.
+        teacher: C_t, also the hidden width.
+        variance: The variance at first, without eps.
+        eps: The least variance.
+
+    >>> mean, variance = GaussianRegressor(4, 6)(torch.zeros(2, 4, 3, 3))
+    >>> mean.shape, variance.detach().round()
+    (torch.Size([2, 6, 3, 3]), tensor([5., 5., 5., 5., 5., 5.]))
+    """
+
+    def __init__(self, student: int, teacher: int, variance: float = 5.0, eps: float = 1e-5) -> None:
+        super().__init__()
+        widths = (student, teacher, teacher), (teacher, teacher, teacher)
+        first, second, last = (nn.Conv2d(a, b, 1, bias=False) for a, b in zip(*widths, strict=True))
+        self.mean = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last)
+        self.alpha = nn.Parameter(torch.full((teacher,), variance + math.log(-math.expm1(-variance))))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean `[B, C_t, H, W]` and the variance `[C_t]`."""
+        return self.mean(x), F.softplus(self.alpha) + self.eps
+
+
+class UnitHead(nn.Linear):
+    """A linear embedding of length 1: the mean over the positions of a map, or a vector, `[B, C, ...]` to `[B, D]`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The embedding, in float32."""
+        with no_autocast(x):
+            return F.normalize(super().forward(x.float().unsqueeze(2).flatten(2).mean(2)), dim=1)

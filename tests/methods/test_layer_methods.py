@@ -1,0 +1,70 @@
+"""What the methods that compare layers do beyond their distances: stages, warm-up, the order of layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.optim import SGD
+
+from kd_plugins import DistillError, bind, create_distiller, make_optimizers, play
+from kd_plugins.testing import TinyNet, tiny_batches
+
+
+def bound(name: str, **options):
+    batches = tiny_batches(2)
+    distiller = create_distiller(name, **options)
+    student = TinyNet()
+    nets = bind(distiller, student, TinyNet(6), batch=batches[0], total_steps=4, epoch_steps=2)
+    return distiller, nets, batches
+
+
+def test_fitnet_learns_from_the_hints_first_and_from_the_task_then():
+    distiller, nets, batches = bound("fitnet", layers=("layer1",), hint_share=0.5)
+    optimizers = make_optimizers(distiller, SGD(nets.student.module.parameters(), lr=0.01), nets=nets)
+    terms, head = [], nets.student.module.head.weight.clone()
+    for step in range(4):
+        for turn in distiller.turns(nets, batches[step % 2]):
+            terms.append(sorted(turn["student"]))
+            play(turn, optimizers)
+        assert torch.equal(nets.student.module.head.weight, head) == (step < 2)
+    assert terms == [["fitnet"]] * 2 + [["task"]] * 2
+
+
+def test_reviewkd_grows_its_weight():
+    distiller, nets, batches = bound("reviewkd", layers=("layer1", "layer2"), warmup_epochs=4)
+    values = []
+    for epoch in (0.0, 1.0, 4.0, 9.0):
+        distiller.progress.epoch = epoch
+        (turn,) = distiller.turns(nets, batches[0])
+        values.append(turn["student"]["reviewkd"].item())
+    assert values == pytest.approx([0.0, values[3] / 4, values[3], values[3]])
+    assert values[3] > 0
+
+
+def test_reviewkd_goes_from_shallow_to_deep():
+    with pytest.raises(DistillError, match="shallow to deep"):
+        bound("reviewkd", layers=("layer2", "layer1"))
+
+
+def test_reviewkd_fuses_the_deeper_layers_into_each():
+    """The shallow layer's distance reaches the student's deep layer, and not the other way round."""
+    distiller, nets, batches = bound("reviewkd", layers=("layer1", "layer2"))
+    student, views = nets.student.module, (nets.student(batches[0]), nets.teacher(batches[0]))
+    shallow, deep = distiller.pairs(*views)
+    _, passed = distiller.fusions[1](deep.student, None, deep.teacher.shape[2:])
+    fused, _ = distiller.fusions[0](shallow.student, passed, shallow.teacher.shape[2:])
+    assert fused.shape == shallow.teacher.shape
+    (grad,) = torch.autograd.grad(fused.square().sum(), student.layer2[0].weight)
+    assert grad.any()
+
+
+def test_vid_trains_the_variance_towards_the_error():
+    distiller, nets, batches = bound("vid", layers=("layer2",), variance=5.0)
+    optimizers = make_optimizers(distiller, SGD(nets.student.module.parameters(), lr=0.1), nets=nets)
+    part = distiller.connectors[0]
+    assert torch.allclose(part(torch.zeros(1, 8, 1, 1))[1], torch.tensor(5.0), atol=1e-4)
+    for _ in range(3):
+        for turn in distiller.turns(nets, batches[0]):
+            play(turn, optimizers)
+    # The tiny teacher's activations are far below a variance of 5.
+    assert (part(torch.zeros(1, 8, 1, 1))[1] < 4.999).all()

@@ -1,0 +1,66 @@
+"""What the short methods read of a batch; their values are in tests/functional."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from kd_plugins import Batch, DistillError, View, bind, create_distiller
+from kd_plugins import functional as KF
+from kd_plugins.reading.view import Features
+from kd_plugins.testing import TinyNet
+
+
+def scores(*shape: int, seed: int = 0) -> View:
+    return View(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)))
+
+
+def test_dkd_grows_over_its_warm_up_and_needs_classes() -> None:
+    student, teacher, batch = scores(4, 5), scores(4, 5, seed=1), Batch(labels=torch.tensor([0, 4, 2, 2]))
+    full = KF.dkd(student.logits, teacher.logits, batch.labels, 0.5, 2.0, 3.0)
+    distiller = create_distiller("dkd", alpha=0.5, beta=2.0, temperature=3.0, warmup=0.2)
+    with pytest.raises(DistillError, match="total_steps"):
+        distiller.loss(student, teacher, batch)
+    distiller.progress.total = 100
+    for step, share in ((0, 0.0), (5, 0.25), (20, 1.0), (99, 1.0)):
+        distiller.progress.step = step
+        torch.testing.assert_close(distiller.loss(student, teacher, batch)["dkd"], share * full)
+    with pytest.raises(DistillError, match="dkd needs the number of the true class"):
+        distiller.loss(student, teacher, Batch(labels=torch.rand(4, 5)))
+
+
+def test_dkd_and_dist_leave_out_ignored_tokens() -> None:
+    student, teacher = scores(2, 3, 5), scores(2, 3, 5, seed=1)
+    labels = torch.tensor([[1, -100, 4], [0, -100, -100]])
+    batch, mask = Batch(inputs=torch.ones(2, 3), labels=labels, task="token"), labels != -100
+    s, t = student.logits, teacher.logits
+    expected = {
+        "dkd": KF.dkd(s, t, labels, mask=mask),
+        "dist": KF.dist(s, t, mask=mask),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(create_distiller(name).loss(student, teacher, batch)[name], value)
+
+
+@pytest.mark.parametrize("name", ["rkd", "pkt"])
+def test_padding_is_no_part_of_an_embedding(name: str) -> None:
+    tokens = {name: torch.randn(4, 6, width) for name, width in (("student", 3), ("teacher", 5))}
+    mask = torch.arange(6) < torch.tensor([6, 2, 3, 1])[:, None]
+    distiller, batch = create_distiller(name, layers=("encoder",)), Batch(torch.ones(4, 6), mask=mask)
+
+    def term(fill: float, batch: Batch) -> torch.Tensor:
+        views = [View(features=Features({"encoder": x.where(mask[..., None], fill)})) for x in tokens.values()]
+        return distiller.loss(*views, batch)[name]
+
+    torch.testing.assert_close(term(0.0, batch), term(9.0, batch))
+    teachers_own = Batch(torch.ones(4, 6), mask=mask, teacher_kwargs={"attention_mask": torch.ones(4, 6)})
+    assert term(0.0, teachers_own) != term(9.0, teachers_own)
+
+
+@pytest.mark.parametrize("name", ["sp", "rkd", "pkt"])
+def test_relations_need_examples(name: str) -> None:
+    batch = Batch(torch.randn(1, 3, 8, 8), torch.zeros(1).long())
+    networks: list[nn.Module] = [TinyNet(4), TinyNet(6)]
+    with pytest.raises(DistillError, match=rf"{name} compares the examples .* one of 1 has too few"):
+        bind(create_distiller(name, layers=("layer2",)), *networks, batch=batch)

@@ -1,0 +1,91 @@
+"""The table of docs/hosts/transformers.md: every y trains, everything else is refused in a sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from image_kit import Images, image_classifier
+from test_trainer_networks import vit
+from test_trainer_tasks import BERT, llama, rows_of, segformer, t5
+from trainer_kit import Texts, bert, logged, trainer
+
+from kd_plugins import DistillError
+
+PAGE = (Path(__file__).parents[2] / "docs" / "hosts" / "transformers.md").read_text()
+
+
+def cells() -> list[tuple[str, str, bool]]:
+    """Model, method, and whether they fit."""
+    rows = PAGE.partition("## Which method fits which model")[2].partition("\n\n")[2].partition("\n\n")[0].splitlines()
+    table = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    return [(row[0], name, y == "y") for row in table[2:] for name, y in zip(table[0][1:], row[1:], strict=True)]
+
+
+TEXTS = Texts(8)
+INPUTS = {"input_ids": TEXTS.ids, "attention_mask": TEXTS.mask}
+TOKENS = TEXTS.ids.masked_fill(TEXTS.mask == 0, -100)
+ALL = {"schedule": "all"}
+# How a network of a depth is made, and the rows.
+MODELS: dict[str, tuple[Any, Any]] = {
+    "text classification": (bert, TEXTS),
+    "multi-label classification": (
+        lambda n: bert(n, problem_type="multi_label_classification"),
+        rows_of({**INPUTS, "labels": torch.eye(3)[TEXTS.labels]}),
+    ),
+    "multiple choice": (
+        lambda n: hf.BertForMultipleChoice(hf.BertConfig(**{**BERT, "num_hidden_layers": n})),
+        rows_of({**{k: v.view(4, 2, 10) for k, v in INPUTS.items()}, "labels": TEXTS.labels[:4] % 2}),
+    ),
+    "token classification": (
+        lambda n: hf.BertForTokenClassification(hf.BertConfig(**BERT)),
+        rows_of({**INPUTS, "labels": torch.where(TOKENS < 0, -100, TOKENS % 3)}),
+    ),
+    "masked language model": (
+        lambda n: hf.BertForMaskedLM(hf.BertConfig(**BERT)),
+        rows_of({**INPUTS, "labels": TOKENS}),
+    ),
+    "causal language model": (lambda n: llama(), rows_of({**INPUTS, "labels": TOKENS})),
+    "sequence to sequence": (lambda n: t5(), rows_of({**INPUTS, "labels": TOKENS})),
+    "question answering": (
+        lambda n: hf.BertForQuestionAnswering(hf.BertConfig(**{**BERT, "num_labels": 2})),
+        rows_of({**INPUTS, "start_positions": TEXTS.labels, "end_positions": TEXTS.labels + 1}),
+    ),
+    "image classification (ResNet)": (lambda n: image_classifier([4, 8], n), Images(8)),
+    "image classification (ViT)": (vit, Images(8, size=32)),
+    "segmentation": (
+        lambda n: segformer(),
+        rows_of({"pixel_values": torch.randn(8, 3, 16, 16), "labels": torch.randint(3, (8, 16, 16))}),
+    ),
+}
+OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
+    **{("afd", name): {"logit_only": True} for name in MODELS if name != "image classification (ResNet)"},
+    ("nst", "segmentation"): {"layers": ("segformer.stages.0",)},
+    ("quest", "segmentation"): {"layers": ("segformer.stages.0",)},
+    ("quest", "image classification (ViT)"): {"layers": ("vit.layers.0",)},
+}
+DEFAULTS: dict[str, dict[str, Any]] = {"internal": ALL, "quest": {"words": 2}}
+
+
+@pytest.mark.parametrize(("model", "method", "fits"), cells())
+def test_method_and_model(tmp_path: Path, model: str, method: str, fits: bool) -> None:
+    make, data = MODELS[model]
+    torch.manual_seed(0)
+    given: dict[str, Any] = {"student": make(1), "of": make(2), "data": data, "max_steps": 1, "learning_rate": 0.1}
+    options = {**DEFAULTS.get(method, {}), **OPTIONS.get((method, model), {})}
+    if not fits:
+        with pytest.raises(DistillError):
+            trainer(tmp_path, method, options, **given).train()
+        return
+    run = trainer(tmp_path, method, options, **given)
+    run.train()
+    terms = {name for entry in run.state.log_history for name in entry if name.startswith("distill/")} - {
+        "distill/task"
+    }
+    assert terms
+    assert all(np.isfinite(logged(run, name)).all() for name in terms)
+    assert any(value != 0 for name in terms for value in logged(run, name))

@@ -1,0 +1,478 @@
+"""DistillationTrainer by task: which scores are compared, which of them count, and what the task loss is."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import transformers as hf
+from datasets import Dataset
+from image_kit import Images, image_classifier
+from torch import Tensor
+from trainer_kit import (
+    NO_DROPOUT,
+    TINY,
+    Texts,
+    bert,
+    difference,
+    logged,
+    moved,
+    parts,
+    teacher,
+    trainer,
+    weights,
+)
+from transformers import Trainer
+
+from kd_plugins import DistillError
+from kd_transformers import cache_teacher
+
+BERT = {**TINY, **NO_DROPOUT, "num_hidden_layers": 1}
+SGD: dict[str, Any] = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "max_steps": 1}
+
+
+def kl(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
+    """The soft-label term of each row, in float64: written anew, not taken from the library."""
+    s, t = ((x.double() / temperature).log_softmax(-1) for x in (student, teacher))
+    return temperature**2 * (t.exp() * (t - s)).sum(-1)
+
+
+def pair(make: Any) -> tuple[Any, Any]:
+    """Two networks whose scores are far apart, in evaluation mode."""
+    made = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        made.append(make().eval())
+        with torch.no_grad():
+            for parameter in made[-1].parameters():
+                if parameter.dim() == 2:
+                    parameter.mul_(4 * seed)
+    return made[0], made[1]
+
+
+def rows_of(columns: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    return [{k: v[i] for k, v in columns.items()} for i in range(len(next(iter(columns.values()))))]
+
+
+def llama() -> Any:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    return hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=64, **sizes, **heads))
+
+
+def unequal() -> list[dict[str, Tensor]]:
+    """Rows with very different numbers of labels."""
+    ids = torch.randint(64, (8, 10), generator=torch.Generator().manual_seed(1))
+    return rows_of({"input_ids": ids, "labels": ids.masked_fill(torch.arange(10) < 1 + torch.arange(8)[:, None], -100)})
+
+
+class Divides(Trainer):
+    """A user's task loss that divides by the items, as a class below."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        scores = outputs.logits[:, :-1].flatten(0, 1)
+        loss = 3 * F.cross_entropy(scores, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+        return (loss, outputs) if return_outputs else loss
+
+
+def total(outputs: Any, labels: Tensor, num_items_in_batch: Any) -> Tensor:
+    """A task loss of the user's that divides by the items."""
+    scores = outputs.logits[:, :-1].flatten(0, 1)
+    return 3 * F.cross_entropy(scores, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+
+
+def mean(outputs: Any, labels: Tensor, num_items_in_batch: Any) -> Tensor:
+    """A task loss of the user's that does not."""
+    return F.cross_entropy(outputs.logits[:, :-1].mean(1), labels[:, -1])
+
+
+@pytest.mark.parametrize("loss", ["the model's", "smoothed", "compute_loss_func", "a class below"])
+def test_token_losses_are_means_over_the_accumulated_batch(tmp_path: Path, loss: str) -> None:
+    """The update is that of the whole batch however it is split, and without a teacher's term it is Trainer's."""
+    from kd_transformers import DistillationTrainer
+
+    class Below(DistillationTrainer, Divides):
+        pass
+
+    student, of = pair(llama)
+    given = {"compute_loss_func": total} if loss == "compute_loss_func" else {}
+    args = {**SGD, **({"label_smoothing_factor": 0.2} if loss == "smoothed" else {})}
+    args |= {"remove_unused_columns": False}
+    cls, stock = (Below, Divides) if loss == "a class below" else (DistillationTrainer, Trainer)
+
+    def update(rows: int, **options: Any) -> dict[str, Tensor]:
+        model = copy.deepcopy(student)
+        split = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 8 // rows}
+        run = trainer(
+            tmp_path, student=model, data=unequal(), given=dict(given), **{"of": of, **options}, **split, **args
+        )
+        run.train()
+        return weights(run.model)
+
+    expected = update(8, distiller=None, cls=stock)
+    whole = update(8, cls=cls, options={"alpha": 0.5})
+    for rows in (8, 2, 1):
+        assert difference(update(rows, cls=cls, options={"alpha": 0.0}), expected) < 1e-6
+        assert difference(update(rows, cls=cls, options={"alpha": 0.5}), whole) < 1e-6
+    assert difference(whole, expected) > 1e-3
+
+
+def test_a_loss_that_ignores_the_items_is_a_mean(tmp_path: Path) -> None:
+    """Trainer takes every compute_loss_func for one that divides, and adds up what does not."""
+    runs = []
+    for rows in (8, 2):
+        student, of = pair(llama)
+        split = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 8 // rows}
+        given = {"compute_loss_func": mean}
+        runs.append(trainer(tmp_path, student=student, of=of, data=unequal(), given=given, **split, **SGD))
+        runs[-1].train()
+    assert difference(weights(runs[0].model), weights(runs[1].model)) < 1e-6
+
+
+def test_padding_in_the_labels_is_left_out(tmp_path: Path) -> None:
+    """labels=input_ids, as the collator of many a language model makes them, has padding among the labels."""
+    student, of = pair(llama)
+    texts = Texts(4)
+    inputs = {"input_ids": texts.ids, "attention_mask": texts.mask}
+    with torch.no_grad():
+        found = kl(*(net(**inputs).logits[:, :-1] for net in (student, of)))
+    real = texts.mask[:, 1:]
+    data = rows_of({**inputs, "labels": texts.ids})
+    run = trainer(tmp_path, options={"alpha": 1.0}, student=student, of=of, data=data, max_steps=1)
+    run.train()
+    expected = ((found * real).sum(1) / real.sum(1)).mean()
+    assert logged(run, "distill/kd")[0] == pytest.approx(float(expected), rel=1e-4)
+    assert float(found.mean()) != pytest.approx(float(expected), rel=1e-2)
+
+
+def test_question_answering(tmp_path: Path) -> None:
+    """Start and end are two rows of scores over the positions; an answer that is not in the text does not count."""
+    student, of = pair(lambda: hf.BertForQuestionAnswering(hf.BertConfig(**{**BERT, "num_labels": 2})))
+    ids = torch.randint(5, 64, (4, 7), generator=torch.Generator().manual_seed(0))
+    starts, ends = torch.tensor([1, 2, 0, 7]), torch.tensor([3, 6, 0, 9])
+    data = rows_of({"input_ids": ids, "start_positions": starts, "end_positions": ends})
+    with torch.no_grad():
+        s, t = (net(input_ids=ids) for net in (student, of))
+        task = student(input_ids=ids, start_positions=starts, end_positions=ends).loss
+    found = torch.stack([kl(s.start_logits, t.start_logits), kl(s.end_logits, t.end_logits)], 1)
+    found[3] = 0.0
+    run = trainer(tmp_path, student=student, of=of, data=data, given={"eval_dataset": data}, **SGD)
+    before = run.evaluate()
+    run.train()
+    assert before["eval_loss"] == pytest.approx(float(task), rel=1e-6)
+    assert logged(run, "distill/task")[0] == pytest.approx(0.1 * float(task), rel=1e-5)
+    assert logged(run, "distill/kd")[0] == pytest.approx(0.9 * float(found.mean(1).mean()), rel=1e-4)
+
+
+def t5() -> Any:
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
+    return hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=64, decoder_start_token_id=0, **sizes))
+
+
+def test_sequence_to_sequence(tmp_path: Path) -> None:
+    """The teacher's decoder reads what the student's does: the labels, one token later."""
+    student, of = pair(t5)
+    generator = torch.Generator().manual_seed(0)
+    ids, labels = (torch.randint(5, 64, (4, 6), generator=generator) for _ in range(2))
+    labels[0, 3:] = -100
+    mask = torch.ones_like(ids)
+    mask[1, 2:] = 0  # Of the encoder, and as long as the labels: it must not be taken for theirs.
+    later = torch.cat([torch.zeros(4, 1, dtype=torch.long), labels[:, :-1]], 1).clamp_min(0)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    with torch.no_grad():
+        s, t = (net(**inputs, decoder_input_ids=later).logits for net in (student, of))
+    found, real = kl(s, t), labels != -100
+    data = rows_of({**inputs, "labels": labels})
+    run = trainer(tmp_path, student=student, of=of, data=data, **SGD)
+    run.train()
+    expected = ((found * real).sum(1) / real.sum(1)).mean()
+    task = F.cross_entropy(s.flatten(0, 1), labels.flatten())
+    assert logged(run, "distill/kd")[0] == pytest.approx(0.9 * float(expected), rel=1e-4)
+    assert logged(run, "distill/task")[0] == pytest.approx(0.1 * float(task), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["kd", "internal"])
+def test_multiple_choice(tmp_path: Path, method: str) -> None:
+    """The choices are the classes, each read as a row of its own, whose padding does not count."""
+    student, of = pair(lambda: hf.BertForMultipleChoice(hf.BertConfig(**BERT)))
+    texts = Texts(12)
+    labels = torch.tensor([0, 2, 1, 1])
+    losses = []
+    for width in (10, 14):
+        ids, mask = (F.pad(x, (0, width - 10)).view(4, 3, width) for x in (texts.ids, texts.mask))
+        data = rows_of({"input_ids": ids, "attention_mask": mask, "labels": labels})
+        options = {"alpha": 1.0} if method == "kd" else {"schedule": "all"}
+        run = trainer(tmp_path, method, options, student=copy.deepcopy(student), of=of, data=data, **SGD)
+        run.train()
+        losses.append(logged(run, "loss")[0])
+        if method == "kd":
+            with torch.no_grad():
+                s, t = (net(input_ids=ids, attention_mask=mask).logits for net in (student, of))
+            assert losses[-1] == pytest.approx(float(kl(s, t).mean()), rel=1e-4)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_task_that_the_class_does_not_tell(tmp_path: Path) -> None:
+    """A class that transformers lists nowhere trains once it is said what its scores are."""
+    student, of = pair(lambda: hf.BertForNextSentencePrediction(hf.BertConfig(**BERT)))
+    texts = Texts(4)
+    inputs = {"input_ids": texts.ids, "attention_mask": texts.mask}
+    with torch.no_grad():
+        expected = kl(*(net(**inputs).logits for net in (student, of))).mean()
+    data = rows_of({**inputs, "labels": texts.labels % 2})
+    given = {"task": "classification"}
+    run = trainer(tmp_path, options={"alpha": 1.0}, student=student, of=of, data=data, given=given, max_steps=1)
+    run.train()
+    assert logged(run, "distill/kd")[0] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_classes_of_a_method_that_learns_late_what_it_reads(tmp_path: Path) -> None:
+    """afd with a teacher reads its scores, and without one none: their order counts all the same."""
+    names, options = ["a", "b", "c"], {"logit_only": True}
+    of = teacher(id2label=dict(enumerate(names)))
+    other = teacher(id2label=dict(enumerate(names[::-1])))
+    with torch.no_grad():
+        for parameter, value in zip(other.classifier.parameters(), of.classifier.parameters(), strict=True):
+            parameter.copy_(value.flip(0))
+    runs = []
+    for net in (of, other):
+        runs.append(
+            trainer(tmp_path, "afd", options, student=bert(id2label=dict(enumerate(names))), of=net, max_steps=1)
+        )
+        runs[-1].train()
+    assert difference(weights(runs[0].model), weights(runs[1].model)) < 1e-6
+
+
+# Adapters
+
+
+def lora(model: Any) -> Any:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"])
+    return peft.get_peft_model(model, config)
+
+
+@pytest.mark.parametrize("method", ["kd", "internal"])
+def test_adapters(tmp_path: Path, method: str) -> None:
+    """A LoRA student starts as the model in it: the same terms; adapters and head move, and they alone are saved."""
+    options = {"schedule": "all"} if method == "internal" else {}
+    runs = [
+        trainer(tmp_path / str(i), method, options, student=s, max_steps=1)
+        for i, s in enumerate((bert(), lora(bert())))
+    ]
+    before = weights(runs[1].model)
+    for run in runs:
+        run.train()
+    for term in ("kd", "task", "kl_attention", "cos_hidden", "soft_labels"):
+        assert logged(runs[1], f"distill/{term}") == pytest.approx(logged(runs[0], f"distill/{term}"), rel=1e-5)
+    names = moved(before, runs[1].model)
+    assert names
+    assert all("lora" in name or "modules_to_save" in name for name in names)
+    runs[1].save_model(str(tmp_path / "saved"))
+    assert {"adapter_model.safetensors", "adapter_config.json", "distiller.json"} <= parts(tmp_path / "saved")
+    assert "model.safetensors" not in parts(tmp_path / "saved")
+
+
+def test_a_teacher_with_adapters(tmp_path: Path) -> None:
+    """Its classes are put in order, and its vocabulary is checked, as of the model in it."""
+    names = ["a", "b", "c"]
+    of = teacher(id2label=dict(enumerate(names[::-1])))
+    runs = []
+    for net in (of, lora(copy.deepcopy(of))):
+        runs.append(trainer(tmp_path, student=bert(id2label=dict(enumerate(names))), of=net, max_steps=1))
+        runs[-1].train()
+    assert logged(runs[0], "distill/kd") == pytest.approx(logged(runs[1], "distill/kd"), rel=1e-6)
+    with pytest.raises(DistillError, match="vocabulary of 64 tokens and a BertForSequenceClassification with 99"):
+        trainer(tmp_path, of=lora(teacher(vocab_size=99))).train()
+
+
+# Images
+
+
+def test_features_of_a_teacher_without_these_classes(tmp_path: Path) -> None:
+    """A method that reads no scores of the teacher takes one with other classes, without a head, of another library."""
+    data, names = Images(4), {"layers": ("resnet.encoder.stages.0",)}
+    of = image_classifier([4, 8], 1)
+    others = {
+        "other classes": (
+            hf.ResNetForImageClassification(hf.ResNetConfig(**{**of.config.to_dict(), "num_labels": 9})),
+            {},
+        ),
+        "no head": (of.resnet, {"teacher_layers": ("encoder.stages.0",)}),
+    }
+    others["other classes"][0].resnet.load_state_dict(of.resnet.state_dict())
+    run = trainer(tmp_path, "nst", names, student=image_classifier([4, 8], 0), of=of, data=data, max_steps=1)
+    run.train()
+    for net, layers in others.values():
+        options = {**names, **layers}
+        other = trainer(tmp_path, "nst", options, student=image_classifier([4, 8], 0), of=net, data=data, max_steps=1)
+        other.train()
+        assert logged(other, "distill/nst") == logged(run, "distill/nst")
+    timms = timm.create_model("resnet10t", num_classes=0)
+    options = {**names, "teacher_layers": ("layer1",)}
+    trainer(tmp_path, "nst", options, student=image_classifier([4, 8], 0), of=timms, data=data, max_steps=1).train()
+
+
+def test_models_of_timm(tmp_path: Path) -> None:
+    """A timm teacher gets its images by position; a timm student comes in transformers' wrapper."""
+    of = timm.create_model("resnet10t", num_classes=3).eval()
+    student = hf.TimmWrapperForImageClassification(
+        hf.TimmWrapperConfig(architecture="resnet10t", num_labels=3, do_pooling=True)
+    )
+    for net in (image_classifier([4, 8], 0), student):
+        data = Images(4)
+        with torch.no_grad():
+            s = copy.deepcopy(net).train()(pixel_values=data.images).logits
+            expected = kl(s, of(data.images)).mean()
+        run = trainer(tmp_path, options={"alpha": 1.0}, student=net, of=of, data=data, max_steps=1)
+        run.train()
+        assert logged(run, "distill/kd")[0] == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_a_teacher_in_bfloat16(tmp_path: Path) -> None:
+    """Without autocast a teacher is asked in its own precision."""
+    of, data = image_classifier([4, 8], 1).to(torch.bfloat16).eval(), Images(4)
+    student = image_classifier([4, 8], 0)
+    with torch.no_grad():
+        s = copy.deepcopy(student).train()(data.images).logits
+        expected = kl(s, of(data.images.to(torch.bfloat16)).logits.float()).mean()
+    run = trainer(tmp_path, options={"alpha": 1.0}, student=student, of=of, data=data, max_steps=1)
+    run.train()
+    assert logged(run, "distill/kd")[0] == pytest.approx(float(expected), rel=1e-3)
+
+
+def segformer(order: list[int] | None = None) -> Any:
+    sizes = {"num_encoder_blocks": 1, "depths": [1], "sr_ratios": [2], "hidden_sizes": [8], "patch_sizes": [7]}
+    sizes |= {"strides": [4], "num_attention_heads": [1], "mlp_ratios": [2], "decoder_hidden_size": 8}
+    sizes |= {"classifier_dropout_prob": 0.0, "drop_path_rate": 0.0}
+    names = {i: "abc"[n] for i, n in enumerate(order or [0, 1, 2])}
+    return hf.SegformerForSemanticSegmentation(hf.SegformerConfig(**sizes, id2label=names))
+
+
+def test_segmentation(tmp_path: Path) -> None:
+    """Pixels whose label the model ignores (255) are left out; the classes of a teacher's map are put in order."""
+    (student, _), (_, of) = pair(segformer), pair(lambda: segformer([2, 0, 1]))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(4, 3, 16, 16, generator=generator)
+    labels = torch.randint(3, (4, 16, 16), generator=generator)
+    labels[0, :8] = 255
+    with torch.no_grad():
+        # BatchNorm in the student's head is in training mode.
+        s, t = copy.deepcopy(student).train()(images).logits, of(images).logits[:, [1, 2, 0]]
+    found, real = kl(s.movedim(1, -1), t.movedim(1, -1)).flatten(1), (labels[:, 2::4, 2::4] != 255).flatten(1)
+    data = rows_of({"pixel_values": images, "labels": labels})
+    run = trainer(tmp_path, options={"alpha": 1.0}, student=student, of=of, data=data, max_steps=1)
+    run.train()
+    expected = ((found * real).sum(1) / real.sum(1)).mean()
+    assert logged(run, "distill/kd")[0] == pytest.approx(float(expected), rel=1e-3)
+
+
+# Columns
+
+
+def ragged(rows: int = 4) -> Any:
+    """Rows as a tokenizer makes them, without padding, with columns of another tokenizer."""
+    texts = Texts(rows)
+    ids = [[7 + i] * (2 + i) for i in range(rows)]
+    own = [row[: int(mask.sum())].tolist() for row, mask in zip(texts.ids, texts.mask, strict=True)]
+    return Dataset.from_dict({"input_ids": own, "teacher_input_ids": ids, "labels": texts.labels.tolist()})
+
+
+def tokenizer() -> Any:
+    import tokenizers
+
+    words = {f"w{i}": i for i in range(64)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w1"))
+    return hf.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="w0", unk_token="w1")
+
+
+def test_the_teachers_columns_are_padded_by_its_own_rule(tmp_path: Path) -> None:
+    """A tokenizer's collator knows nothing of them: ids get the teacher's padding token, masks 0."""
+    of, student = teacher(vocab_size=99, pad_token_id=5), bert()
+    data = ragged()
+    with torch.no_grad():
+        found = []
+        for row in data:
+            s, t = (
+                net.eval()(torch.tensor([row[name]])).logits
+                for net, name in ((student, "input_ids"), (of, "teacher_input_ids"))
+            )
+            found.append(kl(s, t))
+    seen: list[Any] = []
+    of.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    given = {"processing_class": tokenizer(), "eval_dataset": data}
+    run = trainer(tmp_path, options={"alpha": 1.0}, student=student, of=of, data=data, given=given, max_steps=1)
+    run.train()
+    run.evaluate()
+    assert logged(run, "distill/kd")[0] == pytest.approx(float(torch.cat(found).mean()), rel=1e-3)
+    assert seen[-1]["input_ids"].tolist() == [[7, 7, 5, 5, 5], [8, 8, 8, 5, 5], [9, 9, 9, 9, 5], [10] * 5]
+    assert seen[-1]["attention_mask"].sum(1).tolist() == [2, 3, 4, 5]
+    of.config.pad_token_id = None
+    with pytest.raises(DistillError, match="whose configuration has a pad_token_id"):
+        trainer(tmp_path, student=bert(), of=of, data=data, given=given).train()
+
+
+def test_internal_needs_the_students_tokens(tmp_path: Path) -> None:
+    """Attention over other tokens is unrelated; the [CLS] vectors and the soft labels are not."""
+    texts = Texts()
+    data = Texts(extra={"teacher_input_ids": texts.ids.flip(1), "teacher_attention_mask": texts.mask.flip(1)})
+    with pytest.raises(DistillError, match="internal compares attention token by token, and teacher_input_ids holds"):
+        trainer(tmp_path, "internal", {"schedule": "all"}, data=data).train()
+    run = trainer(tmp_path, "internal", {"schedule": "all", "attention_weight": 0.0}, data=data, max_steps=1)
+    run.train()
+    assert logged(run, "distill/cos_hidden")[0] > 0
+
+
+def test_scores_per_token_need_the_students_tokens(tmp_path: Path) -> None:
+    """The same number of other tokens would be compared in silence."""
+    student, of = pair(lambda: hf.BertForTokenClassification(hf.BertConfig(**BERT)))
+    texts = Texts(4)
+    columns = {"input_ids": texts.ids, "labels": texts.ids % 3, "teacher_input_ids": texts.ids.flip(1)}
+    with pytest.raises(DistillError, match="kd compares scores token by token"):
+        trainer(tmp_path, student=student, of=of, data=rows_of(columns)).train()
+
+
+def test_a_stream_whose_columns_are_not_known(tmp_path: Path) -> None:
+    """A mapped stream tells no column names; it trains as under Trainer."""
+    rows = [{"input_ids": [5, 6, 7 + i], "labels": i % 3, "note": "x"} for i in range(8)]
+    updates = []
+    for distiller in ("kd", None):
+        data = Dataset.from_list(rows).to_iterable_dataset().map(lambda row: row)
+        assert data.column_names is None
+        run = trainer(tmp_path, distiller, {"alpha": 0.0} if distiller else None, data=data, max_steps=2)
+        run.train()
+        updates.append(weights(run.model))
+    assert difference(*updates) < 1e-6
+
+
+@pytest.mark.parametrize("change", ["float", "integers"])
+def test_a_cache_of_any_teacher(change: str) -> None:
+    """Buffers without an axis (BatchNorm's counter) and integer weights have a fingerprint too."""
+    of, data = image_classifier([4, 8], 1), Images(4)
+    if change == "integers":
+        of.register_buffer("scales", torch.tensor(3, dtype=torch.int8))
+    rows = Dataset.from_dict({"pixel_values": data.images.tolist()}).with_format("torch")
+    cached = cache_teacher(rows, of)
+    with torch.no_grad():
+        torch.testing.assert_close(cached["teacher_logits"][:], of.eval()(data.images).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_terms_reach_the_trackers(tmp_path: Path) -> None:
+    """What --report_to starts are callbacks of Trainer, which get our terms with the loss."""
+    seen: list[dict[str, float]] = []
+
+    class Tracker(hf.TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            seen.append(dict(logs))
+
+    trainer(tmp_path, given={"callbacks": [Tracker()]}, max_steps=1).train()
+    assert {"loss", "distill/kd", "distill/task"} <= set(seen[0])
