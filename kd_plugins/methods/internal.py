@@ -180,6 +180,7 @@ class Internal(Distiller):
         layers, labels = self._phase()
         terms: Terms = {}
         if layers and self.attention_weight:
+            self._check_tokens(batch)
             terms["kl_attention"] = self.attention_weight * sum(self._kl(i, student, teacher, batch) for i in layers)
         if layers and self.hidden_weight:
             cosines = [self._cosine(i, student, teacher) for i in layers]

@@ -32,5 +32,5 @@ def test_a_teacher_of_other_tokens_is_refused_where_attention_is_compared():
     distiller = create_distiller("internal", schedule="all", attention_weight=0.0)
     bind(distiller, *networks, batch=batch)
     distiller.attention_weight = 1.0
-    with pytest.raises(DistillError, match="input_ids of its own"):
+    with pytest.raises(DistillError, match="teacher_input_ids holds other tokens"):
         distiller.loss(None, None, batch)
