@@ -109,7 +109,10 @@ class LayerDistiller(Distiller):
     def loss(self, student: View, teacher: View, batch: Batch) -> Terms:
         pairs = self.pairs(student, teacher)
         parts = list(self.connectors) or [None] * len(pairs)
-        terms = [self.distance(p.student, p.teacher, part, batch) for p, part in zip(pairs, parts, strict=True)]
+        terms = [
+            self.distance(*_for(part, pair.student, pair.teacher), part, batch)
+            for pair, part in zip(pairs, parts, strict=True)
+        ]
         return {self.name: self.weight * torch.stack(terms).sum()}
 
     def pairs(self, student: View, teacher: View) -> list[Pair]:
@@ -119,6 +122,12 @@ class LayerDistiller(Distiller):
             DistillError: A glob stands for other numbers of modules in student and teacher.
         """
         return list(paired(student, teacher, self.layers, self.teacher_layers))
+
+
+def _for(part: nn.Module | None, *activations: Tensor) -> tuple[Tensor, ...]:
+    """Activations in the precision of a trained part, which a student in bfloat16 does not share."""
+    weight = None if part is None else next(part.parameters(), None)
+    return activations if weight is None else tuple(x.to(weight.dtype) for x in activations)
 
 
 def paired(

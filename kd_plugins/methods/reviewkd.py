@@ -9,7 +9,7 @@ from torch import nn
 
 from kd_plugins import functional as KF
 from kd_plugins.catalog.paper import Paper
-from kd_plugins.catalog.values import NonNegative
+from kd_plugins.catalog.values import NonNegative, Share
 from kd_plugins.distiller import Terms
 from kd_plugins.errors import DistillError
 from kd_plugins.layers import LayerDistiller
@@ -34,7 +34,7 @@ class ReviewKD(LayerDistiller):
     Args:
         layers: Student layers from shallow to deep: stage numbers (-1 is the last stage) or module paths; our default.
         weight: Weight of the sum over the layers; 1 is the released code's, whose scripts change it with the networks.
-        warmup_epochs: Epochs over which the weight grows linearly from 0; the released code has 20 of 240. 0 does not.
+        warmup: Share of the training in which the weight grows linearly from 0; the released code has 20 of 240 epochs.
     """
 
     paper = Paper(
@@ -51,7 +51,7 @@ class ReviewKD(LayerDistiller):
         *,
         layers: tuple[str | int, ...] = (-3, -2, -1),
         weight: NonNegative = 1.0,
-        warmup_epochs: NonNegative = 0.0,
+        warmup: Share = 0.0,
         **more: Any,
     ) -> None:
         super().__init__(**more)
@@ -76,5 +76,5 @@ class ReviewKD(LayerDistiller):
         for pair, fusion in reversed(list(zip(self.pairs(student, teacher), self.fusions, strict=True))):
             fused, deeper = fusion(pair.student, deeper, pair.teacher.shape[2:])
             terms.append(KF.hcl(fused, pair.teacher))
-        grown = min(1.0, self.progress.epoch / self.warmup_epochs) if self.warmup_epochs else 1.0
+        grown = min(1.0, self.progress.fraction / self.warmup) if self.warmup else 1.0
         return {self.name: self.weight * grown * torch.stack(terms).sum()}

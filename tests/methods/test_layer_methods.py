@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.optim import SGD
 
-from kd_plugins import DistillError, bind, create_distiller, make_optimizers, play
+from kd_plugins import Batch, DistillError, bind, create_distiller, make_optimizers, play
 from kd_plugins.testing import TinyNet, tiny_batches
 
 
@@ -31,10 +31,11 @@ def test_fitnet_learns_from_the_hints_first_and_from_the_task_then():
 
 
 def test_reviewkd_grows_its_weight():
-    distiller, nets, batches = bound("reviewkd", layers=("layer1", "layer2"), warmup_epochs=4)
+    distiller, nets, batches = bound("reviewkd", layers=("layer1", "layer2"), warmup=0.4)
+    distiller.progress.total = 10
     values = []
-    for epoch in (0.0, 1.0, 4.0, 9.0):
-        distiller.progress.epoch = epoch
+    for step in (0, 1, 4, 9):
+        distiller.progress.step = step
         (turn,) = distiller.turns(nets, batches[0])
         values.append(turn["student"]["reviewkd"].item())
     assert values == pytest.approx([0.0, values[3] / 4, values[3], values[3]])
@@ -68,3 +69,13 @@ def test_vid_trains_the_variance_towards_the_error():
             play(turn, optimizers)
     # The tiny teacher's activations are far below a variance of 5.
     assert (part(torch.zeros(1, 8, 1, 1))[1] < 4.999).all()
+
+
+def test_a_student_in_bfloat16_meets_the_trained_parts():
+    student, teacher = TinyNet().bfloat16(), TinyNet(6)
+    distiller = create_distiller("fitnet", layers=("layer2",))
+    (batch,) = tiny_batches(1)
+    nets = bind(distiller, student, teacher)
+    half = Batch.of(batch.inputs.bfloat16(), batch.labels)
+    (turn,) = distiller.turns(nets, half)
+    assert turn["student"]["fitnet"].isfinite()
