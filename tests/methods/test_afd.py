@@ -360,6 +360,15 @@ def test_options_that_contradict_each_other(options, words):
         create_distiller("afd", **options)
 
 
+def test_a_copy_has_the_parts_and_not_the_option_of_their_name():
+    distiller, bound, _ = start(networks((4, 6)), discriminators="one")
+    again = copy.deepcopy(distiller)
+    assert again.config["discriminators"] == "one"
+    assert same(state(again.discriminators), state(distiller.discriminators))
+    terms = [list(d.turns(bound, batches()[0]))[0]["discriminator"]["which"] for d in (distiller, again)]
+    assert torch.equal(*terms)
+
+
 def test_networks_that_do_not_fit():
     student, peer = networks((4, 6))
     batch = batches()[0]

@@ -95,7 +95,7 @@ def test_equals_a_loop_by_hand():
     options = {"st_weight": 0.7, "ts_weight": 1.3, "regularizer": 0.2, "weight": 2.0, "search_share": 0.6}
     (ours, teacher), (theirs, _) = pair(), pair()
     parts, _, _ = start(theirs, teacher, 20, **options)
-    bounds = [parts.table.bounds(i) for i in range(3)]
+    bounds = [parts.progress.table.bounds(i) for i in range(3)]
     assert bounds == [(0, 6), (6, 12), (12, 20)]
     del options["search_share"]
     betas = by_hand(theirs, teacher, parts, bounds, **options)
