@@ -455,7 +455,7 @@ def test_by_name_in_kd_timm_train(tmp_path):
     assert [peer["model"] for peer in results["peers"]] == ["lenet5_half", "lenet5"]
     assert results["peers"][0]["top1"] > 25
     assert results["evaluation"]["top1"] > 25
-    groups = {g.name: g.optimizer.param_groups[0]["lr"] for g in session.distillation.player.groups if g.spec}
+    groups = {g.name: g.optimizer.param_groups[0]["lr"] for g in session.distillation.player.groups.values() if g.spec}
     # At the end of the cosine, as a share of the student's rate.
     assert groups["features"] == groups["discriminator"] < 1e-3
     for name, file, classes in (
@@ -470,7 +470,7 @@ def test_by_name_in_kd_timm_train(tmp_path):
     assert "peers" not in results
     assert results["evaluation"]["top1"] > 25
     assert results["evaluation"]["agreement"] > 10
-    assert set(session.distillation.player.groups.groups) == {"features", "discriminator"}
+    assert set(session.distillation.player.groups) == {"features", "discriminator"}
 
 
 def _fresh() -> None:
