@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_plugins import functional as KF
-from kd_plugins.distiller import Distiller
 from kd_plugins.errors import DistillError
 from kd_plugins.host import world
 from kd_plugins.picture import Bars, Heatmap, Picture
 from kd_plugins.reading.trunk import LayerGroup
 from kd_plugins.reading.view import Reads, View
+from kd_plugins.stages import Progress
 
 __all__ = ["Aggregate", "Aggregating", "first_alpha", "inverse_rms", "read_search"]
 
@@ -91,13 +91,19 @@ def read_search(path: str) -> list[Aggregate]:
     return groups
 
 
-class Aggregating(Distiller):
-    """A method whose student learns from weighted sums of a teacher's layers, one sum for each layer group.
+class Aggregating(nn.Module):
+    """What a method has, beside a `Distiller`, whose student learns from weighted sums of a teacher's layers.
+
+    Each layer group has one sum. The base comes before `Distiller`: `class Method(Aggregating, Distiller)`.
 
     Attributes:
         groups: The layers; empty before the method is set up.
         betas: By number of the group, what the weights are the softmax of, where they are searched.
     """
+
+    name: str
+    aggregation: str
+    progress: Progress
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,6 +117,7 @@ class Aggregating(Distiller):
         return numbers[self.progress.stage] if self.progress.stage < len(numbers) else None
 
     def after_update(self) -> None:
+        """Keeps the weights that the current stage searches, for the report."""
         i, progress = self.searched, self.progress
         if i is not None and progress.stage_end is not None:
             self._keep(i, (progress.step + 1 - progress.stage_start) / (progress.stage_end - progress.stage_start))

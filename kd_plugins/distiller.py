@@ -76,6 +76,11 @@ class Distiller(nn.Module):
                 self.__dict__[option] = value
         return self
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy has what it was copied from, and no option of `__new__` in front of a part of the same name.
+        self.__dict__.clear()
+        super().__setstate__(state)
+
     def __init__(self) -> None:
         super().__init__()
         self.name = self.name or type(self).__name__.lower()

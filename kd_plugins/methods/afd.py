@@ -125,8 +125,8 @@ class AFD(Distiller):
         check_unlike(nets.peers)
         networks = self._networks(nets)
         views = [net(batch) for net in networks]
-        if not self.adversarial_only and len({view.logits.shape for view in views}) > 1:
-            shapes = [list(view.logits.shape) for view in views]
+        shapes = [] if self.adversarial_only else [list(view.logits.shape) for view in views]
+        if any(shape != shapes[0] for shape in shapes):
             raise DistillError(f"afd compares logits of the same classes, got the shapes {shapes} from the networks.")
         if self.logit_only:
             return
@@ -180,11 +180,10 @@ class AFD(Distiller):
                 yield {"discriminator": self._judge([m.detach() for m in maps], learned)}
             turn["features"] = {_name(k): self._feature_loss(maps, k, learned[k]) for k in trained}
         for k in reversed(trained):
-            terms = {"task": batch.task_loss(views[k])}
+            terms = turn[_name(k)] = {"task": batch.task_loss(views[k])}
             if not self.adversarial_only:
                 pulls = [soft_labels(views[k], views[j], batch, self.temperature) for j in learned[k]]
                 terms["logits"] = self.logit_weight * torch.stack(pulls).mean()
-            turn[_name(k)] = terms
         yield turn
 
     def _maps(self, views: Sequence[View]) -> list[Tensor]:

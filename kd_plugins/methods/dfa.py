@@ -13,7 +13,7 @@ from kd_plugins.aggregation import Aggregating, first_alpha, inverse_rms, read_s
 from kd_plugins.catalog.options import OptimSpec, options_of
 from kd_plugins.catalog.paper import Paper
 from kd_plugins.catalog.values import NonNegative, Positive, Range
-from kd_plugins.distiller import Terms, Turn
+from kd_plugins.distiller import Distiller, Terms, Turn
 from kd_plugins.errors import DistillError
 from kd_plugins.reading.nets import Nets
 from kd_plugins.reading.trunk import check_maps, find_groups
@@ -25,7 +25,7 @@ __all__ = ["DFA"]
 _OF_A_SEARCH = ("st_weight", "ts_weight", "regularizer", "search_share", "search_epochs", "held_out")
 
 
-class DFA(Aggregating):
+class DFA(Aggregating, Distiller):
     """Searches, for every group of teacher layers, the weighted sum of their maps that teaches best; then distils it.
 
     Guan, Zhao, Wang, Zhang, Yao, Bian, Tang, "Differentiable Feature Aggregation Search for Knowledge Distillation",
