@@ -182,11 +182,6 @@ class Distiller(nn.Module):
                 if isinstance(module, Distiller):
                     module.__dict__["progress"] = value
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # A copy begins as a distiller of default options, which parts of the same names have replaced in the original.
-        self.__dict__.clear()
-        super().__setstate__(state)
-
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)

@@ -110,7 +110,7 @@ class LayerDistiller(Distiller):
         pairs = self.pairs(student, teacher)
         parts = list(self.connectors) or [None] * len(pairs)
         terms = [
-            self.distance(*_for(part, pair.student, pair.teacher), part, batch)
+            self.distance(_for(part, pair.student), _for(part, pair.teacher), part, batch)
             for pair, part in zip(pairs, parts, strict=True)
         ]
         return {self.name: self.weight * torch.stack(terms).sum()}
@@ -124,10 +124,10 @@ class LayerDistiller(Distiller):
         return list(paired(student, teacher, self.layers, self.teacher_layers))
 
 
-def _for(part: nn.Module | None, *activations: Tensor) -> tuple[Tensor, ...]:
-    """Activations in the precision of a trained part, which a student in bfloat16 does not share."""
+def _for(part: nn.Module | None, activation: Tensor) -> Tensor:
+    """An activation in the precision of a trained part, which a student in bfloat16 does not share."""
     weight = None if part is None else next(part.parameters(), None)
-    return activations if weight is None else tuple(x.to(weight.dtype) for x in activations)
+    return activation if weight is None else activation.to(weight.dtype)
 
 
 def paired(
