@@ -22,7 +22,7 @@ def dist(
 
     Huang, You, Wang, Qian, Xu, "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022, arXiv 2205.10536:
     `beta * mean_i (1 - pearson(y_s[i, :], y_t[i, :])) + gamma * mean_k (1 - pearson(y_s[:, k], y_t[:, k]))` for
-    `y = softmax(z / T)`, times `T^2` as in public copies of the code: relations between the classes of one row, and between the
+    `y = softmax(z / T)`, times `T^2` as in public copies: relations between the classes of one row, and between the
     rows for one class.
 
     Per token, the first part is averaged over an example's own tokens, then over the examples; the second is over all

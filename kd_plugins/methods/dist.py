@@ -23,7 +23,7 @@ class DIST(Distiller):
     relation along a class is over the rows of the batch that one process sees in one forward: with several processes
     or with accumulation over each part by itself, and over all tokens or pixels that count, of whichever example.
 
-    **Departures**: `T^2` is that of public copies of the code; per token, the relation along the classes is averaged over an
+    **Departures**: `T^2` is from public copies of the code; per token, the relation of classes is averaged over an
     example's own tokens first; see also `KF.dist`.
 
     Args:
