@@ -11,6 +11,7 @@ NAMES = {
     "quest": "QuEST's loss in pieces, and all at once",
     "detector": "NST on Faster R-CNN",
     "quality": "lists of training runs",
+    "robustness": "students of a list of runs on corrupted and attacked images",
     "results": "the tables of docs/results.md, from the runs' results",
     "idx_data": "MNIST and Fashion-MNIST as parquet files",
     "demo_data": "the demo's training rows, a part of them held out to choose its settings on",
@@ -20,7 +21,7 @@ NAMES = {
 def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1] not in NAMES:
         print(
-            "usage: python -m benchmarks NAME [options]\n" + "\n".join(f"  {n:10} {what}" for n, what in NAMES.items())
+            "usage: python -m benchmarks NAME [options]\n" + "\n".join(f"  {n:11} {what}" for n, what in NAMES.items())
         )
         return 2
     return int(importlib.import_module(f"benchmarks.{sys.argv[1]}").main(sys.argv[2:]))

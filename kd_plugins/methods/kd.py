@@ -57,7 +57,7 @@ class KD(Distiller):
         arxiv="1503.02531",
     )
     tasks = ("classification", "multilabel", "token", "causal-lm", "segmentation")
-    teachers = "many"
+    teachers: int | str = "many"
 
     def __init__(self, *, temperature: Positive = 4.0, alpha: Share = 0.9, standardize: bool = False) -> None:
         super().__init__()

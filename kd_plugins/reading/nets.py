@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from kd_plugins.errors import DistillError
 from kd_plugins.reading.network import Forward, Network
@@ -78,6 +80,7 @@ class Net:
         reads: Reads | None = None,
         replace: Mapping[str, Replacement] | None = None,
         input_grad: bool = False,
+        dropout: bool = False,
     ) -> View:
         """One forward.
 
@@ -86,25 +89,30 @@ class Net:
             reads: What to read; by default what the method declared.
             replace: Tensors to put in place of modules' outputs, or what makes them of these, by module path.
             input_grad: Let a gradient reach the input through a frozen network.
+            dropout: Leave the dropout of a frozen network on.
         """
-        if self._before is not None:
-            self._before(batch)
+        self.begin(batch)
         reads = self.reads if reads is None else reads
         if not self.frozen:
             return self.network.read(batch, reads, forward=self.forward, replace=replace)
         if self.module.training:
             self.module.eval()
-        if batch.teacher_logits is not None and not (reads.taps or replace or input_grad):
+        if batch.teacher_logits is not None and not (reads.taps or replace or input_grad or dropout):
             known = batch.teacher_logits
             view = View(known if known.dim() < 3 else known[:, self.number], labels=batch.labels)
         else:
-            with torch.set_grad_enabled(input_grad and torch.is_grad_enabled()):
+            with torch.set_grad_enabled(input_grad and torch.is_grad_enabled()), _dropout(self.module, dropout):
                 view = self.network.read(self._translate(batch), reads, forward=self.forward, replace=replace)
         if self.order is not None and view._logits is not None:
             # As in `class_scores`: of tokens the classes are the last axis, of images and maps the second.
             axis = -1 if batch.task in ("token", "causal-lm") else 1
             view._logits = view._logits.index_select(axis, torch.tensor(self.order, device=view._logits.device))
         return view
+
+    def begin(self, batch: Batch) -> None:
+        """Sets the method up, where the first forward is to do that: for methods that change the batch before it."""
+        if self._before is not None:
+            self._before(batch)
 
     def layers(self, batch: Batch) -> int:
         """The number of transformer layers, found by one forward of a real batch."""
@@ -157,6 +165,22 @@ class Nets:
 
     def __iter__(self) -> Iterator[Net]:
         return iter((*self.peers, *self.teachers))
+
+
+@contextmanager
+def _dropout(module: nn.Module, on: bool) -> Iterator[None]:
+    """Leaves the dropout of a network on, and everything else in evaluation mode.
+
+    Beside dropout layers that is what timm's networks do in a function, by `drop_rate` and their own mode.
+    """
+    layers = [m for m in module.modules() if on and (isinstance(m, _DropoutNd) or getattr(m, "drop_rate", None))]
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
 
 
 def describe(nets: Nets) -> dict[str, Any]:

@@ -247,7 +247,8 @@ class Batch:
         if self.std is None:
             raise DistillError(
                 "Noise in pixel space needs the mean and std that the inputs were normalised with, and the batch has"
-                " none: pass Batch.of(..., mean=..., std=...), one number per channel."
+                " none: pass Batch.of(..., mean=..., std=...), one number per channel; a Trainer reads them of an image"
+                " processor (processing_class=...)."
             )
         std = torch.as_tensor(self.std, dtype=noise.dtype, device=noise.device)
         return noise / std.view(1, -1, *[1] * (noise.dim() - 2))

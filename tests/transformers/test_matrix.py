@@ -64,11 +64,12 @@ MODELS: dict[str, tuple[Any, Any]] = {
 }
 OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     **{("afd", name): {"logit_only": True} for name in MODELS if name != "image classification (ResNet)"},
+    ("noisy", "multi-label classification"): {"messy": 0.0, "sigma": 0.1},
     ("nst", "segmentation"): {"layers": ("segformer.stages.0",)},
     ("quest", "segmentation"): {"layers": ("segformer.stages.0",)},
     ("quest", "image classification (ViT)"): {"layers": ("vit.layers.0",)},
 }
-DEFAULTS: dict[str, dict[str, Any]] = {"internal": ALL, "quest": {"words": 2}}
+DEFAULTS: dict[str, dict[str, Any]] = {"internal": ALL, "quest": {"words": 2}, "noisy": {"messy": 0.5}}
 
 
 @pytest.mark.parametrize(("model", "method", "fits"), cells())

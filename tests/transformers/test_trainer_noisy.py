@@ -1,0 +1,47 @@
+"""noisy under Trainer: noise on embeddings, fickle text teachers, noise in pixel units."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from image_kit import image_classifier, image_trainer
+from trainer_kit import Texts, bert, trainer
+
+from kd_plugins import DistillError
+
+
+def test_trainer_noise_on_embeddings(tmp_path: Any) -> None:
+    student = bert(1)
+    seen: list[torch.Tensor] = []
+    student.bert.embeddings.word_embeddings.register_forward_hook(lambda _m, _i, out: seen.append(out.detach()))
+    run = trainer(tmp_path, "noisy", {"sigma": 0.5}, student=student, of=bert(2), data=Texts(4), max_steps=1)
+    given: list[torch.Tensor] = []
+    student.bert.embeddings.LayerNorm.register_forward_pre_hook(lambda _m, args: given.append(args[0].detach()))
+    table = student.bert.embeddings
+    added = (table.token_type_embeddings.weight[0] + table.position_embeddings.weight).detach().clone()
+    run.train()
+    clean = seen[-1] + added[: seen[-1].shape[1]]
+    noise = given[-1] - clean
+    assert noise.std().item() == pytest.approx(0.5 * seen[-1].std().item(), rel=0.1)
+
+
+def test_trainer_fickle_text_teacher_and_pixel_noise(tmp_path: Any) -> None:
+    options = {"data": Texts(4), "max_steps": 1}
+    with pytest.raises(DistillError, match="needs a teacher with dropout"):
+        trainer(tmp_path / "a", "noisy", {"fickle": True}, student=bert(1), of=bert(2), **options).train()
+    trainer(tmp_path / "b", "noisy", {"fickle": True}, student=bert(1), of=bert(2, dropout=True), **options).train()
+    processor = transformers.ViTImageProcessor()
+    run = image_trainer(
+        tmp_path / "c",
+        image_classifier([4, 8], 0),
+        epochs=1,
+        teacher_model=image_classifier([4, 8], 1),
+        distiller="noisy",
+        distiller_args={"sigma": 0.1, "messy": 0.1},
+        processing_class=processor,
+    )
+    run.train()
+    assert {"distill/kd", "distill/task"} <= set().union(*run.state.log_history)
