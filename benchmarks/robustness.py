@@ -3,9 +3,9 @@
     python -m benchmarks quality benchmarks/lists/cifar10_noisy.yaml
     python -m benchmarks robustness benchmarks/lists/cifar10_noisy.yaml --data $DATA/cifar10
 
-Corruptions are the 15 of Hendrycks and Dietterich (ICLR 2019, arXiv 1903.12261), by imagecorruptions-imaug; the attack is
-projected gradient descent by the Adversarial Robustness Toolbox, within 0.031 of each pixel (images in [0, 1]), 20 steps
-of 0.003 from the clean image. Every student gets the same images, drawn from the test file by a seed.
+Corruptions are the 15 of Hendrycks and Dietterich (ICLR 2019, arXiv 1903.12261), by imagecorruptions-imaug; the attack
+is projected gradient descent by the Adversarial Robustness Toolbox, within 0.031 of each pixel (images in [0, 1]), 20
+steps of 0.003 from the clean image. Every student gets the same images, drawn from the test file by a seed.
 """
 
 from __future__ import annotations
