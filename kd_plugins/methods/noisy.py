@@ -69,7 +69,7 @@ class Noisy(KD):
         **soft_labels: Any,
     ) -> None:
         super().__init__(**soft_labels)
-        self.classes, self.embeddings = 0, ""
+        self.classes = 0
         if not self.alpha:
             self.teachers = 0
             if fickle or logit_sigma:
@@ -87,7 +87,7 @@ class Noisy(KD):
             if batch.inputs.is_floating_point():
                 batch.pixels(torch.zeros_like(batch.inputs))
             else:
-                self.embeddings = nets.student.network.embeddings()
+                nets.student.network.embeddings()
         if self.fickle:
             for teacher in nets.teachers:
                 if batch.teacher_logits is not None:
@@ -103,17 +103,25 @@ class Noisy(KD):
         noisy, replace = batch, None
         if self.messy:
             noisy = noisy.with_labels(self.messy_labels(batch))
-        if self.sigma and self.embeddings:
-            replace = {self.embeddings: lambda x: x + self.sigma * x.detach().std() * self._noise(x)}
+        inputs: Any = batch.inputs
+        if self.sigma and inputs.is_floating_point():
+            noisy = noisy.with_inputs(inputs + batch.pixels(self.sigma * self._noise(inputs)))
         elif self.sigma:
-            x: Any = noisy.inputs
-            noisy = noisy.with_inputs(x + batch.pixels(self.sigma * self._noise(x)))
+            embeddings = nets.student.network.embeddings()
+            replace = {embeddings: lambda x: x + self.sigma * x.detach().std() * self._noise(x)}
         student = nets.student(noisy, replace=replace)
+        if self.messy and (found := class_scores(student, student, noisy).student.shape[-1]) != self.classes:
+            raise DistillError(
+                f"messy draws among the {self.classes} classes that the first batch had, and this one has {found}: give"
+                " all batches the same (answers in texts of one length)."
+            )
         teachers = [teacher(batch, dropout=self.fickle) for teacher in nets.teachers]
         yield {"student": {**self.task(student, noisy), **self.taught(student, teachers, noisy)}}
 
     def messy_labels(self, batch: Batch) -> Tensor:
         """The labels, of which a share is redrawn among the wrong classes; those that the task ignores stay."""
+        if not self.classes:
+            raise DistillError("messy was 0 when noisy was set up: begin with a share above 0.")
         y = torch.as_tensor(batch.labels)
         generator = self.host.generator(y.device)
         drawn = torch.rand(y.shape, generator=generator, device=y.device) < self.messy

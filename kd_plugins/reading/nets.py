@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from kd_plugins.errors import DistillError
@@ -181,11 +183,8 @@ def begun(turns: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
 
 @contextmanager
 def _dropout(module: nn.Module, on: bool) -> Iterator[None]:
-    """Leaves the dropout of a network on, and everything else in evaluation mode.
-
-    Beside dropout layers that is what timm's networks do in a function, by `drop_rate` and their own mode.
-    """
-    layers = [m for m in module.modules() if on and (isinstance(m, _DropoutNd) or getattr(m, "drop_rate", None))]
+    """Leaves the dropout of a network on, and everything else in evaluation mode."""
+    layers = [m for m in module.modules() if on and _drops(m)]
     for layer in layers:
         layer.training = True
     try:
@@ -193,6 +192,22 @@ def _dropout(module: nn.Module, on: bool) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.training = False
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether a module's own mode switches dropout: a layer of it, or what has a rate, or a layer's, for a function.
+
+    Attention and recurrent layers drop out in a function, and so do timm's networks before their classifier. Skipped
+    paths (`drop_prob`) and layers are no dropout.
+    """
+    if isinstance(module, (_DropoutNd, _NormBase)):
+        return isinstance(module, _DropoutNd)
+    own = {**vars(type(module)), **vars(module), **module._modules}
+    rates = [getattr(x, "p", None) if isinstance(x, _DropoutNd) else x for name, x in own.items() if _RATE.search(name)]
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
+
+
+_RATE = re.compile("^(?!drop_prob|drop_path|layerdrop).*drop")
 
 
 def describe(nets: Nets) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -115,6 +116,42 @@ def test_a_fickle_teacher_drops_out_and_keeps_its_statistics(teacher: nn.Module)
     assert torch.equal(*(nets.teacher(batch).logits for _ in range(2)))
     assert not any(module.training for module in teacher.modules())
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+
+
+class Recurrent(nn.Module):
+    """Dropout between the layers of an LSTM, in a function; a path and a statistic that are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop_prob, self.norm = 0.5, nn.BatchNorm1d(4)
+        self.norm.drop = nn.Dropout()  # as timm's layer of both
+        self.body, self.head = nn.LSTM(3, 4, 2, dropout=0.4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert not self.training
+        return self.head(self.norm(self.body(x.flatten(2).transpose(1, 2).transpose(0, 1))[0][-1]))
+
+
+def test_a_fickle_teacher_drops_out_in_functions_of_its_layers() -> None:
+    teacher = Recurrent()
+    _, nets, batch = bound({"fickle": True}, TinyNet(4), teacher)
+    before = copy.deepcopy(teacher.state_dict())
+    assert not torch.equal(*(nets.teacher(batch, dropout=True).logits for _ in range(2)))
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(nets.teacher(batch).logits, teacher(batch.inputs))
+
+
+def test_messy_labels_know_the_classes_of_every_batch() -> None:
+    distiller, nets, batch = bound({"messy": 0.5}, TinyNet(4), TinyNet(8))
+    for net in nets:
+        net.module.head = nn.LazyLinear(6)
+    with pytest.raises(DistillError, match="among the 4 classes that the first batch had, and this one has 6"):
+        list(distiller.turns(nets, batch))
+    distiller, nets, batch = bound({}, TinyNet(4), TinyNet(8))
+    distiller.messy = 0.5
+    with pytest.raises(DistillError, match="messy was 0 when noisy was set up"):
+        list(distiller.turns(nets, batch))
 
 
 def test_noise_on_the_teachers_logits_is_relative() -> None:
