@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kd_plugins.catalog.options import check, options_of, parse
+from kd_plugins.catalog.options import _TAKEN, check, options_of, parse
 from kd_plugins.catalog.registry import config_of, create_distiller, from_json, options_from_strings, to_json
 from kd_plugins.catalog.values import as_text, convert
 from kd_plugins.distiller import Distiller
@@ -245,6 +245,19 @@ def test_a_constructor_that_is_no_command_line_is_refused():
     with pytest.raises(DistillError, match="resolved at run time"):
         options_of(Unresolved)
     assert options_of(Distiller) == {}
+
+
+def test_an_option_of_a_name_that_distillers_keep_is_refused():
+    """`Distiller.__init__` would overwrite it, and a training go on without what was given."""
+
+    class Remote(Distiller):
+        def __init__(self, *, host: str = "localhost") -> None:
+            super().__init__()
+
+    with pytest.raises(DistillError, match="got 'host', where every distiller keeps something else"):
+        options_of(Remote)
+    kept = vars(Distiller())
+    assert {name for name in _TAKEN if name not in kept} == set()
 
 
 # --- with the installed methods ---------------------------------------------------------------------------------------

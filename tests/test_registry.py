@@ -195,6 +195,7 @@ def changed(base: type[Distiller] = Distiller, **attributes: object) -> Distille
         (changed(needs=lambda self: Needs(streams={"x": 0.5})), {"timm-task": "reads held-out streams"}),
         (changed(needs=lambda self: Needs(index=True)), {"timm-task": "reads row numbers"}),
         (changed(extras=lambda self: {"critic": nn.Linear(1, 1)}), {"timm-task": "has optimizers of its own"}),
+        (changed(extras=lambda self: {"critic": self.made_in_setup}), {"timm-task": "has optimizers of its own"}),
         (
             changed(prepare=lambda self, nets, batches: None),
             {"timm-task": "passes over the training data first"},
@@ -208,6 +209,36 @@ def test_hosts_follow_from_what_a_method_needs(distiller, hosts):
 def test_what_set_up_tells_is_not_promised_before_it():
     """The stages of `internal` follow the networks' layers."""
     assert describe("internal").hosts == ["bare", "accelerate", "transformers", "timm"]
+
+
+BUILT = '''
+from kd_plugins import Distiller, OptimSpec
+
+
+class Waits(Distiller):
+    """Has no critic before set-up."""
+
+    def extras(self):
+        return {"critic": self.critic} if self.ready else {}
+
+
+class Misses(Waits):
+    """Misses it."""
+
+    def extras(self):
+        return {"critic": self.critic}
+
+    def optimizers(self):
+        return dict.fromkeys(self.extras(), OptimSpec())
+'''
+
+
+def test_a_method_whose_groups_are_built_in_set_up_is_described(install):
+    names = {"waits": "built_in_set_up:Waits", "misses": "built_in_set_up:Misses"}
+    install("some-plugin", modules={"built_in_set_up": BUILT}, **names)
+    for name in names:
+        about = describe(name)
+        assert (about.refusals, about.groups) == ({"timm-task": "has optimizers of its own"}, {})
 
 
 # --- names with dots --------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from timm.data import resolve_input_data_config
+from timm.loss import JsdCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import group_parameters
 from timm.utils import unwrap_model
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from kd_timm.network import TimmNetwork, image_batch
 from kd_timm.teachers import InputTransform, Teacher, check_classes, create_teacher, other_classes
 
 __all__ = ["DistillationTask"]
+
+_SOFTMAX = (nn.CrossEntropyLoss, JsdCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy)
 
 
 class _Trainable(nn.Module):
@@ -107,6 +110,11 @@ class DistillationTask(TrainingTask):
             raise DistillError("distiller_args are the options of a distiller given by name: set them on the object.")
         _check_fit(distiller)
         self.criterion = resolve_classification_loss(criterion, self.device, criterion_kwargs=criterion_kwargs)
+        if getattr(student_model, "num_classes", 0) == 1 and isinstance(self.criterion, _SOFTMAX):
+            raise DistillError(
+                f"The softmax of one class is always 1, so nothing would learn by {type(self.criterion).__name__}: give"
+                " a criterion of one logit, or a student with two classes."
+            )
         self.config = dict(data_config or resolve_input_data_config(student_model))
         listed = [teacher_model] if isinstance(teacher_model, (str, nn.Module)) else list(teacher_model or ())
         paths = [teacher_checkpoint] if isinstance(teacher_checkpoint, str) else list(teacher_checkpoint)

@@ -6,6 +6,7 @@ import inspect
 import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,9 +67,12 @@ def describe(name: str) -> Description:
     cls = get_distiller(name)
     try:
         made = cls(**cls.example)
-        groups, refused = dict(made.optimizers()), refusals(made)
-        if overrides(made, "stages"):  # how many they are, set-up may have to tell
-            refused.setdefault("timm-task", "trains in several stages")
+        groups, refused = {}, refusals(made)
+        with suppress(AttributeError):  # of parts that set-up builds
+            groups = dict(made.optimizers())
+        for function, reason in (("stages", "trains in several stages"), ("extras", "has optimizers of its own")):
+            if overrides(made, function):  # how many they are, set-up may have to tell
+                refused.setdefault("timm-task", reason)
     except Exception as error:  # another distribution's class may fail in any way
         raise DistillError(
             f"cannot make {name!r} with its example's options: {type(error).__name__}: {error}"

@@ -31,6 +31,10 @@ __all__ = [
 ]
 
 
+# What `Distiller.__init__` sets: an option of such a name would be overwritten.
+_TAKEN = ("config", "host", "optim_overrides", "progress", "ready", "training")
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimSpec:
     """The optimizer of one extra group; every field can be overridden, `--distill-args critic.lr=2e-5`.
@@ -126,6 +130,11 @@ def options_of(cls: type) -> dict[str, Option]:
                 raise DistillError(
                     f"expected every argument of {cls.__name__}.__init__ to be keyword-only, annotated and defaulted, "
                     f"got {parameter.name!r} — write `*, {parameter.name}: float = ...`"
+                )
+            if parameter.name in _TAKEN:
+                raise DistillError(
+                    f"expected options of {cls.__name__} under names of their own, got {parameter.name!r}, where every"
+                    f" distiller keeps something else — choose another name, such as `own_{parameter.name}`"
                 )
             options[parameter.name] = Option(
                 name=parameter.name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.utils import CheckpointSaver
 from torch import Tensor, nn
@@ -209,6 +210,17 @@ def test_feature_methods_take_a_teacher_of_other_classes(networks, classes):
     assert task(*batches(1)[0])["nst"] > 0
     with pytest.raises(DistillError, match="7 classes apart" if classes else "has no classifier"):
         DistillationTask(student, "kd+nst", teacher, distiller_args={"nst.layers": (2,)}, verbose=False)
+
+
+@pytest.mark.parametrize("criterion", [None, nn.CrossEntropyLoss(), LabelSmoothingCrossEntropy()])
+def test_one_logit_of_a_softmax_is_refused(criterion):
+    student, teacher = (timm.create_model("resnet10t", **{**SMALL, "num_classes": 1}) for _ in range(2))
+    with pytest.raises(DistillError, match="softmax of one class is always 1"):
+        DistillationTask(student, "kd", teacher, criterion=criterion, verbose=False)
+    loss = nn.BCEWithLogitsLoss()
+    task = DistillationTask(student, "kd", teacher, criterion=loss, data_config=CONFIG, verbose=False)
+    result = task(batches(1)[0][0], torch.zeros(8, 1))
+    torch.testing.assert_close(result["task"], 0.1 * loss(result["output"], torch.zeros(8, 1)))
 
 
 def test_two_heads_are_refused():
