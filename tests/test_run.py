@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from distributed_kit import keep, kept, on_two_processes
 from torch import nn
 
+from kd_accelerate import TurnPlayer
 from kd_plugins import Batch, Distiller, DistillError, Stage, bind, create_distiller, make_optimizers, play
 from kd_plugins.testing import TinyNet, tiny_batches
 
@@ -231,6 +233,16 @@ def test_a_stage_may_train_an_own_part_alone(whole):
         moved.append(tuple(any(not torch.equal(a[k], b[k]) for k in a) for a, b in zip(after, before, strict=True)))
     assert moved == [(False, True)] * 2 + [(True, False)] * 2
     assert distiller.progress.step == 4
+
+
+def test_a_stage_of_an_own_part_alone_is_refused_under_fp16():
+    """The scaler of the student's optimizer asserts that it has seen a gradient."""
+    student, teacher = pair()
+    distiller = Estimator()
+    nets = bind(distiller, student, teacher, batch=tiny_batches(1)[0], total_steps=4)
+    accelerator = SimpleNamespace(distributed_type="NO", mixed_precision="fp16", native_amp=True)
+    with pytest.raises(DistillError, match="has a stage that leaves the student alone.*use bf16"):
+        TurnPlayer(accelerator, distiller, nets, sgd(student))
 
 
 # --- names of the base class ----------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ class TurnPlayer(Run):
             gradient; None does not clip.
 
     Raises:
-        DistillError: The student is sharded (FSDP, DeepSpeed), or the method cannot accumulate and shall.
+        DistillError: The student is sharded (FSDP, DeepSpeed), or fp16 meets a stage that does not train the student.
     """
 
     nets: Nets
@@ -67,6 +67,11 @@ class TurnPlayer(Run):
         forward = nets.student.forward
         self.model = model if model is not None else forward if isinstance(forward, nn.Module) else nets.student.module
         fp16 = accelerator.mixed_precision == "fp16" and accelerator.native_amp
+        if fp16 and any(stage.ends_with != "student" for stage in distiller.stages()):
+            raise DistillError(
+                f"{distiller.name} has a stage that leaves the student alone, and the gradient scaler of fp16 takes no"
+                " step without a gradient of it: use bf16."
+            )
         self._scalers: dict[str, torch.amp.GradScaler] = {
             group.name: torch.amp.GradScaler(accelerator.device.type) for group in self if fp16 and group.name != "own"
         }
