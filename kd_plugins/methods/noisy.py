@@ -123,6 +123,8 @@ class Noisy(KD):
         if not self.classes:
             raise DistillError("messy was 0 when noisy was set up: begin with a share above 0.")
         y = torch.as_tensor(batch.labels)
+        if y.is_floating_point():
+            raise DistillError("messy draws class numbers, and these labels are soft: train without mixup and cutmix.")
         generator = self.host.generator(y.device)
         drawn = torch.rand(y.shape, generator=generator, device=y.device) < self.messy
         other = torch.randint(1, self.classes, y.shape, generator=generator, device=y.device)

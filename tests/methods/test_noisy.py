@@ -148,6 +148,10 @@ def test_messy_labels_know_the_classes_of_every_batch() -> None:
         net.module.head = nn.LazyLinear(6)
     with pytest.raises(DistillError, match="among the 4 classes that the first batch had, and this one has 6"):
         list(distiller.turns(nets, batch))
+    distiller, nets, batch = bound({"messy": 0.5}, TinyNet(4), TinyNet(8))
+    mixed = batch.with_labels(torch.nn.functional.one_hot(batch.labels, 4).float())
+    with pytest.raises(DistillError, match="these labels are soft: train without mixup"):
+        list(distiller.turns(nets, mixed))  # hosts mix after the set-up
     distiller, nets, batch = bound({}, TinyNet(4), TinyNet(8))
     distiller.messy = 0.5
     with pytest.raises(DistillError, match="messy was 0 when noisy was set up"):
