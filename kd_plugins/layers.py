@@ -65,6 +65,7 @@ class LayerDistiller(Distiller):
                 f"Expected as many teacher_layers as layers, got {list(self.layers)} and {list(self.teacher_layers)}."
             )
         self.connectors = nn.ModuleList()
+        self.connected: list[int] = []  # the pair that each is of; some may have none
 
     def needs(self) -> Needs:
         student = Reads(bool(self.task_weight), features=self.layers)
@@ -78,15 +79,18 @@ class LayerDistiller(Distiller):
             )
         student = nets.student(batch)
         for number, net in enumerate(nets.teachers):
-            for pair in self.pairs(student, net(batch)):
+            for place, pair in enumerate(self.pairs(student, net(batch))):
                 if self.maps or pair.student.dim() == 4:
                     nets.student.network.check_map(self.name, pair.layer, pair.student)
                 if self.maps or pair.teacher.dim() == 4:
                     net.network.check_map(self.name, pair.teacher_layer, pair.teacher)
                 self.check_pair(pair)
-                part = self.connect(pair.student, pair.teacher) if number == 0 else None
+                part = self.connect(pair.student, pair.teacher)
+                if part is not None and number:
+                    raise DistillError(f"{self.name} trains parts for the layers of one teacher: leave the others out.")
                 if part is not None:
                     self.connectors.append(part)
+                    self.connected.append(place)
 
     def check_pair(self, pair: Pair) -> None:
         """Refuses a pair that the method cannot compare."""
@@ -108,7 +112,8 @@ class LayerDistiller(Distiller):
 
     def loss(self, student: View, teacher: View, batch: Batch) -> Terms:
         pairs = self.pairs(student, teacher)
-        parts = list(self.connectors) or [None] * len(pairs)
+        made = dict(zip(self.connected, self.connectors, strict=True))
+        parts = [made.get(place) for place in range(len(pairs))]
         terms = [
             self.distance(_for(part, pair.student), _for(part, pair.teacher), part, batch)
             for pair, part in zip(pairs, parts, strict=True)

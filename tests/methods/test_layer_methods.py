@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch.optim import SGD
 
 from kd_plugins import Batch, DistillError, bind, create_distiller, make_optimizers, play
+from kd_plugins.layers import LayerDistiller
 from kd_plugins.testing import TinyNet, tiny_batches
 
 
@@ -79,3 +81,32 @@ def test_a_student_in_bfloat16_meets_the_trained_parts():
     half = Batch.of(batch.inputs.bfloat16(), batch.labels)
     (turn,) = distiller.turns(nets, half)
     assert turn["student"]["fitnet"].isfinite()
+
+
+class Widened(LayerDistiller):
+    """Squared distances, through a convolution where the channels differ."""
+
+    teachers = "many"
+
+    def connect(self, student, teacher):
+        same = student.shape[1] == teacher.shape[1]
+        return None if same else nn.Conv2d(student.shape[1], teacher.shape[1], 1)
+
+    def distance(self, student, teacher, part, batch):
+        return ((student if part is None else part(student)) - teacher).square().mean()
+
+
+def test_a_pair_without_a_trained_part_leaves_the_others_theirs():
+    batch = tiny_batches(1)[0]
+    student, teacher = TinyNet(4), TinyNet(4)
+    teacher.layer2[0] = nn.Conv2d(4, 6, 3, stride=2, padding=1)
+    teacher.head = nn.Linear(6, 4)
+    distiller = Widened(layers=("layer1", "layer2"))
+    nets = bind(distiller, student, teacher, batch=batch)
+    s, t = nets.student(batch), nets.teacher(batch)
+    (part,) = distiller.connectors
+    shallow = (s.features["layer1"] - t.features["layer1"]).square().mean()
+    deep = (part(s.features["layer2"]) - t.features["layer2"]).square().mean()
+    torch.testing.assert_close(distiller.loss(s, t, batch)["widened"], shallow + deep)
+    with pytest.raises(DistillError, match="parts for the layers of one teacher"):
+        bind(Widened(layers=("layer2",)), student, [teacher, TinyNet(6)], batch=batch)
