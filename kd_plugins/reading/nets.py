@@ -176,7 +176,7 @@ def begun(turns: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
     @wraps(turns)
     def after_set_up(distiller: Any, nets: Nets, batch: Batch) -> Iterator[Any]:
         nets.student.begin(batch)
-        yield from turns(distiller, nets, batch)
+        return turns(distiller, nets, batch)
 
     return after_set_up
 
