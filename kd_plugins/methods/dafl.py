@@ -110,6 +110,7 @@ class DAFL(Distiller):
             )
         self.features = nets.teacher.network.classifier() + ":in" if self.layer is None else self.layer
         self.images = Generator(int(self.settings["latent"]), batch.shape, self.width).to(_device(nets))
+        self.images.requires_grad_(bool(self.taught_by))
         self.register_buffer("shown", torch.zeros(_SHOWN, min(batch.size, _SHOWN), *batch.shape, dtype=torch.uint8))
         self.register_buffer("epochs", torch.zeros(_SHOWN, dtype=torch.long))
         made = batch.with_inputs(torch.zeros(2, *batch.shape, device=_device(nets)))
