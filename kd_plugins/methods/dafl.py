@@ -64,6 +64,7 @@ class DAFL(Distiller):
         arxiv="1904.01186",
     )
     data = False
+    accumulation = False
     task_weight = 0.0
     presets: ClassVar[dict[str, dict[str, float]]] = {
         "mnist": dict(one_hot=1, activation=0.1, information=5, temperature=1, latent=100, lr=0.2),
