@@ -14,7 +14,7 @@ from transformers import EvalPrediction
 from kd_plugins.errors import DistillError, did_you_mean
 from kd_transformers.compat import averages
 
-__all__ = ["agreement", "build_metrics", "decide", "default_metrics", "local_metrics"]
+__all__ = ["agreement", "build_metrics", "decide", "default_metrics", "local_metrics", "logits_of"]
 
 _LOCAL: dict[str, Callable[[Any, Any, str], Any]] = {
     "accuracy": lambda truth, guess, average: metrics.accuracy_score(truth, guess),
@@ -64,7 +64,7 @@ def build_metrics(names: Sequence[str], problem: str, classes: int) -> Callable[
     found = [_metric(name, "multilabel" if multi else None, average) for name in dict.fromkeys(names)]
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
-        guess, labels = decide(_logits(prediction.predictions), problem), prediction.label_ids
+        guess, labels = decide(logits_of(prediction.predictions), problem), prediction.label_ids
         truth = labels.astype(np.int64) if multi else np.squeeze(labels)
         return {name: value for metric in found for name, value in metric(truth, guess).items()}
 
@@ -92,7 +92,8 @@ def agreement(student: np.ndarray, teacher: np.ndarray, problem: str) -> float:
     return float(np.corrcoef(ours, theirs)[0, 1]) if problem == "regression" else float((ours == theirs).mean())
 
 
-def _logits(predictions: Any) -> np.ndarray:
+def logits_of(predictions: Any) -> np.ndarray:
+    """The logits: some models return more."""
     return predictions[0] if isinstance(predictions, tuple) else predictions
 
 

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from kd_plugins.errors import DistillError
 from kd_plugins.methods.internal import uniform
-from kd_transformers.checks import class_order
+from kd_transformers.checks import class_names, class_order
 from kd_transformers.data import Labels
 
 __all__ = [
@@ -132,9 +132,8 @@ def match_names(labels: Labels, teachers: list[Any]) -> Labels:
     Without names in the data a class is a number, and the teacher's output of that number is its class.
     """
     for teacher in teachers:
-        named = getattr(teacher.config, "id2label", None) or {}
-        names = [str(named[i]) for i in sorted(named)]
-        if len(names) != labels.count or names == [f"LABEL_{i}" for i in range(len(names))]:
+        names = class_names(teacher.config)
+        if names is None or len(names) != labels.count:
             continue
         if labels.names is None:
             return replace(labels, names=tuple(names))
@@ -147,10 +146,10 @@ def match_names(labels: Labels, teachers: list[Any]) -> Labels:
 def in_order_of(labels: Labels, model: Any) -> Labels:
     """The labels numbered as a trained model numbers its classes, where both have names for them."""
     labels = match_names(labels, [model])
-    named = getattr(model.config, "id2label", None) or {}
-    theirs = tuple(str(named[i]) for i in sorted(named))
-    if labels.names is None or theirs == labels.names or theirs == tuple(f"LABEL_{i}" for i in range(len(theirs))):
+    named = class_names(model.config)
+    if labels.names is None or named is None or tuple(named) == labels.names:
         return labels
+    theirs = tuple(named)
     if set(theirs) != set(labels.names):
         raise DistillError(
             f"The model has the classes {', '.join(theirs[:8])} and the data {', '.join(labels.names[:8])}: use a"

@@ -39,7 +39,7 @@ from kd_transformers.arguments import Arguments, parse_args
 from kd_transformers.cache import cache_teacher
 from kd_transformers.checks import class_order
 from kd_transformers.data import Labels, fingerprint, load_text
-from kd_transformers.metrics import agreement, build_metrics, default_metrics
+from kd_transformers.metrics import agreement, build_metrics, default_metrics, logits_of
 from kd_transformers.recording import RecordCallback
 from kd_transformers.students import (
     check_length,
@@ -430,7 +430,7 @@ class Session:
             taught = self._taught()
             scores = self.compute_metrics(EvalPrediction(predictions=taught, label_ids=predicted.label_ids))
             metrics |= {f"eval_teacher_{name}": value for name, value in scores.items()}
-            metrics["eval_teacher_agreement"] = agreement(_first(predicted.predictions), taught, problem)
+            metrics["eval_teacher_agreement"] = agreement(logits_of(predicted.predictions), taught, problem)
         trainer.log(metrics)
         trainer.save_metrics("eval", metrics)
         self.recorder.finish(metrics)
@@ -447,9 +447,9 @@ class Session:
         logits = []
         for teacher in self.teachers:
             trainer = Trainer(model=teacher, args=args, data_collator=self.collate)
-            predictions = trainer.predict(self.evaluation_set).predictions
+            found = logits_of(trainer.predict(self.evaluation_set).predictions)
             order = class_order(self.student, teacher)
-            logits.append(_first(predictions) if order is None else _first(predictions)[:, list(order)])
+            logits.append(found if order is None else found[:, list(order)])
         return np.mean(logits, axis=0)
 
 
@@ -481,11 +481,6 @@ class _StepTimer(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.total += time.perf_counter() - self.start
         self.steps += 1
-
-
-def _first(predictions: Any) -> np.ndarray:
-    """The logits: some models return more."""
-    return predictions[0] if isinstance(predictions, tuple) else predictions
 
 
 def _name(model: Any) -> str:
