@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from accelerate import PartialState
 
-from kd_plugins.errors import DistillError, did_you_mean
+from kd_plugins.errors import DistillError, did_you_mean, told
 
 __all__ = ["explain", "flags", "given", "run_command", "with_file"]
 
@@ -84,11 +84,9 @@ def flags(parser: ArgumentParser) -> dict[str, Action]:
 
 def _from_file(parser: ArgumentParser, path: str, words: Sequence[str], refused: Mapping[str, Any]) -> list[str]:
     """The entries of a file that no flag overrides, as words of the command line."""
-    try:
+    with told(f"{path} cannot be read as arguments", OSError, ValueError, yaml.YAMLError):
         text = Path(path).read_text(encoding="utf-8")
         values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise DistillError(f"{path} cannot be read as arguments: {error}") from error
     if not isinstance(values, dict):
         raise DistillError(f"{path}: expected a mapping of argument names to values, got {type(values).__name__}.")
     known, overridden = flags(parser), given(parser, words)

@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 from datasets import Dataset, DatasetDict
 
-from kd_plugins.errors import DistillError, did_you_mean
+from kd_plugins.errors import DistillError, did_you_mean, told
 from kd_transformers.arguments import DataArguments
 from kd_transformers.docstrings import load_docstrings
 
@@ -143,14 +143,10 @@ def _read(args: DataArguments, hub: Mapping[str, Any]) -> tuple[Any, str]:
         return load_docstrings(), "docstrings of Python's standard library"
     name, config = (_GLUE, args.task_name) if args.task_name else (args.dataset_name, args.dataset_config_name)
     source = f"{name} {config}" if config else str(name)
-    try:
+    remedy = "check the name and the network, or give local files with --train_file and --validation_file."
+    # The loader raises errors of many libraries; each means that the data is not to be had.
+    with told(f"The data set {source} cannot be loaded", Exception, remedy=remedy):
         return datasets.load_dataset(name, config, **hub), source
-    except Exception as error:
-        # The loader raises errors of many libraries; each means that the data is not to be had.
-        raise DistillError(
-            f"The data set {source} cannot be loaded ({type(error).__name__}: {error}): check the name and the network,"
-            " or give local files with --train_file and --validation_file."
-        ) from error
 
 
 def _read_files(files: Mapping[str, str], hub: Mapping[str, Any]) -> DatasetDict:

@@ -11,7 +11,7 @@ from scipy import stats
 from sklearn import metrics
 from transformers import EvalPrediction
 
-from kd_plugins.errors import DistillError, did_you_mean
+from kd_plugins.errors import did_you_mean, told
 from kd_transformers.compat import averages
 
 __all__ = ["agreement", "build_metrics", "decide", "default_metrics", "local_metrics", "logits_of"]
@@ -103,15 +103,11 @@ def _metric(name: str, config: str | None, average: str) -> Callable[[Any, Any],
         return partial(_local, name, average)
     import evaluate
 
-    try:
+    remedy = f"without a network there are {', '.join(local_metrics())}.{did_you_mean(name, local_metrics())}"
+    # The loader raises errors of many libraries; each means that the metric is not to be had.
+    with told(f"The metric {name} cannot be loaded", Exception, remedy=remedy):
         # Every process computes on all predictions: nothing to gather, no cache files to wait for.
         module = evaluate.load(name, config, keep_in_memory=True)
-    except Exception as error:
-        # The loader raises errors of many libraries; each means that the metric is not to be had.
-        raise DistillError(
-            f"The metric {name} cannot be loaded ({type(error).__name__}: {error})."
-            f"{did_you_mean(name, local_metrics())} Without a network there are {', '.join(local_metrics())}."
-        ) from error
     options = {"average": average} if averages(module) else {}
     return lambda truth, guess: dict(module.compute(predictions=guess, references=truth, **options))
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertTokenizer
 from transformers.utils import logging
 
-from kd_plugins.errors import DistillError
+from kd_plugins.errors import DistillError, told
 from kd_plugins.methods.internal import uniform
 from kd_transformers.checks import class_names, class_order
 from kd_transformers.data import Labels
@@ -46,18 +46,16 @@ def from_checkpoint(name: str, labels: Labels, *, fresh_head: bool, **hub: Any) 
         hub: Options of `from_pretrained`.
     """
     settings = labels.config if fresh_head else {"problem_type": labels.problem}
-    try:
+    unfit = f"The checkpoint {name} cannot be loaded as a sequence classifier"
+    with told(unfit, OSError, ValueError):
         config = AutoConfig.from_pretrained(name, **hub)
-        if not fresh_head:
-            _check_classes(name, config, labels)
-        config.update(settings)
+    if not fresh_head:
+        _check_classes(name, config, labels)
+    config.update(settings)
+    with told(unfit, OSError, ValueError, RuntimeError):
         model, info = AutoModelForSequenceClassification.from_pretrained(
             name, config=config, output_loading_info=True, ignore_mismatched_sizes=fresh_head, **hub
         )
-    except DistillError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        raise DistillError(f"The checkpoint {name} cannot be loaded as a sequence classifier: {error}") from error
     _check_weights(name, info["missing_keys"], fresh_head)
     return model
 
@@ -76,18 +74,19 @@ def load_teacher(name: str, checkpoint: str | None, labels: Labels, **hub: Any) 
     folder = Path(checkpoint)
     if (folder / "config.json").is_file():
         return from_checkpoint(checkpoint, labels, fresh_head=False, **{**hub, "revision": "main"})
-    try:
-        config = AutoConfig.from_pretrained(name, **hub)
-    except (OSError, ValueError) as error:
-        raise DistillError(f"The configuration of the teacher {name} cannot be loaded: {error}") from error
-    config.update(labels.config)
-    model = AutoModelForSequenceClassification.from_config(config)
-    try:
+    model = from_configuration(name, labels, hub)
+    with told(f"The weights {checkpoint} do not fit the teacher {name}", RuntimeError):
         outcome = model.load_state_dict(_read_weights(folder), strict=False)
-    except RuntimeError as error:
-        raise DistillError(f"The weights {checkpoint} do not fit the teacher {name}: {error}") from error
     _check_weights(checkpoint, set(outcome.missing_keys), False)
     return model.eval()
+
+
+def from_configuration(name: str, labels: Labels, hub: Mapping[str, Any], **options: Any) -> Any:
+    """A sequence classifier of a checkpoint's kind and size, with random weights."""
+    with told(f"The configuration {name} cannot be loaded", OSError, ValueError):
+        config = AutoConfig.from_pretrained(name, **hub)
+    config.update(labels.config)
+    return AutoModelForSequenceClassification.from_config(config, **options)
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -289,10 +288,8 @@ def load_tokenizer(name: str, **hub: Any) -> Any:
         lines = path.read_text(encoding="utf-8").split("\n")
         words = lines[:-1] if lines[-1] == "" else lines
         return BertTokenizer(vocab={word: i for i, word in enumerate(words)}, model_max_length=512)
-    try:
+    with told(f"The tokenizer of {name} cannot be loaded", OSError, ValueError, KeyError):
         return AutoTokenizer.from_pretrained(name, **hub)
-    except (OSError, ValueError, KeyError) as error:
-        raise DistillError(f"The tokenizer of {name} cannot be loaded: {error}") from error
 
 
 def check_tokenizers(tokenizer: Any, others: Mapping[str, Any]) -> None:

@@ -19,8 +19,6 @@ import numpy as np
 import torch
 from datasets import disable_progress_bars
 from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     EvalPrediction,
     Trainer,
@@ -46,6 +44,7 @@ from kd_transformers.students import (
     check_tokenizers,
     copy_layers,
     from_checkpoint,
+    from_configuration,
     from_scratch,
     in_order_of,
     load_teacher,
@@ -256,12 +255,7 @@ class Session:
         if not training.do_train:
             raise DistillError("There is no student to evaluate: give --model_name_or_path, or add --do_train.")
         if model.config_name:
-            try:
-                config = AutoConfig.from_pretrained(model.config_name, **self.hub)
-            except (OSError, ValueError) as error:
-                raise DistillError(f"The configuration {model.config_name} cannot be loaded: {error}") from error
-            config.update(self.labels.config)
-            return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+            return from_configuration(model.config_name, self.labels, self.hub, dtype=torch.float32)
         if self.teachers:
             size, heads = model.student_hidden_size, model.student_heads
             return shrink(self.teachers[0], self.labels, model.student_layers, size, heads)
