@@ -38,13 +38,6 @@ class Paper:
     arxiv: str | None = None
     journal: bool = False
 
-    def __post_init__(self) -> None:
-        if isinstance(self.authors, str):
-            names = re.split(r"\s*(?:,|&|\band\b)\s*", self.authors)
-            object.__setattr__(self, "authors", tuple(name for name in names if name))
-        else:
-            object.__setattr__(self, "authors", tuple(self.authors))
-
     def __str__(self) -> str:
         last = [_last_name(author) for author in self.authors]
         who = " & ".join(last) if len(last) <= 2 else f"{last[0]} et al."
