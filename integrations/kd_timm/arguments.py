@@ -16,8 +16,6 @@ import yaml
 
 from kd_accelerate.command import explain, with_file
 
-__all__ = ["UNSUPPORTED", "parse_args"]
-
 _FLAGS, _refused = yaml.safe_load_all(Path(__file__).with_name("flags.yaml").read_text(encoding="utf-8"))
 
 UNSUPPORTED: dict[str, Any] = {

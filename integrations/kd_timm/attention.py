@@ -15,11 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from kd_plugins.reading.attention import AttentionCall, AttentionTap, BaseAttentionTaps, Layer, Trace
+from kd_plugins.reading.attention import AttentionCall, AttentionTap, BaseAttentionTaps, Trace
 from kd_plugins.reading.tap import Hook
-from kd_plugins.reading.view import Attention
-
-__all__ = ["Attention", "AttentionTaps", "Layer"]
 
 
 class AttentionTaps(BaseAttentionTaps):

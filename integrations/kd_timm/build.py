@@ -20,17 +20,6 @@ from torch import Tensor, nn
 from kd_plugins.errors import DistillError, did_you_mean, told
 from kd_timm.data import uses_mixup
 
-__all__ = [
-    "MODEL_ARGUMENTS",
-    "check_model_name",
-    "create_criterion",
-    "create_optimizer",
-    "create_scheduler",
-    "create_stage_scheduler",
-    "create_student",
-    "resolve_learning_rate",
-]
-
 _logger = logging.getLogger(__name__)
 
 # Arguments of a model, by what timm's factory calls them.

@@ -20,19 +20,6 @@ from kd_plugins.binding import needs_in
 from kd_timm.compat import fast_collate
 from kd_timm.digits import DIGITS_DEFAULTS, Digits
 
-__all__ = [
-    "DATASET_ARGUMENTS",
-    "LOADER_ARGUMENTS",
-    "MIXUP_ARGUMENTS",
-    "Data",
-    "Targets",
-    "apply_data_defaults",
-    "create_data",
-    "create_datasets",
-    "plain_loader",
-    "uses_mixup",
-]
-
 # Arguments of the data sets, by what timm's factory calls them.
 DATASET_ARGUMENTS = {
     **dict(root="data_dir", download="dataset_download", trust_remote_code="dataset_trust_remote_code"),

@@ -35,8 +35,6 @@ from kd_timm.progress import Reporter
 from kd_timm.setup import check_arguments, create_accelerator
 from kd_timm.trackers import start_trackers
 
-__all__ = ["Parts"]
-
 
 class Parts(TrainingRun):
     """What a run is made of, ready to train.

@@ -12,8 +12,6 @@ from accelerate.utils import DistributedDataParallelKwargs
 from kd_plugins import DistillError
 from kd_timm.trackers import tracker_names
 
-__all__ = ["check_arguments", "create_accelerator"]
-
 _logger = logging.getLogger("kd_timm.train")
 
 

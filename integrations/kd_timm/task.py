@@ -19,8 +19,6 @@ from kd_timm.compat import TrainingTask, resolve_classification_loss
 from kd_timm.network import TimmNetwork, image_batch
 from kd_timm.teachers import InputTransform, Teacher, check_classes, create_teacher, other_classes
 
-__all__ = ["DistillationTask"]
-
 
 class _Trainable(nn.Module):
     """Student and distiller as one module, whose forward is all that DistributedDataParallel has to see.

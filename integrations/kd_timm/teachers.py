@@ -22,8 +22,6 @@ from kd_plugins.binding import needs_in
 from kd_plugins.errors import told
 from kd_timm.build import check_model_name
 
-__all__ = ["InputTransform", "Teacher", "check_classes", "create_teacher", "other_classes"]
-
 
 class InputTransform:
     """Turns the student's normalised images into a teacher's: other mean and std, other size.

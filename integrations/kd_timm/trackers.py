@@ -14,8 +14,6 @@ from accelerate.utils import LoggerType
 from kd_plugins.errors import DistillError, did_you_mean, told
 from kd_timm.compat import LOGGER_TYPE_TO_CLASS
 
-__all__ = ["start_trackers", "tracker_names"]
-
 
 def tracker_names(args: argparse.Namespace) -> list[str]:
     """The trackers that the arguments name.

@@ -18,8 +18,6 @@ from transformers import HfArgumentParser, TrainingArguments
 from kd_accelerate.command import explain, flags, given, with_file
 from kd_transformers.docstrings import DOCSTRINGS_DEFAULTS
 
-__all__ = ["Arguments", "DataArguments", "DistillationArguments", "ModelArguments", "build_parser", "parse_args"]
-
 _DATA_FLAGS = ("task_name", "dataset_name", "train_file", "validation_file")
 
 

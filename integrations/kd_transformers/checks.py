@@ -14,20 +14,6 @@ from transformers.models.auto import modeling_auto as auto
 from kd_plugins import Distiller, DistillError
 from kd_transformers.compat import is_reentrant
 
-__all__ = [
-    "base",
-    "check_checkpointing",
-    "check_fit",
-    "check_host",
-    "check_vocabulary",
-    "class_names",
-    "class_order",
-    "inputs_of",
-    "kind_of",
-    "same_class_order",
-    "task_of",
-]
-
 # The kinds of models: the task of their scores, and transformers' names for them. The choices of multiple choice are
 # classes; the start and the end of an answer are two rows of positions.
 _CLASSIFIERS = [f"{what}_CLASSIFICATION" for what in ("SEQUENCE", "IMAGE", "AUDIO", "VIDEO")]

@@ -11,8 +11,6 @@ from torch import nn
 from kd_plugins import DistillError
 from kd_transformers.checks import base
 
-__all__ = ["INDEX", "TEACHER", "TEACHER_LOGITS", "Indexed", "Padded", "Rows", "with_index", "with_padding"]
-
 INDEX = "kd_index"
 TEACHER = "teacher_"
 """A column of this prefix goes to the teacher."""

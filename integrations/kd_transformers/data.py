@@ -15,8 +15,6 @@ from kd_plugins.errors import DistillError, did_you_mean, told
 from kd_transformers.arguments import DataArguments
 from kd_transformers.docstrings import load_docstrings
 
-__all__ = ["Labels", "TextData", "fingerprint", "load_text", "read_labels"]
-
 _GLUE = "nyu-mll/glue"
 _EXTENSIONS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"))

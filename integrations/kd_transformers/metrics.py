@@ -14,8 +14,6 @@ from transformers import EvalPrediction
 from kd_plugins.errors import did_you_mean, told
 from kd_transformers.compat import averages
 
-__all__ = ["agreement", "build_metrics", "decide", "default_metrics", "local_metrics", "logits_of"]
-
 _LOCAL: dict[str, Callable[[Any, Any, str], Any]] = {
     "accuracy": lambda truth, guess, average: metrics.accuracy_score(truth, guess),
     "f1": lambda truth, guess, average: metrics.f1_score(truth, guess, average=average),

@@ -19,19 +19,6 @@ from kd_plugins.methods.internal import uniform
 from kd_transformers.checks import class_names, class_order
 from kd_transformers.data import Labels
 
-__all__ = [
-    "check_length",
-    "check_tokenizers",
-    "copy_layers",
-    "from_checkpoint",
-    "from_scratch",
-    "in_order_of",
-    "load_teacher",
-    "load_tokenizer",
-    "match_names",
-    "shrink",
-]
-
 logger = logging.get_logger(__name__)
 
 

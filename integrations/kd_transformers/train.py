@@ -54,8 +54,6 @@ from kd_transformers.students import (
 )
 from kd_transformers.wordpiece import train_tokenizer
 
-__all__ = ["Session", "main", "train"]
-
 logger = logging.get_logger(__name__)
 
 _RECORD = "teacher.json"

@@ -41,8 +41,6 @@ from kd_transformers.compat import ALWAYS_DIVIDES, Hooks
 from kd_transformers.inputs import decoder_inputs, labels_of, with_labels
 from kd_transformers.schedule import refresh, staged_scheduler
 
-__all__ = ["DistillationTrainer"]
-
 logger = logging.get_logger(__name__)
 
 

@@ -8,8 +8,6 @@ from collections.abc import Iterable
 from tokenizers import BertWordPieceTokenizer
 from transformers import BertTokenizer
 
-__all__ = ["train_tokenizer"]
-
 _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 # Scripts of many thousand characters would leave no room for words.
 _LETTERS = 1000

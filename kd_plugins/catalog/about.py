@@ -15,8 +15,6 @@ from kd_plugins.catalog.registry import Source, distribution_of, get_distiller, 
 from kd_plugins.distiller import Distiller, overrides
 from kd_plugins.errors import DistillError
 
-__all__ = ["HOSTS", "Description", "describe", "filled", "markdown", "refusals"]
-
 HOSTS = {
     "bare": "a loop of your own",
     "accelerate": "kd_accelerate.TurnPlayer",

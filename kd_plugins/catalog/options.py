@@ -17,19 +17,6 @@ from torch import nn
 from kd_plugins.catalog.values import as_text, choices_of, convert, label
 from kd_plugins.errors import DistillError, did_you_mean
 
-__all__ = [
-    "OptimSpec",
-    "Option",
-    "Resolved",
-    "check",
-    "constructed",
-    "options_of",
-    "options_table",
-    "parse",
-    "resolve",
-    "split",
-]
-
 
 @dataclasses.dataclass(frozen=True)
 class OptimSpec:

@@ -6,8 +6,6 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
-__all__ = ["Paper"]
-
 _SKIPPED_TITLE_WORDS = {"a", "an", "the", "on", "in", "of", "for", "to", "and", "with", "towards", "via", "like"}
 
 

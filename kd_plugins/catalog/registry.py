@@ -22,22 +22,6 @@ from kd_plugins.compose import Composite
 from kd_plugins.distiller import Distiller
 from kd_plugins.errors import DistillError, did_you_mean, told
 
-__all__ = [
-    "GROUP",
-    "Source",
-    "config_of",
-    "create_distiller",
-    "distiller_classes",
-    "distribution_of",
-    "from_json",
-    "get_distiller",
-    "kd_version",
-    "list_distillers",
-    "name_of",
-    "options_from_strings",
-    "to_json",
-]
-
 GROUP = "kd_plugins.distillers"
 
 

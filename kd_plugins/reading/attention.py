@@ -19,8 +19,6 @@ from kd_plugins.errors import DistillError
 from kd_plugins.reading.tap import Hook, Reached
 from kd_plugins.reading.view import Attention
 
-__all__ = ["MASKED", "AttentionCall", "BaseAttentionTaps", "Layer", "Mode"]
-
 MASKED = -1e4
 """Score of a key that may not be attended to: finite, so that differences of scores stay finite."""
 

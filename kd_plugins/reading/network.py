@@ -17,8 +17,6 @@ from kd_plugins.reading.attention import BaseAttentionTaps
 from kd_plugins.reading.tap import Reached, Replacement, Seen, Tap
 from kd_plugins.reading.view import Attention, Batch, Features, Reads, View
 
-__all__ = ["Network", "adapt"]
-
 Forward = Callable[..., Any]
 
 

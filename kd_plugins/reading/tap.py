@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError, did_you_mean
 
-__all__ = ["Hook", "Reached", "Replacement", "Seen", "Tap"]
-
 Replacement: TypeAlias = Tensor | Callable[[Tensor], Tensor]
 """What stands in place of a module's output, or makes it of the output."""
 

@@ -20,18 +20,6 @@ from kd_plugins.distiller import Distiller, overrides
 from kd_plugins.errors import DistillError
 from kd_plugins.reading.nets import Nets
 
-__all__ = [
-    "ContractError",
-    "broken",
-    "check_class",
-    "check_needs",
-    "check_parts",
-    "frozen",
-    "parts_of",
-    "reachable",
-    "trained",
-]
-
 
 class ContractError(DistillError):
     """A distiller breaks a clause of the contract.

@@ -16,8 +16,6 @@ from kd_plugins.reading.network import Network
 from kd_plugins.reading.network import adapt as adapt_any
 from kd_plugins.reading.view import Batch
 
-__all__ = ["TinyNet", "adapt", "tiny_batches", "tiny_network", "tiny_tokens", "tiny_transformer", "training_set"]
-
 _VOCABULARY = 40
 
 

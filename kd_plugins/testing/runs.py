@@ -21,9 +21,6 @@ from kd_plugins.reading.view import Batch
 from kd_plugins.run import Run, play, total
 from kd_plugins.testing.clauses import ContractError, broken, frozen, trained
 
-__all__ = ["Setting", "Training", "difference", "under_accelerate", "walk"]
-
-
 _ISLAND = "compute the loss in float32, with autocast disabled (.float()), and away from 0 / 0 and log(0)"
 
 
