@@ -51,6 +51,12 @@ class AppendKeyValues(KeyValues):
         setattr(namespace, self.dest, [*earlier, getattr(namespace, self.dest)])
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number, at least 1, got {text}")
+    return int(text)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser: every flag of timm's script that is implemented, and those of distillation."""
     parser = argparse.ArgumentParser(
@@ -61,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-c", "--config", default="", type=str, metavar="FILE", help="YAML file with default arguments")
     parser.add_argument("data", nargs="?", metavar="DIR", help="path to dataset (positional is deprecated)")
-    types: dict[str, Any] = {"int": int, "float": float, "str": str}
+    types: dict[str, Any] = {"int": int, "float": float, "str": str, "count": _count}
     actions = {"KeyValues": KeyValues, "AppendKeyValues": AppendKeyValues}
     for title, flags in copy.deepcopy(_FLAGS).items():
         group = parser.add_argument_group(title)

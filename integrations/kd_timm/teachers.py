@@ -18,7 +18,7 @@ from timm.models import load_state_dict, parse_model_name
 from torch import Tensor, nn
 
 from kd_plugins import Distiller, DistillError
-from kd_plugins.binding import needs_in
+from kd_plugins.binding import needs_of_stages
 from kd_plugins.errors import told
 from kd_timm.build import check_model_name
 
@@ -71,7 +71,7 @@ class Teacher:
 
 def check_classes(distiller: Distiller, teachers: Sequence[Teacher]) -> None:
     """Refuses a teacher of other classes, where a method that is set up reads its scores in any stage."""
-    stages = [needs_in(distiller, stage) for stage in range(len(distiller.stages()))]
+    stages = needs_of_stages(distiller)
     for number, teacher in enumerate(teachers):
         if teacher.misfit and any(needs.of_teacher(number).logits for needs in stages):
             raise DistillError(teacher.misfit)

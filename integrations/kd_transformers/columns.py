@@ -85,16 +85,3 @@ class Indexed:
 def with_index(item: Any, row: int) -> Any:
     """An item with its row number."""
     return {**item, INDEX: row}
-
-
-class Rows:
-    """Items with their row numbers."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, row: int) -> Any:
-        return with_index(self.dataset[row], row)

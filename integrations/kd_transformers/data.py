@@ -103,20 +103,20 @@ def load_text(args: DataArguments, evaluate: bool = True, **hub: Any) -> TextDat
         hub: Options of `datasets.load_dataset`: `cache_dir`, `trust_remote_code`.
     """
     raw, source = _read(args, hub)
-    train, evaluation = _splits(args, raw, evaluate)
+    held_out = args.validation_split or ("validation_matched" if args.task_name == "mnli" else "validation")
+    remedy = "Give --validation_file." if args.train_file else "Name one of them with {}."
+    train = _rows(raw, args.train_split, remedy.format("--train_split"))
+    evaluation = _rows(raw, held_out, remedy.format("--validation_split")) if evaluate else None
     columns = _text_columns(args, train)
     label = _label_column(args, train)
     missing = [c for c in (*columns, label) if evaluation is not None and c not in evaluation.column_names]
     if missing:
-        raise DistillError(
-            f"{source}: the split {args.validation_split or 'validation'} has no column {missing[0]}, as"
-            f" {args.train_split} has."
-        )
+        raise DistillError(f"{source}: the split {held_out} has no column {missing[0]}, as {args.train_split} has.")
     labels = read_labels(train, label)
     data = TextData(
         _first(train, args.max_train_samples), _first(evaluation, args.max_eval_samples), columns, label, labels, source
     )
-    for name, split in ((args.train_split, data.train), (args.validation_split or "validation", data.evaluation)):
+    for name, split in ((args.train_split, data.train), (held_out, data.evaluation)):
         if split is not None:
             _check_rows(data, name, split)
     return data
@@ -162,16 +162,6 @@ def _read_files(files: Mapping[str, str], hub: Mapping[str, Any]) -> DatasetDict
             raise DistillError(f"--{split}_file {path} cannot be read: {error.__cause__ or error}") from error
         splits[split] = loaded[split]
     return DatasetDict(splits)
-
-
-def _splits(args: DataArguments, raw: Mapping[str, Any], evaluate: bool) -> tuple[Dataset, Dataset | None]:
-    """The rows to train on and to evaluate on."""
-    default = "validation_matched" if args.task_name == "mnli" else "validation"
-    remedy = "Give --validation_file." if args.train_file else "Name one of them with {flag}."
-    train = _rows(raw, args.train_split, remedy.format(flag="--train_split"))
-    if not evaluate:
-        return train, None
-    return train, _rows(raw, args.validation_split or default, remedy.format(flag="--validation_split"))
 
 
 def _rows(raw: Mapping[str, Any], split: str, remedy: str) -> Dataset:

@@ -150,36 +150,26 @@ def in_order_of(labels: Labels, model: Any) -> Labels:
     return replace(labels, names=theirs, encode=reordered)
 
 
-def from_scratch(
-    labels: Labels,
-    *,
-    vocab_size: int,
-    layers: int,
-    hidden_size: int,
-    heads: int,
-    length: int,
-    pad_token_id: int = 0,
-) -> Any:
+def from_scratch(labels: Labels, tokenizer: Any, length: int, layers: int, hidden_size: int, heads: int) -> Any:
     """A BERT with random weights.
 
     Args:
         labels: What it classifies.
-        vocab_size: Number of tokens.
+        tokenizer: Whose tokens it reads.
+        length: Longest input in tokens.
         layers: Number of layers.
         hidden_size: Size of a token's vector; the feed-forward layers are twice as wide, half of BERT's.
         heads: Attention heads.
-        length: Longest input in tokens.
-        pad_token_id: Number of the padding token.
     """
     _check_heads(hidden_size, heads)
     config = BertConfig(
-        vocab_size=vocab_size,
+        vocab_size=len(tokenizer),
         num_hidden_layers=layers,
         hidden_size=hidden_size,
         num_attention_heads=heads,
         intermediate_size=2 * hidden_size,
         max_position_embeddings=length,
-        pad_token_id=pad_token_id,
+        pad_token_id=tokenizer.pad_token_id,
         **labels.config,
     )
     return AutoModelForSequenceClassification.from_config(config)

@@ -230,9 +230,7 @@ class Session:
             return [from_checkpoint(distillation.teacher[0], self.labels, fresh_head=True, **self._float)]
         elif distillation.train_teacher:
             set_seed(training.seed)
-            return [
-                self._bert(distillation.teacher_layers, distillation.teacher_hidden_size, distillation.teacher_heads)
-            ]
+            return [self._bert(*self._teacher_size)]
         else:
             checkpoints = [*distillation.teacher_checkpoint, *[""] * len(distillation.teacher)]
             pairs = zip(distillation.teacher, checkpoints, strict=False)
@@ -262,21 +260,19 @@ class Session:
     def _peer(self, name: str) -> Any:
         return from_checkpoint(name, self.labels, fresh_head=True, **self._float)
 
-    def _bert(self, layers: int, hidden_size: int, heads: int) -> Any:
-        return from_scratch(
-            self.labels,
-            vocab_size=len(self.tokenizer),
-            layers=layers,
-            hidden_size=hidden_size,
-            heads=heads,
-            length=self.arguments.data.max_seq_length,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
+    def _bert(self, *size: int) -> Any:
+        return from_scratch(self.labels, self.tokenizer, self.arguments.data.max_seq_length, *size)
 
     @property
     def _float(self) -> dict[str, Any]:
         """Options for what is trained: full precision, whatever the checkpoint was stored in."""
         return {**self.hub, "dtype": torch.float32}
+
+    @property
+    def _teacher_size(self) -> list[int]:
+        """Layers, hidden size and heads of a teacher from scratch."""
+        given = self.arguments.distillation
+        return [given.teacher_layers, given.teacher_hidden_size, given.teacher_heads]
 
     @property
     def _from_teacher(self) -> bool:
@@ -312,9 +308,8 @@ class Session:
     def _teacher_record(self) -> dict[str, Any]:
         """What a teacher of this run is trained with."""
         data, _, distillation, training = self.arguments
-        shape = (distillation.teacher_layers, distillation.teacher_hidden_size, distillation.teacher_heads)
         return {
-            "start": distillation.teacher or list(shape),
+            "start": distillation.teacher or self._teacher_size,
             "data": fingerprint(self.data),
             "classes": list(self.labels.names or ()),
             "epochs": distillation.teacher_epochs or training.num_train_epochs,

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
-from kd_plugins.binding import needs_in
+from kd_plugins.binding import needs_of_stages
 from kd_plugins.catalog.options import check as check_options
 from kd_plugins.catalog.options import options_of, parse
 from kd_plugins.catalog.values import as_text
@@ -224,8 +224,7 @@ def _check_groups(distiller: Distiller, registered: Collection[int]) -> None:
 
 def check_needs(distiller: Distiller, nets: Nets) -> None:
     """Clause `needs`: what is read exists, in every stage."""
-    for number, stage in enumerate(distiller.stages()):
-        needs = needs_in(distiller, number)
+    for stage, needs in zip(distiller.stages(), needs_of_stages(distiller), strict=True):
         reads = [needs.student, *(needs.peer(i) for i in range(len(nets.peers) - 1))]
         reads += [needs.of_teacher(i) for i in range(len(nets.teachers))]
         for who, net, read in zip(trained(nets) | frozen(nets), nets, reads, strict=True):
