@@ -229,6 +229,11 @@ def needs_in(distiller: Distiller, stage: int) -> Needs:
         progress.stage = current
 
 
+def needs_of_stages(distiller: Distiller) -> list[Needs]:
+    """What a method needs in each of its stages."""
+    return [needs_in(distiller, stage) for stage in range(len(distiller.stages()))]
+
+
 def needs_pass(distiller: Distiller) -> bool:
     """Whether a method passes over the training data before the training."""
     return overrides(distiller, "prepare")

@@ -176,7 +176,6 @@ LAYERS = (
         "compose",
         "layers",
         "methods",
-        "catalog.hosts",
         "catalog.registry",
         "catalog.about",
         "binding",

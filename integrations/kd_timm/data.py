@@ -16,22 +16,9 @@ from torch.utils.data import Dataset, IterableDataset
 
 from kd_accelerate.streams import StagedDataset, split
 from kd_plugins import Distiller, DistillError
-from kd_plugins.binding import needs_in
+from kd_plugins.binding import needs_of_stages
 from kd_timm.compat import fast_collate
 from kd_timm.digits import DIGITS_DEFAULTS, Digits
-
-__all__ = [
-    "DATASET_ARGUMENTS",
-    "LOADER_ARGUMENTS",
-    "MIXUP_ARGUMENTS",
-    "Data",
-    "Targets",
-    "apply_data_defaults",
-    "create_data",
-    "create_datasets",
-    "plain_loader",
-    "uses_mixup",
-]
 
 # Arguments of the data sets, by what timm's factory calls them.
 DATASET_ARGUMENTS = {
@@ -242,7 +229,7 @@ def create_data(
         # One logit decides between two classes.
         mixup = FastCollateMixup(**_named(args, MIXUP_ARGUMENTS), num_classes=max(args.num_classes, 2))
     collate: Any = mixup or fast_collate
-    needs = [] if distiller is None else [needs_in(distiller, i) for i in range(len(distiller.stages()))]
+    needs = [] if distiller is None else needs_of_stages(distiller)
     index = any(n.index for n in needs)
     streams: dict[str, Any] = {}
     staged = None

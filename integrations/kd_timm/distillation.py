@@ -25,8 +25,6 @@ from kd_timm.engine import PlainStep, TrainingRun
 from kd_timm.network import TimmNetwork, image_batch
 from kd_timm.teachers import check_classes, create_teacher
 
-__all__ = ["Distillation"]
-
 
 class Distillation:
     """The distiller of a run and its networks.

@@ -21,8 +21,6 @@ from kd_timm.data import Data
 from kd_timm.network import one_head
 from kd_timm.progress import Reporter
 
-__all__ = ["PlainStep", "TrainingRun", "evaluate", "train_one_epoch"]
-
 
 class TrainingRun:
     """What training and evaluation share.

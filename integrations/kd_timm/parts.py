@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from accelerate.utils import broadcast_object_list
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from timm.layers import convert_sync_batchnorm
 from timm.models import safe_model_name
 from timm.utils import ModelEmaV3, random_seed
@@ -32,10 +34,9 @@ from kd_timm.distillation import Distillation
 from kd_timm.engine import PlainStep, TrainingRun
 from kd_timm.peers import Peers
 from kd_timm.progress import Reporter
-from kd_timm.setup import check_arguments, create_accelerator
-from kd_timm.trackers import start_trackers
+from kd_timm.trackers import start_trackers, tracker_names
 
-__all__ = ["Parts"]
+_logger = logging.getLogger("kd_timm.train")
 
 
 class Parts(TrainingRun):
@@ -47,7 +48,10 @@ class Parts(TrainingRun):
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        check_arguments(args)
+        for name in ("teacher", "peer", "distill_args"):
+            if getattr(args, name) and not args.distill:
+                flag = f"--{name.replace('_', '-')}"
+                raise DistillError(f"{flag} does nothing without --distill NAME: name a distiller.")
         self.accelerator = accelerator = create_accelerator(args)
         self.primary, self.processes = accelerator.is_main_process, accelerator.num_processes
         self.state = find_state(args.resume) if args.resume else None
@@ -174,3 +178,37 @@ class Parts(TrainingRun):
             self.checkpoints.describe(self.student, self.data.config, self.data.classes)
             for label, peer in zip(self.peers.labels, peers, strict=True):
                 self.checkpoints.describe(peer, self.data.config, self.data.classes, name=label)
+
+
+def create_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Device, precision and processes, from `--device`, `--amp`, `--amp-dtype` and the launcher's environment."""
+    kind, _, index = args.device.partition(":")
+    if kind not in ("cuda", "cpu"):
+        raise DistillError(f"--device: expected cuda, cuda:N or cpu, got {args.device}.")
+    if kind == "cuda" and not torch.cuda.is_available():
+        _logger.info("No GPU is available: training on the CPU (say so with --device cpu).")
+        kind = "cpu"
+    if kind == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+        if index:
+            torch.cuda.set_device(int(index))
+    precision = "no"
+    if args.amp:
+        names = {"float16": "fp16", "bfloat16": "bf16"}
+        if args.amp_dtype not in names:
+            raise DistillError(f"--amp-dtype: expected float16 or bfloat16, got {args.amp_dtype}.")
+        precision = names[args.amp_dtype]
+        if precision == "fp16" and kind == "cpu":
+            raise DistillError("--amp in float16 needs a GPU to scale the loss on: add --amp-dtype bfloat16.")
+    accelerator = Accelerator(
+        cpu=kind == "cpu",
+        mixed_precision=precision,
+        step_scheduler_with_optimizer=False,
+        log_with=tracker_names(args) or None,
+        project_dir=".",
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=not args.no_ddp_bb)],
+    )
+    if args.sync_bn and kind == "cpu" and accelerator.num_processes > 1:
+        raise DistillError("--sync-bn needs GPUs: leave it out, --dist-bn averages the statistics after each epoch.")
+    return accelerator

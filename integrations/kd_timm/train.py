@@ -21,8 +21,6 @@ from kd_timm.parts import Parts
 from kd_timm.recording import Recorder
 from kd_timm.resume import load_state, save_state
 
-__all__ = ["Session", "main", "train"]
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: parses, trains, and turns what a user can mend into one line on stderr.

@@ -13,8 +13,6 @@ from kd_plugins.reading.view import Batch
 from kd_transformers.attention import AttentionTaps
 from kd_transformers.checks import base, inputs_of
 
-__all__ = ["TransformersNetwork"]
-
 
 class TransformersNetwork(Network):
     """A transformers model: layers and attention by number, stages of a convolutional backbone by number.

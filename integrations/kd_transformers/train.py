@@ -19,8 +19,6 @@ import numpy as np
 import torch
 from datasets import disable_progress_bars
 from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     EvalPrediction,
     Trainer,
@@ -39,13 +37,14 @@ from kd_transformers.arguments import Arguments, parse_args
 from kd_transformers.cache import cache_teacher
 from kd_transformers.checks import class_order
 from kd_transformers.data import Labels, fingerprint, load_text
-from kd_transformers.metrics import agreement, build_metrics, default_metrics
+from kd_transformers.metrics import agreement, build_metrics, default_metrics, logits_of
 from kd_transformers.recording import RecordCallback
 from kd_transformers.students import (
     check_length,
     check_tokenizers,
     copy_layers,
     from_checkpoint,
+    from_configuration,
     from_scratch,
     in_order_of,
     load_teacher,
@@ -54,8 +53,6 @@ from kd_transformers.students import (
     shrink,
 )
 from kd_transformers.wordpiece import train_tokenizer
-
-__all__ = ["Session", "main", "train"]
 
 logger = logging.get_logger(__name__)
 
@@ -233,9 +230,7 @@ class Session:
             return [from_checkpoint(distillation.teacher[0], self.labels, fresh_head=True, **self._float)]
         elif distillation.train_teacher:
             set_seed(training.seed)
-            return [
-                self._bert(distillation.teacher_layers, distillation.teacher_hidden_size, distillation.teacher_heads)
-            ]
+            return [self._bert(*self._teacher_size)]
         else:
             checkpoints = [*distillation.teacher_checkpoint, *[""] * len(distillation.teacher)]
             pairs = zip(distillation.teacher, checkpoints, strict=False)
@@ -256,12 +251,7 @@ class Session:
         if not training.do_train:
             raise DistillError("There is no student to evaluate: give --model_name_or_path, or add --do_train.")
         if model.config_name:
-            try:
-                config = AutoConfig.from_pretrained(model.config_name, **self.hub)
-            except (OSError, ValueError) as error:
-                raise DistillError(f"The configuration {model.config_name} cannot be loaded: {error}") from error
-            config.update(self.labels.config)
-            return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+            return from_configuration(model.config_name, self.labels, self.hub, dtype=torch.float32)
         if self.teachers:
             size, heads = model.student_hidden_size, model.student_heads
             return shrink(self.teachers[0], self.labels, model.student_layers, size, heads)
@@ -270,21 +260,19 @@ class Session:
     def _peer(self, name: str) -> Any:
         return from_checkpoint(name, self.labels, fresh_head=True, **self._float)
 
-    def _bert(self, layers: int, hidden_size: int, heads: int) -> Any:
-        return from_scratch(
-            self.labels,
-            vocab_size=len(self.tokenizer),
-            layers=layers,
-            hidden_size=hidden_size,
-            heads=heads,
-            length=self.arguments.data.max_seq_length,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
+    def _bert(self, *size: int) -> Any:
+        return from_scratch(self.labels, self.tokenizer, self.arguments.data.max_seq_length, *size)
 
     @property
     def _float(self) -> dict[str, Any]:
         """Options for what is trained: full precision, whatever the checkpoint was stored in."""
         return {**self.hub, "dtype": torch.float32}
+
+    @property
+    def _teacher_size(self) -> list[int]:
+        """Layers, hidden size and heads of a teacher from scratch."""
+        given = self.arguments.distillation
+        return [given.teacher_layers, given.teacher_hidden_size, given.teacher_heads]
 
     @property
     def _from_teacher(self) -> bool:
@@ -320,9 +308,8 @@ class Session:
     def _teacher_record(self) -> dict[str, Any]:
         """What a teacher of this run is trained with."""
         data, _, distillation, training = self.arguments
-        shape = (distillation.teacher_layers, distillation.teacher_hidden_size, distillation.teacher_heads)
         return {
-            "start": distillation.teacher or list(shape),
+            "start": distillation.teacher or self._teacher_size,
             "data": fingerprint(self.data),
             "classes": list(self.labels.names or ()),
             "epochs": distillation.teacher_epochs or training.num_train_epochs,
@@ -430,7 +417,7 @@ class Session:
             taught = self._taught()
             scores = self.compute_metrics(EvalPrediction(predictions=taught, label_ids=predicted.label_ids))
             metrics |= {f"eval_teacher_{name}": value for name, value in scores.items()}
-            metrics["eval_teacher_agreement"] = agreement(_first(predicted.predictions), taught, problem)
+            metrics["eval_teacher_agreement"] = agreement(logits_of(predicted.predictions), taught, problem)
         trainer.log(metrics)
         trainer.save_metrics("eval", metrics)
         self.recorder.finish(metrics)
@@ -447,9 +434,9 @@ class Session:
         logits = []
         for teacher in self.teachers:
             trainer = Trainer(model=teacher, args=args, data_collator=self.collate)
-            predictions = trainer.predict(self.evaluation_set).predictions
+            found = logits_of(trainer.predict(self.evaluation_set).predictions)
             order = class_order(self.student, teacher)
-            logits.append(_first(predictions) if order is None else _first(predictions)[:, list(order)])
+            logits.append(found if order is None else found[:, list(order)])
         return np.mean(logits, axis=0)
 
 
@@ -481,11 +468,6 @@ class _StepTimer(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.total += time.perf_counter() - self.start
         self.steps += 1
-
-
-def _first(predictions: Any) -> np.ndarray:
-    """The logits: some models return more."""
-    return predictions[0] if isinstance(predictions, tuple) else predictions
 
 
 def _name(model: Any) -> str:

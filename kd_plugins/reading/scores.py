@@ -11,8 +11,6 @@ from torch import Tensor
 from kd_plugins.errors import DistillError
 from kd_plugins.reading.view import Batch, View
 
-__all__ = ["Rows", "class_scores"]
-
 
 class Rows(NamedTuple):
     """Scores of student and teacher, one row for each thing that is classified.

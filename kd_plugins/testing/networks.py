@@ -9,14 +9,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from kd_plugins.binding import needs_in
+from kd_plugins.binding import needs_of_stages
 from kd_plugins.distiller import Distiller
 from kd_plugins.errors import DistillError
 from kd_plugins.reading.network import Network
 from kd_plugins.reading.network import adapt as adapt_any
 from kd_plugins.reading.view import Batch
-
-__all__ = ["TinyNet", "adapt", "tiny_batches", "tiny_network", "tiny_tokens", "tiny_transformer", "training_set"]
 
 _VOCABULARY = 40
 
@@ -136,5 +134,5 @@ def training_set(distiller: Distiller) -> list[Batch]:
     """The batches of one epoch, with the streams that a method asks for; without inputs where it makes its own."""
     if not distiller.data:
         return [Batch(size=8, shape=(3, 12, 12), classes=4, mean=(0.5,) * 3, std=(0.25,) * 3)] * 3
-    streams = dict.fromkeys(name for i in range(len(distiller.stages())) for name in needs_in(distiller, i).streams)
+    streams = dict.fromkeys(name for needs in needs_of_stages(distiller) for name in needs.streams)
     return (tiny_tokens if _reads_layers(distiller) else tiny_batches)(streams=list(streams))
