@@ -136,10 +136,24 @@ class Data:
         return {name: chain.from_iterable(repeat(loader)) for name, loader in self.streams.items()}
 
 
-def apply_data_defaults(args: argparse.Namespace) -> None:
-    """Resolves which data set is meant and, for the embedded one, the defaults that belong to it."""
+def apply_data_defaults(args: argparse.Namespace, data_free: bool = False) -> None:
+    """Resolves which data set is meant and, for the embedded one, the defaults that belong to it.
+
+    Args:
+        args: Parsed arguments.
+        data_free: Whether the training needs no data set; one that is named is for the evaluation.
+    """
     args.data_dir = args.data_dir or args.data
-    if not args.dataset and not args.data_dir:
+    named = bool(args.dataset or args.data_dir)
+    if not data_free and (args.epoch_updates or args.best_on_eval):
+        raise DistillError("--epoch-updates and --best-on-eval are for methods without data (dafl): leave them out.")
+    if data_free and args.best_on_eval and not (named and args.val_split):
+        raise DistillError(
+            "--best-on-eval chooses on an evaluation set, and none is named: give --dataset or --data-dir."
+        )
+    if data_free:
+        args.epoch_updates = args.epoch_updates or 120
+    elif not named:
         args.dataset = "digits"
     if args.dataset != "digits":
         return
@@ -149,25 +163,33 @@ def apply_data_defaults(args: argparse.Namespace) -> None:
             setattr(args, name, value)
 
 
-def create_datasets(args: argparse.Namespace, channels: int) -> tuple[Any, Any, tuple[str, ...] | None]:
+def create_datasets(
+    args: argparse.Namespace, channels: int, data_free: bool = False
+) -> tuple[Any, Any, tuple[str, ...] | None]:
     """Makes the training and the evaluation data set.
 
     Args:
         args: Parsed arguments, after `apply_data_defaults`.
         channels: Image channels of the model.
+        data_free: Whether the training needs no data set.
 
     Returns:
-        Training set, evaluation set (None without `--val-split`), class names where they are known.
+        Training set (None for a training without data), evaluation set (None without `--val-split`), class names where
+        they are known.
     """
+    if data_free and not (args.dataset or args.data_dir):
+        return None, None, None
     mode = args.input_img_mode or ("RGB" if channels == 3 else "L")
     if args.dataset == "digits":
         train: Any = Digits(args.train_split, mode)
-        return train, Digits(args.val_split, mode) if args.val_split else None, train.classes
+        return None if data_free else train, Digits(args.val_split, mode) if args.val_split else None, train.classes
     if not args.dataset and not os.path.exists(args.data_dir):
         raise DistillError(f"Expected a folder or tar of images, but {args.data_dir} does not exist: mend --data-dir.")
     common = _named(args, DATASET_ARGUMENTS) | {"input_img_mode": mode}
-    train = create_dataset(args.dataset, split=args.train_split, is_training=True, seed=args.seed, **common)
     evaluation = create_dataset(args.dataset, split=args.val_split, **common) if args.val_split else None
+    if data_free:
+        return None, evaluation, None if evaluation is None else _class_names(evaluation, args.target_key)
+    train = create_dataset(args.dataset, split=args.train_split, is_training=True, seed=args.seed, **common)
     classes = _class_names(train, args.target_key)
     if evaluation is not None and classes is not None:
         theirs = _class_names(evaluation, args.target_key)
@@ -261,14 +283,10 @@ def create_data(
             )
         return made
 
-    loaded = loader(train)
-    if distiller is not None and not distiller.data:
-        # A method that makes its own inputs gets as many empty batches.
-        empty = torch.empty(args.batch_size, 0, device=device)
-        loaded = [(empty, empty)] * len(loaded)
+    empty = torch.empty(args.batch_size, 0, device=device)
     size = args.validation_batch_size or args.batch_size
     return Data(
-        train=loaded,
+        train=[(empty, empty)] * args.epoch_updates if train is None else loader(train),
         evaluation=None if evaluation is None else plain_loader(evaluation, config, size, **machine),
         config=config,
         classes=classes,

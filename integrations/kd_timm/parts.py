@@ -30,7 +30,7 @@ from kd_timm.build import (
 )
 from kd_timm.checkpoint import Checkpoints, find_state, forked_random_state
 from kd_timm.data import apply_data_defaults, create_data, create_datasets
-from kd_timm.distillation import Distillation
+from kd_timm.distillation import Distillation, make_distiller
 from kd_timm.engine import PlainStep, TrainingRun
 from kd_timm.peers import Peers
 from kd_timm.progress import Reporter
@@ -57,7 +57,10 @@ class Parts(TrainingRun):
         self.state = find_state(args.resume) if args.resume else None
         # As it comes back from a file: JSON has no tuples.
         self.given = json.loads(json.dumps(vars(args)))
-        apply_data_defaults(args)
+        with forked_random_state():
+            distiller = make_distiller(args) if args.distill else None
+        data_free = distiller is not None and not distiller.data
+        apply_data_defaults(args, data_free)
         random_seed(args.seed, accelerator.process_index)
         self.student, config = create_student(args)
         self.student.to(accelerator.device)
@@ -68,7 +71,7 @@ class Parts(TrainingRun):
         if args.sync_bn and self.processes > 1:
             args.dist_bn = ""
             self.student = convert_sync_batchnorm(self.student)
-        datasets = create_datasets(args, config["input_size"][0])
+        datasets = create_datasets(args, config["input_size"][0], data_free)
         classes = datasets[2]
         if classes is not None and max(args.num_classes, 2) < len(classes):
             raise DistillError(
@@ -80,14 +83,19 @@ class Parts(TrainingRun):
         decay: dict[str, Any] = dict(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
         self.ema = ModelEmaV3(self.student, **decay) if args.model_ema else None
         self.distillation: Distillation | None = None
-        if args.distill:
+        if distiller is not None:
             with forked_random_state():
-                self.distillation = Distillation(args, self.student, config, classes, accelerator.device)
+                self.distillation = Distillation(args, self.student, config, classes, accelerator.device, distiller)
             self.distillation.set_up(datasets[0], fresh=self.state is None and self.primary)
         self.reporter = Reporter(self.primary)
+        if data_free and datasets[1] is not None:
+            named = f"{args.dataset or args.data_dir} ({args.val_split})"
+            self.reporter.line(f"{args.distill} trains without data: {named} is for the evaluation alone.")
         self.seconds, self.updates = 0.0, 0
         self._begin(create_optimizer(args, self.student), datasets, config)
-        self.metric = args.eval_metric if self.data.evaluation is not None else "loss"
+        # A training without data keeps its last student, whatever an evaluation set says of it.
+        judged = self.data.evaluation is not None and (not data_free or args.best_on_eval)
+        self.metric = args.eval_metric if judged else "epoch" if data_free else "loss"
         self._open_output()
         if self.accelerator.log_with:
             start_trackers(self.accelerator, args, self.folder, self.given)

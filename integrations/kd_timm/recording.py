@@ -100,4 +100,5 @@ def _data(session: Parts) -> str:
             sizes.append(f"{len(loader.dataset):,} {name} images")
         except (TypeError, AttributeError):
             continue
-    return f"{args.dataset or args.data_dir}: {' and '.join(sizes)}" if sizes else str(args.dataset or args.data_dir)
+    named = args.dataset or args.data_dir or "none"
+    return f"{named}: {' and '.join(sizes)}" if sizes else named

@@ -97,7 +97,7 @@ class Session(Parts):
                 self.scheduler.step(done + 1, None)
             return
         evaluation = {} if self.data.evaluation is None else self._evaluate()
-        metric = (evaluation or training)[self.metric]
+        metric = epoch if self.metric == "epoch" else (evaluation or training)[self.metric]
         evaluation |= self.peers.evaluate(self, self.evaluated, epoch)
         if self.scheduler is not None:
             self.scheduler.step(done + 1, metric)
@@ -124,6 +124,10 @@ class Session(Parts):
         results |= {"metric": self.metric, "best_metric": best[0], "best_epoch": best[1]}
         exported = self.folder / "model_best.safetensors"
         if self.data.evaluation is not None:
+            if args.best_on_eval:
+                results["last_evaluation"] = evaluate(self, self.evaluated)
+                last = "  ".join(f"{key} {value:.4g}" for key, value in results["last_evaluation"].items())
+                self.reporter.line(f"last epoch  {last}")
             load_weights(self.evaluated, exported)
             others = [] if self.distillation is None else self.distillation.asked()
             results["evaluation"] = evaluate(self, self.evaluated, others=others)
