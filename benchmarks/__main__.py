@@ -10,6 +10,7 @@ NAMES = {
     "nst": "NST's forms",
     "quest": "QuEST's loss in pieces, and all at once",
     "detector": "NST on Faster R-CNN",
+    "camvid": "segmentation of CamVid",
     "quality": "lists of training runs",
     "results": "the tables of docs/results.md, from the runs' results",
     "idx_data": "MNIST and Fashion-MNIST as parquet files",
