@@ -168,7 +168,8 @@ def test_a_detector_has_pairs_at_each_level() -> None:
             self.p3, self.p4 = nn.Conv2d(3, width, 3, 2, 1), nn.Conv2d(width, width, 3, 2, 1)
 
         def forward(self, x: Tensor) -> dict[str, Tensor]:
-            return {"classes": self.p4(self.p3(x)).square().mean(), "boxes": self.p3(x).mean()}
+            level = self.p3(x)
+            return {"classes": self.p4(level).square().mean(), "boxes": level.mean()}
 
     student, teacher, x = Detector(4), Detector(6), torch.randn(2, 3, 16, 12)
     batch = Batch.of(x, [0, 0], task="detection", criterion=lambda view, _: sum(view.output.values()))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from test_trainer_tasks import rows_of, segformer
 from trainer_kit import Texts, bert, difference, plain, teacher, trainer, weights
 
 from kd_report import load_run, render
@@ -44,6 +46,16 @@ def test_recording_changes_no_weight(tmp_path, method, options):
     keys = ["results", "calibration", "curves", "similarity", "attention", "confusion", "cost"]
     assert [key for key in keys if f'id="{key}"' in page] == keys
     assert ('style="fill: var(--soft)"' in page) == (options is not None)
+
+
+def test_a_networks_own_hooks_stay(tmp_path):
+    """SegFormer's encoder gives its maps through hooks that its first forward installs, which is the analysis's here."""
+    rows = rows_of({"pixel_values": torch.randn(4, 3, 16, 16), "labels": torch.randint(3, (4, 16, 16))})
+    given = {"eval_dataset": rows}
+    one = trainer(tmp_path, student=segformer(), of=segformer(), data=rows, given=given, max_steps=1)
+    one.add_callback(RecordCallback(one))
+    one.train()
+    assert load_run(tmp_path).info["status"] == "finished"
 
 
 def test_a_plain_training_is_compared_with_the_teacher_it_might_have_had(tmp_path):
