@@ -23,10 +23,10 @@ class CWD(LayerDistiller):
     """Matches, channel by channel, where in the image a map is active: of the scores, and of the layers that are named.
 
     Shu, Liu, Gao, Yan, Shen, "Channel-wise Knowledge Distillation for Dense Prediction", ICCV 2021, arXiv 2011.13256:
-    `task + logit_weight * phi(scores) + weight * sum_layers phi(features)` of maps `[B, C, H, W]`, with a softmax over the
-    positions of each channel, `phi = T^2 / C * sum_c KL(softmax(y_t_c / T) || softmax(y_s_c / T))`. Where features differ
-    in channels, a 1x1 convolution trained with the student brings its own to the teacher's. A channel of the scores is
-    a class, and what counts is where the class is, not how it compares with others.
+    `task + logit_weight * phi(scores) + weight * sum_layers phi(features)` of maps `[B, C, H, W]`, with a softmax over
+    the positions of each channel, `phi = T^2 / C * sum_c KL(softmax(y_t_c / T) || softmax(y_s_c / T))`. Where features
+    differ in channels, a 1x1 convolution trained with the student brings its own to the teacher's. A channel of the
+    scores is a class, and what counts is where the class is, not how it compares with others.
 
     All pixels count, those with an ignored label too: the teacher's map says something there. A teacher's map of scores
     of another size is resized to the student's (bilinear), of features the larger one is averaged down.

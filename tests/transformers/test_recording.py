@@ -49,7 +49,7 @@ def test_recording_changes_no_weight(tmp_path, method, options):
 
 
 def test_a_networks_own_hooks_stay(tmp_path):
-    """SegFormer's encoder gives its maps through hooks that its first forward installs, which is the analysis's here."""
+    """SegFormer's encoder gives its maps through hooks that its first forward installs, here the analysis's."""
     rows = rows_of({"pixel_values": torch.randn(4, 3, 16, 16), "labels": torch.randint(3, (4, 16, 16))})
     given = {"eval_dataset": rows}
     one = trainer(tmp_path, student=segformer(), of=segformer(), data=rows, given=given, max_steps=1)
