@@ -172,7 +172,7 @@ def _untouched(nets: Nets) -> Iterator[None]:
             key
             for m in modules
             for key, hook in (*m._forward_hooks.items(), *m._forward_pre_hooks.items())
-            if type(hook).__module__.startswith("kd_plugins.")
+            if str(getattr(hook, "__module__", "")).startswith(("kd_plugins.", "kd_timm.", "kd_transformers."))
         }
         for installed, before in hooks:
             for added in ours & set(installed) - before:
