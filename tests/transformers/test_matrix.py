@@ -86,7 +86,12 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     ("structured", "depth estimation"): {"layers": ("neck.convs.0",), "pixel": 0.0, "granularity": (1, 1)},
     ("quest", "image classification (ViT)"): {"layers": ("vit.layers.0",)},
 }
-DEFAULTS: dict[str, dict[str, Any]] = {"internal": ALL, "quest": {"words": 2}, "structured": {"critic_width": 4}, "noisy": {"messy": 0.5}}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "internal": ALL,
+    "quest": {"words": 2},
+    "structured": {"critic_width": 4},
+    "noisy": {"messy": 0.5},
+}
 # transformers computes no loss of these.
 LOSSES = {"depth estimation": lambda output, labels, **_: (output.predicted_depth - labels).abs().mean()}
 
