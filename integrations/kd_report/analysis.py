@@ -149,7 +149,7 @@ def _compared(nets: Nets) -> dict[str, Net]:
 
 @contextmanager
 def _untouched(nets: Nets) -> Iterator[None]:
-    """Evaluation mode and no gradient; modes, hooks and every random state are as before afterwards."""
+    """Evaluation mode and no gradient; modes, our hooks and every random state are as before afterwards."""
     import numpy
 
     modules = list({id(m): m for net in nets for m in net.module.modules()}.values())
@@ -167,8 +167,15 @@ def _untouched(nets: Nets) -> Iterator[None]:
         numpy.random.set_state(states[1])
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode
+        # A network's own hooks, which transformers installs in a first forward, are here to stay.
+        ours = {
+            key
+            for m in modules
+            for key, hook in (*m._forward_hooks.items(), *m._forward_pre_hooks.items())
+            if str(getattr(hook, "__module__", "")).startswith(("kd_plugins.", "kd_timm.", "kd_transformers."))
+        }
         for installed, before in hooks:
-            for added in set(installed) - before:
+            for added in ours & set(installed) - before:
                 del installed[added]
 
 

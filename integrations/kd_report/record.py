@@ -28,6 +28,7 @@ from torch.utils.data import IterableDataset, Subset
 
 from kd_plugins import Batch, Distiller, Nets
 from kd_plugins.catalog.registry import config_of
+from kd_plugins.picture import Picture
 from kd_plugins.reading.nets import describe
 from kd_report.analysis import Decode, analyse, as_nets
 from kd_report.runs import read_json, read_rows
@@ -165,7 +166,12 @@ class RunRecord:
             self._write()
 
     def finish(
-        self, results: Mapping[str, Any], *, seconds_per_step: float | None = None, status: str = "finished"
+        self,
+        results: Mapping[str, Any],
+        *,
+        seconds_per_step: float | None = None,
+        status: str = "finished",
+        pictures: Iterable[Picture] = (),
     ) -> None:
         """Writes results, cost, and the method's pictures.
 
@@ -173,6 +179,7 @@ class RunRecord:
             results: Final numbers by name, nested as the script has them.
             seconds_per_step: Mean seconds of a training step, evaluation left out.
             status: `"finished"` or `"interrupted"`.
+            pictures: Others than the method's.
         """
         if not self.enabled:
             return
@@ -187,12 +194,13 @@ class RunRecord:
         self.run |= {"results": dict(results), "status": status}
         self._write()
         try:
-            pictures = [p.to_json() for p in self.distiller.pictures()] if self.distiller is not None else []
+            own = self.distiller.pictures() if self.distiller is not None else []
+            drawn = [p.to_json() for p in (*pictures, *own)]
         except Exception as error:  # noqa: BLE001
             self._failed("The method's pictures could not be made", "No pictures of the method", error)
         else:
-            if pictures:
-                self._replace("pictures.json", pictures)
+            if drawn:
+                self._replace("pictures.json", drawn)
 
     def _replace(self, name: str, content: Any) -> None:
         """Writes a file in one step, so that a report made meanwhile reads the old one or the new one."""

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, IterableDataset
 from kd_accelerate.streams import StagedDataset, split
 from kd_plugins import Distiller, DistillError
 from kd_plugins.binding import needs_of_stages
+from kd_timm.arguments import parse_args
 from kd_timm.compat import fast_collate
 from kd_timm.digits import DIGITS_DEFAULTS, Digits
 
@@ -147,10 +148,6 @@ def apply_data_defaults(args: argparse.Namespace, data_free: bool = False) -> No
     named = bool(args.dataset or args.data_dir)
     if not data_free and (args.epoch_updates or args.best_on_eval):
         raise DistillError("--epoch-updates and --best-on-eval are for methods without data (dafl): leave them out.")
-    if data_free and args.best_on_eval and not (named and args.val_split):
-        raise DistillError(
-            "--best-on-eval chooses on an evaluation set, and none is named: give --dataset or --data-dir."
-        )
     if data_free:
         args.epoch_updates = args.epoch_updates or 120
     elif not named:
@@ -161,6 +158,23 @@ def apply_data_defaults(args: argparse.Namespace, data_free: bool = False) -> No
     for name, value in DIGITS_DEFAULTS.items():
         if getattr(args, name) is None and not (name == "img_size" and size_given):
             setattr(args, name, value)
+
+
+# What does nothing where no image is read for the training.
+_OF_DATA = (*LOADER_ARGUMENTS.values(), *MIXUP_ARGUMENTS.values(), "train_split", "train_interpolation", "bce_loss")
+
+
+def check_data_free(args: argparse.Namespace) -> None:
+    """Refuses what means nothing in a training without data, before anything is derived from the arguments."""
+    defaults, ignored = vars(parse_args([])), [*_OF_DATA]
+    if not args.best_on_eval:
+        ignored += ["eval_metric"] + ["sched"] * (args.sched == "plateau")
+    elif not ((args.dataset or args.data_dir or args.data) and args.val_split):
+        raise DistillError("--best-on-eval chooses on an evaluation set, and none is named: give it, --dataset NAME.")
+    given = [name for name in ignored if getattr(args, name) != defaults[name]]
+    if given:
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise DistillError(f"{args.distill} trains without data, where {flags} would do nothing: leave it out.")
 
 
 def create_datasets(

@@ -29,7 +29,7 @@ from kd_timm.build import (
     resolve_learning_rate,
 )
 from kd_timm.checkpoint import Checkpoints, find_state, forked_random_state
-from kd_timm.data import apply_data_defaults, create_data, create_datasets
+from kd_timm.data import apply_data_defaults, check_data_free, create_data, create_datasets
 from kd_timm.distillation import Distillation, make_distiller
 from kd_timm.engine import PlainStep, TrainingRun
 from kd_timm.peers import Peers
@@ -60,6 +60,8 @@ class Parts(TrainingRun):
         with forked_random_state():
             distiller = make_distiller(args) if args.distill else None
         data_free = distiller is not None and not distiller.data
+        if data_free:
+            check_data_free(args)
         apply_data_defaults(args, data_free)
         random_seed(args.seed, accelerator.process_index)
         self.student, config = create_student(args)

@@ -11,7 +11,9 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 from kd_plugins import Batch, Net, Nets, Reads
+from kd_plugins.picture import Picture
 from kd_plugins.reading.network import adapt
+from kd_report.predictions import predicted_maps
 from kd_report.record import RunRecord, some_rows
 from kd_transformers.checks import class_order, task_of
 from kd_transformers.trainer import DistillationTrainer
@@ -101,7 +103,14 @@ class RecordCallback(TrainerCallback):
     def finish(self, results: Mapping[str, Any]) -> None:
         """Writes other results than those of the last evaluation in the training."""
         if self.record is not None:
-            self.record.finish(results, seconds_per_step=self._seconds / self._steps if self._steps else None)
+            seconds = self._seconds / self._steps if self._steps else None
+            self.record.finish(results, seconds_per_step=seconds, pictures=self._pictures())
+
+    def _pictures(self) -> Iterator[Picture]:
+        """What is shown of the networks' predictions."""
+        if self.trainer.eval_dataset is not None and task_of(self.trainer.model) == "segmentation":
+            shown = predicted_maps(self._nets(), next(self._batches()))
+            yield from [] if shown is None else [shown]
 
     @property
     def _distiller(self) -> Any:

@@ -276,7 +276,7 @@ class DistillationTrainer(Hooks):
             labels,
             name=getattr(student, "main_input_name", None),
             task=self.task or task_of(student, labels),
-            ignore_index=getattr(getattr(student, "config", None), "semantic_loss_ignore_index", -100),
+            ignore_index=_ignored(getattr(student, "config", None)),
             mask=mask,
             teacher_kwargs=theirs,
             teacher_logits=cached,
@@ -540,6 +540,12 @@ class _Updates(TrainerCallback):
 def _reads_scores(distiller: Distiller, teacher: int = 0) -> bool:
     """Whether a method reads the scores of a teacher in any of its stages."""
     return any(needs.of_teacher(teacher).logits for needs in needs_of_stages(distiller))
+
+
+def _ignored(config: Any) -> int:
+    """The label that a model's loss leaves out; UperNet has another name for it."""
+    names = ("semantic_loss_ignore_index", "loss_ignore_index")
+    return next((int(getattr(config, name)) for name in names if hasattr(config, name)), -100)
 
 
 def _export(peer: nn.Module, folder: Path) -> None:

@@ -65,8 +65,8 @@ def dafl_information(logits: Tensor, base: float = 10, *, mean: Callable[[Tensor
     (tensor(-1.), tensor(-0.3010))
     """
     _check(logits, "logits [B, K]")
-    if not (base > 0 and base != 1):
-        raise ValueError(f"Expected the base of a logarithm, above 0 and not 1, got {base}.")
+    if not base > 1:
+        raise ValueError(f"Expected the base of a logarithm, above 1, got {base}.")
     with no_autocast(logits):
         p = exact(logits)[0].softmax(1).mean(0)
         p = p if mean is None else mean(p)

@@ -58,7 +58,17 @@ class DAFL(Distiller):
 
     paper = Paper(
         "Data-Free Learning of Student Networks",
-        ("Hanting Chen", "Yunhe Wang", "Chang Xu", "Zhaohui Yang", "Chuanjian Liu", "Boxin Shi", "Chunjing Xu"),
+        (
+            "Hanting Chen",
+            "Yunhe Wang",
+            "Chang Xu",
+            "Zhaohui Yang",
+            "Chuanjian Liu",
+            "Boxin Shi",
+            "Chunjing Xu",
+            "Chao Xu",
+            "Qi Tian",
+        ),
         "ICCV",
         2019,
         arxiv="1904.01186",
@@ -89,15 +99,14 @@ class DAFL(Distiller):
     ) -> None:
         super().__init__()
         self.features: str | int = ""
-        if log_base == 1:
-            raise DistillError("A logarithm has no base 1: give log_base=10, or 2.718281828 for the natural one.")
+        if log_base <= 1:
+            raise DistillError(f"log_base is above 1, got {log_base}: 10, or 2.718281828 for the natural logarithm.")
         given = dict(one_hot=one_hot, activation=activation, information=information)
         given |= dict(temperature=temperature, latent=latent)
         self.settings = {**self.presets[preset], **{k: v for k, v in given.items() if v is not None}}
         self.taught_by = [name for name in ("one_hot", "activation", "information") if self.settings[name]]
         if inputs == "noise":
             self.taught_by = []
-        self.last: Tensor | None = None
 
     def needs(self) -> Needs:
         reads = Reads(features=(self.features,)) if self.ready and "activation" in self.taught_by else Reads()
@@ -113,7 +122,7 @@ class DAFL(Distiller):
         self.images = Generator(int(self.settings["latent"]), batch.shape, self.width).to(_device(nets))
         self.images.requires_grad_(bool(self.taught_by))
         self.register_buffer("shown", torch.zeros(_SHOWN, min(batch.size, _SHOWN), *batch.shape, dtype=torch.uint8))
-        self.register_buffer("epochs", torch.zeros(_SHOWN, dtype=torch.long))
+        self.register_buffer("steps", torch.zeros(_SHOWN, dtype=torch.long))
         made = batch.with_inputs(torch.zeros(2, *batch.shape, device=_device(nets)))
         student, teacher = nets.student(made).logits, nets.teacher(made, reads=Reads(features=(self.features,))).logits
         if student.shape != teacher.shape:
@@ -129,7 +138,7 @@ class DAFL(Distiller):
     def turns(self, nets: Nets, batch: Batch) -> Iterator[Turn]:
         images = self.generated(batch.size, _device(nets), batch.shape)
         asked = batch.with_inputs(images)
-        self.last = self._pixels(images[:_SHOWN].detach().float(), batch)
+        self._show(images, batch)
         teacher = nets.teacher(asked, input_grad=bool(self.taught_by))
         student = nets.student(asked.with_inputs(images.detach()))
         turn = {"student": self.loss(student, teacher, asked)}
@@ -153,20 +162,22 @@ class DAFL(Distiller):
     def loss(self, student: View, teacher: View, batch: Batch) -> Terms:
         return {"kd": KF.kd(student.logits, teacher.logits, self.settings["temperature"])}
 
-    # What the report shows: some images of up to eight epochs
+    # What the report shows
 
-    def stage_done(self) -> bool:
-        if self.last is not None and self.progress.total is not None:
-            slot = min(max(int(self.progress.fraction * _SHOWN), 1), _SHOWN) - 1
-            self.shown[slot] = 255 * self.last
-            self.epochs[slot] = max(round(self.progress.epoch), 1)
-        return False
+    def _show(self, images: Tensor, batch: Batch) -> None:
+        """Keeps some images of up to eight parts of the training, each the last of its part."""
+        progress = self.progress
+        if progress.total is None:
+            return
+        slot = min(int(_SHOWN * (progress.step + 1) / (progress.total + 1)), _SHOWN - 1)
+        self.shown[slot] = 255 * self._pixels(images[:_SHOWN].detach().float(), batch)
+        self.steps[slot] = progress.step + 1
 
     def pictures(self) -> list[Picture]:
         rows = {
-            f"epoch {int(epoch)}": [image.expand(3, -1, -1) for image in images]
-            for epoch, images in zip(self.epochs, self.shown, strict=True)
-            if epoch
+            f"step {int(step)}": [image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1) for image in images]
+            for step, images in zip(self.steps, self.shown, strict=True)
+            if step
         }
         return [Images("Generated images", rows, "What the student learns from.")] if rows else []
 

@@ -6,49 +6,45 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from kd_plugins.errors import DistillError
-
 __all__ = ["Generator"]
 
 
 class Generator(nn.Module):
-    """Makes images `[B, C, H, W]` of noise `[B, latent]`: a linear layer, then enlargements and convolutions.
+    """Images of noise: `[B, Z]` to `[B, C, H, W]`, of mean 0 and variance 1 in each channel of the batch.
 
-    That of Chen et al., ICCV 2019, as in the released code: 128 channels, 64 after the last enlargement, and a last
-    batch norm without weights, so that images have mean 0 and variance 1 in each channel, as normalised images have.
-    In training mode always: its statistics are those of the batch.
+    The generator of Chen et al., "Data-Free Learning of Student Networks", ICCV 2019, as in the released code (after
+    DCGAN): a linear layer makes maps of a quarter of the size, each of two blocks doubles it (nearest neighbour) and
+    convolves, and a last convolution with tanh is normalised without affine parameters, so that the images are like
+    those that a teacher was trained on. The normalisation is that of each batch: it is used in training mode.
 
-    Departures: images above 32 pixels begin at 8 pixels or less, by further enlargements; the released code has two
-    at every size, which for 224 pixels is a linear layer to 56 x 56 positions.
+    Departures: images above 64 pixels get more blocks, until the first maps have at most 16 pixels (224: 14, four
+    blocks; the released code's two would begin at 56, with 401 million weights at 1,000 numbers of noise). Sizes that
+    are no multiple of the first maps' are met by the blocks' upsampling.
 
     Args:
-        latent: Length of the noise.
-        shape: `(C, H, W)` of the images; 28, 32, 64 and 224 pixels are what it was tried with.
-        width: Channels before the last enlargement; half of them after it.
+        latent: Z.
+        shape: Of the images, `(C, H, W)`.
+        width: Channels of the first maps; 128 in the released code.
     """
 
     def __init__(self, latent: int, shape: Sequence[int], width: int = 128) -> None:
         super().__init__()
         channels, *size = shape
-        doublings = next(n for n in range(2, 32) if max(size) <= 8 * 2**n)
-        if min(size) < 1 or any(s % 2**doublings for s in size):
-            raise DistillError(
-                f"The generator makes images whose sides are multiples of {2**doublings}, got {size}: take an input"
-                " size such as 28, 32, 64 or 224."
-            )
-        half = max(width // 2, 1)
-        self.size = [s // 2**doublings for s in size]
-        self.project = nn.Linear(latent, width * self.size[0] * self.size[1])
-        self.first = nn.BatchNorm2d(width)
-        blocks: list[nn.Module] = []
-        for i in range(doublings):
-            out = half if i == doublings - 1 else width
-            # 0.8 stands where the released code has the epsilon of these norms.
-            block = [nn.Conv2d(width, out, 3, padding=1), nn.BatchNorm2d(out, eps=0.8), nn.LeakyReLU(0.2)]
-            blocks += [nn.Upsample(scale_factor=2), *block]
-        last = [nn.Conv2d(half, channels, 3, padding=1), nn.Tanh(), nn.BatchNorm2d(channels, affine=False)]
-        self.blocks = nn.Sequential(*blocks, *last)
+        doublings = 2
+        while max(size) > 16 << doublings:
+            doublings += 1
+        sizes = [tuple(-(-side // (1 << left)) for side in size) for left in reversed(range(doublings + 1))]
+        self.first = (width, *sizes[0])
+        self.project = nn.Linear(latent, width * sizes[0][0] * sizes[0][1])
+        layers: list[nn.Module] = [nn.BatchNorm2d(width)]
+        for i, larger in enumerate(sizes[1:]):
+            out = width if i < doublings - 1 else max(width // 2, 1)
+            # 0.8 is eps in the released code, whose author may have meant the momentum.
+            layers += [nn.Upsample(larger), nn.Conv2d(width, out, 3, padding=1), nn.BatchNorm2d(out, eps=0.8)]
+            layers += [nn.LeakyReLU(0.2)]
+        layers += [nn.Conv2d(out, channels, 3, padding=1), nn.Tanh(), nn.BatchNorm2d(channels, affine=False)]
+        self.layers = nn.Sequential(*layers)
 
-    def forward(self, z: Tensor) -> Tensor:
-        """Noise to images."""
-        return self.blocks(self.first(self.project(z).unflatten(1, (-1, *self.size))))
+    def forward(self, noise: Tensor) -> Tensor:
+        """Noise `[B, Z]` to images `[B, C, H, W]`."""
+        return self.layers(self.project(noise).unflatten(1, self.first))

@@ -26,18 +26,13 @@ def bound(student: nn.Module, teacher: nn.Module, steps: int = 4, **options: Any
     return distiller, nets, kd_plugins.make_optimizers(distiller, torch.optim.SGD(student.parameters(), 0.1), nets)
 
 
-@pytest.mark.parametrize("size", [(28, 28), (32, 32), (64, 64), (224, 224), (12, 20)])
+@pytest.mark.parametrize("size", [(28, 28), (32, 32), (64, 64), (224, 224), (299, 299), (12, 20)])
 def test_images_have_the_size_that_was_asked_for(size: tuple[int, int]) -> None:
     torch.manual_seed(0)
     images = Generator(3, (2, *size), 8)(torch.randn(4, 3))
     assert images.shape == (4, 2, *size)
     torch.testing.assert_close(images.mean((0, 2, 3)), torch.zeros(2), atol=1e-5, rtol=0)
     assert (images.var((0, 2, 3), unbiased=False) > 0.1).all()
-
-
-def test_a_size_that_cannot_be_made_is_refused() -> None:
-    with pytest.raises(DistillError, match=r"multiples of 4, got \[30, 30\]"):
-        Generator(3, (3, 30, 30))
 
 
 def test_a_step_is_that_of_the_released_code() -> None:
@@ -94,17 +89,15 @@ def test_options_stand_over_presets() -> None:
     assert run["generator"].optimizer.param_groups[0]["lr"] == 1e-3
 
 
-def test_it_shows_the_images_of_its_epochs_and_keeps_them_in_its_state() -> None:
+def test_it_shows_the_images_of_the_training_and_keeps_them_in_its_state() -> None:
     distiller, _, run = bound(TinyNet(4), TinyNet(8), steps=4)
     assert distiller.pictures() == []
-    for epoch in (1, 2):
+    for _ in range(4):
         run.step(BATCH)
-        run.step(BATCH)
-        run.end_epoch(epoch)
     (picture,) = distiller.pictures()
-    assert list(picture.rows) == ["epoch 1", "epoch 2"]
-    assert picture.rows["epoch 1"][0].shape == (3, 12, 12)
-    assert {"shown", "epochs"} <= set(distiller.state_dict())
+    assert list(picture.rows) == ["step 1", "step 2", "step 3", "step 4"]
+    assert picture.rows["step 1"][0].shape == (3, 12, 12)
+    assert {"shown", "steps"} <= set(distiller.state_dict())
 
 
 def test_refusals() -> None:
@@ -112,5 +105,5 @@ def test_refusals() -> None:
         kd_plugins.bind(kd_plugins.create_distiller("dafl"), TinyNet(4), TinyNet(8), batch=Batch.of(size=4))
     with pytest.raises(DistillError, match="same classes"):
         bound(TinyNet(4), TinyNet(8, classes=5))
-    with pytest.raises(DistillError, match="no base 1"):
+    with pytest.raises(DistillError, match="above 1"):
         kd_plugins.create_distiller("dafl", log_base=1.0)

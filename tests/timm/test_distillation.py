@@ -262,9 +262,23 @@ def test_the_pass_before_the_training_has_the_loaders_workers(run, teacher, monk
 
 
 def test_a_method_that_makes_its_own_data_gets_none(run, teacher):
-    session = run("--distill", "timm_distillers:Dreams", *teacher)
+    unused = "--scale 0.08 1.0 --hflip 0.5 --color-jitter 0.4".split()  # as they are where nothing is said
+    session = run("--distill", "timm_distillers:Dreams", "--epoch-updates", "4", "--num-classes", "10", *unused, *teacher)
     rows = list(csv.DictReader((session.folder / "summary.csv").open()))
     assert float(rows[1]["train_distill/gap"]) < float(rows[0]["train_distill/gap"])
+
+
+def test_training_without_data_keeps_the_last_student(teacher, tmp_path, capsys):
+    flags = "--model resnet10t --model-kwargs channels=(8,8,16,16) stem_width=16 --num-classes 10 --img-size 16 -b 16"
+    flags += " --device cpu --workers 0 --epochs 2 --warmup-epochs 0 --distill dafl --distill-args latent=4 width=4"
+    flags = [*flags.split(), "--epoch-updates", "2", *teacher]
+    assert train.main([*flags, "--output", str(tmp_path), "--experiment", "whole"]) == 0
+    folder = tmp_path / "whole"
+    assert json.loads((folder / "results.json").read_text())["metric"] == "epoch"
+    assert same(load_file(folder / "model_best.safetensors"), load_file(folder / "last.safetensors"))
+    for more, words in (("--mixup 0.5", "--mixup would do nothing"), ("--best-on-eval", "none is named")):
+        assert train.main([*flags, *more.split()]) != 0
+        assert words in capsys.readouterr().err
 
 
 def test_vision_transformers_distil_their_attention(run):
