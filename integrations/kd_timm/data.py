@@ -300,7 +300,7 @@ def create_data(
     empty = torch.empty(args.batch_size, 0, device=device)
     size = args.validation_batch_size or args.batch_size
     return Data(
-        train=[(empty, empty)] * args.epoch_updates if train is None else loader(train),
+        train=loader(train) if train is not None else [(empty, empty)] * args.epoch_updates * args.grad_accum_steps,
         evaluation=None if evaluation is None else plain_loader(evaluation, config, size, **machine),
         config=config,
         classes=classes,

@@ -263,7 +263,9 @@ def test_the_pass_before_the_training_has_the_loaders_workers(run, teacher, monk
 
 def test_a_method_that_makes_its_own_data_gets_none(run, teacher):
     unused = "--scale 0.08 1.0 --hflip 0.5 --color-jitter 0.4".split()  # as they are where nothing is said
-    session = run("--distill", "timm_distillers:Dreams", "--epoch-updates", "4", "--num-classes", "10", *unused, *teacher)
+    session = run(
+        "--distill", "timm_distillers:Dreams", "--epoch-updates", "4", "--num-classes", "10", *unused, *teacher
+    )
     rows = list(csv.DictReader((session.folder / "summary.csv").open()))
     assert float(rows[1]["train_distill/gap"]) < float(rows[0]["train_distill/gap"])
 
