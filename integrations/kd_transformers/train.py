@@ -391,8 +391,8 @@ class Session:
             "parameters": sum(p.numel() for p in self.student.parameters()),
             "bytes": sum(path.stat().st_size for path in weights),
         }
-        if self.timer.seconds is not None:
-            facts["seconds_per_step"] = self.timer.seconds
+        if self.timer.steps:
+            facts["seconds_per_step"] = self.timer.total / self.timer.steps
         trainer.save_metrics("student", facts)
 
     def _checkpoint(self) -> str | None:
@@ -456,11 +456,6 @@ class _StepTimer(TrainerCallback):
 
     def __init__(self) -> None:
         self.total, self.steps, self.start = 0.0, 0, 0.0
-
-    @property
-    def seconds(self) -> float | None:
-        """Seconds an update; None before the first."""
-        return self.total / self.steps if self.steps else None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.start = time.perf_counter()

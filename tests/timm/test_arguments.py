@@ -69,6 +69,8 @@ def test_every_flag_is_read_somewhere():
         (["--modle", "resnet18"], "Did you mean --model"),
         (["--teacher-checkpoint", "x"], "--teacher"),
         (["--model-kwargs", "depth"], "key=value"),
+        (["--eval-metric", "f1"], "--eval-metric: invalid choice: 'f1'"),
+        (["--epochs", "0"], "--epochs: expected a whole number, at least 1, got 0"),
     ],
 )
 def test_refused(argv, words, capsys):
