@@ -27,6 +27,10 @@ def check_arguments(args: argparse.Namespace) -> None:
         if getattr(args, name) not in known:
             words = f"{known[0]}, {known[1]} or {known[2] or 'nothing'}"
             raise DistillError(f"--{name.replace('_', '-')}: expected {words}, got {getattr(args, name)}.")
+    if args.ood_dataset and not args.val_split:
+        raise DistillError("--ood-dataset is compared with the evaluation split: name one, --val-split.")
+    if args.ood_dataset and args.bce_loss:
+        raise DistillError("--ood-dataset reads the uncertainty of a softmax, and --bce-loss trains none: drop one.")
     for name in ("teacher", "peer", "distill_args"):
         if getattr(args, name) and not args.distill:
             flag = f"--{name.replace('_', '-')}"
