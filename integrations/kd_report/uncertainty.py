@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_plugins import Distiller, uncertainty
+from kd_plugins.functional.dirichlet import log_expected
 from kd_plugins.methods.endd import ENDD
 from kd_report.measures import calibration
 
@@ -44,8 +45,7 @@ def doubts(
     if members:
         logs = logits.log_softmax(-1).logsumexp(1) - math.log(logits.shape[1])
     else:
-        scores = torch.logaddexp(logits, logits.new_tensor(math.log(offset))) if offset else logits
-        logs = scores.log_softmax(-1)
+        logs = log_expected(logits, offset or 0.0)
     top, predicted = logs.max(-1)
     measures = {"confidence": -top.expm1(), "total": found.total}
     if members or offset is not None:

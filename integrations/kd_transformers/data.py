@@ -15,7 +15,7 @@ from kd_plugins.errors import DistillError, did_you_mean
 from kd_transformers.arguments import DataArguments
 from kd_transformers.docstrings import load_docstrings
 
-__all__ = ["Labels", "TextData", "fingerprint", "load_text", "read_labels"]
+__all__ = ["Labels", "TextData", "fingerprint", "load_other", "load_text", "read_labels"]
 
 _GLUE = "nyu-mll/glue"
 _EXTENSIONS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -122,6 +122,35 @@ def load_text(args: DataArguments, evaluate: bool = True, **hub: Any) -> TextDat
         if split is not None:
             _check_rows(data, name, split)
     return data
+
+
+def load_other(args: DataArguments, tokenizer: Any, length: int, **hub: Any) -> Dataset | None:
+    """The texts of `--ood_dataset` as token ids, without labels; None where there are none.
+
+    Args:
+        args: Which data set, and which rows.
+        tokenizer: Of the student and of the teachers.
+        length: Longest input in tokens.
+        hub: Options of `datasets.load_dataset`.
+    """
+    name = args.ood_dataset
+    if name is None:
+        return None
+    try:
+        raw = _read_files({args.ood_split: name}, hub) if Path(name).is_file() else datasets.load_dataset(name, **hub)
+    except DistillError as error:
+        raise DistillError(f"--ood_dataset: {error}") from error
+    except Exception as error:
+        # The loader raises errors of many libraries; each means that the data is not to be had.
+        raise DistillError(f"--ood_dataset {name} cannot be loaded ({type(error).__name__}: {error}).") from error
+    rows = _rows(raw, args.ood_split, "Name one of them with --ood_split.")
+    named = args.text_column in rows.column_names
+    columns = _text_columns(args if named else DataArguments(label_column=args.label_column), rows)
+
+    def apply(batch: Mapping[str, list[Any]]) -> dict[str, Any]:
+        return dict(tokenizer(*(list(batch[column]) for column in columns), truncation=True, max_length=length))
+
+    return rows.map(apply, batched=True, remove_columns=rows.column_names, desc="Tokenizing")
 
 
 def fingerprint(data: TextData) -> str:

@@ -65,11 +65,17 @@ def uncertainty(logits: Tensor, *, members: bool = False, offset: float = 0.0) -
             mean, data = probs.mean(1), _entropy(probs).mean(1)
         else:
             alpha, alpha0 = concentrations(logits, 1.0, offset)
-            mean = alpha / alpha0.unsqueeze(-1)
+            mean = log_expected(logits, offset).exp()
             data = -(mean * (torch.digamma(alpha + 1) - torch.digamma(alpha0 + 1).unsqueeze(-1))).sum(-1)
         total = _entropy(mean)
         parts = (total, data, (total - data).clamp_min(0))
         return Uncertainty(*(x.to(exact(logits)[0].dtype) for x in parts))
+
+
+def log_expected(logits: Tensor, offset: float = 0.0) -> Tensor:
+    """Logarithms of the expected probabilities `[..., K]`, in float64."""
+    z = logits.double()
+    return (torch.logaddexp(z, z.new_tensor(offset).log()) if offset else z).log_softmax(-1)
 
 
 def concentrations(logits: Tensor, temperature: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
