@@ -113,6 +113,7 @@ class Data:
         mixup: The Mixup collate function, when mixup or cutmix is on.
         staged: The training set of a distillation that wants row numbers or streams; its `epoch_steps`, the updates in
             an epoch, must be set before training.
+        other: Loader of the images of another kind; None without them.
     """
 
     train: Any
@@ -122,6 +123,7 @@ class Data:
     streams: dict[str, Any] = field(default_factory=dict)
     mixup: FastCollateMixup | None = None
     staged: StagedRows | None = None
+    other: Any = None
 
     def set_epoch(self, epoch: int, mixup_off_epoch: int = 0) -> None:
         """Reshuffles distributed samplers and ends mixup when its time has come."""
@@ -215,6 +217,22 @@ def create_datasets(
     return train, evaluation, classes
 
 
+def _other_kind(args: argparse.Namespace, channels: int) -> Any:
+    """The images of `--ood-dataset`, whatever their labels; None without it."""
+    name = args.ood_dataset
+    if not name:
+        return None
+    if "/" not in name or os.path.exists(name):
+        if not os.path.exists(name):
+            raise DistillError(f"--ood-dataset: expected <type>/<name> or a folder of images, got {name}.")
+        named: dict[str, Any] = {"name": "", "root": name}
+    else:
+        named = {"name": name, "root": args.data_dir}
+    keys = {"input_key": args.input_key, "target_key": args.target_key}
+    mode = args.input_img_mode or ("RGB" if channels == 3 else "L")
+    return create_dataset(split=args.ood_split, input_img_mode=mode, batch_size=args.batch_size, **named, **keys)
+
+
 def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f", ... ({len(names)})" if len(names) > 4 else "")
 
@@ -299,6 +317,7 @@ def create_data(
 
     empty = torch.empty(args.batch_size, 0, device=device)
     size = args.validation_batch_size or args.batch_size
+    other = _other_kind(args, config["input_size"][0])
     return Data(
         train=loader(train) if train is not None else [(empty, empty)] * args.epoch_updates * args.grad_accum_steps,
         evaluation=None if evaluation is None else plain_loader(evaluation, config, size, **machine),
@@ -307,6 +326,7 @@ def create_data(
         streams={name: loader(rows) for name, rows in streams.items()},
         mixup=mixup,
         staged=staged,
+        other=None if other is None else plain_loader(other, config, size, **machine),
     )
 
 

@@ -52,6 +52,12 @@ class Parts(TrainingRun):
             if getattr(args, name) and not args.distill:
                 flag = f"--{name.replace('_', '-')}"
                 raise DistillError(f"{flag} does nothing without --distill NAME: name a distiller.")
+        if args.ood_dataset and not args.val_split:
+            raise DistillError("--ood-dataset is compared with the evaluation split: name one, --val-split.")
+        if args.ood_dataset and args.bce_loss:
+            raise DistillError(
+                "--ood-dataset reads the uncertainty of a softmax, and --bce-loss trains none: drop one."
+            )
         self.accelerator = accelerator = create_accelerator(args)
         self.primary, self.processes = accelerator.is_main_process, accelerator.num_processes
         self.state = find_state(args.resume) if args.resume else None

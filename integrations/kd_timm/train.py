@@ -13,6 +13,7 @@ from timm.utils import distribute_bn, setup_default_logging
 
 from kd_accelerate.command import run_command
 from kd_plugins import DistillError
+from kd_report.uncertainty import dirichlet_offset
 from kd_timm.arguments import parse_args
 from kd_timm.checkpoint import Summary, load_weights, write_json
 from kd_timm.engine import evaluate, train_one_epoch
@@ -20,6 +21,7 @@ from kd_timm.layers import list_layers
 from kd_timm.parts import Parts
 from kd_timm.recording import Recorder
 from kd_timm.resume import load_state, save_state
+from kd_timm.uncertainty import judge
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -130,7 +132,11 @@ class Session(Parts):
                 self.reporter.line(f"last epoch  {last}")
             load_weights(self.evaluated, exported)
             others = [] if self.distillation is None else self.distillation.asked()
-            results["evaluation"] = evaluate(self, self.evaluated, others=others)
+            distiller = None if self.distillation is None else self.distillation.distiller
+            offset = dirichlet_offset(distiller, args.num_classes)
+            results["evaluation"], uncertain = judge(self, self.evaluated, others, offset)
+            # With --bce-loss each class has a sigmoid of its own, and the classes no distribution.
+            results |= {} if args.bce_loss else {"uncertainty": uncertain}
         if self.peers.names:
             results["peers"] = self.peers.finish(self, self.evaluated)
         results |= {

@@ -52,6 +52,11 @@ class DataArguments:
     pad_to_max_length: bool = _field(False, help="pad every input to --max_seq_length, not to the longest of its batch")
     max_train_samples: int | None = _field(help="train on this many rows, the first ones")
     max_eval_samples: int | None = _field(help="evaluate on this many rows, the first ones")
+    ood_dataset: str | None = _field(
+        help="texts of another kind: data set of the hub, folder or file; how well the uncertainty of student and"
+        " teachers tells them from the evaluation split goes to all_results.json"
+    )
+    ood_split: str = _field("validation", help="split of --ood_dataset, or a slice of one")
     metric: list[str] = _list(
         "metric shipped with this package (accuracy, f1, matthews_correlation, pearsonr, spearmanr), name on the hub,"
         " or path; repeatable (default: those of the task)",
@@ -95,7 +100,7 @@ class DistillationArguments:
         'weights of the i-th teacher: a folder or a file ("": the published ones)', "PATH"
     )
     cache_teacher: bool = _field(
-        False, help="ask the teacher once for each row, before the training, where a method reads its logits alone"
+        False, help="ask the teachers once for each row, before the training, where a method reads their logits alone"
     )
     peer: list[str] = _list(
         "checkpoint that is trained together with the student, of an online method (repeatable)", "MODEL"
@@ -201,8 +206,10 @@ def _problem(arguments: Arguments, named: set[str]) -> str | None:
             "expected --distill with a teacher, got none: say which method (--distill kd), or that the teacher is only"
             " where the student starts (--student_init teacher), or what it is compared with (--student_init scratch)"
         )
-    if distillation.cache_teacher and (not distillation.distill or len(distillation.teacher) > 1 or not taught):
-        return "--cache_teacher expects --distill and one teacher"
+    if data.ood_dataset and not training.do_eval and named & {"do_train", "do_eval", "do_predict"}:
+        return "--ood_dataset is compared with the evaluation split: add --do_eval"
+    if distillation.cache_teacher and not (distillation.distill and taught):
+        return "--cache_teacher expects --distill and a teacher"
     if distillation.peer and not distillation.distill:
         return "--peer is trained by an online method of --distill, which is not given"
     if training.do_predict:

@@ -122,6 +122,35 @@ def load_text(args: DataArguments, evaluate: bool = True, **hub: Any) -> TextDat
     return data
 
 
+def load_other(args: DataArguments, tokenizer: Any, length: int, **hub: Any) -> Dataset | None:
+    """The texts of `--ood_dataset` as token ids, without labels; None where there are none.
+
+    Args:
+        args: Which data set, and which rows.
+        tokenizer: Of the student and of the teachers.
+        length: Longest input in tokens.
+        hub: Options of `datasets.load_dataset`.
+    """
+    name = args.ood_dataset
+    if name is None:
+        return None
+    try:
+        raw = _read_files({args.ood_split: name}, hub) if Path(name).is_file() else datasets.load_dataset(name, **hub)
+    except DistillError as error:
+        raise DistillError(f"--ood_dataset: {error}") from error
+    except Exception as error:
+        # The loader raises errors of many libraries; each means that the data is not to be had.
+        raise DistillError(f"--ood_dataset {name} cannot be loaded ({type(error).__name__}: {error}).") from error
+    rows = _rows(raw, args.ood_split, "Name one of them with --ood_split.")
+    named = args.text_column in rows.column_names
+    columns = _text_columns(args if named else DataArguments(label_column=args.label_column), rows)
+
+    def apply(batch: Mapping[str, list[Any]]) -> dict[str, Any]:
+        return dict(tokenizer(*(list(batch[column]) for column in columns), truncation=True, max_length=length))
+
+    return rows.map(apply, batched=True, remove_columns=rows.column_names, desc="Tokenizing")
+
+
 def fingerprint(data: TextData) -> str:
     """A hash of the texts and labels that are trained on."""
     digest = hashlib.sha256()

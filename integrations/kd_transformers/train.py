@@ -29,14 +29,15 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from kd_accelerate.command import run_command
-from kd_plugins.catalog.registry import distiller_classes, options_from_strings
+from kd_plugins.catalog.registry import distiller_classes, from_json, options_from_strings
 from kd_plugins.errors import DistillError
 from kd_report import page_hint
+from kd_report.uncertainty import Doubts, dirichlet_offset, doubts, uncertainty_metrics
 from kd_transformers import DistillationTrainer
 from kd_transformers.arguments import Arguments, parse_args
 from kd_transformers.cache import cache_teacher
 from kd_transformers.checks import class_order
-from kd_transformers.data import Labels, fingerprint, load_text
+from kd_transformers.data import Labels, fingerprint, load_other, load_text
 from kd_transformers.metrics import agreement, build_metrics, default_metrics, logits_of
 from kd_transformers.recording import RecordCallback
 from kd_transformers.students import (
@@ -133,6 +134,7 @@ class Session:
             logger.warning(f"--max_seq_length {data.max_seq_length}: the networks read {length} tokens at most.")
         with training.main_process_first(desc="tokenizing"):
             self.train_set, self.evaluation_set = self.data.tokenize(self.tokenizer, length, data.pad_to_max_length)
+            self.other_set = load_other(data, self.tokenizer, length, cache_dir=model.cache_dir)
         half = training.fp16 or training.bf16
         self.collate = DataCollatorWithPadding(self.tokenizer, pad_to_multiple_of=8 if half else None)
         names = data.metric or default_metrics(self.labels.problem, data.task_name)
@@ -178,12 +180,12 @@ class Session:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     def _cache_teacher(self) -> None:
-        """Adds the teacher's logits to the training rows."""
+        """Adds the teachers' logits to the training rows."""
         training = self.arguments.training
         with training.main_process_first(desc="asking the teacher"):
             self.trainer.train_dataset = cache_teacher(
                 self.train_set,
-                self.teachers[0],
+                self.teachers if len(self.teachers) > 1 else self.teachers[0],
                 self.collate,
                 batch_size=training.per_device_eval_batch_size,
                 device=training.device,
@@ -197,6 +199,11 @@ class Session:
 
     def _check_task(self) -> None:
         name, task = self.arguments.distillation.distill, _TASKS[self.labels.problem]
+        if self.arguments.data.ood_dataset and task != "classification":
+            raise DistillError(
+                f"--ood_dataset reads the uncertainty of a classifier, and the labels of {self.data.source} make a"
+                f" {task} problem: leave it out."
+            )
         for part, cls in distiller_classes(name).items() if name else ():
             if task not in cls.tasks:
                 raise DistillError(
@@ -413,20 +420,51 @@ class Session:
         trainer, problem = self.trainer, self.labels.problem
         predicted = trainer.predict(self.evaluation_set, metric_key_prefix="eval")
         metrics: dict[str, Any] = {**predicted.metrics, "eval_samples": len(predicted.label_ids)}
+        told: list[np.ndarray] = []
         if self.teachers:
-            taught = self._taught()
+            told = self._told(self.evaluation_set)
+            taught = np.mean(told, axis=0)
             scores = self.compute_metrics(EvalPrediction(predictions=taught, label_ids=predicted.label_ids))
             metrics |= {f"eval_teacher_{name}": value for name, value in scores.items()}
             metrics["eval_teacher_agreement"] = agreement(logits_of(predicted.predictions), taught, problem)
+        shown = {name.removeprefix("eval_"): value for name, value in metrics.items() if isinstance(value, float)}
+        if problem == "single_label_classification":
+            metrics |= self._uncertainty(logits_of(predicted.predictions), told, np.squeeze(predicted.label_ids))
         trainer.log(metrics)
         trainer.save_metrics("eval", metrics)
         self.recorder.finish(metrics)
-        shown = {name.removeprefix("eval_"): value for name, value in metrics.items() if isinstance(value, float)}
         hidden = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
         self._say("  ".join(f"{name} {value:.4f}" for name, value in shown.items() if name not in hidden))
 
-    def _taught(self) -> np.ndarray:
-        """The teachers' mean logits on the evaluation set, classes in the student's order."""
+    def _uncertainty(self, logits: np.ndarray, told: list[np.ndarray], labels: np.ndarray) -> dict[str, float]:
+        """How uncertain student and teachers are of the evaluation set, and of texts of another kind."""
+        distiller, saved = getattr(self.trainer, "distiller", None), self._saved_distiller()
+        offset = dirichlet_offset(distiller or (from_json(saved) if saved else None), self.labels.count)
+
+        def ours(scores: np.ndarray, truth: Any) -> Doubts:
+            return doubts(torch.as_tensor(scores), truth, offset=offset)
+
+        def theirs(scores: list[np.ndarray], truth: Any) -> Doubts:
+            several = len(scores) > 1
+            return doubts(torch.as_tensor(np.stack(scores, 1) if several else scores[0]), truth, members=several)
+
+        truth, other, others = torch.as_tensor(labels).long(), None, None
+        if self.other_set is not None:
+            other = ours(logits_of(self.trainer.predict(self.other_set).predictions), None)
+            others = theirs(self._told(self.other_set), None) if told else None
+        metrics = {f"eval_{name}": value for name, value in uncertainty_metrics(ours(logits, truth), other).items()}
+        if told:
+            found = uncertainty_metrics(theirs(told, truth), others)
+            metrics |= {f"eval_teacher_{name}": value for name, value in found.items()}
+        return metrics
+
+    def _saved_distiller(self) -> Path | None:
+        """What a student that is only evaluated was distilled with, where its folder tells."""
+        path = Path(self.arguments.model.model_name_or_path or "") / "distiller.json"
+        return path if not self.arguments.training.do_train and path.is_file() else None
+
+    def _told(self, rows: Any) -> list[np.ndarray]:
+        """Each teacher's logits of some rows, classes in the student's order."""
         quiet = {"report_to": "none", "push_to_hub": False}
         # A `Trainer` that only predicts has no evaluation set, and refuses a schedule of evaluations.
         unscheduled = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
@@ -434,10 +472,10 @@ class Session:
         logits = []
         for teacher in self.teachers:
             trainer = Trainer(model=teacher, args=args, data_collator=self.collate)
-            found = logits_of(trainer.predict(self.evaluation_set).predictions)
+            predictions = trainer.predict(rows).predictions
             order = class_order(self.student, teacher)
-            logits.append(found if order is None else found[:, list(order)])
-        return np.mean(logits, axis=0)
+            logits.append(logits_of(predictions) if order is None else logits_of(predictions)[:, list(order)])
+        return logits
 
 
 def _trainer(**options: Any) -> Trainer:
