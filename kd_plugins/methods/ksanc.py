@@ -31,7 +31,7 @@ class KSANC(LayerDistiller):
     each pair of layers, maps `[B, C, H, W]` or tokens `[B, L, C]`, and of the logits `z` `[B, K]` attention estimators
     make the descriptors `V` `[B, D]`; a discriminator D sees logits and says "teacher's" and the class, 1 + K numbers:
 
-    `task + weight * sum_layers mean (V_s - V_t)^2 + logit_weight * mean (z_s - z_t)^2
+    `task + weight * sum_layers |V_s - V_t|^2 + logit_weight * mean (z_s - z_t)^2
     + adversarial_weight * (-log D(z_s) + class_weight * CE(y, D(z_s)))`, and for D
     `-log D(z_t) - log(1 - D(z_s)) - fooled * log D(z_s) + l1 * |w_D|_1 + l2 * |w_D|_2^2
     + class_weight * (CE(y, D(z_t)) + CE(y, D(z_s)))`, which moves first in each step.
@@ -43,8 +43,10 @@ class KSANC(LayerDistiller):
     **Departures** Inspired by the paper: there is no public code, and its weights, schedule and estimator's form are
     not known to us; all defaults are ours. The attention score is `w . tanh(F_n + U z)`: without the tanh, in the
     additive form of Jetley et al. (ICLR 2018, arXiv 1804.02391), what the logits add is the same at all positions and
-    falls out of the softmax. Means
-    over D and K in place of sums; the student's own task loss; the first stage; `-log D` in place of `log(1 - D)`; D's
+    falls out of the softmax. The V have length 1, and all logits are divided by the
+    root mean square of the teacher's in the first batch where that is above 1: a sure teacher's squared distances are
+    in the hundreds. A mean
+    over K in place of the sum; the student's own task loss; the first stage; `-log D` in place of `log(1 - D)`; D's
     widths are those of Belagiannis et al. (2018, arXiv 1803.10750) as far as known to us.
 
     Args:
@@ -54,7 +56,6 @@ class KSANC(LayerDistiller):
         task_weight: Weight of the task loss; at 0 labels come in by the discriminator's classes alone.
         dim: D, the length of a descriptor; by default the number of classes.
         estimator_share: Share of the training that the teacher's estimators learn in.
-        standardize: Standardise the logits over the classes first, where the networks' scales differ.
         hidden: Widths of the discriminator.
         fooled: Weight of the student's logits labelled as the teacher's, of which the discriminator grows less sure.
         l1: Weight of the absolute values of the discriminator's parameters.
@@ -76,12 +77,11 @@ class KSANC(LayerDistiller):
         self,
         *,
         weight: NonNegative = 1.0,
-        logit_weight: NonNegative = 1.0,
-        adversarial_weight: NonNegative = 1.0,
+        logit_weight: NonNegative = 10.0,
+        adversarial_weight: NonNegative = 0.1,
         task_weight: NonNegative = 1.0,
         dim: AtLeastOne | None = None,
         estimator_share: Annotated[float, Range(above=0, below=1)] = 0.1,
-        standardize: bool = False,
         hidden: tuple[AtLeastOne, ...] = (128, 256, 128),
         fooled: NonNegative = 0.5,
         l1: NonNegative = 1e-5,
@@ -94,6 +94,7 @@ class KSANC(LayerDistiller):
             raise DistillError("ksanc has nothing to distil where all three weights are 0: give one of them.")
         self.classes = 0
         self.estimators, self.heads = nn.ModuleList(), nn.ModuleList()
+        self.register_buffer("scale", torch.ones(()))
 
     # Parts, stages and groups of parameters
 
@@ -101,13 +102,15 @@ class KSANC(LayerDistiller):
         return super().needs() | Needs() if self.weight else Needs()
 
     def setup(self, nets: Nets, batch: Batch) -> None:
-        ours, theirs = list(nets.student(batch).logits.shape), list(nets.teacher(batch).logits.shape)
+        logits = nets.teacher(batch).logits
+        ours, theirs = list(nets.student(batch).logits.shape), list(logits.shape)
         if ours != theirs or len(ours) != 2 or ours[1] < 2:
             raise DistillError(
                 f"ksanc compares logits [B, K] of the same K >= 2 classes, got {ours} from the student and {theirs}"
                 " from the teacher: use networks of the same classes."
             )
         self.classes = ours[1]
+        self.scale = self.host.mean(logits.float().square().mean()).sqrt().clamp_min(1)
         if self.weight:
             super().setup(nets, batch)
         if self.adversarial_weight:
@@ -144,8 +147,8 @@ class KSANC(LayerDistiller):
         return groups | ({"discriminator": self.discriminator} if self.ready and self.adversarial_weight else {})
 
     def optimizers(self) -> dict[str, OptimSpec]:
-        """Adam: 1e-3 for estimators, 1e-4 along the student's curve for the discriminator; our default."""
-        specs = {"estimators": OptimSpec("Adam", 1e-3), "discriminator": OptimSpec("Adam", 1e-4, schedule="student")}
+        """Adam: 3e-3 for estimators, 1e-4 along the student's curve for the discriminator; our default."""
+        specs = {"estimators": OptimSpec("Adam", 3e-3), "discriminator": OptimSpec("Adam", 1e-4, schedule="student")}
         return {name: specs[name] for name in self.extras()}
 
     # A step
@@ -183,8 +186,8 @@ class KSANC(LayerDistiller):
         ]
 
     def scores(self, view: View) -> Tensor:
-        """The logits `[B, K]`, in float32."""
-        return KF.standardize(view.logits) if self.standardize else view.logits.float()
+        """The logits `[B, K]` in the teacher's scale, in float32."""
+        return view.logits.float() / self.scale
 
     def judged(self, student: View, teacher: View, batch: Batch) -> Terms:
         """The discriminator's loss with its regularisers."""
@@ -211,8 +214,8 @@ class KSANC(LayerDistiller):
         if self.weight:
             with torch.no_grad():
                 targets = self.descriptors(teacher, batch, teacher=True)
-            distances = [KF.feature_l2(*pair) for pair in zip(self.descriptors(student, batch), targets, strict=True)]
-            terms["descriptors"] = self.weight * torch.stack(distances).sum()
+            ours = torch.stack(self.descriptors(student, batch))
+            terms["descriptors"] = self.weight * (ours - torch.stack(targets)).square().sum(2).mean(1).sum()
         if self.logit_weight:
             terms["logits"] = self.logit_weight * KF.feature_l2(self.scores(student), self.scores(teacher))
         if self.adversarial_weight:

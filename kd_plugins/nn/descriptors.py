@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from kd_plugins.functional._common import no_autocast
+from kd_plugins.functional._common import no_autocast, unit
 from kd_plugins.functional.ksanc import squeeze
 
 __all__ = ["AttentionEstimator", "LogitDiscriminator"]
@@ -17,7 +17,7 @@ class AttentionEstimator(nn.Module):
     """Squeezes a layer, a map `[B, C, H, W]` or tokens `[B, L, C]`, to one vector `[B, D]`, with an eye on the logits.
 
     With the vectors `F_n` of the positions, projected to D, and the logits g: `V = sum_n softmax(M)_n F_n`, where
-    `M_n = w . tanh(F_n + U g)`. All in float32.
+    `M_n = w . tanh(F_n + U g)`, divided by its length. All in float32.
 
     Args:
         channels: C.
@@ -41,7 +41,7 @@ class AttentionEstimator(nn.Module):
         with no_autocast(features):
             local = self.local(vectors.to(dtype))
             scores = self.score((local + self.overall(logits.to(dtype)).unsqueeze(1)).tanh())
-            return squeeze(local, scores.squeeze(-1), mask=mask)
+            return unit(squeeze(local, scores.squeeze(-1), mask=mask))
 
 
 class LogitDiscriminator(nn.Sequential):

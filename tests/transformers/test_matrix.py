@@ -67,6 +67,9 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     ("nst", "segmentation"): {"layers": ("segformer.stages.0",)},
     ("quest", "segmentation"): {"layers": ("segformer.stages.0",)},
     ("quest", "image classification (ViT)"): {"layers": ("vit.layers.0",)},
+    ("ksanc", "text classification"): {"layers": ("bert.encoder.layer.0",)},
+    ("ksanc", "image classification (ViT)"): {"layers": ("vit.layers.0",)},
+    ("ksanc", "multiple choice"): {"layers": ("bert.encoder.layer.0",)},
 }
 DEFAULTS: dict[str, dict[str, Any]] = {"internal": ALL, "quest": {"words": 2}}
 
@@ -75,7 +78,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {"internal": ALL, "quest": {"words": 2}}
 def test_method_and_model(tmp_path: Path, model: str, method: str, fits: bool) -> None:
     make, data = MODELS[model]
     torch.manual_seed(0)
-    given: dict[str, Any] = {"student": make(1), "of": make(2), "data": data, "max_steps": 1, "learning_rate": 0.1}
+    # A step for each stage.
+    steps = 2 if method == "ksanc" else 1
+    given: dict[str, Any] = {"student": make(1), "of": make(2), "data": data, "max_steps": steps, "learning_rate": 0.1}
     options = {**DEFAULTS.get(method, {}), **OPTIONS.get((method, model), {})}
     if not fits:
         with pytest.raises(DistillError):
