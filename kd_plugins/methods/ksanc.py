@@ -76,7 +76,7 @@ class KSANC(LayerDistiller):
     def __init__(
         self,
         *,
-        weight: NonNegative = 1.0,
+        weight: NonNegative = 3.0,
         logit_weight: NonNegative = 10.0,
         adversarial_weight: NonNegative = 0.1,
         task_weight: NonNegative = 1.0,
