@@ -210,7 +210,8 @@ def test_the_teachers_descriptors_tell_the_classes():
         F.cross_entropy(teacher(images), labels).backward()
         adam.step()
     assert float((teacher(images).argmax(1) == labels).float().mean()) > 0.9
-    distiller = create_distiller("ksanc", layers=("layer2",), estimator_share=0.6, dim=4)
+    alone = {"logit_weight": 0, "adversarial_weight": 0}
+    distiller = create_distiller("ksanc", layers=("layer2",), estimator_share=0.6, dim=4, **alone)
     distiller.optim_overrides = {"estimators": {"lr": 0.03}}
     nets = bind(distiller, student, teacher, batch=batch, total_steps=100)
     run = make_optimizers(distiller, torch.optim.Adam(student.parameters(), lr=0.02))
@@ -229,7 +230,7 @@ def test_the_teachers_descriptors_tell_the_classes():
     torch.testing.assert_close(told()[1], v)
     apart = [turn["student"]["descriptors"].item() for turn in turns if "student" in turn]
     # The student's distance is below that of the best constant.
-    assert apart[-1] < 0.5 * float(v.var(0, correction=0).sum()) < apart[0]
+    assert apart[-1] < 0.8 * float(v.var(0, correction=0).sum()) < apart[0]
 
 
 @pytest.mark.parametrize("stopped", [1, 3], ids=["first stage", "second stage"])
