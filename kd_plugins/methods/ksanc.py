@@ -76,8 +76,8 @@ class KSANC(LayerDistiller):
     def __init__(
         self,
         *,
-        weight: NonNegative = 3.0,
-        logit_weight: NonNegative = 10.0,
+        weight: NonNegative = 1.0,
+        logit_weight: NonNegative = 3.0,
         adversarial_weight: NonNegative = 0.1,
         task_weight: NonNegative = 1.0,
         dim: AtLeastOne | None = None,
