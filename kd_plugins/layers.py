@@ -55,7 +55,7 @@ class LayerDistiller(Distiller):
         teacher_layers: Teacher layers, in the same order; the same names by default.
     """
 
-    tasks = FEATURE_TASKS
+    tasks: tuple[str, ...] = FEATURE_TASKS
     maps: bool = True
     examples: int = 1
     optional: bool = False

@@ -99,6 +99,7 @@ class DAFL(Distiller):
     ) -> None:
         super().__init__()
         self.features: str | int = ""
+        self.images: nn.Module = nn.Identity()
         if log_base <= 1:
             raise DistillError(f"log_base is above 1, got {log_base}: 10, or 2.718281828 for the natural logarithm.")
         given = dict(one_hot=one_hot, activation=activation, information=information)

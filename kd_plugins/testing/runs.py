@@ -158,7 +158,7 @@ def _turns(training: Training, batch: Batch, dtype: torch.dtype | None, where: s
     """The turns of one step; what surrounds a yield must be as it was before."""
     distiller, kind = training.distiller, training.setting.device.type
     turns = iter(distiller.turns(training.nets, batch))
-    seen = False
+    last, seen = training.run._ends_with, False
     try:
         while True:
             before = _mode(kind)
@@ -178,11 +178,11 @@ def _turns(training: Training, batch: Batch, dtype: torch.dtype | None, where: s
             if seen:
                 broken(
                     "student last",
-                    f"turns() of {distiller.name} yields a turn of {list(turn)} after the student's {where}",
-                    "put 'student' in the last turn, and only there",
+                    f"turns() of {distiller.name} yields a turn of {list(turn)} after the {last}'s {where}",
+                    f"put {last!r} in the last turn, and only there",
                 )
             _check_turn(training, turn, where)
-            seen = "student" in turn
+            seen = last in turn
             yield turn
     finally:
         close = getattr(turns, "close", None)
@@ -191,8 +191,8 @@ def _turns(training: Training, batch: Batch, dtype: torch.dtype | None, where: s
     if not seen:
         broken(
             "student last",
-            f"turns() of {distiller.name} yields no turn with the group 'student' {where}",
-            "put 'student' in the last turn",
+            f"turns() of {distiller.name} yields no turn with the group {last!r} {where}",
+            f"put {last!r} in the last turn",
         )
 
 

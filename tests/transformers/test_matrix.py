@@ -85,6 +85,9 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     ("cwd", "depth estimation"): {"layers": ("neck.convs.0",)},
     ("structured", "depth estimation"): {"layers": ("neck.convs.0",), "pixel": 0.0, "granularity": (1, 1)},
     ("quest", "image classification (ViT)"): {"layers": ("vit.layers.0",)},
+    ("ksanc", "text classification"): {"layers": ("bert.encoder.layer.0",)},
+    ("ksanc", "image classification (ViT)"): {"layers": ("vit.layers.0",)},
+    ("ksanc", "multiple choice"): {"layers": ("bert.encoder.layer.0",)},
 }
 DEFAULTS: dict[str, dict[str, Any]] = {
     "internal": ALL,
@@ -100,7 +103,9 @@ LOSSES = {"depth estimation": lambda output, labels, **_: (output.predicted_dept
 def test_method_and_model(tmp_path: Path, model: str, method: str, fits: bool) -> None:
     make, data = MODELS[model]
     torch.manual_seed(0)
-    given: dict[str, Any] = {"student": make(1), "of": make(2), "data": data, "max_steps": 1, "learning_rate": 0.1}
+    # A step for each stage.
+    steps = 2 if method == "ksanc" else 1
+    given: dict[str, Any] = {"student": make(1), "of": make(2), "data": data, "max_steps": steps, "learning_rate": 0.1}
     given["given"] = {"compute_loss_func": LOSSES[model]} if model in LOSSES else {}
     options = {**DEFAULTS.get(method, {}), **OPTIONS.get((method, model), {})}
     if not fits:
