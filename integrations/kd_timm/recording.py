@@ -81,7 +81,7 @@ class Recorder:
         teachers = () if distillation is None else distillation.teachers
         misfits = [number for number, teacher in enumerate(teachers) if teacher.misfit]
         with self.session.accelerator.autocast():
-            getattr(self.record, phase)(self._nets(), self._batches(), misfits=misfits)
+            self.record.analyse(phase, self._nets(), self._batches(), misfits=misfits)
 
     def _batches(self) -> Iterator[Batch]:
         args, data = self.session.args, self.session.data

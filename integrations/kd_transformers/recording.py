@@ -129,7 +129,7 @@ class RecordCallback(TrainerCallback):
         for net in nets.teachers:
             net.module.to(trainer.args.device)
         with trainer.accelerator.autocast():
-            getattr(self.record, phase)(nets, self._batches())
+            self.record.analyse(phase, nets, self._batches())
 
     def _batches(self) -> Iterator[Batch]:
         trainer, dataset, collate = self.trainer, self.trainer.eval_dataset, self.trainer.data_collator
