@@ -102,7 +102,8 @@ def lines(
         axes.set_ylim(bottom=0)
     for i, (name, start, end) in enumerate(stages):
         axes.axvspan(start, end, color=_SOFT, alpha=1 - i % 2, linewidth=0, zorder=0)
-        axes.text(start, 0.01, name, size=9, color=_MUTED, transform=axes.get_xaxis_transform())
+        axes.text(start, 1.03, name, size=9, color=_MUTED, transform=axes.get_xaxis_transform())
+        axes.set_title(title, pad=22)
     axes.grid(axis="y")
     return _svg(axes, title)
 

@@ -13,16 +13,7 @@ from kd_plugins import Batch
 from kd_plugins.reading.scores import class_scores
 from kd_plugins.reading.view import View
 
-__all__ = [
-    "Decisions",
-    "Predictions",
-    "Similarity",
-    "calibration",
-    "common_maps",
-    "decisions",
-    "mean_decisions",
-    "project_channels",
-]
+__all__ = ["Predictions", "Similarity", "calibration", "common_maps", "decisions", "mean_decisions", "project_channels"]
 
 _ROWS, _CLASSES, _BINS, _POINTS = 2048, 100, 15, 256
 

@@ -172,12 +172,12 @@ def _results(about: Subject) -> Parts:
         form = ".2f" if result and abs(result[0]) > 1.5 else ".4f"
         rows.append([name, _mean(result, form), *cells, str(len(runs)) if len(runs) > 1 else "–"])
     columns = ["", metric or "result", *_MEASURES, "runs"]
-    table = _table(columns, [row for row in rows if set(row[1:]) > {"–"}])
+    table = _table(columns, [row for row in rows if set(row[1:]) != {"–"}])
     if not about.one:
         return [table, ("charts", [charts.dots(values, title=metric)] if metric else [])]
     tiles = [(cell, name) for name, cell in zip(columns[1:], rows[1][1:], strict=True) if cell != "–"]
     written = _flat(about.one.info.get("results") or {})
-    return [("tiles", tiles), table, ("heading", written and "As the script wrote them"), ("facts", written)]
+    return [("tiles", tiles[:6]), table, ("heading", written and "As the script wrote them"), ("facts", written)]
 
 
 def _curves(about: Subject) -> Parts:
@@ -191,7 +191,7 @@ def _curves(about: Subject) -> Parts:
     names = list(dict.fromkeys(name for lines in drawn.values() for name in lines))
     words: dict[str, Any] = {"x_label": about.axis, "stages": curves.stages(about.one, about.axis) if about.one else ()}
     pictures = [charts.lines(lines, names, title=title, **words) for title, lines in drawn.items()]
-    return [("legend", names if len(names) > 1 else []), ("charts", pictures)]
+    return [("legend", names if len(names) > 1 else []), ("panels", pictures)]
 
 
 def _calibration(about: Subject) -> Parts:
@@ -215,7 +215,7 @@ def _similarity(about: Subject) -> Parts:
                 labels = ("student", run.other)
                 drawn.append(charts.heatmap(cka.clamp_min(0), *layers, title=title, labels=labels, **words))
             peers, names = run.array(phase, "peers/similarity"), ["student", *(run.part(phase, "peers") or [])]
-            if peers is not None:
+            if peers is not None and about.one:
                 labels = ("last layer", "last layer")
                 drawn.append(charts.heatmap(peers.clamp_min(0), names, names, title=title, labels=labels, **words))
     return [("charts", drawn)]
@@ -231,7 +231,7 @@ def _cost(about: Subject) -> Parts:
         analyses = [sum(run.part(phase, "seconds") or 0 for phase in _phases(run)) for run in runs]
         spent = [_mean(run.info.get("seconds") for run in runs), _mean(analyses)]
         rows.append([name, *times, step, f"{memory / 2**20:,.0f}" if memory else "–", *spent])
-    return [_table(["", *parts, "step, mean", "memory, MiB", "whole run, s", "this report's analysis, s"], rows)]
+    return [_table(["", *parts, "step, mean", "memory, MiB", "whole run, s", "analysis, s"], rows)]
 
 
 def _runs(about: Subject) -> Parts:
@@ -328,10 +328,8 @@ def _heat(values: Tensor) -> str:
 def _features(run: Run) -> Parts:
     rows = {}
     for name, phase, who in _shown(run):
-        maps = [
-            (layer, run.array(phase, f"{who}/map/{i}")) for i, layer in enumerate(run.part(phase, who, "maps") or [])
-        ]
-        rows[name] = [(layer, x) for layer, x in maps if x is not None]
+        maps = enumerate(run.part(phase, who, "maps") or [])
+        rows[name] = [(layer, x) for i, layer in maps if (x := run.array(phase, f"{who}/map/{i}")) is not None]
     return _strips(run, rows)
 
 

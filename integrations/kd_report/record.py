@@ -33,9 +33,10 @@ from kd_report.analysis import Decode, analyse, as_nets
 from kd_report.runs import FORMAT, read_json, read_rows
 from kd_report.timing import StepTimer
 
-__all__ = ["RunRecord", "some_rows"]
+__all__ = ["MOST_AT_ONCE", "RunRecord", "some_rows"]
 
-_EXAMPLES = 1000
+# Rows to analyse, and how many of them in one batch: the activations of all layers are held at once.
+_EXAMPLES, MOST_AT_ONCE = 1000, 64
 _PACKAGES = ("kd-plugins", "torch", "accelerate", "timm", "transformers", "datasets")
 
 
@@ -97,6 +98,8 @@ class RunRecord:
         nets = as_nets(nets)
         device = next((p.device for p in nets.student.module.parameters()), torch.device("cpu"))
         self._cuda = device if device.type == "cuda" else None
+        threads = f"{device.type.upper()}, threads: {torch.get_num_threads()}"
+        name = torch.cuda.get_device_name(device) if self._cuda else threads
         self.run: dict[str, Any] = {
             "format": FORMAT,
             "status": "unfinished",
@@ -105,9 +108,7 @@ class RunRecord:
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "seconds": 0.0,
             "versions": _versions(),
-            "device": torch.cuda.get_device_name(device)
-            if self._cuda
-            else f"{device.type}, {torch.get_num_threads()} threads",
+            "device": name,
             "data": data,
             "task": task,
             "metric": metric,
