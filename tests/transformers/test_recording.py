@@ -97,7 +97,7 @@ def test_a_plain_training_is_compared_with_the_teacher_it_might_have_had(tmp_pat
     one.train()
     run = load_run(tmp_path)
     assert run.info["method"] is None
-    assert 0 <= run.part("after", "predictions", "agreement") <= 1
+    assert 0 <= run.part("after", "predictions", "student", "agreement") <= 1
     assert "plain training" in render([tmp_path])
 
 
