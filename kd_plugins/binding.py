@@ -103,6 +103,11 @@ def bound(distiller: Distiller) -> Nets | None:
 
 def _compiled(module: nn.Module) -> Forward | None:
     """What a bare loop calls for a network: itself, or its compiled form."""
+    if isinstance(getattr(module, "_orig_mod", None), nn.parallel.DistributedDataParallel):
+        raise DistillError(
+            "Expected a compiled network in DistributedDataParallel, got it the other way round, whose gradients nobody"
+            " would average: DistributedDataParallel(torch.compile(student))."
+        )
     inner = module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
     return inner if hasattr(inner, "_orig_mod") else None
 

@@ -14,7 +14,7 @@ from kd_plugins.catalog.paper import Paper
 from kd_plugins.errors import DistillError
 from kd_plugins.host import Host
 from kd_plugins.picture import Picture
-from kd_plugins.reading.nets import Nets
+from kd_plugins.reading.nets import Nets, begun
 from kd_plugins.reading.view import Batch, Needs, View
 from kd_plugins.stages import Progress, Stage
 
@@ -68,12 +68,15 @@ class Distiller(nn.Module):
     task_weight: float = 1.0
     config: dict[str, Any]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "turns" in vars(cls):
+            cls.turns = begun(cls.turns)  # type: ignore[method-assign]
+
     def __new__(cls, *args: Any, **options: Any) -> Distiller:
         self = super().__new__(cls)
         self.__dict__["config"] = constructed(cls, args, options)
-        for option, value in self.config.items():
-            if option not in _HOOKS:
-                self.__dict__[option] = value
+        self.__dict__.update((name, value) for name, value in self.config.items() if name not in _HOOKS)
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -444,10 +444,14 @@ class Run:
         """Takes up what `save` wrote; returns whether the stages of the run have changed (the saved ones are kept).
 
         Raises:
-            DistillError: The folder holds no distiller, or another one.
+            DistillError: The folder holds no distiller, or another one; the method is not set up.
         """
         from safetensors.torch import load_file
 
+        if not self.distiller.ready:
+            raise DistillError(
+                f"{self.distiller.name} has no parts to load before it is set up: bind(..., batch=one batch) first."
+            )
         folder, rank = Path(folder), world()[0]
         state = self._checked_state(folder)
         saved = torch.load(folder / "distiller_optimizers.pt", map_location="cpu", weights_only=True)
@@ -467,7 +471,7 @@ class Run:
             own = {key.partition("|")[2]: value for key, value in streams.items() if key.partition("|")[0] == name}
             part.host.load(own)
         progress = self.distiller.progress
-        changed = bool(progress.table and progress.table.restore(state["stages"]))
+        changed = bool(progress.table and state["stages"] and progress.table.restore(state["stages"]))
         progress.stage = state["progress"]["stage"]
         progress.at(state["progress"]["step"], state["progress"]["epoch"])
         if self.keeps_student:

@@ -117,6 +117,27 @@ def test_a_compiled_student_runs_compiled():
     assert not torch.equal(student.weight, before)
 
 
+def test_ddp_in_a_compiled_network_is_refused():
+    around = torch.compile(nn.Linear(4, 3), backend="eager")
+    around._orig_mod = object.__new__(nn.parallel.DistributedDataParallel)  # without a process group
+    with pytest.raises(DistillError, match=r"DistributedDataParallel\(torch.compile\(student\)\)"):
+        bind(create_distiller("kd"), around, nn.Linear(4, 3))
+
+
+@pytest.mark.parametrize(("name", "options"), [("dfa", {}), ("afd", {"layer": "layer2"}), ("kd+dfa", {})])
+def test_the_first_step_is_the_same_where_the_first_batch_sets_up(name, options):
+    """DFA and AFD look at what set-up finds before they ask a network."""
+    (batch,), found = tiny_batches(1, streams=["search"]), []
+    for given in (batch, None):
+        student, teacher = pair()
+        distiller = create_distiller(name, **options)
+        nets = bind(distiller, student, teacher, batch=given, total_steps=4)
+        turns = distiller.turns(nets, batch)
+        found.append([{group: {k: v.item() for k, v in x.items()} for group, x in turn.items()} for turn in turns])
+    assert found[0] == found[1]
+    assert len(found[0]) == 2
+
+
 # --- a run is saved and resumed -------------------------------------------------------------------------------------
 
 
@@ -148,6 +169,25 @@ def test_a_bare_loop_resumes_to_the_last_bit(name, options, peers, tmp_path):
     for whole, second in zip(*ended, strict=True):
         for key, value in whole.state_dict().items():
             assert torch.equal(value.nan_to_num(), second.state_dict()[key].nan_to_num()), key
+
+
+def test_a_resumed_method_must_be_set_up_and_may_be_told_its_length_anew(tmp_path):
+    """Set-up by the first batch would start the progress again."""
+    student, teacher = pair()
+    batch = tiny_batches(1)[0]
+
+    def start(**given):
+        distiller = create_distiller("dkd")
+        return distiller, bind(distiller, student, teacher, **given), make_optimizers(distiller, sgd(student))
+
+    distiller, nets, run = start()
+    steps(distiller, nets, run, [batch])
+    run.save(tmp_path)
+    with pytest.raises(DistillError, match=r"before it is set up: bind\(..., batch=one batch\)"):
+        start(total_steps=4)[2].load(tmp_path)
+    distiller, _, run = start(batch=batch, total_steps=4)
+    run.load(tmp_path)
+    assert (distiller.progress.step, distiller.progress.fraction) == (1, 0.25)
 
 
 # --- stages that train a method's part alone ------------------------------------------------------------------------

@@ -103,7 +103,7 @@ class DistillationTrainer(Hooks):
         self.player: TurnPlayer | None = None
         self._nets: Nets | None = None
         self._bound_to: nn.Module | None = None
-        self._playing = self._played = self._resuming = False
+        self._playing = self._played = self._drawn = self._resuming = False
         self._items: Any = None
         self._epoch_steps: int | None = None
         self._resumed_from: str | None = None
@@ -403,7 +403,9 @@ class DistillationTrainer(Hooks):
         self.player.accumulation = self.current_gradient_accumulation_steps
         for peer in self._nets.peers[1:]:
             peer.module.train()
-        loss = self.player.forward(self._with_streams(self.player.distiller, self._batch(inputs)))
+        batch = self._with_streams(self.player.distiller, self._batch(inputs))
+        self._drawn = bool(batch.streams)
+        loss = self.player.forward(batch)
         if self.compute_loss_func is not None and not ALWAYS_DIVIDES:
             loss = loss / self.current_gradient_accumulation_steps
         return (loss, None) if return_outputs else loss
@@ -503,7 +505,7 @@ class _Trained(Net):
             return model(**inputs)
         inputs = with_labels(self.module, inputs, labels)
         # Another stream's batch is no part of the accumulated one, whose items were counted.
-        whole = not trainer._streams or bool(self._batch.streams)
+        whole = not trainer._drawn or bool(self._batch.streams)
         items = (trainer._items if whole else trainer.count_items(inputs)) if self.counts else None
         self._loss, outputs = trainer.host_loss(model, inputs, items)
         if items is not None and whole:

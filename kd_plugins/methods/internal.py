@@ -202,9 +202,10 @@ class Internal(Distiller):
             ours = self.projections[str(layer)](ours)
         return KF.cls_cosine(ours, teacher.hidden[self.pairs[layer]][:, :1])
 
-    def task(self, student: View, batch: Batch) -> Terms:
-        labels = self._phase()[1]
-        return {"task": self.gold * batch.task_loss(student)} if labels and self.gold else {}
+    @property
+    def task_weight(self) -> float:  # type: ignore[override]
+        """`gold` in the phase of the labels; the layers are taught without."""
+        return self.gold if self._phase()[1] else 0.0
 
     def begin_stage(self, stage: Stage) -> None:
         self.cosine.zero_()

@@ -100,7 +100,6 @@ class Noisy(KD):
                     )
 
     def turns(self, nets: Nets, batch: Batch) -> Iterator[Turn]:
-        nets.student.begin(batch)
         noisy, replace = batch, None
         if self.messy:
             noisy = noisy.with_labels(self.messy_labels(batch))

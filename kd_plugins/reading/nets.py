@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -108,7 +109,7 @@ class Net:
         return view
 
     def begin(self, batch: Batch) -> None:
-        """Sets the method up, where the first forward is to do that: for methods that change the batch before it."""
+        """Sets the method up, where the first forward is to do that."""
         if self._before is not None:
             self._before(batch)
 
@@ -163,6 +164,17 @@ class Nets:
 
     def __iter__(self) -> Iterator[Net]:
         return iter((*self.peers, *self.teachers))
+
+
+def begun(turns: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+    """A method's `turns` that find it set up, whatever they look at before they ask a network."""
+
+    @wraps(turns)
+    def after_set_up(distiller: Any, nets: Nets, batch: Batch) -> Iterator[Any]:
+        nets.student.begin(batch)
+        yield from turns(distiller, nets, batch)
+
+    return after_set_up
 
 
 @contextmanager

@@ -23,6 +23,17 @@ def test_options_take_effect_in_the_training():
     torch.testing.assert_close(after["student"]["task"], 0.1 * batch.task_loss(nets.student(batch)))
 
 
+def test_the_weight_of_the_task_is_gold_in_a_composition_too():
+    batch = tiny_tokens(1)[0]
+    distiller = create_distiller("kd+internal", alpha=0.5, gold=0.5, schedule="stacked")
+    nets = bind(distiller, tiny_transformer(2).eval(), tiny_transformer(4), batch=batch, total_steps=6)
+    for stage, weight in ((0, 0.0), (2, 0.25)):
+        distiller.progress.stage = stage
+        (turn,) = distiller.turns(nets, batch)
+        assert ("task" in turn["student"]) == bool(weight)
+    torch.testing.assert_close(turn["student"]["task"], 0.25 * batch.task_loss(nets.student(batch)))
+
+
 def test_a_teacher_of_other_tokens_is_refused_where_attention_is_compared():
     batch = tiny_tokens(1)[0]
     batch = dataclasses.replace(batch, teacher_kwargs={"input_ids": batch.inputs.roll(1, 0), **batch.kwargs})

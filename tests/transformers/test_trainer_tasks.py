@@ -29,7 +29,7 @@ from trainer_kit import (
 )
 from transformers import Trainer
 
-from kd_plugins import DistillError
+from kd_plugins import Distiller, DistillError, Needs, Stage
 from kd_transformers import cache_teacher
 
 BERT = {**TINY, **NO_DROPOUT, "num_hidden_layers": 1}
@@ -124,6 +124,35 @@ def test_token_losses_are_means_over_the_accumulated_batch(tmp_path: Path, loss:
         assert difference(update(rows, cls=cls, options={"alpha": 0.0}), expected) < 1e-6
         assert difference(update(rows, cls=cls, options={"alpha": 0.5}), whole) < 1e-6
     assert difference(whole, expected) > 1e-3
+
+
+class Searching(Distiller):
+    """Asks of held-out rows first; nothing of them is learned."""
+
+    tasks = ("causal-lm",)
+
+    def stages(self) -> list[Stage]:
+        return [Stage("search"), Stage("train")]
+
+    def needs(self) -> Needs:
+        return Needs(streams={} if self.progress.stage else {"search": 0.5})
+
+    def turns(self, nets: Any, batch: Any) -> Any:
+        if not self.progress.stage:
+            nets.student(batch.stream("search"))
+        yield {"student": self.task(nets.student(batch), batch)}
+
+
+def test_items_are_those_of_the_accumulated_batch_after_a_stage_with_streams(tmp_path: Path) -> None:
+    student, of = pair(llama)
+    found = []
+    for rows in (8, 2):
+        split = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 8 // rows}
+        model = copy.deepcopy(student)
+        args = {**SGD, "max_steps": 2, **split, "remove_unused_columns": False}
+        trainer(tmp_path, Searching(), student=model, of=copy.deepcopy(of), data=unequal(), **args).train()
+        found.append(weights(model))
+    assert difference(*found) < 1e-6
 
 
 def test_a_loss_that_ignores_the_items_is_a_mean(tmp_path: Path) -> None:
