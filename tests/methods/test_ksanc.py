@@ -146,7 +146,7 @@ def test_every_term_is_the_equation():
             {"task", "logits", "adversarial"},
         ),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value)) if isinstance(value, set) else str(value),
 )
 def test_each_loss_can_be_left_out(options, groups, judged, terms):
     """With its parts, its stage and what is read for it; the other terms stay."""
