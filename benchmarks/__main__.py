@@ -10,6 +10,7 @@ NAMES = {
     "nst": "NST's forms",
     "quest": "QuEST's loss in pieces, and all at once",
     "detector": "NST on Faster R-CNN",
+    "camvid": "segmentation of CamVid",
     "quality": "lists of training runs",
     "robustness": "students of a list of runs on corrupted and attacked images",
     "results": "the tables of docs/results.md, from the runs' results",

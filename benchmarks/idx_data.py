@@ -25,11 +25,12 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks idx_data", description=__doc__)
     parser.add_argument("source", type=Path, help="folder with the four files")
     parser.add_argument("folder", type=Path, help="where train.parquet, test.parquet and results.json go")
+    parser.add_argument("--test", type=Path, help="folder whose test split is taken in place of the first one's")
     args = parser.parse_args(argv)
     args.folder.mkdir(parents=True, exist_ok=True)
     rows = {}
-    for split, name in (("train", "train"), ("test", "t10k")):
-        images, labels = (read(args.source / f"{name}-{what}-ubyte.gz") for what in ("images-idx3", "labels-idx1"))
+    for split, name, source in (("train", "train", args.source), ("test", "t10k", args.test or args.source)):
+        images, labels = (read(source / f"{name}-{what}-ubyte.gz") for what in ("images-idx3", "labels-idx1"))
         features = Features({"image": Image(), "label": ClassLabel(num_classes=int(labels.max()) + 1)})
         data = Dataset.from_dict({"image": list(images), "label": labels.tolist()}, features=features)
         data.to_parquet(args.folder / f"{split}.parquet")

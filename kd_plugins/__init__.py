@@ -6,6 +6,7 @@ from kd_plugins.catalog.paper import Paper
 from kd_plugins.catalog.registry import create_distiller, get_distiller, list_distillers
 from kd_plugins.distiller import Distiller
 from kd_plugins.errors import DistillError
+from kd_plugins.functional.dirichlet import Uncertainty, uncertainty
 from kd_plugins.reading.nets import Net, Nets
 from kd_plugins.reading.network import Network
 from kd_plugins.reading.tap import Tap
@@ -31,6 +32,7 @@ __all__ = [
     "Run",
     "Stage",
     "Tap",
+    "Uncertainty",
     "View",
     "bind",
     "create_distiller",
@@ -38,4 +40,5 @@ __all__ = [
     "list_distillers",
     "make_optimizers",
     "play",
+    "uncertainty",
 ]

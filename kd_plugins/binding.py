@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from kd_plugins.reading.network import Forward, Network, adapt
 from kd_plugins.reading.view import Batch, Needs, Reads
 from kd_plugins.stages import Progress, StageTable
 
-__all__ = ["bind", "bound", "connect", "needs_in", "needs_pass", "prepare", "schedule", "set_up"]
+__all__ = ["bind", "bound", "connect", "needs_in", "needs_pass", "prepare", "schedule", "set_up", "untouched"]
 
 _BOUND: weakref.WeakKeyDictionary[Distiller, weakref.ref[Nets]] = weakref.WeakKeyDictionary()
 
@@ -234,23 +235,31 @@ def needs_in(distiller: Distiller, stage: int) -> Needs:
         progress.stage = current
 
 
+def needs_of_stages(distiller: Distiller) -> list[Needs]:
+    """What a method needs in each of its stages."""
+    return [needs_in(distiller, stage) for stage in range(len(distiller.stages()))]
+
+
 def needs_pass(distiller: Distiller) -> bool:
     """Whether a method passes over the training data before the training."""
     return overrides(distiller, "prepare")
 
 
 @contextmanager
-def _untouched(distiller: Distiller, nets: Nets) -> Iterator[None]:
+def untouched(nets: Nets, distiller: Distiller | None = None) -> Iterator[None]:
     """No gradient, evaluation mode, and no trace in any random stream: what a pass before the training may leave."""
     modes = [(m, m.training) for net in nets for m in net.module.modules()]
-    hosts = [(part.host, part.host.state()) for part in distiller.modules() if isinstance(part, Distiller)]
+    parts = distiller.modules() if distiller is not None else ()
+    hosts = [(part.host, part.host.state()) for part in parts if isinstance(part, Distiller)]
     devices = sorted({p.device.index or 0 for net in nets for p in net.module.parameters() if p.device.type == "cuda"})
+    python = random.getstate()
     try:
         for net in nets:
             net.module.eval()
         with torch.random.fork_rng(devices=devices), torch.no_grad():
             yield
     finally:
+        random.setstate(python)
         for module, training in modes:
             module.training = training
         for host, state in hosts:
@@ -261,7 +270,7 @@ def set_up(distiller: Distiller, nets: Nets, batch: Batch) -> None:
     """Lets the method check the networks and build its parts on one real batch, leaving the networks untouched."""
     if distiller.ready:
         return
-    with _untouched(distiller, nets):
+    with untouched(nets, distiller):
         distiller.setup(nets, batch)
         needs = distiller.needs()
         nets.student.network.install(needs.student)
@@ -277,7 +286,7 @@ def set_up(distiller: Distiller, nets: Nets, batch: Batch) -> None:
 
 def prepare(distiller: Distiller, nets: Nets, batches: Iterable[Batch]) -> None:
     """Lets the method pass over the training data before the training, leaving the networks untouched."""
-    with _untouched(distiller, nets):
+    with untouched(nets, distiller):
         distiller.prepare(nets, _checked(batches))
 
 

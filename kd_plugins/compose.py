@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from kd_plugins.catalog.options import OptimSpec
 from kd_plugins.distiller import Distiller, Terms, Turn, overrides
@@ -41,6 +43,13 @@ class Composite(Distiller):
         self.name = "+".join(parts)
         leads = [name for name, part in parts.items() if overrides(part, "turns") or part.peers or not part.data]
         staged = [name for name, part in parts.items() if len(part.stages()) > 1]
+        looking = [name for name, part in parts.items() if overrides(part, "prepare")]
+        dreaming = [name for name, part in parts.items() if not part.data]
+        if looking and dreaming:
+            raise DistillError(
+                f"{looking[0]} looks at the training set before the training and {dreaming[0]} makes its own data: take"
+                " one of them."
+            )
         for found, what in ((leads, "play turns of their own"), (staged, "have stages")):
             if len(found) > 1:
                 raise DistillError(f"{' and '.join(found)} both {what} and cannot be combined: take one of them.")
@@ -96,8 +105,13 @@ class Composite(Distiller):
         return self.methods[self._staged].stages() if self._staged else super().stages()
 
     def setup(self, nets: Nets, batch: Batch) -> None:
+        shown = batch
+        if not self.data and batch.shape:
+            # The other parts read the shapes of activations, of any images.
+            weight = next(nets.student.module.parameters())
+            shown = batch.with_inputs(torch.randn(batch.size, *batch.shape, device=weight.device))
         for part in self.methods.values():
-            part.setup(nets, batch)
+            part.setup(nets, shown if part.data else batch)
             part.ready = True
 
     def prepare(self, nets: Nets, batches: Iterable[Batch]) -> None:
@@ -108,12 +122,20 @@ class Composite(Distiller):
     def taught(self, student: View, teachers: Sequence[View], batch: Batch) -> Terms:
         return self._terms(self.methods, student, teachers, batch)
 
-    def _terms(self, parts: Mapping[str, Distiller], student: View, teachers: Sequence[View], batch: Batch) -> Terms:
-        terms: Terms = {}
+    def _terms(
+        self,
+        parts: Mapping[str, Distiller],
+        student: View,
+        teachers: Sequence[View],
+        batch: Batch,
+        terms: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> Terms:
+        """The parts' terms after `terms`; of two of one name the later has its part's name before it."""
+        joined = dict(terms)
         for name, part in parts.items():
             for term, value in part.taught(student, teachers, batch).items():
-                terms[term if term not in terms else f"{name}_{term}"] = value
-        return terms
+                joined[term if term not in joined else f"{name}_{term}"] = value
+        return joined
 
     def turns(self, nets: Nets, batch: Batch) -> Iterator[Turn]:
         weight = 1.0
@@ -135,7 +157,7 @@ class Composite(Distiller):
             seen = student.last or _Asked(student(batch), batch, turn_number[0])
             views = [teacher.beside(seen) for teacher in teachers]
             own = {k: weight * v if k == "task" else v for k, v in turn["student"].items() if k != "task" or weight}
-            yield {**turn, "student": {**own, **self._terms(others, seen.view, views, seen.batch)}}
+            yield {**turn, "student": self._terms(others, seen.view, views, seen.batch, own)}
 
     def after_update(self) -> None:
         for part in self.methods.values():

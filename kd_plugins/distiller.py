@@ -25,17 +25,15 @@ Terms = dict[str, Tensor]
 Turn = Mapping[str, Mapping[str, Tensor]]
 """Loss terms of each group of parameters that one turn updates."""
 
-# Short names of what the host gives, which a method may use for parts of its own.
-_GIVEN = {"generator": "generator", "randn": "randn", "mean_over_processes": "mean"}
+_GIVEN = {"generator": "generator", "randn": "randn", "mean_over_processes": "mean"}  # what the host gives, in short
 
 
 class Distiller(nn.Module):
     """A distillation method.
 
-    It holds its own parts only (connectors, critics, codebooks) and never a network: its `state_dict()` is small. Plain
-    methods override `loss`; those that need more than one update a step override `turns`. The keyword-only, annotated,
-    defaulted arguments of the constructor are the options, on the command line and in configurations; the docstring's
-    `Args` are their help. Each is checked by its annotation and is an attribute before `__init__` runs.
+    It holds its own parts only (connectors, critics, codebooks) and never a network. Plain methods override `loss`;
+    those that need more than one update a step override `turns`. The constructor's keyword-only, annotated, defaulted
+    arguments are the options everywhere, checked and attributes before `__init__` runs, and its `Args` their help.
 
     Class attributes:
         paper: What to cite.
@@ -181,9 +179,8 @@ class Distiller(nn.Module):
             )
         super().__setattr__(name, value)
         if name == "progress":
-            for module in self.modules():
-                if isinstance(module, Distiller):
-                    module.__dict__["progress"] = value
+            for part in (module for module in self.modules() if isinstance(module, Distiller)):
+                part.__dict__["progress"] = value
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
-__all__ = ["DistillError", "did_you_mean"]
+__all__ = ["DistillError", "did_you_mean", "told"]
 
 
 class DistillError(ValueError):
@@ -22,3 +23,24 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """
     close = get_close_matches(word, list(known), n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(close)}?" if close else ""
+
+
+@contextmanager
+def told(what: str, *errors: type[BaseException], remedy: str = "") -> Iterator[None]:
+    """Says in one sentence what the errors of a library mean for a user.
+
+    >>> with told("The vocabulary cannot be read", KeyError, remedy="name another"):
+    ...     {}["words"]
+    Traceback (most recent call last):
+    kd_plugins.errors.DistillError: The vocabulary cannot be read (KeyError: 'words'): name another
+
+    Args:
+        what: What cannot be done.
+        errors: What the library raises where a user can mend it.
+        remedy: What to do, where the error's own text does not say; its type is told, too.
+    """
+    try:
+        yield
+    except errors as error:
+        why = f" ({type(error).__name__}: {error}): {remedy}" if remedy else f": {error}"
+        raise DistillError(what + why) from error

@@ -14,10 +14,20 @@ from kd_plugins.errors import DistillError
 from kd_plugins.reading.nets import Nets
 from kd_plugins.reading.view import Batch, Needs, Reads, View
 
-__all__ = ["FEATURE_TASKS", "LayerDistiller", "Pair"]
+__all__ = ["DENSE_TASKS", "FEATURE_TASKS", "LayerDistiller", "Pair"]
 
-FEATURE_TASKS = ("classification", "multilabel", "segmentation", "depth", "detection", "regression", "other")
+FEATURE_TASKS: tuple[str, ...] = (
+    "classification",
+    "multilabel",
+    "segmentation",
+    "depth",
+    "detection",
+    "regression",
+    "other",
+)
 """The tasks of a method that reads maps and no scores."""
+DENSE_TASKS: tuple[str, ...] = ("segmentation", "depth", "detection")
+"""The tasks of a method of dense prediction, whose scores are maps."""
 
 
 class Pair(NamedTuple):
@@ -37,6 +47,7 @@ class LayerDistiller(Distiller):
     Class attributes:
         maps: Whether both activations must be maps `[B, C, H, W]`; where they need not, those of four axes are maps.
         examples: The smallest batch of one process and forward that the method can learn from.
+        optional: Whether there may be no layers, since the method has another term.
 
     Args:
         weight: Weight of the sum over the pairs of layers.
@@ -44,9 +55,10 @@ class LayerDistiller(Distiller):
         teacher_layers: Teacher layers, in the same order; the same names by default.
     """
 
-    tasks = FEATURE_TASKS
+    tasks: tuple[str, ...] = FEATURE_TASKS
     maps: bool = True
     examples: int = 1
+    optional: bool = False
     weight: float
     layers: tuple[str | int, ...]
     teacher_layers: tuple[str | int, ...]
@@ -60,7 +72,7 @@ class LayerDistiller(Distiller):
     ) -> None:
         super().__init__()
         self.teacher_layers = self.layers if teacher_layers is None else teacher_layers
-        if len(self.layers) != len(self.teacher_layers) or not self.layers:
+        if len(self.layers) != len(self.teacher_layers) or not (self.layers or self.optional):
             raise DistillError(
                 f"Expected as many teacher_layers as layers, got {list(self.layers)} and {list(self.teacher_layers)}."
             )

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from kd_plugins import (
+    Batch,
     Distiller,
     DistillError,
     Needs,
@@ -75,6 +76,26 @@ class Twin(Maps):
 
     def loss(self, student, teacher, batch):
         return {"maps": 2 * super().loss(student, teacher, batch)["maps"]}
+
+
+class Dreams(Distiller):
+    """Makes its own images `[B, C, H, W]`, 2020."""
+
+    data = False
+
+    def setup(self, nets, batch):
+        assert batch.inputs is None
+        self.painter = nn.Linear(3, 3 * 12 * 12)
+
+    def extras(self):
+        return {"painter": self.painter}
+
+    def turns(self, nets, batch):
+        dreamt = batch.with_inputs(self.painter(self.randn(batch.size, 3)).view(-1, *batch.shape))
+        t = nets.teacher(dreamt, input_grad=True)
+        s = nets.student(dreamt.with_inputs(dreamt.inputs.detach()))
+        sure = -t.logits.float().softmax(1).amax(1).mean()
+        yield {"painter": {"sure": sure}, "student": {"kd": KF.kd(s.logits, t.logits, 1.0)}}
 
 
 def staged(name):
@@ -152,6 +173,29 @@ def test_a_part_that_plays_turns_takes_the_others_with_it(pair):
     torch.testing.assert_close(
         second["student"]["task"], 0.5 * nn.functional.cross_entropy(student(batch.inputs), batch.labels)
     )
+
+
+def test_parts_join_a_method_that_makes_its_own_images(pair):
+    """They are set up on images of its shape, read those that it made, and leave its terms alone."""
+    student, teacher, _ = pair
+    batch = Batch(size=8, shape=(3, 12, 12), classes=4)
+    parts = {"dreams": Dreams(), "kd": create_distiller("kd", alpha=0.5), "fitnet": create_distiller("fitnet")}
+    parts["fitnet"].layers = parts["fitnet"].teacher_layers = ("layer2",)
+    asked = []
+    student.register_forward_pre_hook(lambda _, inputs: asked.append(inputs[0]))
+    nets = bind(both := Composite(parts), student, teacher, batch=batch)
+    both.parts["dreams"].host.seed(1)
+    (turn,) = both.turns(nets, batch)
+    assert {group: set(terms) for group, terms in turn.items()} == {
+        "painter": {"sure"},
+        "student": {"kd", "kd_kd", "fitnet"},
+    }
+    with torch.no_grad():
+        s, t = student(asked[-1]), teacher(asked[-1])
+    torch.testing.assert_close(turn["student"]["kd"], KF.kd(s, t, 1.0))
+    torch.testing.assert_close(turn["student"]["kd_kd"], 0.5 * KF.kd(s, t, 4.0))
+    with pytest.raises(DistillError, match="quest looks at the training set before the training and dreams"):
+        Composite({"dreams": Dreams(), "quest": create_distiller("quest")})
 
 
 def test_a_task_loss_that_one_part_switches_off_is_off(pair):

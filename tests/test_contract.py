@@ -44,6 +44,9 @@ FURTHER: list[tuple[str, dict[str, Any], bool]] = [
     ("dfa", {"search_only": True, "regularizer": 0.1}, False),
     ("dfa", {"aggregation": "random", "layers": ("layer2",), "teacher_layers": ("layer1.*",)}, False),
     ("kd+dfa", {}, False),
+    ("structured", {"pixel": 0.0, "pair": 0.0, "holistic": 1.0, "conditional": False}, False),
+    ("structured", {"holistic": 0.0, "layers": ("layer1", "layer2"), "neighbours": 5}, False),
+    ("cwd", {"layers": ("layer1", "layer2"), "logit_weight": 0.0}, False),
 ]
 
 

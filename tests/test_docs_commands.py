@@ -120,7 +120,7 @@ def test_timm_commands(page, data, weights, tmp_path, monkeypatch):
         if "quest" in line:
             _few_words(argv)
         # Stages take an epoch or two each.
-        argv += ["--epochs", "9" if "search_" in line or "internal" in argv else "1"]
+        argv += ["--epochs", "9" if "search_" in line or "internal" in argv else "2" if "ksanc" in argv else "1"]
         size = [] if any(word in line for word in ("patch16_224", "cifar_", "lenet")) else ["--img-size", "64"]
         folder = [] if "--output" in argv else ["--output", "output", "--experiment", str(i)]
         assert timm_main([*argv, *TIMM, *size, *folder, "--num-classes", str(CLASSES)]) == 0, line

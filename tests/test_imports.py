@@ -114,7 +114,7 @@ def test_the_functional_losses_import_nothing_of_ours():
 
 def test_only_pages_import_what_pages_are_made_with():
     found = {path.name: {top(name) for name, now in imports(path) if now} for path in sources("kd_report")}
-    drawing = {"charts.py", "comparison.py", "pages.py"}
+    drawing = {"charts.py", "pages.py"}
     for name, packages in found.items():
         wanted = {"jinja2", "markupsafe", "matplotlib"} if name in drawing else set()
         assert not packages & {"jinja2", "markupsafe", "matplotlib"} - wanted, name
@@ -176,7 +176,6 @@ LAYERS = (
         "compose",
         "layers",
         "methods",
-        "catalog.hosts",
         "catalog.registry",
         "catalog.about",
         "binding",

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from kd_plugins import Batch, Distiller, DistillError, Needs, Stage, bind, make_optimizers, play
-from kd_plugins.catalog.about import describe
-from kd_plugins.catalog.hosts import refusals
+from kd_plugins.catalog.about import describe, refusals
 from kd_plugins.catalog.registry import (
     create_distiller,
     distribution_of,

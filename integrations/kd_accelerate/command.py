@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from collections.abc import Callable
+from argparse import Action, ArgumentParser
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import yaml
 from accelerate import PartialState
 
-from kd_plugins import DistillError
+from kd_plugins.errors import DistillError, did_you_mean, told
 
-__all__ = ["run_command"]
+__all__ = ["explain", "flags", "given", "run_command", "with_file"]
 
 
 def run_command(name: str, command: Callable[[], Any]) -> int:
@@ -33,3 +37,97 @@ def run_command(name: str, command: Callable[[], Any]) -> int:
             print(f"{name}: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def with_file(parser: ArgumentParser, argv: Sequence[str] | None, refused: Mapping[str, Any]) -> list[str]:
+    """The words of a command line behind those of the file of arguments that its `--config` names, if any.
+
+    An entry of the file becomes what would be written on the command line, so that both are read and checked alike; a
+    flag takes the place of the entry. Exits with a message where the file cannot be read, or names an unknown argument.
+
+    Args:
+        parser: The parser, which has `--config`.
+        argv: Arguments; None takes those of the process.
+        refused: Arguments that a file may name where they have these values, and no others.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    files = ArgumentParser(prog=parser.prog, add_help=False, allow_abbrev=False)
+    files.add_argument(*flags(parser)["--config"].option_strings, dest="paths", action="append", default=[])
+    paths = files.parse_known_args(words)[0].paths
+    try:
+        if len(paths) > 1:
+            raise DistillError("--config: expected one file of arguments, got two.")
+        from_file = [word for path in paths for word in _from_file(parser, path, words, refused)]
+    except DistillError as error:
+        parser.error(str(error))
+    # Before all flags, as the last of equal ones counts, and behind what stands first without one.
+    first = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    return [*words[:first], *from_file, *words[first:]]
+
+
+def given(parser: ArgumentParser, words: Sequence[str]) -> set[str]:
+    """The destinations of the flags that occur in a command line."""
+    actions, names = flags(parser), (word.partition("=")[0] for word in words)
+    return {actions[name].dest for name in names if name in actions}
+
+
+def explain(parser: ArgumentParser, word: str) -> str:
+    """What is wrong with a word of the command line that the parser does not know."""
+    known = [flag for flag in flags(parser) if flag.startswith("--")]
+    return f"unrecognized argument {word}.{did_you_mean(word.partition('=')[0], known)}"
+
+
+def flags(parser: ArgumentParser) -> dict[str, Action]:
+    """What each flag of a parser does."""
+    return parser._option_string_actions
+
+
+def _from_file(parser: ArgumentParser, path: str, words: Sequence[str], refused: Mapping[str, Any]) -> list[str]:
+    """The entries of a file that no flag overrides, as words of the command line."""
+    with told(f"{path} cannot be read as arguments", OSError, ValueError, yaml.YAMLError):
+        text = Path(path).read_text(encoding="utf-8")
+        values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text) or {}
+    if not isinstance(values, dict):
+        raise DistillError(f"{path}: expected a mapping of argument names to values, got {type(values).__name__}.")
+    known, overridden = flags(parser), given(parser, words)
+    positional = [action.dest for action in parser._actions if not action.option_strings]
+    from_file = []
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        flag = next((f for f in (f"--{name}", f"--{name.replace('_', '-')}") if f in known), None)
+        if name in positional:
+            parser.set_defaults(**{name: value})
+        elif name in refused:
+            # A file that timm's own script wrote names every flag; one at its default asks for nothing.
+            if value != refused[name]:
+                raise DistillError(f"{path}: {key} is a flag of timm's that is not supported yet: leave it out.")
+        elif flag is None or name == "help":
+            raise DistillError(f"{path}: unknown argument {key!r}.{did_you_mean(name, [f[2:] for f in known])}")
+        elif value is not None and name != "config" and known[flag].dest not in overridden:
+            from_file += _as_words(flag, value, known[flag])
+    return from_file
+
+
+def _as_words(flag: str, value: Any, action: Action) -> list[str]:
+    """An entry of a file as it would be written on the command line."""
+    if action.nargs in (0, "*", "+") and value == action.default:
+        return []
+    if action.nargs == 0 and value is True:
+        return [flag]
+    several = action.nargs in ("*", "+") or isinstance(action.nargs, int) and action.nargs > 0
+    if isinstance(value, list) and (any(isinstance(v, Mapping) for v in value) if several else action.default == []):
+        # A flag that is written once for each item.
+        return [word for item in value for word in _as_words(flag, item, action)]
+    if isinstance(value, Mapping) and several:
+        write = _option if action.dest == "distill_args" else repr
+        value = [f"{key}={write(item)}" for key, item in value.items()]
+    if several:
+        return [flag, *map(str, value if isinstance(value, list) else [value])]
+    return [f"{flag}={json.dumps(value) if isinstance(value, (Mapping, list, bool)) else value}"]
+
+
+def _option(value: Any) -> str:
+    """A value of a file in the notation of --distill-args."""
+    if isinstance(value, list) and not any(isinstance(item, (list, Mapping)) for item in value):
+        return ",".join(str(item) for item in value)
+    return value if isinstance(value, str) else json.dumps(value)

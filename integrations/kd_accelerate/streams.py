@@ -63,13 +63,8 @@ class StagedDataset(Dataset):
         seed: int,
         wrap: Callable[[Any, int], Any] | None = None,
     ) -> None:
-        self.dataset, self.distiller, self.epoch_steps, self.seed, self.wrap = (
-            dataset,
-            distiller,
-            epoch_steps,
-            seed,
-            wrap,
-        )
+        self.dataset, self.distiller, self.wrap = dataset, distiller, wrap
+        self.epoch_steps, self.seed = epoch_steps, seed
         # In shared memory, where workers that outlive an epoch see it change.
         self._rows = torch.arange(len(dataset)).share_memory_()
         self._left = torch.tensor(len(dataset)).share_memory_()
@@ -103,12 +98,19 @@ class Streams:
         batch_size: Examples in a batch of one process.
         collate: Makes a batch of items.
         seed: Of the split and the shuffling.
+        wrap: Makes the item of a row: `wrap(item, row)`.
     """
 
     def __init__(
-        self, dataset: Any, shares: Mapping[str, float], batch_size: int, collate: Callable[[list[Any]], Any], seed: int
+        self,
+        dataset: Any,
+        shares: Mapping[str, float],
+        batch_size: int,
+        collate: Callable[[list[Any]], Any],
+        seed: int,
+        wrap: Callable[[Any, int], Any] | None = None,
     ) -> None:
-        self.dataset, self.batch_size, self.collate, self.seed = dataset, batch_size, collate, seed
+        self.dataset, self.batch_size, self.collate, self.seed, self.wrap = dataset, batch_size, collate, seed, wrap
         self.rows = split(len(dataset), shares, seed)
         self.drawn = dict.fromkeys(shares, 0)
         self._orders: dict[str, tuple[int, list[int]]] = {}
@@ -119,7 +121,9 @@ class Streams:
         rank = dist.get_rank() if distributed() else 0
         first = (self.drawn[name] * world + rank) * self.batch_size
         self.drawn[name] += 1
-        return self.collate([self.dataset[self._row(name, first + i)] for i in range(self.batch_size)])
+        rows = [self._row(name, first + i) for i in range(self.batch_size)]
+        items = [self.dataset[row] for row in rows]
+        return self.collate(items if self.wrap is None else list(map(self.wrap, items, rows)))
 
     def _row(self, name: str, position: int) -> int:
         rows = self.rows[name]

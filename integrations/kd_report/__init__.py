@@ -37,11 +37,9 @@ def render(folders: Sequence[str | Path]) -> str:
         folders: Output folders of runs.
     """
     check_pages()
-    from kd_report.comparison import comparison_page
-    from kd_report.pages import run_page
+    from kd_report.pages import page
 
-    runs = [load_run(folder) for folder in folders]
-    return run_page(runs[0]) if len(runs) == 1 else comparison_page(runs)
+    return page([load_run(folder) for folder in folders])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,7 +6,6 @@ Reads a few evaluation batches and leaves no trace: evaluation mode, no gradient
 from __future__ import annotations
 
 import dataclasses
-import random
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,17 +19,17 @@ from torch import Tensor, nn
 
 from kd_plugins import Batch, DistillError, Net, Nets, Reads
 from kd_plugins import functional as KF
+from kd_plugins.binding import untouched
 from kd_plugins.reading.network import adapt
 from kd_plugins.reading.trunk import find_trunk
 from kd_plugins.reading.view import View
-from kd_report.measures import Predictions, Similarity, common_maps, mean_rows, project_channels, rows_of
+from kd_report.measures import Predictions, Similarity, common_maps, decisions, mean_decisions, project_channels
 
 __all__ = ["Analysis", "analyse", "as_nets"]
 
 Decode = Callable[[list[int]], Sequence[str]]
-Maps = dict[str, Tensor]
 
-_CHUNK, _LAYERS, _SHOWN_LAYERS = 64, 12, 4
+_LAYERS, _SHOWN_LAYERS = 12, 4
 _MAP, _IMAGE, _TOKENS = 32, 96, 40
 
 
@@ -79,8 +78,9 @@ def analyse(
 
     Args:
         nets: The networks, unwrapped; a bare student where there is no distiller.
-        batches: Evaluation batches in a fixed order; made lazily they are drawn outside the training's random state.
-        examples: Examples to look at.
+        batches: Evaluation batches in a fixed order, of few examples each, as all layers' activations are held at once;
+            made lazily they are drawn outside the training's random state.
+        examples: No batch is begun after so many examples.
         shown: Examples whose maps and attention are kept.
         seconds: No batch is begun after this time; at least one is read.
         decode: Turns a sentence's token ids into the tokens' texts.
@@ -88,87 +88,79 @@ def analyse(
     """
     nets = as_nets(nets)
     began, found, count = time.monotonic(), Analysis(), 0
-    with _untouched(nets):
-        device = next((p.device for p in nets.student.module.parameters()), torch.device("cpu"))
-        stream = _chunks(batches, examples, device)
-        first = chunk = next(stream, None)
-        if first is None:
+    peers = [f"peer{i}" for i in range(1, len(nets.peers))]
+    compared = "teacher" if nets.teachers else peers[0] if peers else "student"
+    named = dict(zip(["student", *peers, "teacher"], [*nets.peers, *nets.teachers], strict=False))
+    fitting = [i for i in range(len(nets.teachers)) if i not in misfits]
+    others = [_fresh(nets.teachers[i]) for i in fitting if i > 0]
+    device = next((p.device for p in nets.student.module.parameters()), torch.device("cpu"))
+    with _without_trace(nets):
+        for batch in (batch.to(device) for batch in batches):
+            if not batch.size:
+                raise DistillError("The analysis needs batches of examples, got one whose size is unknown.")
+            if not count:
+                first, pick = batch, _pick(batch, shown)
+                readers = {name: _Reader(net, batch) for name, net in named.items()}
+                found.summary |= {name: {"layers": list(reader.places)} for name, reader in readers.items()}
+                predictions, similarity = Predictions(compared), Similarity([len(r.places) for r in readers.values()])
+            views = {name: reader(batch) for name, reader in readers.items()}
+            seen = {name: readers[name].activations(view) for name, view in views.items()}
+            if not count and _is_image(batch):
+                for name in dict.fromkeys(("student", compared)):
+                    _keep_maps(found, name, readers[name], {layer: x[pick].float() for layer, x in seen[name].items()})
+                if "teacher" in seen:
+                    _keep_channels(found, seen["student"], seen["teacher"], pick)
+            taught = [views.pop("teacher")][: 0 in fitting] if "teacher" in views else []
+            taught += [other(batch, reads=Reads()) for other in others]
+            made = {name: decisions(view, batch) for name, view in views.items()}
+            predictions.add(made | {"teacher": mean_decisions([decisions(view, batch) for view in taught])})
+            similarity.add([_vectors(x, batch) for layers in seen.values() for x in layers.values()])
+            count += batch.size
+            if count >= examples or time.monotonic() - began >= seconds:
+                break
+        if not count:
             raise DistillError("The analysis got no evaluation batches: give at least one.")
-        readers = {name: _Reader(net, first) for name, net in _compared(nets).items()}
-        fitting = [i for i in range(len(nets.teachers)) if i not in misfits]
-        asked = [_fresh(nets.teachers[i]) for i in fitting if i > 0]
-        predictions, similarity = Predictions(list(readers)), Similarity([len(r.places) for r in readers.values()])
-        pick = _pick(first, shown)
-        while chunk is not None:
-            read = {name: reader(chunk) for name, reader in readers.items()}
-            logits, seen = ({name: one[part] for name, one in read.items()} for part in (0, 1))
-            if chunk is first:
-                _keep_maps(found, readers, seen, first, pick)
-            rows = {name: rows_of(value, chunk) for name, value in logits.items()}
-            if asked or misfits:
-                taught = [rows["teacher"]] if 0 in fitting else []
-                rows["teacher"] = mean_rows([*taught, *(rows_of(t(chunk, reads=Reads()).logits, chunk) for t in asked)])
-            predictions.add(rows)
-            similarity.add([_vectors(seen[n][layer], chunk) for n, r in readers.items() for layer in r.places])
-            count += chunk.size
-            chunk = next(stream, None) if time.monotonic() - began < seconds else None
-        for name in dict.fromkeys(("student", list(readers)[-1])):
+        for name in dict.fromkeys(("student", compared)):
             _keep_attention(found, name, readers[name], first, pick)
         _keep_examples(found, _part(first, pick), decode)
     if similarity.sum is not None:
-        names, trained = list(readers), _trained(nets)
-        found.arrays["cka"] = similarity.between(0, len(names) - 1)
-        if len(trained) > 1 and all(readers[name].places for name in trained):
-            pairs = [[similarity.between(names.index(a), names.index(b))[-1, -1] for b in trained] for a in trained]
-            found.arrays["peers/similarity"] = torch.tensor(pairs)
+        found.arrays["cka"] = similarity.between(0, list(readers).index(compared))
+        trained = range(1 + len(peers))
+        if peers and all(readers[name].places for name in ("student", *peers)):
+            rows = [[similarity.between(a, b)[-1, -1] for b in trained] for a in trained]
+            found.arrays["peers/similarity"] = torch.tensor(rows)
     found.summary["predictions"], arrays = predictions.result()
     found.arrays |= arrays
-    found.summary |= {"peers": _trained(nets)[1:], "examples": count, "compared": list(readers)[-1]}
-    found.summary |= {"teachers": len(fitting), "seconds": round(time.monotonic() - began, 3)}
+    found.summary |= {"peers": peers, "examples": count, "compared": compared, "teachers": len(fitting)}
+    found.summary["seconds"] = round(time.monotonic() - began, 3)
     return found
-
-
-def _trained(nets: Nets) -> list[str]:
-    """Names of the networks that were trained together; the first peer is what a student without teacher meets."""
-    first = "peer1" if nets.teachers else "peer"
-    return ["student", first, *(f"peer{i}" for i in range(2, len(nets.peers)))][: len(nets.peers)]
-
-
-def _compared(nets: Nets) -> dict[str, Net]:
-    """All networks that are looked at; the last is what the student is compared with, its teacher or its first peer."""
-    named = dict(zip(_trained(nets), nets.peers, strict=True))
-    if nets.teachers:
-        named["teacher"] = nets.teachers[0]
-    elif len(nets.peers) > 1:
-        named["peer"] = named.pop("peer")
-    return named
 
 
 # Reading without a trace
 
 
 @contextmanager
-def _untouched(nets: Nets) -> Iterator[None]:
-    """Evaluation mode and no gradient; modes, hooks and every random state are as before afterwards."""
+def _without_trace(nets: Nets) -> Iterator[None]:
+    """`untouched`; neither a hook remains, nor a draw from NumPy's random stream."""
     import numpy
 
-    modules = list({id(m): m for net in nets for m in net.module.modules()}.values())
-    modes = [m.training for m in modules]
-    hooks = [(d, set(d)) for m in modules for n, d in vars(m).items() if n.startswith("_forward_")]
-    devices = sorted({p.device.index or 0 for net in nets for p in net.module.parameters() if p.device.type == "cuda"})
-    states = random.getstate(), numpy.random.get_state()
+    modules = {m for net in nets for m in net.module.modules()}
+    hooks = [(d, set(d)) for m in modules for name, d in vars(m).items() if name.startswith("_forward_")]
+    state = numpy.random.get_state()
     try:
-        for net in nets:
-            net.module.eval()
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        with untouched(nets):
             yield
     finally:
-        random.setstate(states[0])
-        numpy.random.set_state(states[1])
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
+        numpy.random.set_state(state)
+        # A network's own hooks, which transformers installs in a first forward, are here to stay.
+        ours = {
+            key
+            for m in modules
+            for key, hook in (*m._forward_hooks.items(), *m._forward_pre_hooks.items())
+            if str(getattr(hook, "__module__", "")).startswith(("kd_plugins.", "kd_timm.", "kd_transformers."))
+        }
         for installed, before in hooks:
-            for added in set(installed) - before:
+            for added in ours & set(installed) - before:
                 del installed[added]
 
 
@@ -177,22 +169,7 @@ def _fresh(net: Net) -> Net:
     return Net(adapt(net.module), Reads, frozen=net.frozen, transform=net.transform, order=net.order)
 
 
-def _chunks(batches: Iterable[Batch], examples: int, device: torch.device) -> Iterator[Batch]:
-    """Parts of batches, small enough that every layer's activations fit into memory."""
-    left = examples
-    for batch in batches:
-        if left <= 0:
-            return
-        if not batch.size:
-            raise DistillError("The analysis needs batches of examples, got one whose size is unknown.")
-        batch = batch.to(device)
-        for rows in torch.arange(min(batch.size, left), device=device).split(_CHUNK):
-            left -= len(rows)
-            yield _part(batch, rows)
-
-
 def _part(batch: Batch, rows: Tensor) -> Batch:
-
     def cut(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {key: cut(item) for key, item in value.items()}
@@ -217,9 +194,27 @@ class _Reader:
         if not self._readable(self.places.values(), two):
             self.places = {name: place for name, place in self.places.items() if self._readable([place], two)}
 
-    def __call__(self, batch: Batch) -> tuple[Tensor, Maps]:
-        view = self.net(batch, reads=_reads(self.places.values(), logits=True))
-        return view.logits, {name: _activation(view, place) for name, place in self.places.items()}
+    def __call__(self, batch: Batch) -> View:
+        return self.net(batch, reads=_reads(self.places.values(), logits=True))
+
+    def activations(self, view: View) -> dict[str, Tensor]:
+        """What a view saw of the layers."""
+        return {name: _activation(view, place) for name, place in self.places.items()}
+
+    def strength(self, x: Tensor) -> Tensor | None:
+        """Root mean square over the channels of maps, or of a sequence of patches, `[n, h, w]`; None of others."""
+        if x.dim() == 4:
+            return _channels_first(x).square().mean(1).sqrt()
+        return self.patches(x.square().mean(-1).sqrt()) if x.dim() == 3 else None
+
+    def patches(self, x: Tensor) -> Tensor | None:
+        """A square map `[n, h, w]` of values `[n, L]` of tokens, without what stands before patches; None of others."""
+        before = getattr(self.net.module, "num_prefix_tokens", None)
+        for prefix in range(6) if before is None else (before,):
+            side = round(max(x.shape[1] - prefix, 0) ** 0.5)
+            if side > 1 and side * side == x.shape[1] - prefix:
+                return x[:, prefix:].unflatten(1, (side, side))
+        return None
 
     def _layers(self, batch: Batch) -> dict[str, str | int]:
         """Numbers of a transformer's layers; else blocks and stem of the trunk, stages, or all modules with weights."""
@@ -298,54 +293,28 @@ def _is_image(batch: Batch) -> bool:
     return batch.inputs is not None and batch.inputs.dim() == 4 and batch.inputs.is_floating_point()
 
 
-def _grid(tokens: int, prefix: int | None = None) -> tuple[int, int] | None:
-    """Number of prefix tokens and side of the square grid behind a sequence of patches.
-
-    >>> _grid(197), _grid(64), _grid(199, 3), _grid(3)
-    ((1, 14), (0, 8), (3, 14), None)
-    """
-    for count in range(6) if prefix is None else (prefix,):
-        side = round(max(tokens - count, 0) ** 0.5)
-        if side > 1 and side * side == tokens - count:
-            return count, side
-    return None
-
-
-def _keep_maps(
-    found: Analysis, readers: Mapping[str, _Reader], seen: Mapping[str, Maps], batch: Batch, pick: Tensor
-) -> None:
-    """Keeps layer names, the root mean square over channels of a few layers' maps, and the channels of two."""
-    shown = ("student", list(readers)[-1])
-    for name, reader in readers.items():
-        found.summary[name] = {"layers": list(reader.places)}
-        if name not in shown or not _is_image(batch):
-            continue
-        prefix = getattr(reader.net.module, "num_prefix_tokens", None)
-        strengths = {layer: _strength(x[pick].float(), prefix) for layer, x in seen[name].items()}
-        drawn = {layer: x for layer, x in strengths.items() if x is not None and min(x.shape[1:]) > 1}
-        maps = {layer: _shrink(x[:, None], _MAP)[:, 0].half().cpu().contiguous() for layer, x in drawn.items()}
-        # The last layer of each resolution; with one resolution, a few layers over the depth.
-        last = {tuple(x.shape): layer for layer, x in maps.items()}
-        chosen = _spread(list(last.values() if len(last) > 2 else maps), _SHOWN_LAYERS)
-        found.summary[name]["maps"] = chosen
-        found.arrays |= {f"{name}/map/{i}": maps[layer] for i, layer in enumerate(chosen)}
-    if "teacher" in seen and _is_image(batch):
-        both = [{k: _channels_first(x) for k, x in seen[n].items() if x.dim() == 4} for n in ("student", "teacher")]
-        layers = common_maps(*both)
-        if layers is not None:
-            ours, theirs = (maps[layer] for maps, layer in zip(both, layers, strict=True))
-            points = project_channels(ours[pick], theirs[pick])
-            found.arrays["student/channels"], found.arrays["teacher/channels"] = points
-            about = {"mmd": float(KF.nst(ours.float(), theirs.float(), "poly")), "examples": len(ours)}
-            found.summary["channels"] = {"student": layers[0], "teacher": layers[1], **about}
+def _keep_maps(found: Analysis, name: str, reader: _Reader, activations: Mapping[str, Tensor]) -> None:
+    """Keeps the root mean square over channels of a few layers' maps."""
+    strengths = {layer: reader.strength(x) for layer, x in activations.items()}
+    drawn = {layer: x for layer, x in strengths.items() if x is not None and min(x.shape[1:]) > 1}
+    maps = {layer: _shrink(x[:, None], _MAP)[:, 0].half().cpu().contiguous() for layer, x in drawn.items()}
+    # The last layer of each resolution; with one resolution, a few layers over the depth.
+    last = {tuple(x.shape): layer for layer, x in maps.items()}
+    chosen = _spread(list(last.values() if len(last) > 2 else maps), _SHOWN_LAYERS)
+    found.summary[name]["maps"] = chosen
+    found.arrays |= {f"{name}/map/{i}": maps[layer] for i, layer in enumerate(chosen)}
 
 
-def _strength(x: Tensor, prefix: int | None) -> Tensor | None:
-    """Root mean square over the channels of maps, or of a sequence of patches, `[n, h, w]`; None for anything else."""
-    if x.dim() == 4:
-        return _channels_first(x).square().mean(1).sqrt()
-    grid = _grid(x.shape[1], prefix) if x.dim() == 3 else None
-    return None if grid is None else x[:, grid[0] :].square().mean(-1).sqrt().unflatten(1, (grid[1], grid[1]))
+def _keep_channels(found: Analysis, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], pick: Tensor) -> None:
+    """Keeps the channels of the deepest maps of one size as points of a plane, and how far apart they are."""
+    both = [{layer: _channels_first(x) for layer, x in seen.items() if x.dim() == 4} for seen in (student, teacher)]
+    layers = common_maps(*both)
+    if layers is not None:
+        ours, theirs = (maps[layer] for maps, layer in zip(both, layers, strict=True))
+        points = project_channels(ours[pick], theirs[pick])
+        found.arrays["student/channels"], found.arrays["teacher/channels"] = points
+        about = {"mmd": float(KF.nst(ours.float(), theirs.float(), "poly")), "examples": len(ours)}
+        found.summary["channels"] = {"student": layers[0], "teacher": layers[1], **about}
 
 
 def _shrink(x: Tensor, side: int) -> Tensor:
@@ -371,11 +340,11 @@ def _keep_attention(found: Analysis, name: str, reader: _Reader, batch: Batch, p
             return
         probs = probs.float().mean(1)
         if _is_image(batch):
-            grid = _grid(probs.shape[-1], getattr(reader.net.module, "num_prefix_tokens", None))
-            if grid is None:
+            # A class token, where there is one, tells what it attends to; else the patches do.
+            tokens, patches = probs.shape[-1], reader.patches(probs[:, 0])
+            if patches is None:
                 return
-            prefix, side = grid
-            probs = (probs[:, 0] if prefix else probs.mean(1))[:, prefix:].unflatten(1, (side, side))
+            probs = patches if patches[0].numel() < tokens else reader.patches(probs.mean(1))
         else:
             probs = probs[:, :_TOKENS, :_TOKENS]
         kept.append(probs)

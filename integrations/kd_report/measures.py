@@ -10,69 +10,52 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_plugins import Batch
+from kd_plugins.reading.scores import class_scores
+from kd_plugins.reading.view import View
 
-__all__ = [
-    "Predictions",
-    "Rows",
-    "Similarity",
-    "calibration",
-    "common_maps",
-    "mean_rows",
-    "project_channels",
-    "rows_of",
-]
+__all__ = ["Predictions", "Similarity", "calibration", "common_maps", "decisions", "mean_decisions", "project_channels"]
 
 _ROWS, _CLASSES, _BINS, _POINTS = 2048, 100, 15, 256
 
 
-class Rows(NamedTuple):
+class Decisions(NamedTuple):
     """Scores `[N, K]` of single decisions, and their right answers `[N]` where those are known."""
 
     logits: Tensor
     labels: Tensor | None
 
 
-def rows_of(logits: Tensor, batch: Batch) -> Rows | None:
-    """The decisions in the logits of a batch, read by its task and labels; None for a task without classes.
+def decisions(view: View, batch: Batch) -> Decisions | None:
+    """The decisions in the scores of a batch; None for a task without classes.
 
-    Tokens and pixels count one by one, at most 2,048 of a batch, evenly spaced; a multi-label score is a decision
+    Tokens and pixels count one by one, at most 2,048 of a batch, evenly spaced; a score under a sigmoid is a decision
     between yes and no.
     """
-    logits, task = logits.detach().float(), batch.task
-    labels = batch.labels.detach() if isinstance(batch.labels, Tensor) else None
-    if task == "classification" and logits.dim() == 2 and logits.shape[1] > 1:
-        return Rows(logits, labels.argmax(1) if labels is not None and labels.dim() == 2 else labels)
-    if task == "multilabel":
-        rows = torch.stack([torch.zeros_like(logits.flatten()), logits.flatten()], 1)
-        return _some(rows, None if labels is None else (labels.flatten() > 0.5).long())
-    if task == "segmentation" and logits.dim() == 4:
-        if labels is not None:
-            labels = F.interpolate(labels[:, None].float(), logits.shape[-2:]).long()
-        return _some(logits.movedim(1, -1).flatten(0, 2), labels)
-    if task in ("token", "causal-lm") and logits.dim() == 3:
-        if task == "causal-lm":
-            logits, labels = logits[:, :-1], None if labels is None else labels[:, 1:]
-        return _some(logits.flatten(0, 1), labels)
-    return None
-
-
-def mean_rows(rows: Sequence[Rows | None]) -> Rows | None:
-    """The decisions of several networks together, by the mean of their probabilities; None where nobody decides."""
-    known = [r for r in rows if r is not None]
-    if not known:
+    if batch.task == "regression":
         return None
-    return Rows(torch.stack([r.logits.softmax(-1) for r in known]).mean(0).log(), known[0].labels)
-
-
-def _some(logits: Tensor, labels: Tensor | None) -> Rows:
-    """Rows with a label, or all where there are none; not more than are needed."""
+    rows = class_scores(view, view, batch)
+    logits, labels = rows.student.detach().float().flatten(0, 1), rows.labels
+    if rows.binary:
+        logits = torch.stack([torch.zeros_like(logits), logits], -1).flatten(0, 1)
+        given = batch.labels
+        labels = given > 0.5 if isinstance(given, Tensor) and given.numel() == len(logits) else None
     index = torch.arange(len(logits), device=logits.device)
     if labels is not None:
-        labels = labels.flatten()
+        labels = labels.detach().flatten().long()
         index = index[(labels >= 0) & (labels < logits.shape[1])]
+    elif rows.mask is not None and len(logits) == rows.mask.numel():
+        index = index[rows.mask.flatten()]
     if len(index) > _ROWS:
         index = index[torch.linspace(0, len(index) - 1, _ROWS, device=index.device).round().long()]
-    return Rows(logits[index], None if labels is None else labels[index])
+    return Decisions(logits[index], None if labels is None else labels[index])
+
+
+def mean_decisions(several: Sequence[Decisions | None]) -> Decisions | None:
+    """The decisions of several networks together, by the mean of their probabilities; None where nobody decides."""
+    known = [one for one in several if one is not None]
+    if len(known) < 2:
+        return known[0] if known else None
+    return Decisions(torch.stack([one.logits.softmax(-1) for one in known]).mean(0).log(), known[0].labels)
 
 
 def calibration(confidence: Tensor, correct: Tensor, bins: int = _BINS) -> tuple[float, Tensor]:
@@ -95,27 +78,27 @@ def calibration(confidence: Tensor, correct: Tensor, bins: int = _BINS) -> tuple
     """
     place = (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)
     each = torch.stack([torch.ones_like(confidence), confidence, correct.to(confidence)], 1).double()
-    sums = torch.zeros(bins, 3, dtype=torch.float64, device=confidence.device).index_add_(0, place, each)
+    sums = torch.zeros(bins, 3, dtype=torch.float64).index_add_(0, place.cpu(), each.cpu())
     means = sums[:, 1:] / sums[:, :1].clamp_min(1)
-    error = float(((means[:, 0] - means[:, 1]).abs() * sums[:, 0]).sum() / sums[:, 0].sum().clamp_min(1))
-    return error, torch.cat([sums[:, :1], means], 1).float().cpu()
+    error = float((sums[:, 1] - sums[:, 2]).abs().sum() / sums[:, 0].sum().clamp_min(1))
+    return error, torch.cat([sums[:, :1], means], 1).float()
 
 
 class Predictions:
-    """Collects the decisions of networks, batch by batch; the first is the student, the last what it is compared to."""
+    """Collects the decisions of networks, batch by batch; `compared` is what the student is compared with."""
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names, self.classes = list(names), 0
-        self._rows: dict[str, list[Tensor]] = {}
+    def __init__(self, compared: str) -> None:
+        self.compared, self.classes = compared, 0
+        self._rows: dict[str, dict[str, list[Tensor]]] = {}
 
-    def add(self, rows: dict[str, Rows | None]) -> None:
-        """Adds one batch; networks with other numbers of classes are not compared with each other."""
-        known = {name: r for name, r in rows.items() if r is not None and len(r.logits)}
-        student = known.get(self.names[0])
+    def add(self, asked: Mapping[str, Decisions | None]) -> None:
+        """Adds one batch; networks with other numbers of classes are not compared with the student."""
+        known = {name: d for name, d in asked.items() if d is not None and len(d.logits)}
+        student = known.get("student")
         if student is None:
             return
-        self.classes = student.logits.shape[1]
-        own = student.logits.log_softmax(-1)
+        self.classes, own = student.logits.shape[1], student.logits.log_softmax(-1)
+        choices = own.argmax(-1)
         for name, (logits, labels) in known.items():
             logs = logits.log_softmax(-1)
             confidence, predicted = logs.exp().max(-1)
@@ -123,41 +106,37 @@ class Predictions:
             if labels is not None:
                 values["label"] = labels
                 values["nll"] = F.nll_loss(logs, labels.clamp_max(logs.shape[1] - 1), reduction="none")
-            if name != self.names[0] and logits.shape == student.logits.shape:
+            if name != "student" and logits.shape == student.logits.shape:
                 values["kl"] = (logs.exp() * (logs - own)).nan_to_num().sum(-1)
+                values["agreement"] = (choices == predicted).float()
             for key, value in values.items():
-                self._rows.setdefault(f"{name}/{key}", []).append(value.cpu())
+                self._rows.setdefault(name, {}).setdefault(key, []).append(value.cpu())
 
     def result(self) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
         """Numbers for JSON, and arrays: reliability diagrams and confusion matrices by network.
 
-        Agreement and KL are with the student; those of the last network are given for the whole as well.
+        Agreement and KL are with the student; the student's own are with the compared network.
         """
-        found = {name: torch.cat(parts) for name, parts in self._rows.items()}
-        choices = found.get(f"{self.names[0]}/predicted")
-        if choices is None:
-            return None, {}
-        summary: dict[str, Any] = {"decisions": len(choices), "classes": self.classes}
+        summary: dict[str, Any] = {"classes": self.classes}
         arrays: dict[str, Tensor] = {}
-        for name in (name for name in self.names if f"{name}/predicted" in found):
-            predicted, confidence = found[f"{name}/predicted"], found[f"{name}/confidence"]
-            own = {"confidence": float(confidence.mean())}
-            if f"{name}/label" in found:
-                labels = found[f"{name}/label"]
+        for name, parts in self._rows.items():
+            found = {key: torch.cat(values) for key, values in parts.items()}
+            means: dict[str, float] = {
+                k: float(found[k].mean()) for k in ("confidence", "nll", "kl", "agreement") if k in found
+            }
+            predicted, labels = found["predicted"], found.get("label")
+            if labels is not None:
                 correct = predicted == labels
-                error, arrays[f"{name}/reliability"] = calibration(confidence, correct)
-                own |= {"accuracy": float(correct.float().mean()), "ece": error}
-                own["nll"] = float(found[f"{name}/nll"].mean())
+                means["ece"], arrays[f"{name}/reliability"] = calibration(found["confidence"], correct)
+                means["accuracy"] = float(correct.float().mean())
                 if self.classes <= _CLASSES and predicted.max() < self.classes:
                     cells = torch.bincount(labels * self.classes + predicted, minlength=self.classes**2)
                     arrays[f"{name}/confusion"] = cells.view(self.classes, self.classes).int()
-            if f"{name}/kl" in found:
-                agreement = float((choices == predicted).float().mean())
-                both = {"agreement": agreement, "kl": float(found[f"{name}/kl"].mean())}
-                own |= both
-                summary |= both if name == self.names[-1] else {}
-            summary[name] = own
-        return summary, arrays
+            summary[name] = means
+        compared = summary.get(self.compared, {})
+        if self._rows:
+            summary["student"] |= {key: compared[key] for key in ("agreement", "kl") if key in compared}
+        return summary if self._rows else None, arrays
 
 
 class Similarity:
@@ -188,8 +167,7 @@ class Similarity:
         rows, flat = grams.sum(-1), grams.flatten(1)
         total = rows.sum(-1)
         hsic = flat @ flat.T + total[:, None] * total / ((n - 1) * (n - 2)) - 2 / (n - 2) * (rows @ rows.T)
-        hsic /= n * (n - 3)
-        self.sum = hsic if self.sum is None else self.sum + hsic
+        self.sum = hsic / (n * (n - 3)) + (0 if self.sum is None else self.sum)
 
     def between(self, i: int, j: int) -> Tensor:
         """CKA `[layers of i, layers of j]` of two networks, once a minibatch was added."""
@@ -239,7 +217,6 @@ def project_channels(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     plane = torch.linalg.svd(theirs - centre, full_matrices=False).Vh[:, :2]
     # A component's sign is arbitrary; its largest entry shall be positive, on every machine.
     plane = (plane * plane.gather(2, plane.abs().argmax(2, keepdim=True)).sign()).mT
-    if plane.shape[2] < 2:  # One channel, or two positions, span no plane.
-        plane = F.pad(plane, (0, 2 - plane.shape[2]))
+    plane = F.pad(plane, (0, 2 - plane.shape[2]))  # One channel, or two positions, span no plane.
     ours, theirs = (((x - centre) @ plane)[:, :: -(-x.shape[1] // _POINTS)].contiguous() for x in (ours, theirs))
     return ours, theirs

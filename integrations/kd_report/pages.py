@@ -1,93 +1,134 @@
-"""The page of one run, and what all pages are made with."""
+"""The page of a run, or of several that it compares: its sections, each made of tables, charts and images."""
 
 from __future__ import annotations
 
 import json
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
+from os.path import commonprefix
 from typing import Any
 
 import torch
 from jinja2 import Environment, PackageLoader
-from markupsafe import Markup
 from matplotlib import colormaps
 from torch import Tensor
 
 from kd_plugins.picture import png
 from kd_report import charts, curves
-from kd_report.charts import number, own_ids
+from kd_report.charts import number
 from kd_report.runs import Run
 
-__all__ = ["Sections", "calibration_charts", "document", "percent", "run_page", "similarity_charts", "value"]
+__all__ = ["page"]
 
-Sections = Mapping[str, tuple[str, Callable[[Any], Any]]]
-"""What a page shows: for each section, which is a macro of the template, its heading and what finds its content."""
+Parts = list[tuple[str, Any]]
+"""What a section shows: macros of the template, by name, and what each is given; empty contents are left out."""
 
-Lines = dict[str, list[tuple[str, Tensor]]]
-_PHASES = ("before", "after")
 _SENTENCES, _CHANNEL_EXAMPLES, _CHANGES = 3, 2, 8
 _PNG = re.compile(r"data:image/png;base64,[A-Za-z0-9+/]+={0,2}")
+# What is told of a network's predictions, and how: the format, the factor, the unit.
+_MEASURES: dict[str, tuple[Any, ...]] = {
+    **{"accuracy": (".2f", 100, " %"), "agreement": (".1f", 100, " %"), "KL": (".3f",), "ECE": (".1f", 100, " %")},
+    **{"NLL": (".3f",), "confidence": (".1f", 100, " %")},
+}
+# What differs between the seeds of one experiment, or says nothing about it.
+_INCIDENTAL = {"seed", "experiment", "output", "output_dir", "resume", "log_interval", "run_name", "logging_dir"}
 
 
-def run_page(run: Run) -> str:
-    """The page of one run as HTML."""
-    title = f"{run.method}: {run.student}" + (f" from {run.teacher}" if run.teacher else "")
-    status, started = run.info.get("status"), str(run.info.get("started") or "")[:16].replace("T", " ")
-    when = [started and f"{started} UTC", f"({status})" if status not in (None, "finished") else ""]
-    lead = [run.info.get("host"), run.info.get("data"), run.info.get("device"), " ".join(filter(None, when))]
-    return document("run.html.j2", run, _SECTIONS, title, lead)
+class Subject:
+    """The runs of a page.
+
+    Attributes:
+        all: The runs as they were given.
+        one: The only run; None where several are compared.
+        groups: Runs by experiment, those that differ in their seed alone together: first what was trained alone, last
+            those whose student is a teacher of others.
+        networks: What is told of: a name, the runs that show it, before or after the training, and its key there.
+        axis: What curves run over.
+    """
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self.all, self.one = runs, runs[0] if len(runs) == 1 else None
+        self.axis = curves.axis(runs)
+        found = {"student": list(runs)} if self.one else _experiments(runs)
+        teachers = {_identity(network) for run in runs for network in run.info.get("teachers") or []}
+        taught = {_identity(run.info.get("student")) for run in runs if run.method != "alone"}
+        own = {name: _identity(group[0].info.get("student")) for name, group in found.items()}
+        above = {name for name in found if found[name][0].method == "alone" and own[name] in teachers - taught}
+        order = sorted(found, key=lambda name: (name in above, found[name][0].method != "alone"))
+        self.groups = {f"{n} (teacher)" if n in above and n != "teacher" else n: found[n] for n in order}
+        self.networks = [(name, group, "after", "student") for name, group in self.groups.items()]
+        if self.one:
+            self.networks.insert(0, ("student before the training", [runs[0]], "before", "student"))
+        shown = {group[0].student for name, group in found.items() if name in above}
+        for run in runs:
+            phase = "after" if run.part("after", "predictions") else "before"
+            peers = {f"peer{i}": str(peer["name"]) for i, peer in enumerate(run.info.get("peers") or [], 1)}
+            others = {"teacher": run.teacher} if run.info.get("teachers") else {}
+            for key, name in (others | peers if self.one else others).items():
+                if name not in shown:
+                    self.networks.append((f"{key}: {name}", [run], phase, key))
+            shown |= set(others.values())
 
 
-def document(template: str, about: Any, sections: Sections, title: str, lead: Sequence[Any]) -> str:
-    """A whole page: the sections that have a content, in the frame, below the template's tiles where it has some."""
-    macros = vars(ENVIRONMENT.get_template(template).module)
+def page(runs: Sequence[Run]) -> str:
+    """The page of a run, or the comparison of several, as HTML."""
+    about, run = Subject(runs), runs[0]
+    if about.one:
+        title = f"{run.method}: {run.student}" + (f" from {run.teacher}" if run.teacher else "")
+        started, status = str(run.info.get("started") or "")[:16].replace("T", " "), run.info.get("status")
+        lead = [*(run.info.get(key) for key in ("host", "data", "device")), started and f"{started} UTC"]
+        lead += [f"({status})" if status != "finished" else None]
+    else:
+        title, data = "Comparison of runs", [run.info.get("data") for run in runs]
+        lead = [f"{len(runs)} runs", f"{len(about.groups)} experiments", *dict.fromkeys(data)]
     with charts.style():
-        found = {key: (heading, find(about)) for key, (heading, find) in sections.items()}
-    shown = [(key, heading, macros[key](about, content)) for key, (heading, content) in found.items() if content]
-    tiles = macros["tiles"](about) if "tiles" in macros else ""
-    return own_ids(ENVIRONMENT.get_template("page.html.j2").render(title=title, lead=lead, sections=shown, head=tiles))
+        found = {key: [part for part in find(about) if part[1]] for key, find in _SECTIONS.items()}
+    given = {"about": about, "run": run, "last": ("", *_phases(run))[-1], "number": number}
+    sections = {key: parts for key, parts in found.items() if parts}
+    return _ENVIRONMENT.get_template("page.html.j2").render(title=title, lead=lead, sections=sections, **given)
+
+
+def _identity(network: Mapping[str, Any] | None) -> tuple[Any, Any]:
+    return (network or {}).get("name"), (network or {}).get("parameters")
+
+
+def _phases(run: Run) -> list[str]:
+    return [phase for phase in ("before", "after") if run.part(phase)]
+
+
+def _experiments(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs of one experiment by a name: the beginning that their folders share, or else the method."""
+    kept: dict[str, list[Run]] = {}
+    for run in runs:
+        settings = {k: v for k, v in (run.info.get("settings") or {}).items() if k not in _INCIDENTAL}
+        # Without settings nothing says that two runs are the same experiment.
+        key = [run.method, run.part("method", "options"), run.student, run.teacher, run.info.get("data")]
+        kept.setdefault(json.dumps([*key, settings or run.name], sort_keys=True), []).append(run)
+    found: dict[str, list[Run]] = {}
+    for group in kept.values():
+        names = [run.name for run in group]
+        shared = names[0] if len(names) == 1 else re.sub(r"[-_. ]*(seed)?[-_. ]*\d*$", "", commonprefix(names))
+        ways = [shared if re.search("[A-Za-z]", shared) else "", group[0].method, str(group[0].folder)]
+        found[next(name for name in ways if name and name not in found)] = group
+    return found
 
 
 # Words and numbers
 
 
-def value(given: object) -> str:
-    """A value of a record in words."""
-    if given is None:
-        return "–"
-    if isinstance(given, bool):
-        return "yes" if given else "no"
-    if isinstance(given, float):
-        return number(given, 4)
-    if isinstance(given, (Mapping, list, tuple)):
+def _value(given: Any) -> str:
+    if isinstance(given, (bool, Mapping, list)) or given is None:
         return json.dumps(given, ensure_ascii=False)
-    return f"{given:,}" if isinstance(given, int) else str(given)
+    return number(given, 4) if isinstance(given, float) else f"{given:,}" if isinstance(given, int) else str(given)
 
 
-def percent(share: float | None) -> str:
-    """A share as per cent."""
-    return "–" if share is None else f"{100 * share:.1f} %"
-
-
-def count(n: float | None) -> str:
-    """A large number in short."""
-    if not n:
-        return "–"
-    size, unit = next(((size, unit) for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")) if n >= size), (1, ""))
-    return f"{number(n / size)}{unit}"
-
-
-def _seconds(seconds: float) -> str:
-    for size, unit, most in ((1e-3, "ms", 1), (1, "s", 120), (60, "min", 7200)):
-        if seconds < most:
-            return f"{number(seconds / size)} {unit}"
-    return f"{number(seconds / 3600)} h"
-
-
-def _decimals(x: float | None) -> str:
-    return "–" if x is None else f"{x:.3f}"
+def _mean(values: Iterable[float | None], form: str = ".0f", factor: float = 1, unit: str = "") -> str:
+    known = [factor * x for x in values if x is not None]
+    spread = f" ± {statistics.stdev(known):{form}}" if len(known) > 1 else ""
+    return f"{statistics.fmean(known):{form}}{spread}{unit}" if known else "–"
 
 
 def _label(run: Run, i: int) -> str:
@@ -97,175 +138,184 @@ def _label(run: Run, i: int) -> str:
     return f"label: {names[labels[i]] if 0 <= labels[i] < len(names) else labels[i]}"
 
 
-def _options(method: Mapping[str, Any]) -> str:
-    given = {k: v for k, v in (method.get("options") or {}).items() if v is not None}
-    return ", ".join(f"{k}={number(v, 4) if isinstance(v, float) else v}" for k, v in given.items())
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
     for key, found in values.items():
         if isinstance(found, list) and found and all(isinstance(item, Mapping) for item in found):
             found = {str(i): item for i, item in enumerate(found, 1)}
-        flat |= _flat(found, f"{prefix}{key} ") if isinstance(found, Mapping) else {prefix + key: found}
+        flat |= _flat(found, f"{prefix}{key} ") if isinstance(found, Mapping) else {prefix + key: _value(found)}
     return flat
 
 
-def _sizes(run: Run) -> list[tuple[str, int]]:
-    named = [("student", run.info.get("student") or {}), *(("teacher", n) for n in run.info.get("teachers") or [])]
-    return [(who, network["parameters"]) for who, network in named if network.get("parameters")]
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[str, Any]:
+    """A table without the columns of which nothing is known."""
+    kept = [j for j in range(len(columns)) if any(row[j] not in ("–", "") for row in rows)]
+    return "table", rows and [[row[j] for j in kept] for row in (columns, *rows)]
 
 
-def _times(info: Mapping[str, Any]) -> dict[str, float]:
-    parts = (info.get("cost") or {}).get("parts") or {}
-    return {name: seconds for name, seconds in parts.items() if seconds > 0}
+# Of one run or several
 
 
-# Tables and charts
+def _results(about: Subject) -> Parts:
+    metrics = {name: [m for run in runs if (m := curves.final_metric(run))] for name, runs in about.groups.items()}
+    names = {metric for found in metrics.values() for metric, _ in found}
+    # Numbers of different metrics have no common axis.
+    metric = names.pop() if len(names) == 1 else ""
+    values = {name: [value for _, value in found] for name, found in metrics.items() if found}
+    rows: list[list[str]] = []
+    for name, runs, phase, key in about.networks:
+        own = [run.part(phase, "predictions", key) or {} for run in runs]
+        # In a comparison a teacher stands once, not beside one of its students.
+        known = [k for k in _MEASURES if about.one or key == "student" or k not in ("agreement", "KL")]
+        cells = [_mean((x.get(k.lower()) for x in own if k in known), *form) for k, form in _MEASURES.items()]
+        result = values.get(name, []) if phase == "after" else []
+        form = ".2f" if result and abs(result[0]) > 1.5 else ".4f"
+        rows.append([name, _mean(result, form), *cells, str(len(runs)) if len(runs) > 1 else "–"])
+    columns = ["", metric or "result", *_MEASURES, "runs"]
+    table = _table(columns, [row for row in rows if set(row[1:]) != {"–"}])
+    if not about.one:
+        return [table, ("charts", [charts.dots(values, title=metric)] if metric else [])]
+    tiles = [(cell, name) for name, cell in zip(columns[1:], rows[1][1:], strict=True) if cell != "–"]
+    written = _flat(about.one.info.get("results") or {})
+    return [("tiles", tiles[:6]), table, ("heading", written and "As the script wrote them"), ("facts", written)]
 
 
-def _results(run: Run) -> dict[str, Any] | None:
-    named = [("student, before", "before", "student", ""), ("student, after", "after", "student", "strong")]
-    if run.other != "student":
-        named.append((run.other, "after" if run.part("after", "predictions", run.other) else "before", run.other, ""))
-    rows = []
-    for name, phase, who, style in named:
-        own = run.part(phase, "predictions", who)
-        if own:
-            both = (run.part(phase, "predictions") or {}) if who == "student" else {}
-            cells = [percent(own.get("accuracy")), _decimals(own.get("nll"))]
-            cells += [percent(own.get("ece")), percent(own.get("confidence"))]
-            if run.other != "student":
-                cells += [percent(both.get("agreement")), _decimals(both.get("kl"))]
-            rows.append([name, *((cell, style) for cell in cells)])
-    written = _flat(run.info.get("results") or {})
-    return {"rows": rows, "written": written} if rows or written else None
+def _curves(about: Subject) -> Parts:
+    drawn: dict[str, dict[str, list[Any]]] = {}
+    for name, run in ((name, run) for name, runs in about.groups.items() for run in runs):
+        for title, line, points in curves.panels(run, about.axis):
+            panel, entry = (title, line) if about.one else (f"{title}, {line}", name)
+            drawn.setdefault(panel, {}).setdefault(entry, []).append(points)
+    if not about.one:
+        drawn = {title: lines for title, lines in drawn.items() if len(lines) > 1 and "learning rate" not in title}
+    names = list(dict.fromkeys(name for lines in drawn.values() for name in lines))
+    words: dict[str, Any] = {"x_label": about.axis, "stages": curves.stages(about.one, about.axis) if about.one else ()}
+    pictures = [charts.lines(lines, names, title=title, **words) for title, lines in drawn.items()]
+    return [("legend", names if len(names) > 1 else []), ("panels", pictures)]
 
 
-def _peers(run: Run) -> dict[str, Any] | None:
-    """The networks that were trained together, the student first: their results, and how alike their features are."""
-    keys = run.part("after", "peers") or run.part("before", "peers") or []
-    infos = [run.info.get("student") or {}, *(run.info.get("peers") or [])]
-    if not keys or len(keys) != len(infos) - 1:
-        return None
-    names = ["student", *(f"peer {i}" for i in range(1, len(infos)))]
-    alike = {phase: run.array(phase, "peers/similarity") for phase in _PHASES}
-    rows: list[list[Any]] = []
-    for i, (key, name, info) in enumerate(zip(["student", *keys], names, infos, strict=True)):
-        own = run.part("after", "predictions", key) or {}
-        similar = [_decimals(None if m is None or not i else float(m[0, i])) for m in alike.values()]
-        cells = [count(info.get("parameters")), (percent(own.get("accuracy")), "strong")]
-        rows.append([f"{name}, {info.get('name', '')}", *cells, percent(own.get("agreement")), *similar])
-    words = {"row_label": "network", "column_label": "network", "space": 300}
-    titled = [(f"Last layers, {phase} training", x) for phase, x in alike.items() if x is not None]
-    return {"rows": rows, "charts": [_similarity(x, names, names, title=title, **words) for title, x in titled]}
-
-
-def _similarity(cka: Tensor, *names: Sequence[str], **words: Any) -> Markup:
-    return charts.heatmap(cka.clamp_min(0).tolist(), *names, scale=1.0, **words)
-
-
-def calibration_charts(run: Run, label: str = "") -> list[Markup]:
-    """Reliability diagrams of the student after the training and of what it is compared with."""
+def _calibration(about: Subject) -> Parts:
     drawn = []
-    for who, colour in {"student": 0, run.other: 0 if run.other == "student" else 5}.items():
-        diagram, ece = run.array("after", f"{who}/reliability"), run.part("after", "predictions", who, "ece")
-        if diagram is not None and ece is not None:
-            words = {"title": label or who.capitalize(), "subtitle": f"ECE {percent(ece)}"}
-            drawn.append(charts.reliability(diagram.tolist(), colour=colour, **words))
-    return drawn
+    for name, (run, *_), phase, key in about.networks:
+        diagram, ece = run.array(phase, f"{key}/reliability"), run.part(phase, "predictions", key, "ece")
+        if phase == "after" and diagram is not None and ece is not None:
+            title = f"{name}\nECE {100 * ece:.1f} %"
+            drawn.append(charts.reliability(diagram.tolist(), title=title, colour=0 if key == "student" else 5))
+    return [("charts", drawn)]
 
 
-def _curve_charts(run: Run) -> list[Markup]:
-    found = {title: [charts.Series(*line) for line in lines] for title, lines in curves.panels(run).items()}
-    stages, x = curves.stages(run), curves.axis(run)
-    return [charts.lines(lines, title=title, stages=stages, x_label=x) for title, lines in found.items()]
+def _similarity(about: Subject) -> Parts:
+    drawn = []
+    words: dict[str, Any] = {"scale": 1.0, "space": 400 if about.one else 290}
+    for name, (run, *_) in about.groups.items():
+        for phase in _phases(run)[0 if about.one else -1 :] if about.one or run.other != "student" else ():
+            title = f"{phase.capitalize()} training" if about.one else name
+            cka, layers = run.array(phase, "cka"), [run.part(phase, who, "layers") for who in ("student", run.other)]
+            if cka is not None and all(layers):
+                labels = ("student", run.other)
+                drawn.append(charts.heatmap(cka.clamp_min(0), *layers, title=title, labels=labels, **words))
+            peers, names = run.array(phase, "peers/similarity"), ["student", *(run.part(phase, "peers") or [])]
+            if peers is not None and about.one:
+                labels = ("last layer", "last layer")
+                drawn.append(charts.heatmap(peers.clamp_min(0), names, names, title=title, labels=labels, **words))
+    return [("charts", drawn)]
 
 
-def similarity_charts(run: Run, titles: Mapping[str, str], space: float = 400) -> list[Markup]:
-    """Linear CKA between the layers of student and teacher as heat maps, with a title for each phase that is wanted."""
-    words = {"row_label": "student", "column_label": run.other, "space": space}
-    found = [(phase, title, run.array(phase, "cka")) for phase, title in titles.items()]
-    layers = {phase: [run.part(phase, who, "layers") for who in ("student", run.other)] for phase in titles}
-    return [_similarity(cka, *layers[phase], title=title, **words) for phase, title, cka in found if cka is not None]
+def _cost(about: Subject) -> Parts:
+    parts = list(dict.fromkeys(part for run in about.all for part in run.part("cost", "parts") or {}))
+    rows = []
+    for name, runs in about.groups.items():
+        times = [_mean((run.part("cost", "parts", part) for run in runs), ".1f", 1000) for part in parts]
+        step = _mean((run.part("cost", "seconds_per_step") for run in runs), ".1f", 1000)
+        memory = max(run.part("cost", "memory") or 0 for run in runs)
+        analyses = [sum(run.part(phase, "seconds") or 0 for phase in _phases(run)) for run in runs]
+        spent = [_mean(run.info.get("seconds") for run in runs), _mean(analyses)]
+        rows.append([name, *times, step, f"{memory / 2**20:,.0f}" if memory else "–", *spent])
+    return [_table(["", *parts, "step, mean", "memory, MiB", "whole run, s", "analysis, s"], rows)]
 
 
-def _confusion(run: Run) -> dict[str, Any] | None:
-    """The confusion matrix, or how it differs from the other network's, and the mistakes that changed most."""
-    student, other = (run.array("after", f"{who}/confusion") for who in ("student", run.other))
-    if student is None:
-        return None
-    given = run.info.get("classes") or []
-    names = [str(given[i]) if i < len(given) else str(i) for i in range(len(student))]
-    words: dict[str, Any] = {"row_label": "true class", "column_label": "answer", "digits": 0, "space": 460}
+def _runs(about: Subject) -> Parts:
+    def row(run: Run) -> list[str]:
+        metric, seed = curves.final_metric(run), run.part("settings", "seed")
+        words = [run.name, run.method, run.student, run.teacher or "–", "–" if seed is None else str(seed)]
+        return [*words, number(metric[1], 4) if metric else "–", str(run.info.get("status") or "–")]
 
-    def rates(cells: Tensor) -> Tensor:
-        return 100 * cells.float() / cells.sum(1, keepdim=True).clamp_min(1)
-
-    if other is None or run.other == "student":
-        return {"signed": False, "chart": charts.heatmap(rates(student).tolist(), names, names, title="", **words)}
-    title, change = f"Student − {run.other}", student - other
-    chart = charts.heatmap((rates(student) - rates(other)).tolist(), names, names, title=title, signed=True, **words)
-    change.fill_diagonal_(0)
-    order = change.abs().flatten().argsort(descending=True, stable=True)[:_CHANGES].tolist() if len(names) > 2 else []
-    rows: list[list[Any]] = []
-    for i, j in (divmod(place, len(names)) for place in order):
-        if change[i, j]:
-            counts, more = [str(int(x[i, j])) for x in (other, student)], f"{int(change[i, j]):+d}".replace("-", "−")
-            rows.append([f"{names[i]} taken for {names[j]}", *counts, (more, "strong")])
-    return {"signed": True, "chart": chart, "rows": rows}
+    columns = ["folder", "method", "student", "teacher or peers", "seed", "result", "status"]
+    return [] if about.one else [_table(columns, [row(run) for run in about.all])]
 
 
-# Maps and attention
+# Of one run
+
+
+def _run(run: Run) -> Parts:
+    info, method = run.info, run.info.get("method") or {}
+    described = method.get("parts") or []
+    papers = [part["paper"] for part in described if part.get("paper")]
+    options = {k: v for k, v in (method.get("options") or {}).items() if v is not None}
+
+    def networks(given: Iterable[Mapping[str, Any] | None]) -> list[str]:
+        return [f"{n['name']}, {_value(n.get('parameters') or '?')} parameters" for n in given if n]
+
+    facts = {
+        "Method": [f"{p['name']}: {p['summary']}" for p in described] or method.get("name") or "none: plain training",
+        "Options": ", ".join(f"{k}={_value(v)}" for k, v in options.items()),
+        "Paper": [f"{p['title']} ({p['short']}" + (f", arXiv:{p['arxiv']})" if p["arxiv"] else ")") for p in papers],
+        "Student": networks([info.get("student")]),
+        "Teacher": networks(info.get("teachers") or []),
+        "Peers": networks(info.get("peers") or []),
+        "Data": info.get("data"),
+        "Stages": [f"{name}: steps {a:,.0f} to {b:,.0f}" for name, a, b in curves.stages(run, "step")],
+        "Device": info.get("device"),
+        "Versions": ", ".join(f"{k} {v}" for k, v in (info.get("versions") or {}).items()),
+        "Folder": run.name,
+    }
+    command = shlex.join(map(str, info.get("command") or []))
+    return [("pre", command), ("facts", facts), ("settings", _flat(info.get("settings") or {}))]
+
+
+def _method(run: Run) -> Parts:
+    """Pictures that the method gave to the record; those of kinds that are not known here are left out."""
+    parts: Parts = []
+    for caption, pictures in groupby(run.info.get("pictures") or [], key=lambda p: p.get("caption") or ""):
+        parts.append(("words", caption))
+        drawn = []
+        for given in pictures:
+            kind, title = given["kind"], str(given["title"])
+            if kind == "bars":
+                drawn.append(charts.bars(given["values"], title=title, mark=given.get("mark")))
+            elif kind == "heatmap":
+                names = given["rows"], given["columns"]
+                labels = given.get("row_label") or "", given.get("column_label") or ""
+                signed = bool(given.get("signed"))
+                drawn.append(charts.heatmap(given["values"], *names, title=title, labels=labels, signed=signed))
+            elif kind == "points":
+                drawn.append(charts.points(given["groups"], title=title))
+            elif kind == "images":
+                rows = {name: [("", x) for x in sources if _is_png(x)] for name, sources in given["rows"].items()}
+                parts.append(("strips", [(title, rows)]))
+        parts.append(("charts", drawn))
+    return parts if any(kind != "words" and content for kind, content in parts) else []
+
+
+def _is_png(source: Any) -> bool:
+    return isinstance(source, str) and _PNG.fullmatch(source) is not None
 
 
 def _shown(run: Run) -> list[tuple[str, str, str]]:
-    """Line name, phase and network, from top to bottom."""
+    """Name of a row, phase and network, from top to bottom."""
     other = [(run.other, "after", run.other)] if run.other != "student" else []
     return [*other, ("student", "after", "student"), ("student before", "before", "student")]
 
 
-def _feature_maps(run: Run) -> Lines:
-    lines = {}
-    for name, phase, who in _shown(run):
-        maps = [(x, run.array(phase, f"{who}/map/{i}")) for i, x in enumerate(run.part(phase, who, "maps") or [])]
-        lines[name] = [(layer, x) for layer, x in maps if x is not None]
-    return {name: maps for name, maps in lines.items() if maps}
-
-
-def _attention(run: Run) -> dict[str, Any] | None:
-    """The attention of each network: maps of the images, or charts of a few sentences."""
-    lines: Lines = {}
-    for name, phase, who in _shown(run):
-        maps = run.array(phase, f"{who}/attention")
-        if maps is not None:
-            lines[name] = list(zip(run.part(phase, who, "attention"), maps, strict=True))
-    if not lines or run.array("after", "images") is not None:
-        return {"lines": lines, "sentences": None} if lines else None
-    drawn = []
-    sentences = run.part("after", "tokens") or run.part("before", "tokens") or []
-    for i, tokens in enumerate(sentences[:_SENTENCES]):
-        n = len(tokens)
-        values = torch.cat([x[i, :n, :n].flatten() for maps in lines.values() for _, x in maps]).float().sort().values
-        # The probability that is drawn in full colour: few are larger.
-        full = float(values[round(0.98 * (len(values) - 1))]) if len(values) else 1.0
-        one = {name: [(layer, x[i]) for layer, x in maps] for name, maps in lines.items()}
-        drawn.append([(name, charts.attention(maps, tokens, full)) for name, maps in one.items()])
-    return {"lines": lines, "sentences": drawn}
-
-
-def _channel_charts(run: Run) -> list[Markup]:
-    """The channels of student and teacher as points of a plane, before and after on one scale."""
-    drawn = []
-    for i in range(_CHANNEL_EXAMPLES):
-        planes = {}
-        for phase in _PHASES:
-            found = {who: run.array(phase, f"{who}/channels") for who in ("teacher", "student")}
-            planes[phase] = {who: x[i].tolist() for who, x in found.items() if x is not None and i < len(x)}
-        everything = [point for groups in planes.values() for group in groups.values() for point in group]
-        titles = {phase: f"{_label(run, i)}, {phase} training" for phase, groups in planes.items() if groups}
-        drawn += [charts.points(planes[phase], title=title, limits=everything) for phase, title in titles.items()]
-    return drawn
+def _strips(run: Run, rows: Mapping[str, Sequence[tuple[str, Tensor]]]) -> Parts:
+    """The maps `[n, h, w]` of each row and layer beside the images that they are of."""
+    images, strips = run.array("after", "images"), []
+    given = {name: maps for name, maps in rows.items() if maps}
+    for i in range(min((len(maps[0][1]) for maps in given.values()), default=0)):
+        image = [("", png(images[i]))] if images is not None and i < len(images) else []
+        own = {name: [(layer, _heat(x[i])) for layer, x in maps] for name, maps in given.items()}
+        strips.append((_label(run, i), {"": image} | own))
+    return [("strips", strips)]
 
 
 def _heat(values: Tensor) -> str:
@@ -275,68 +325,97 @@ def _heat(values: Tensor) -> str:
     return png(torch.from_numpy(colours[..., :3].copy()).movedim(2, 0))
 
 
-# What a method shows of itself: the pictures that it gave to the record of its run.
+def _features(run: Run) -> Parts:
+    rows = {}
+    for name, phase, who in _shown(run):
+        maps = enumerate(run.part(phase, who, "maps") or [])
+        rows[name] = [(layer, x) for i, layer in maps if (x := run.array(phase, f"{who}/map/{i}")) is not None]
+    return _strips(run, rows)
 
 
-def _draw(picture: Mapping[str, Any]) -> Markup:
-    kind, title = picture["kind"], str(picture["title"])
-    if kind == "bars":
-        return charts.bars([(str(k), v) for k, v in picture["values"]], title=title, mark=picture.get("mark"))
-    if kind == "heatmap":
-        words: dict[str, Any] = {key: picture.get(key) or "" for key in ("row_label", "column_label", "signed")}
-        return charts.heatmap(picture["values"], picture["rows"], picture["columns"], title=title, **words)
-    return charts.points(picture["groups"], title=title) if kind == "points" else Markup()
+def _attention(run: Run) -> Parts:
+    """The attention of each network: maps of the images, or charts of a few sentences."""
+    rows = {}
+    for name, phase, who in _shown(run):
+        maps = run.array(phase, f"{who}/attention")
+        if maps is not None:
+            rows[name] = list(zip(run.part(phase, who, "attention"), maps, strict=True))
+    if run.array("after", "images") is not None:
+        return _strips(run, rows)
+    parts: Parts = []
+    sentences = run.part("after", "tokens") or run.part("before", "tokens") or []
+    for i, tokens in enumerate(sentences[:_SENTENCES] if rows else ()):
+        n = len(tokens)
+        cut = {name: [(layer, x[i, :n, :n].float()) for layer, x in maps] for name, maps in rows.items()}
+        # The probability that is drawn in full colour: few are larger.
+        full = float(torch.cat([x.flatten() for maps in cut.values() for _, x in maps]).quantile(0.98)) or 1.0
+        words: dict[str, Any] = {"scale": full, "space": min(18 * n, 196)}
+        parts.append(("heading", _label(run, i)))
+        for name, maps in cut.items():
+            # The tokens stand beside the first layer.
+            sides = [tokens, *[()] * (len(maps) - 1)]
+            titled = [(x, side, f"{name}, {layer}") for side, (layer, x) in zip(sides, maps, strict=True)]
+            parts.append(("charts", [charts.heatmap(x, side, title=title, **words) for x, side, title in titled]))
+    return parts
 
 
-def _pictures(run: Run) -> list[tuple[str, list[tuple[Mapping[str, Any], Markup]]]]:
-    """Pictures that are drawn, by caption and kind; those of kinds that are not known here are left out."""
-    known = [p for p in run.pictures if p.get("kind") in ("bars", "heatmap", "images", "points")]
-    grouped = groupby(known, key=lambda p: (p.get("caption") or "", p["kind"]))
-    return [(words, [(picture, _draw(picture)) for picture in pictures]) for (words, _), pictures in grouped]
+def _channels(run: Run) -> Parts:
+    """The channels of student and teacher as points of a plane, before and after on one scale."""
+    drawn = []
+    for i in range(_CHANNEL_EXAMPLES):
+        planes = {}
+        for phase in _phases(run):
+            found = {who: run.array(phase, f"{who}/channels") for who in ("teacher", "student")}
+            planes[phase] = {who: x[i].tolist() for who, x in found.items() if x is not None and i < len(x)}
+        everything = [point for groups in planes.values() for group in groups.values() for point in group]
+        titles = {phase: f"{_label(run, i)}, {phase} training" for phase, groups in planes.items() if groups}
+        drawn += [charts.points(planes[phase], title=title, limits=everything) for phase, title in titles.items()]
+    return [("charts", drawn)]
 
 
-def _notes(run: Run) -> list[str]:
+def _confusion(run: Run) -> Parts:
+    """The confusion matrix, or how it differs from the other network's, and the mistakes that changed most."""
+    student, other = (run.array("after", f"{who}/confusion") for who in ("student", run.other))
+    if student is None:
+        return []
+    given = run.info.get("classes") or []
+    names = [str(given[i]) if i < len(given) else str(i) for i in range(len(student))]
+    words: dict[str, Any] = {"labels": ("true class", "answer"), "digits": 0, "space": 460}
+
+    def rates(cells: Tensor) -> Tensor:
+        return 100 * cells.float() / cells.sum(1, keepdim=True).clamp_min(1)
+
+    if other is None or run.other == "student":
+        return [("charts", [charts.heatmap(rates(student), names, names, title="Share of each class, %", **words)])]
+    title, change = f"Student − {run.other}, percentage points", student - other
+    chart = charts.heatmap(rates(student) - rates(other), names, names, title=title, signed=True, **words)
+    change.fill_diagonal_(0)
+    rows = []
+    for place in change.abs().flatten().argsort(descending=True, stable=True)[:_CHANGES].tolist():
+        i, j = divmod(place, len(names))
+        if change[i, j] and len(names) > 2:
+            counts = [f"{int(other[i, j])}", f"{int(student[i, j])}", f"{int(change[i, j]):+d}".replace("-", "−")]
+            rows.append([f"{names[i]} taken for {names[j]}", *counts])
+    table = _table(["Mistakes that changed most", run.other, "student", "change"], rows)
+    return [("charts", [chart]), table]
+
+
+def _notes(run: Run) -> Parts:
     asked = {who: run.part("after", who, "attention_note") for who in ("student", run.other)}
     of_attention = [f"Attention of the {who}: {note}" for who, note in asked.items() if note]
-    return list(dict.fromkeys([*(run.info.get("notes") or []), *of_attention]))
+    return [("list", list(dict.fromkeys([*(run.info.get("notes") or []), *of_attention])))]
 
 
-_SECTIONS: Sections = {
-    "run": ("What was run", lambda run: run),
-    "results": ("Results", _results),
-    "peers": ("Peers", _peers),
-    "calibration": ("Calibration", calibration_charts),
-    "curves": ("Learning curves", _curve_charts),
-    "method": ("Found by the method", _pictures),
-    "similarity": (
-        "Layer similarity",
-        lambda run: similarity_charts(run, {phase: f"{phase.capitalize()} training" for phase in _PHASES}),
-    ),
-    "features": ("Feature maps", _feature_maps),
-    "channels": ("Channels", _channel_charts),
-    "attention": ("Attention", _attention),
-    "confusion": ("Confusion", _confusion),
-    "cost": ("Cost", lambda run: run),
-    "notes": ("Notes", _notes),
+def _of_one(find: Callable[[Run], Parts]) -> Callable[[Subject], Parts]:
+    return lambda about: find(about.one) if about.one else []
+
+
+_SECTIONS: dict[str, Callable[[Subject], Parts]] = {
+    **{"run": _of_one(_run), "results": _results, "calibration": _calibration, "curves": _curves},
+    **{"method": _of_one(_method), "similarity": _similarity, "features": _of_one(_features)},
+    **{"channels": _of_one(_channels), "attention": _of_one(_attention), "confusion": _of_one(_confusion)},
+    **{"cost": _cost, "runs": _runs, "notes": _of_one(_notes)},
 }
-
-ENVIRONMENT = Environment(
+_ENVIRONMENT = Environment(
     loader=PackageLoader("kd_report", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
 )
-ENVIRONMENT.filters |= {
-    "count": count,
-    "heat": _heat,
-    "number": number,
-    "percent": percent,
-    "png": png,
-    "seconds": _seconds,
-    "shell": shlex.join,
-    "tail": lambda layer: layer if len(layer) <= 12 else f"…{layer[-11:]}",
-    "value": value,
-}
-ENVIRONMENT.tests |= {
-    "pair": lambda cell: isinstance(cell, tuple),
-    "png": lambda source: isinstance(source, str) and _PNG.fullmatch(source) is not None,
-}
-ENVIRONMENT.globals |= {"label": _label, "options": _options, "sizes": _sizes, "times": _times, "zip": zip}
-ENVIRONMENT.globals |= {"axis": curves.axis, "final_metric": curves.final_metric, "stages": curves.stages}

@@ -1,8 +1,8 @@
 """What a run leaves for its report: what was run, one row a log, and the networks before and after the training.
 
-A run folder holds `run.json` (what was run, results, cost), `history.jsonl` (one JSON object a line), `analysis.json`
-with `analysis.safetensors` (what `kd_report.analysis` found, under `before` and `after`), and `pictures.json` (what
-the method has to show, `Distiller.pictures()`). `kd-plugins report` reads these five files and nothing else.
+A run folder holds `run.json` (what was run, results, cost, what `kd_report.analysis` found `before` and `after`, and
+`pictures`, which are `Distiller.pictures()`), `analysis.safetensors` (the tensors of the analysis) and `history.jsonl`
+(one JSON object a line). `kd-plugins report` reads these three files and nothing else.
 """
 
 from __future__ import annotations
@@ -28,14 +28,16 @@ from torch.utils.data import IterableDataset, Subset
 
 from kd_plugins import Batch, Distiller, Nets
 from kd_plugins.catalog.registry import config_of
+from kd_plugins.picture import Picture
 from kd_plugins.reading.nets import describe
 from kd_report.analysis import Decode, analyse, as_nets
-from kd_report.runs import read_json, read_rows
+from kd_report.runs import FORMAT, read_json, read_rows
 from kd_report.timing import StepTimer
 
-__all__ = ["RunRecord", "some_rows"]
+__all__ = ["MOST_AT_ONCE", "RunRecord", "some_rows"]
 
-_FORMAT, _EXAMPLES = 1, 1000
+# Rows to analyse, and how many of them in one batch: the activations of all layers are held at once.
+_EXAMPLES, MOST_AT_ONCE = 1000, 64
 _PACKAGES = ("kd-plugins", "torch", "accelerate", "timm", "transformers", "datasets")
 
 
@@ -97,15 +99,17 @@ class RunRecord:
         nets = as_nets(nets)
         device = next((p.device for p in nets.student.module.parameters()), torch.device("cpu"))
         self._cuda = device if device.type == "cuda" else None
+        threads = f"{device.type.upper()}, threads: {torch.get_num_threads()}"
+        name = torch.cuda.get_device_name(device) if self._cuda else threads
         self.run: dict[str, Any] = {
-            "format": _FORMAT,
-            "status": "running",
+            "format": FORMAT,
+            "status": "unfinished",
             "host": host,
             "command": list(command) if command is not None else _command(),
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "seconds": 0.0,
             "versions": _versions(),
-            "device": _device_name(device),
+            "device": name,
             "data": data,
             "task": task,
             "metric": metric,
@@ -122,30 +126,40 @@ class RunRecord:
         kept: list[Mapping[str, Any]] = []
         before = read_json(self.folder / "run.json") if resume is not None else None
         if before:
-            self.run |= {key: before[key] for key in ("started", "seconds", "notes", "cost") if key in before}
+            self.run |= {k: before[k] for k in ("started", "seconds", "notes", "cost", "before") if k in before}
             self.run["resumed"] = before.get("resumed", 0) + 1
             kept = [row for row in read_rows(self.folder / "history.jsonl") if row.get("step", 0) <= (resume or 0)]
         else:
-            for name in ("analysis.json", "analysis.safetensors", "pictures.json"):
-                (self.folder / name).unlink(missing_ok=True)
+            (self.folder / "analysis.safetensors").unlink(missing_ok=True)
         self._spent = float(self.run["seconds"])
         text = "".join(json.dumps(row) + "\n" for row in kept)
         (self.folder / "history.jsonl").write_text(text, encoding="utf-8")
         self._write()
 
-    def before(self, nets: Nets | nn.Module, batches: Iterable[Batch], **options: Any) -> None:
-        """Analyses the networks before the training.
+    def analyse(self, phase: str, nets: Nets | nn.Module, batches: Iterable[Batch], **options: Any) -> None:
+        """Analyses the networks; the same batches before and after the training make the two comparable.
 
         Args:
+            phase: `"before"` or `"after"`.
             nets: The networks, unwrapped.
             batches: Evaluation batches in a fixed order; made lazily, outside of the training's random state.
             **options: Of `kd_report.analysis.analyse`.
         """
-        self._analyse("before", nets, batches, options)
-
-    def after(self, nets: Nets | nn.Module, batches: Iterable[Batch], **options: Any) -> None:
-        """Analyses them after the training; the same batches as before make the two comparable."""
-        self._analyse("after", nets, batches, options)
+        if not self.enabled:
+            return
+        try:
+            found = analyse(as_nets(nets), batches, decode=self.decode, **options)
+        except Exception as error:  # noqa: BLE001
+            self._failed(f"The networks could not be analysed {phase} the training", f"No analysis {phase}", error)
+            return
+        arrays = self.folder / "analysis.safetensors"
+        tensors = load_file(arrays) if arrays.is_file() else {}
+        tensors = {key: value for key, value in tensors.items() if not key.startswith(f"{phase}/")}
+        tensors |= {f"{phase}/{key}": value.clone() for key, value in found.arrays.items()}
+        save_file(tensors, arrays.with_suffix(".partial"))
+        os.replace(arrays.with_suffix(".partial"), arrays)
+        self.run[phase] = found.summary
+        self._write()
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Adds a row to the history: `step` (or `epoch`), losses and metrics by name."""
@@ -165,7 +179,12 @@ class RunRecord:
             self._write()
 
     def finish(
-        self, results: Mapping[str, Any], *, seconds_per_step: float | None = None, status: str = "finished"
+        self,
+        results: Mapping[str, Any],
+        *,
+        seconds_per_step: float | None = None,
+        status: str = "finished",
+        pictures: Iterable[Picture] = (),
     ) -> None:
         """Writes results, cost, and the method's pictures.
 
@@ -173,6 +192,7 @@ class RunRecord:
             results: Final numbers by name, nested as the script has them.
             seconds_per_step: Mean seconds of a training step, evaluation left out.
             status: `"finished"` or `"interrupted"`.
+            pictures: Others than the method's.
         """
         if not self.enabled:
             return
@@ -185,49 +205,27 @@ class RunRecord:
                 cost |= {"parts": self.timer.medians(), "timed_steps": self.timer.steps}
         cost |= _peak_memory(self._cuda)
         self.run |= {"results": dict(results), "status": status}
-        self._write()
         try:
-            pictures = [p.to_json() for p in self.distiller.pictures()] if self.distiller is not None else []
+            own = self.distiller.pictures() if self.distiller is not None else []
+            drawn = [p.to_json() for p in (*pictures, *own)]
         except Exception as error:  # noqa: BLE001
             self._failed("The method's pictures could not be made", "No pictures of the method", error)
         else:
-            if pictures:
-                self._replace("pictures.json", pictures)
-
-    def _replace(self, name: str, content: Any) -> None:
-        """Writes a file in one step, so that a report made meanwhile reads the old one or the new one."""
-        partial = self.folder / f"{name}.partial"
-        partial.write_text(json.dumps(_plain(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, (self.folder / name))
+            self.run["pictures"] = drawn
+        self._write()
 
     def _write(self) -> None:
+        """Writes `run.json` in one step, so that a report made meanwhile reads the old one or the new one."""
         self.run["seconds"] = self._spent + time.monotonic() - self._began
         if self.distiller is not None and self.distiller.progress.table is not None:
             self.run["stages"] = self.distiller.progress.table.to_json()
-        self._replace("run.json", self.run)
+        partial = self.folder / "run.json.partial"
+        partial.write_text(json.dumps(_plain(self.run), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(partial, self.folder / "run.json")
 
     def _failed(self, note: str, warning: str, error: Exception) -> None:
         self.note(f"{note}: {error}")
         warnings.warn(f"{warning}: {type(error).__name__}: {error}", stacklevel=4)
-
-    def _analyse(
-        self, phase: str, nets: Nets | nn.Module, batches: Iterable[Batch], options: Mapping[str, Any]
-    ) -> None:
-        if not self.enabled:
-            return
-        try:
-            found = analyse(as_nets(nets), batches, decode=self.decode, **options)
-        except Exception as error:  # noqa: BLE001
-            self._failed(f"The networks could not be analysed {phase} the training", f"No analysis {phase}", error)
-            return
-        arrays, known = self.folder / "analysis.safetensors", read_json(self.folder / "analysis.json") or {}
-        tensors = load_file(arrays) if arrays.is_file() else {}
-        tensors = {key: value for key, value in tensors.items() if not key.startswith(f"{phase}/")}
-        tensors |= {f"{phase}/{key}": value.clone() for key, value in found.arrays.items()}
-        save_file(tensors, arrays.with_suffix(".partial"))
-        os.replace(arrays.with_suffix(".partial"), arrays)
-        self._replace("analysis.json", known | {phase: found.summary})
-        self._write()
 
 
 def some_rows(dataset: Any) -> Any:
@@ -269,22 +267,13 @@ def _versions() -> dict[str, str]:
     return found | {"torch": str(torch.__version__)}
 
 
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"{device.type.upper()}, {threads} thread{'s' if threads > 1 else ''}"
-
-
 def _method(distiller: Distiller) -> dict[str, Any]:
     """Name, options and papers of a method and of its parts."""
     described: list[dict[str, Any]] = []
-    for name, part in (getattr(distiller, "methods", None) or {distiller.name: distiller}).items():
+    for name, part in distiller.methods.items():
         paper, summary = part.paper, (type(part).__doc__ or "").strip().partition("\n")[0]
-        cited = paper and {key: getattr(paper, key) for key in ("title", "authors", "arxiv", "bibtex")}
-        described.append({"name": name, "summary": summary, "kind": part.kind, "paper": cited})
-        if cited:
-            cited["short"] = str(paper)
+        cited = paper and {"title": paper.title, "short": str(paper), "arxiv": paper.arxiv}
+        described.append({"name": name, "summary": summary, "paper": cited})
     config = config_of(distiller)
     return {"name": config["distiller"], "options": config["options"], "parts": described}
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +14,9 @@ from torch import Tensor
 
 from kd_plugins.errors import DistillError
 
-__all__ = ["Run", "load_run", "read_json", "read_rows"]
+__all__ = ["FORMAT", "Run", "load_run", "read_json", "read_rows"]
 
-Row = dict[str, float]
+FORMAT = 2
 
 
 @dataclass
@@ -26,19 +24,15 @@ class Run:
     """One run: its folder, and what stands in the files there.
 
     Attributes:
-        info: What was run, results, cost (`run.json`).
-        history: One row a log, numbers only.
-        analysis: What was found `before` and `after` the training (`analysis.json`).
+        info: What was run, results, cost, what was found `before` and `after`, the method's `pictures` (`run.json`).
+        history: One row a log, numbers only (`history.jsonl`).
         arrays: Tensors of the analysis by name (`analysis.safetensors`).
-        pictures: What the method shows of itself (`pictures.json`).
     """
 
     folder: Path
     info: dict[str, Any]
-    history: list[Row] = field(default_factory=list)
-    analysis: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
     arrays: dict[str, Tensor] = field(default_factory=dict)
-    pictures: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -48,11 +42,11 @@ class Run:
     @property
     def method(self) -> str:
         """The distiller's name, or "alone"."""
-        return (self.info.get("method") or {}).get("name") or "alone"
+        return self.part("method", "name") or "alone"
 
     @property
     def student(self) -> str:
-        return (self.info.get("student") or {}).get("name") or "student"
+        return self.part("student", "name") or "student"
 
     @property
     def teacher(self) -> str:
@@ -62,44 +56,48 @@ class Run:
 
     @property
     def other(self) -> str:
-        """What the student is compared with: "teacher", "peer", or "student" for nothing."""
-        return (self.analysis.get("after") or self.analysis.get("before") or {}).get("compared", "teacher")
+        """What the student is compared with: "teacher", "peer1", or "student" for nothing."""
+        return self.part("after", "compared") or self.part("before", "compared") or "teacher"
 
     def array(self, phase: str, name: str) -> Tensor | None:
         """An array of the analysis before or after the training."""
         return self.arrays.get(f"{phase}/{name}")
 
-    def part(self, phase: str, *keys: str) -> Any:
-        """An entry of the analysis; None where there is none."""
-        found: Any = self.analysis.get(phase)
+    def part(self, *keys: str) -> Any:
+        """An entry of `info`; None where there is none."""
+        found: Any = self.info
         for key in keys:
             found = found.get(key) if isinstance(found, Mapping) else None
         return found
 
 
 def load_run(folder: str | Path) -> Run:
-    """Reads what a training script left: its record, or else the history that the host itself writes.
+    """Reads the record that a training left.
 
     Args:
         folder: The output folder of a run.
 
     Raises:
-        DistillError: Nothing in the folder tells of a run.
+        DistillError: Nothing in the folder tells of a run, or another version wrote it.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise DistillError(f"Expected the output folder of a run, got {folder}, which does not exist: mend the path.")
-    info = read_json(folder / "run.json") or _host_info(folder)
-    history = _history(folder)
+    info, history = read_json(folder / "run.json") or {}, read_rows(folder / "history.jsonl")
     if not info and not history:
         raise DistillError(
-            f"Expected run.json, summary.csv or trainer_state.json in {folder}, got none of them: name the output"
-            " folder of a run of kd-timm-train or kd-transformers-train."
+            f"Expected run.json or history.jsonl in {folder}, got neither: name the output folder of kd-timm-train,"
+            " kd-transformers-train, or a Trainer with kd_transformers.recording.RecordCallback."
+        )
+    if info.get("format", FORMAT) != FORMAT:
+        raise DistillError(
+            f"Expected a record of format {FORMAT} in {folder}, got format {info['format']}: make its page with the"
+            " version of kd-plugins that wrote it."
         )
     tensors = folder / "analysis.safetensors"
+    numbers = [{k: float(x) for k, x in row.items() if type(x) in (int, float)} for row in history]
     arrays = load_file(tensors) if tensors.is_file() else {}
-    pictures = read_json(folder / "pictures.json") or []
-    return Run(folder, info, history, read_json(folder / "analysis.json") or {}, arrays, pictures)
+    return Run(folder, info, numbers, {key: x for key, x in arrays.items() if key.partition("/")[0] in info})
 
 
 def read_json(path: Path) -> Any:
@@ -112,22 +110,6 @@ def read_json(path: Path) -> Any:
         raise DistillError(f"Expected JSON in {path}, got something else ({error}): was the file edited?") from error
 
 
-def _host_info(folder: Path) -> dict[str, Any]:
-    """What the hosts' own files tell of a run without a record."""
-    info: dict[str, Any] = {}
-    results = read_json(folder / "results.json") or read_json(folder / "all_results.json")
-    if results:
-        info["results"] = results
-        info["cost"] = {key: results[key] for key in ("seconds_per_step",) if key in results}
-    config = read_json(folder / "config.json")
-    if config:
-        info["student"] = {"name": config.get("architecture") or (config.get("architectures") or ["student"])[0]}
-    distiller = read_json(folder / "distiller.json") or read_json(folder / "state" / "distiller.json")
-    if distiller:
-        info["method"] = {"name": distiller.get("distiller"), "options": distiller.get("options", {}), "parts": []}
-    return info
-
-
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a history, one a line; the last may be in the making, or what a killed run left of it."""
     rows = []
@@ -135,24 +117,3 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         with suppress(ValueError):
             rows.append(json.loads(line))
     return rows
-
-
-def _history(folder: Path) -> list[Row]:
-    rows: Sequence[Mapping[str, Any]] = read_rows(folder / "history.jsonl")
-    if not rows and (folder / "summary.csv").is_file():
-        with (folder / "summary.csv").open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    if not rows:
-        states = [folder / "trainer_state.json", *folder.glob("checkpoint-*/trainer_state.json")]
-        rows = max(((read_json(path) or {}).get("log_history", []) for path in states), key=len)
-    return [_numbers(row) for row in rows]
-
-
-def _numbers(row: Mapping[str, Any]) -> Row:
-    """The numbers of a row; text of a CSV file is read as such."""
-    numbers: Row = {}
-    for key, value in row.items():
-        with suppress(TypeError, ValueError):
-            if not isinstance(value, bool) and math.isfinite(float(value)):
-                numbers[key] = float(value)
-    return numbers

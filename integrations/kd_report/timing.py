@@ -13,6 +13,8 @@ from kd_accelerate.player import TurnPlayer
 
 __all__ = ["StepTimer"]
 
+_TERMS, _REST = "distillation terms", "data and the rest"
+
 
 class StepTimer:
     """Measures the parts of a few steps of a `TurnPlayer`, then takes itself out of the way.
@@ -34,13 +36,12 @@ class StepTimer:
         self._undo: list[Callable[[], None]] = []
         self._mark: float | None = None
         self._cuda = player.accelerator.device.type == "cuda"
-        nets = player.nets
-        for net in nets or ():
-            name = "teacher" if net.frozen else "student" if nets and net is nets.student else "peers"
-            self._wrap(net.network, "read", f"{name} forward")
-        self._wrap(player, "forward", "turns", before="data and the rest")
-        self._wrap(player, "after_backward", "optimizer", before="backward")
-        self._wrap(player, "after_update", "optimizer", before="optimizer", last=True)
+        for net in player.nets:
+            name = "teacher" if net.frozen else "student" if net is player.nets.student else "peers"
+            self._wrap(net.network, "read", _TERMS, f"{name} forward")
+        self._wrap(player, "forward", _REST, _TERMS)
+        self._wrap(player, "after_backward", "backward", "optimizer")
+        self._wrap(player, "after_update", "optimizer", "optimizer", last=True)
 
     @property
     def steps(self) -> int:
@@ -51,33 +52,32 @@ class StepTimer:
         """Median seconds of each part of a step."""
         rows = self.rows[self.skip : -1]
         names = dict.fromkeys(name for row in rows for name in row)
-        medians = {name: statistics.median([row.get(name, 0.0) for row in rows]) for name in names}
-        parts = {name: value for name, value in medians.items() if name.endswith("forward")}
-        parts["distillation terms"] = max(medians.get("turns", 0.0) - sum(parts.values()), 0.0)
-        return parts | {n: medians[n] for n in ("backward", "optimizer", "data and the rest") if n in medians}
+        last = (_TERMS, "backward", "optimizer", _REST)
+        order = [*(name for name in names if name not in last), *(name for name in last if name in names)]
+        return {name: statistics.median([row.get(name, 0.0) for row in rows]) for name in order}
 
     def stop(self) -> None:
         """Gives the methods back."""
         while self._undo:
             self._undo.pop()()
 
-    def _now(self) -> float:
+    def _ends(self, part: str) -> None:
+        """Adds the time since the last call to a part."""
         if self._cuda:
             torch.cuda.synchronize()
-        return time.perf_counter()
+        now = time.perf_counter()
+        if self._mark is not None:
+            self.rows[-1][part] = self.rows[-1].get(part, 0.0) + now - self._mark
+        self._mark = now
 
-    def _wrap(self, owner: Any, method: str, part: str, *, before: str = "", last: bool = False) -> None:
-        """Adds the time of a method to `part`, and the time since the method before it to `before`."""
-        original, own = getattr(owner, method), vars(owner).get(method)
+    def _wrap(self, owner: Any, method: str, before: str, part: str, *, last: bool = False) -> None:
+        """Times a method as `part`, and what lies between the method before it and its start as `before`."""
+        original = getattr(owner, method)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            row, start = self.rows[-1], self._now()
-            if before and self._mark is not None:
-                row[before] = row.get(before, 0.0) + start - self._mark
+            self._ends(before)
             result = original(*args, **kwargs)
-            end = self._now()
-            row[part] = row.get(part, 0.0) + end - start
-            self._mark = end if before else self._mark
+            self._ends(part)
             if last:
                 self.rows.append({})
                 if self.steps >= self.wanted:
@@ -85,4 +85,4 @@ class StepTimer:
             return result
 
         setattr(owner, method, timed)
-        self._undo.append(lambda: delattr(owner, method) if own is None else setattr(owner, method, own))
+        self._undo.append(lambda: delattr(owner, method))

@@ -6,16 +6,55 @@ The flags stand in `flags.yaml`; one of timm's that nothing reads is refused wit
 from __future__ import annotations
 
 import argparse
+import ast
+import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from kd_plugins.errors import DistillError, did_you_mean
-from kd_timm.compat import parser_actions
-from kd_timm.flags import UNSUPPORTED, AppendKeyValues, KeyValues, add_flags
+from kd_accelerate.command import explain, with_file
 
-__all__ = ["build_parser", "parse_args"]
+_FLAGS, _refused = yaml.safe_load_all(Path(__file__).with_name("flags.yaml").read_text(encoding="utf-8"))
+
+UNSUPPORTED: dict[str, Any] = {
+    **dict.fromkeys(_refused["unset"]),
+    **dict.fromkeys(_refused["switches"], False),
+    **_refused["others"],
+}
+"""The flags of timm's train.py that kd-timm-train does not read, by argparse name, with timm's default."""
+
+
+class KeyValues(argparse.Action):
+    """Reads `key=value ...` into a dict, values as Python literals where they are such, else as text."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        pairs = {}
+        for item in values:
+            key, equals, value = item.partition("=")
+            if not equals or not key:
+                parser.error(f"{option_string} expects key=value, got {item!r}")
+            try:
+                pairs[key] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                pairs[key] = value
+        setattr(namespace, self.dest, pairs)
+
+
+class AppendKeyValues(KeyValues):
+    """`key=value ...`, once for each use of the flag."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        earlier = getattr(namespace, self.dest)
+        super().__call__(parser, namespace, values, option_string)
+        setattr(namespace, self.dest, [*earlier, getattr(namespace, self.dest)])
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number, at least 1, got {text}")
+    return int(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,86 +67,35 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-c", "--config", default="", type=str, metavar="FILE", help="YAML file with default arguments")
     parser.add_argument("data", nargs="?", metavar="DIR", help="path to dataset (positional is deprecated)")
-    add_flags(parser)
+    types: dict[str, Any] = {"int": int, "float": float, "str": str, "count": _count}
+    actions = {"KeyValues": KeyValues, "AppendKeyValues": AppendKeyValues}
+    for title, flags in copy.deepcopy(_FLAGS).items():
+        group = parser.add_argument_group(title)
+        for names, options in flags.items():
+            if "action" in options:
+                options["action"] = actions.get(options["action"], options["action"])
+            elif (kind := options.get("type", type(options.get("default")).__name__)) in types:
+                options["type"] = types[kind]
+            group.add_argument(*names.split(", "), **options)
     return parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses the command line over the defaults of `--config`; exits with a message where it cannot.
+    """Parses the command line over the arguments of `--config`; exits with a message where it cannot.
 
     Args:
         argv: Arguments; None takes those of the process.
     """
     parser = build_parser()
-    config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    config.add_argument("-c", "--config", default="")
-    path = config.parse_known_args(argv)[0].config
-    if path:
-        try:
-            parser.set_defaults(**_read_config(parser, path))
-        except DistillError as error:
-            parser.error(str(error))
-    args, unknown = parser.parse_known_args(argv)
+    args, unknown = parser.parse_known_args(with_file(parser, argv, UNSUPPORTED))
     if unknown:
-        parser.error(_explain(parser, unknown[0]))
+        flag = unknown[0].partition("=")[0]
+        if flag.startswith("--") and flag[2:].replace("-", "_") in UNSUPPORTED:
+            parser.error(f"{flag} is a flag of timm's train.py that kd-timm-train does not support yet: leave it out")
+        parser.error(explain(parser, unknown[0]))
     for name in ("teacher_checkpoint", "teacher_kwargs", "peer_kwargs"):
         owner = name.partition("_")[0]
         if len(getattr(args, name)) > len(getattr(args, owner)):
             flag = f"--{name.replace('_', '-')}"
             parser.error(f"{flag}: the i-th belongs to the i-th --{owner}, and there are more of them")
     return args
-
-
-def _explain(parser: argparse.ArgumentParser, word: str) -> str:
-    flag = word.partition("=")[0]
-    if flag.startswith("--") and flag[2:].replace("-", "_") in UNSUPPORTED:
-        return f"{flag} is a flag of timm's train.py that kd-timm-train does not support yet: leave it out"
-    known = [
-        option for action in parser_actions(parser).values() for option in action.option_strings if option[:2] == "--"
-    ]
-    return f"unrecognized argument {word}.{did_you_mean(flag, known)}"
-
-
-def _read_config(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            values = yaml.safe_load(file) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise DistillError(f"--config {path} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise DistillError(f"--config {path}: expected a mapping of argument names to values.")
-    actions = parser_actions(parser)
-    checked = {}
-    for key, value in values.items():
-        dest = str(key).replace("-", "_")
-        if dest in actions:
-            checked[dest] = _config_value(actions[dest], value, f"--config {path}: {key}")
-        elif dest not in UNSUPPORTED:
-            raise DistillError(f"--config {path}: unknown argument {key!r}.{did_you_mean(dest, actions)}")
-        # A file that timm's own script wrote names every flag; one at its default asks for nothing.
-        elif value != UNSUPPORTED[dest]:
-            raise DistillError(f"--config {path}: {key} is a flag of timm's that is not supported yet: leave it out.")
-    return checked
-
-
-def _config_value(action: argparse.Action, value: Any, where: str) -> Any:
-    if value is None or value == action.default:
-        return value
-    if isinstance(action, KeyValues):
-        fits = isinstance(value, list) if isinstance(action, AppendKeyValues) else isinstance(value, dict)
-    elif action.nargs == 0:
-        fits = isinstance(value, bool)
-    elif action.nargs in ("+", "*", 3) or isinstance(action.default, list):
-        fits = isinstance(value, list) and not any(isinstance(v, (dict, list)) for v in value)
-    else:
-        fits = not isinstance(value, (dict, list, bool))
-    if not fits:
-        raise DistillError(f"{where} cannot be {value!r}: write it as on the command line.")
-    if isinstance(action, KeyValues) or action.nargs == 0:
-        return value
-    convert: Any = action.type or str
-    try:
-        # As text, as it comes from the command line: 1.5 is no number of epochs.
-        return [convert(str(v)) for v in value] if isinstance(value, list) else convert(str(value))
-    except (TypeError, ValueError) as error:
-        raise DistillError(f"{where} cannot be {value!r}: {error}") from error

@@ -15,10 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from kd_plugins.reading.attention import AttentionCall, AttentionTap, BaseAttentionTaps, Layer, TapHook, Trace
-from kd_plugins.reading.view import Attention
-
-__all__ = ["Attention", "AttentionTaps", "Layer"]
+from kd_plugins.reading.attention import AttentionCall, AttentionTap, BaseAttentionTaps, Trace
+from kd_plugins.reading.tap import Hook
 
 
 class AttentionTaps(BaseAttentionTaps):
@@ -74,12 +72,11 @@ class _FusedTap(AttentionTap):
         return next(taps, None) or cls(module, fused)
 
 
-class _Entry(TapHook):
+class _Entry(Hook):
     """Says that a tapped attention module begins to run."""
 
     def __init__(self, tap: AttentionTap, fused: _FusedAttention) -> None:
-        super().__init__(tap)
-        self.fused = fused
+        self.tap, self.fused = tap, fused
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self.tap.on:

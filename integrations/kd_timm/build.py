@@ -17,19 +17,8 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch import Tensor, nn
 
-from kd_plugins.errors import DistillError, did_you_mean
+from kd_plugins.errors import DistillError, did_you_mean, told
 from kd_timm.data import uses_mixup
-
-__all__ = [
-    "MODEL_ARGUMENTS",
-    "check_model_name",
-    "create_criterion",
-    "create_optimizer",
-    "create_scheduler",
-    "create_stage_scheduler",
-    "create_student",
-    "resolve_learning_rate",
-]
 
 _logger = logging.getLogger(__name__)
 
@@ -47,10 +36,8 @@ def check_model_name(name: str, flag: str) -> None:
         name: A name of timm's registry, or `hf-hub:...` or `local-dir:...`.
         flag: The flag it came from.
     """
-    try:
+    with told(f"{flag} {name}", ValueError):
         source, model = parse_model_name(name)
-    except ValueError as error:
-        raise DistillError(f"{flag} {name}: {error}") from error
     if source is None and not timm.is_model(model.split(".")[0]):
         hint = did_you_mean(model, timm.list_models())
         raise DistillError(f"{flag}: timm has no model named {name!r}.{hint} timm.list_models() names them all.")
@@ -74,7 +61,7 @@ def create_student(args: argparse.Namespace, flag: str = "--model") -> tuple[nn.
     overlay = dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else None
     channels = args.in_chans if args.in_chans is not None else (args.input_size or (None,))[0]
     wanted = {name: getattr(args, flag) for name, flag in MODEL_ARGUMENTS.items()} | {"in_chans": channels}
-    try:
+    with told(f"{flag} {args.model} cannot be made with these arguments", ValueError, TypeError):
         resolved = resolve_model_input_args(
             args.model, vars(args), pretrained_cfg_overlay=overlay, **{**wanted, **args.model_kwargs}
         )
@@ -84,8 +71,6 @@ def create_student(args: argparse.Namespace, flag: str = "--model") -> tuple[nn.
             **resolved,
         )
         config = resolve_input_data_config(model, vars(args))
-    except (ValueError, TypeError) as error:
-        raise DistillError(f"{flag} {args.model} cannot be made with these arguments: {error}") from error
     with torch.no_grad():
         if args.head_init_scale is not None:
             for parameter in model.get_classifier().parameters():
@@ -157,10 +142,8 @@ def resolve_learning_rate(args: argparse.Namespace, processes: int) -> None:
 
 def create_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
     """timm's optimizer for the model's parameters."""
-    try:
+    with told(f"--opt {args.opt} cannot be made with these arguments", ValueError, TypeError, AssertionError):
         optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
-    except (ValueError, TypeError, AssertionError) as error:
-        raise DistillError(f"--opt {args.opt} cannot be made with these arguments: {error}") from error
     if getattr(optimizer, "is_second_order", False):
         raise DistillError(f"--opt {args.opt} needs second-order gradients, which are not supported: choose another.")
     return optimizer
@@ -180,10 +163,8 @@ def create_scheduler(
         The scheduler (None for `--sched none`) and the number of epochs with warmup prefix and cooldown.
     """
     options = scheduler_kwargs(args, decreasing_metric=args.eval_metric == "loss")
-    try:
+    with told(f"--sched {args.sched} cannot be made with these arguments", ValueError, AssertionError):
         return create_scheduler_v2(optimizer, **options, updates_per_epoch=updates_per_epoch)
-    except (ValueError, AssertionError) as error:
-        raise DistillError(f"--sched {args.sched} cannot be made with these arguments: {error}") from error
 
 
 def create_stage_scheduler(

@@ -20,8 +20,6 @@ from torch import nn
 from kd_plugins.errors import DistillError
 from kd_timm.compat import save_config_for_hf
 
-__all__ = ["Checkpoints", "Summary", "forked_random_state", "load_random_state", "random_state", "save_weights"]
-
 
 def save_weights(model: nn.Module, path: Path) -> None:
     """Writes the weights of an unwrapped model as safetensors, under the keys that `timm.create_model` loads.

@@ -1,11 +1,9 @@
-"""Every name of timm, Accelerate and argparse that is used though it is not published, or not yet settled.
+"""Every name of timm and Accelerate that is used though it is not published, or not yet settled.
 
 `timm.task` is public and young: names moved until 1.0.31. A test holds each of these names and its signature.
 """
 
 from __future__ import annotations
-
-import argparse
 
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
@@ -21,7 +19,6 @@ __all__ = [
     "evaluation_sample_limit",
     "fast_collate",
     "feature_take_indices",
-    "parser_actions",
     "resolve_classification_loss",
     "save_config_for_hf",
     "set_sync_gradients",
@@ -31,8 +28,3 @@ __all__ = [
 def set_sync_gradients(accelerator: Accelerator, sync: bool) -> None:
     """Tells Accelerate whether the coming backward closes an accumulation window, in a loop that counts by itself."""
     accelerator.gradient_state._set_sync_gradients(sync)
-
-
-def parser_actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    """The arguments of a parser by name, help left out."""
-    return {action.dest: action for action in parser._actions if action.dest != "help"}

@@ -16,22 +16,10 @@ from torch.utils.data import Dataset, IterableDataset
 
 from kd_accelerate.streams import StagedDataset, split
 from kd_plugins import Distiller, DistillError
-from kd_plugins.binding import needs_in
+from kd_plugins.binding import needs_of_stages
+from kd_timm.arguments import parse_args
 from kd_timm.compat import fast_collate
 from kd_timm.digits import DIGITS_DEFAULTS, Digits
-
-__all__ = [
-    "DATASET_ARGUMENTS",
-    "LOADER_ARGUMENTS",
-    "MIXUP_ARGUMENTS",
-    "Data",
-    "Targets",
-    "apply_data_defaults",
-    "create_data",
-    "create_datasets",
-    "plain_loader",
-    "uses_mixup",
-]
 
 # Arguments of the data sets, by what timm's factory calls them.
 DATASET_ARGUMENTS = {
@@ -125,6 +113,7 @@ class Data:
         mixup: The Mixup collate function, when mixup or cutmix is on.
         staged: The training set of a distillation that wants row numbers or streams; its `epoch_steps`, the updates in
             an epoch, must be set before training.
+        other: Loader of the images of another kind; None without them.
     """
 
     train: Any
@@ -134,6 +123,7 @@ class Data:
     streams: dict[str, Any] = field(default_factory=dict)
     mixup: FastCollateMixup | None = None
     staged: StagedRows | None = None
+    other: Any = None
 
     def set_epoch(self, epoch: int, mixup_off_epoch: int = 0) -> None:
         """Reshuffles distributed samplers and ends mixup when its time has come."""
@@ -149,10 +139,20 @@ class Data:
         return {name: chain.from_iterable(repeat(loader)) for name, loader in self.streams.items()}
 
 
-def apply_data_defaults(args: argparse.Namespace) -> None:
-    """Resolves which data set is meant and, for the embedded one, the defaults that belong to it."""
+def apply_data_defaults(args: argparse.Namespace, data_free: bool = False) -> None:
+    """Resolves which data set is meant and, for the embedded one, the defaults that belong to it.
+
+    Args:
+        args: Parsed arguments.
+        data_free: Whether the training needs no data set; one that is named is for the evaluation.
+    """
     args.data_dir = args.data_dir or args.data
-    if not args.dataset and not args.data_dir:
+    named = bool(args.dataset or args.data_dir)
+    if not data_free and (args.epoch_updates or args.best_on_eval):
+        raise DistillError("--epoch-updates and --best-on-eval are for methods without data (dafl): leave them out.")
+    if data_free:
+        args.epoch_updates = args.epoch_updates or 120
+    elif not named:
         args.dataset = "digits"
     if args.dataset != "digits":
         return
@@ -162,25 +162,50 @@ def apply_data_defaults(args: argparse.Namespace) -> None:
             setattr(args, name, value)
 
 
-def create_datasets(args: argparse.Namespace, channels: int) -> tuple[Any, Any, tuple[str, ...] | None]:
+# What does nothing where no image is read for the training.
+_OF_DATA = (*LOADER_ARGUMENTS.values(), *MIXUP_ARGUMENTS.values(), "train_split", "train_interpolation", "bce_loss")
+
+
+def check_data_free(args: argparse.Namespace) -> None:
+    """Refuses what means nothing in a training without data, before anything is derived from the arguments."""
+    defaults, ignored = vars(parse_args([])), [*_OF_DATA]
+    if not args.best_on_eval:
+        ignored += ["eval_metric"] + ["sched"] * (args.sched == "plateau")
+    elif not ((args.dataset or args.data_dir or args.data) and args.val_split):
+        raise DistillError("--best-on-eval chooses on an evaluation set, and none is named: give it, --dataset NAME.")
+    given = [name for name in ignored if getattr(args, name) != defaults[name]]
+    if given:
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise DistillError(f"{args.distill} trains without data, where {flags} would do nothing: leave it out.")
+
+
+def create_datasets(
+    args: argparse.Namespace, channels: int, data_free: bool = False
+) -> tuple[Any, Any, tuple[str, ...] | None]:
     """Makes the training and the evaluation data set.
 
     Args:
         args: Parsed arguments, after `apply_data_defaults`.
         channels: Image channels of the model.
+        data_free: Whether the training needs no data set.
 
     Returns:
-        Training set, evaluation set (None without `--val-split`), class names where they are known.
+        Training set (None for a training without data), evaluation set (None without `--val-split`), class names where
+        they are known.
     """
+    if data_free and not (args.dataset or args.data_dir):
+        return None, None, None
     mode = args.input_img_mode or ("RGB" if channels == 3 else "L")
     if args.dataset == "digits":
         train: Any = Digits(args.train_split, mode)
-        return train, Digits(args.val_split, mode) if args.val_split else None, train.classes
+        return None if data_free else train, Digits(args.val_split, mode) if args.val_split else None, train.classes
     if not args.dataset and not os.path.exists(args.data_dir):
         raise DistillError(f"Expected a folder or tar of images, but {args.data_dir} does not exist: mend --data-dir.")
     common = _named(args, DATASET_ARGUMENTS) | {"input_img_mode": mode}
-    train = create_dataset(args.dataset, split=args.train_split, is_training=True, seed=args.seed, **common)
     evaluation = create_dataset(args.dataset, split=args.val_split, **common) if args.val_split else None
+    if data_free:
+        return None, evaluation, None if evaluation is None else _class_names(evaluation, args.target_key)
+    train = create_dataset(args.dataset, split=args.train_split, is_training=True, seed=args.seed, **common)
     classes = _class_names(train, args.target_key)
     if evaluation is not None and classes is not None:
         theirs = _class_names(evaluation, args.target_key)
@@ -190,6 +215,22 @@ def create_datasets(args: argparse.Namespace, channels: int) -> tuple[Any, Any, 
                 " folders, in the same order, must be in both (--class-map fixes the order)."
             )
     return train, evaluation, classes
+
+
+def _other_kind(args: argparse.Namespace, channels: int) -> Any:
+    """The images of `--ood-dataset`, whatever their labels; None without it."""
+    name = args.ood_dataset
+    if not name:
+        return None
+    if "/" not in name or os.path.exists(name):
+        if not os.path.exists(name):
+            raise DistillError(f"--ood-dataset: expected <type>/<name> or a folder of images, got {name}.")
+        named: dict[str, Any] = {"name": "", "root": name}
+    else:
+        named = {"name": name, "root": args.data_dir}
+    keys = {"input_key": args.input_key, "target_key": args.target_key}
+    mode = args.input_img_mode or ("RGB" if channels == 3 else "L")
+    return create_dataset(split=args.ood_split, input_img_mode=mode, batch_size=args.batch_size, **named, **keys)
 
 
 def _few(names: Sequence[str]) -> str:
@@ -242,7 +283,7 @@ def create_data(
         # One logit decides between two classes.
         mixup = FastCollateMixup(**_named(args, MIXUP_ARGUMENTS), num_classes=max(args.num_classes, 2))
     collate: Any = mixup or fast_collate
-    needs = [] if distiller is None else [needs_in(distiller, i) for i in range(len(distiller.stages()))]
+    needs = [] if distiller is None else needs_of_stages(distiller)
     index = any(n.index for n in needs)
     streams: dict[str, Any] = {}
     staged = None
@@ -274,20 +315,18 @@ def create_data(
             )
         return made
 
-    loaded = loader(train)
-    if distiller is not None and not distiller.data:
-        # A method that makes its own inputs gets as many empty batches.
-        empty = torch.empty(args.batch_size, 0, device=device)
-        loaded = [(empty, empty)] * len(loaded)
+    empty = torch.empty(args.batch_size, 0, device=device)
     size = args.validation_batch_size or args.batch_size
+    other = _other_kind(args, config["input_size"][0])
     return Data(
-        train=loaded,
+        train=loader(train) if train is not None else [(empty, empty)] * args.epoch_updates * args.grad_accum_steps,
         evaluation=None if evaluation is None else plain_loader(evaluation, config, size, **machine),
         config=config,
         classes=classes,
         streams={name: loader(rows) for name, rows in streams.items()},
         mixup=mixup,
         staged=staged,
+        other=None if other is None else plain_loader(other, config, size, **machine),
     )
 
 

@@ -11,8 +11,6 @@ from torch.utils.data import Dataset
 
 from kd_plugins.errors import DistillError
 
-__all__ = ["DIGITS_DEFAULTS", "Digits"]
-
 # What timm's flags default to for this data set; timm itself would take the size and the classes of ImageNet.
 DIGITS_DEFAULTS: dict[str, Any] = {"num_classes": 10, "img_size": 32, "crop_pct": 1.0}
 

@@ -25,8 +25,6 @@ from kd_timm.engine import PlainStep, TrainingRun
 from kd_timm.network import TimmNetwork, image_batch
 from kd_timm.teachers import check_classes, create_teacher
 
-__all__ = ["Distillation"]
-
 
 class Distillation:
     """The distiller of a run and its networks.
@@ -37,6 +35,7 @@ class Distillation:
         config: Its data configuration.
         classes: Its class names, where they are known.
         device: Where teachers and peers go.
+        distiller: What `make_distiller` returned.
     """
 
     def __init__(
@@ -46,18 +45,9 @@ class Distillation:
         config: Mapping[str, Any],
         classes: tuple[str, ...] | None,
         device: torch.device,
+        distiller: Distiller,
     ) -> None:
-        self.args, self.config = args, config
-        self.distiller: Distiller = create_distiller(
-            args.distill, **options_from_strings(args.distill, args.distill_args)
-        )
-        if "classification" not in self.distiller.tasks:
-            raise DistillError(
-                f"{self.distiller.name} fits {', '.join(self.distiller.tasks)}, and kd-timm-train trains classifiers:"
-                " choose a method that fits (kd-plugins list)."
-            )
-        if args.grad_accum_steps > 1 and not self.distiller.accumulation:
-            raise DistillError(f"{self.distiller.name} does not fit gradient accumulation: drop --grad-accum-steps.")
+        self.args, self.config, self.distiller = args, config, distiller
         self.criterion: Callable[..., Tensor] = nn.functional.cross_entropy
         given = zip_longest(args.teacher, args.teacher_checkpoint, args.teacher_kwargs)
         common: dict[str, Any] = dict(config=config, num_classes=args.num_classes, classes=classes)
@@ -117,7 +107,7 @@ class Distillation:
             fresh: False where what a pass would find comes from a checkpoint, or from the first process.
         """
         with forked_random_state():
-            self.rows = 0 if isinstance(dataset, IterableDataset) else len(dataset)
+            self.rows = 0 if dataset is None or isinstance(dataset, IterableDataset) else len(dataset)
             set_up(self.distiller, self.nets, next(self._pass(dataset)))
             check_classes(self.distiller, self.teachers)
             if fresh and needs_pass(self.distiller):
@@ -177,6 +167,19 @@ class Distillation:
 
         known = zip(self.teachers, self.nets.teachers, strict=True)
         return [partial(scores, net) for teacher, net in known if not teacher.misfit]
+
+
+def make_distiller(args: argparse.Namespace) -> Distiller:
+    """The method that `--distill` and `--distill-args` name, where this script can train with it."""
+    distiller = create_distiller(args.distill, **options_from_strings(args.distill, args.distill_args))
+    if "classification" not in distiller.tasks:
+        raise DistillError(
+            f"{distiller.name} fits {', '.join(distiller.tasks)}, and kd-timm-train trains classifiers: choose a method"
+            " that fits (kd-plugins list)."
+        )
+    if args.grad_accum_steps > 1 and not distiller.accumulation:
+        raise DistillError(f"{distiller.name} does not fit gradient accumulation: drop --grad-accum-steps.")
+    return distiller
 
 
 class DistillStep(PlainStep):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -21,7 +21,8 @@ from kd_timm.data import Data
 from kd_timm.network import one_head
 from kd_timm.progress import Reporter
 
-__all__ = ["PlainStep", "TrainingRun", "evaluate", "train_one_epoch"]
+Seen = Callable[[Tensor, Tensor, list[Tensor]], None]
+"""Takes a batch of a model's scores `[B, K]`, targets and what others say."""
 
 
 class TrainingRun:
@@ -204,12 +205,32 @@ def _two_classes(scores: Tensor) -> Tensor:
     return F.pad(scores, (1, 0)) if scores.shape[-1] == 1 else scores
 
 
+def answers(
+    run: TrainingRun, model: nn.Module, loader: Any, others: Sequence[Callable[[Tensor], Tensor]] = ()
+) -> Iterator[tuple[Tensor, Tensor, list[Tensor], int]]:
+    """What a model says of each batch of a loader: scores, targets, the scores of others, and how many rows count.
+
+    The rows that come last may fill up this process's share.
+    """
+    limit, done = evaluation_sample_limit(loader), 0
+    model.eval()
+    for inputs, targets in loader:
+        inputs = run.images(inputs)
+        with run.accelerator.autocast():
+            output = _two_classes(one_head(model(inputs), model))
+            told = [_two_classes(other(inputs)) for other in others]
+        rows = len(output) if limit is None else max(0, min(limit - done, len(output)))
+        done += len(output)
+        yield output, targets, told, rows
+
+
 @torch.inference_mode()
 def evaluate(
     run: TrainingRun,
     model: nn.Module,
     *,
     others: Sequence[Callable[[Tensor], Tensor]] = (),
+    seen: Seen | None = None,
 ) -> dict[str, float]:
     """Evaluates a model on the evaluation split.
 
@@ -218,24 +239,21 @@ def evaluate(
         model: What to evaluate, called with normalised images.
         others: Teachers; the share of images on which the model and the i-th of them choose the same class is reported
             as `agreement` (`agreement1`, ... from the second on).
+        seen: What is to see the scores as well.
 
     Returns:
         Loss, top-1 and top-5 accuracy in percent over all processes, and the agreements.
     """
     accelerator, loader = run.accelerator, run.data.evaluation
-    limit = evaluation_sample_limit(loader)
-    evaluator = ClassificationEvaluator(device=accelerator.device, max_samples=limit)
+    evaluator = ClassificationEvaluator(device=accelerator.device, max_samples=evaluation_sample_limit(loader))
     agree = torch.zeros(len(others) + 1, dtype=torch.float64, device=accelerator.device)
-    model.eval()
-    for inputs, targets in loader:
-        inputs = run.images(inputs)
-        with accelerator.autocast():
-            output = _two_classes(one_head(model(inputs), model))
-            known = None if limit is None else max(0, limit - evaluator.num_samples)
-            for i, other in enumerate(others):
-                agree[i] += (_two_classes(other(inputs)).argmax(-1) == output.argmax(-1))[:known].sum()
-        agree[-1] += len(output[:known])
+    for output, targets, told, rows in answers(run, model, loader, others):
+        for i, scores in enumerate(told):
+            agree[i] += (scores.argmax(-1) == output.argmax(-1))[:rows].sum()
+        agree[-1] += rows
         evaluator.update(output, targets)
+        if seen is not None:
+            seen(output[:rows], targets[:rows], [scores[:rows] for scores in told])
     distributed = accelerator.num_processes > 1
     metrics = dict(evaluator.compute(distributed=distributed))
     if others:

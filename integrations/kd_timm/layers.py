@@ -13,8 +13,6 @@ from kd_plugins.binding import connect, set_up
 from kd_timm.build import create_student
 from kd_timm.network import TimmNetwork, image_batch
 
-__all__ = ["list_layers"]
-
 
 def list_layers(args: argparse.Namespace) -> str:
     """Describes the model that `--list-layers` names, made with the other arguments of the model.

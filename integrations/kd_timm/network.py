@@ -12,8 +12,6 @@ from kd_plugins.reading.network import Forward, Network
 from kd_plugins.reading.view import Batch, Reads
 from kd_timm.attention import AttentionTaps
 
-__all__ = ["StagedModel", "TimmNetwork", "image_batch", "one_head"]
-
 
 def one_head(output: Any, model: nn.Module) -> Tensor:
     """A model's scores; refuses the pair of heads that a model gives under `set_distilled_training(True)`."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from accelerate.utils import broadcast_object_list
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from timm.layers import convert_sync_batchnorm
 from timm.models import safe_model_name
 from timm.utils import ModelEmaV3, random_seed
@@ -27,15 +29,14 @@ from kd_timm.build import (
     resolve_learning_rate,
 )
 from kd_timm.checkpoint import Checkpoints, find_state, forked_random_state
-from kd_timm.data import apply_data_defaults, create_data, create_datasets
-from kd_timm.distillation import Distillation
+from kd_timm.data import apply_data_defaults, check_data_free, create_data, create_datasets
+from kd_timm.distillation import Distillation, make_distiller
 from kd_timm.engine import PlainStep, TrainingRun
 from kd_timm.peers import Peers
 from kd_timm.progress import Reporter
-from kd_timm.setup import check_arguments, create_accelerator
-from kd_timm.trackers import start_trackers
+from kd_timm.trackers import start_trackers, tracker_names
 
-__all__ = ["Parts"]
+_logger = logging.getLogger("kd_timm.train")
 
 
 class Parts(TrainingRun):
@@ -47,13 +48,27 @@ class Parts(TrainingRun):
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        check_arguments(args)
+        for name in ("teacher", "peer", "distill_args"):
+            if getattr(args, name) and not args.distill:
+                flag = f"--{name.replace('_', '-')}"
+                raise DistillError(f"{flag} does nothing without --distill NAME: name a distiller.")
+        if args.ood_dataset and not args.val_split:
+            raise DistillError("--ood-dataset is compared with the evaluation split: name one, --val-split.")
+        if args.ood_dataset and args.bce_loss:
+            raise DistillError(
+                "--ood-dataset reads the uncertainty of a softmax, and --bce-loss trains none: drop one."
+            )
         self.accelerator = accelerator = create_accelerator(args)
         self.primary, self.processes = accelerator.is_main_process, accelerator.num_processes
         self.state = find_state(args.resume) if args.resume else None
         # As it comes back from a file: JSON has no tuples.
         self.given = json.loads(json.dumps(vars(args)))
-        apply_data_defaults(args)
+        with forked_random_state():
+            distiller = make_distiller(args) if args.distill else None
+        data_free = distiller is not None and not distiller.data
+        if data_free:
+            check_data_free(args)
+        apply_data_defaults(args, data_free)
         random_seed(args.seed, accelerator.process_index)
         self.student, config = create_student(args)
         self.student.to(accelerator.device)
@@ -64,7 +79,7 @@ class Parts(TrainingRun):
         if args.sync_bn and self.processes > 1:
             args.dist_bn = ""
             self.student = convert_sync_batchnorm(self.student)
-        datasets = create_datasets(args, config["input_size"][0])
+        datasets = create_datasets(args, config["input_size"][0], data_free)
         classes = datasets[2]
         if classes is not None and max(args.num_classes, 2) < len(classes):
             raise DistillError(
@@ -76,14 +91,19 @@ class Parts(TrainingRun):
         decay: dict[str, Any] = dict(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
         self.ema = ModelEmaV3(self.student, **decay) if args.model_ema else None
         self.distillation: Distillation | None = None
-        if args.distill:
+        if distiller is not None:
             with forked_random_state():
-                self.distillation = Distillation(args, self.student, config, classes, accelerator.device)
+                self.distillation = Distillation(args, self.student, config, classes, accelerator.device, distiller)
             self.distillation.set_up(datasets[0], fresh=self.state is None and self.primary)
         self.reporter = Reporter(self.primary)
+        if data_free and datasets[1] is not None:
+            named = f"{args.dataset or args.data_dir} ({args.val_split})"
+            self.reporter.line(f"{args.distill} trains without data: {named} is for the evaluation alone.")
         self.seconds, self.updates = 0.0, 0
         self._begin(create_optimizer(args, self.student), datasets, config)
-        self.metric = args.eval_metric if self.data.evaluation is not None else "loss"
+        # A training without data keeps its last student, whatever an evaluation set says of it.
+        judged = self.data.evaluation is not None and (not data_free or args.best_on_eval)
+        self.metric = args.eval_metric if judged else "epoch" if data_free else "loss"
         self._open_output()
         if self.accelerator.log_with:
             start_trackers(self.accelerator, args, self.folder, self.given)
@@ -174,3 +194,37 @@ class Parts(TrainingRun):
             self.checkpoints.describe(self.student, self.data.config, self.data.classes)
             for label, peer in zip(self.peers.labels, peers, strict=True):
                 self.checkpoints.describe(peer, self.data.config, self.data.classes, name=label)
+
+
+def create_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Device, precision and processes, from `--device`, `--amp`, `--amp-dtype` and the launcher's environment."""
+    kind, _, index = args.device.partition(":")
+    if kind not in ("cuda", "cpu"):
+        raise DistillError(f"--device: expected cuda, cuda:N or cpu, got {args.device}.")
+    if kind == "cuda" and not torch.cuda.is_available():
+        _logger.info("No GPU is available: training on the CPU (say so with --device cpu).")
+        kind = "cpu"
+    if kind == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+        if index:
+            torch.cuda.set_device(int(index))
+    precision = "no"
+    if args.amp:
+        names = {"float16": "fp16", "bfloat16": "bf16"}
+        if args.amp_dtype not in names:
+            raise DistillError(f"--amp-dtype: expected float16 or bfloat16, got {args.amp_dtype}.")
+        precision = names[args.amp_dtype]
+        if precision == "fp16" and kind == "cpu":
+            raise DistillError("--amp in float16 needs a GPU to scale the loss on: add --amp-dtype bfloat16.")
+    accelerator = Accelerator(
+        cpu=kind == "cpu",
+        mixed_precision=precision,
+        step_scheduler_with_optimizer=False,
+        log_with=tracker_names(args) or None,
+        project_dir=".",
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=not args.no_ddp_bb)],
+    )
+    if args.sync_bn and kind == "cpu" and accelerator.num_processes > 1:
+        raise DistillError("--sync-bn needs GPUs: leave it out, --dist-bn averages the statistics after each epoch.")
+    return accelerator

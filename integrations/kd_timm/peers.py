@@ -13,8 +13,6 @@ from torch import nn
 from kd_timm.checkpoint import load_weights, save_weights
 from kd_timm.engine import TrainingRun, evaluate
 
-__all__ = ["Peers"]
-
 
 class Peers:
     """Follows the peers of a run.

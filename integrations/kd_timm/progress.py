@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
-__all__ = ["Reporter"]
-
 _logger = logging.getLogger("kd_timm.train")
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from kd_plugins import Batch, Net, Nets, Reads
 from kd_report import page_hint
-from kd_report.record import RunRecord, some_rows
+from kd_report.record import MOST_AT_ONCE, RunRecord, some_rows
 from kd_timm.arguments import parse_args
 from kd_timm.checkpoint import epoch_row
 from kd_timm.data import plain_loader
@@ -81,11 +81,11 @@ class Recorder:
         teachers = () if distillation is None else distillation.teachers
         misfits = [number for number, teacher in enumerate(teachers) if teacher.misfit]
         with self.session.accelerator.autocast():
-            getattr(self.record, phase)(self._nets(), self._batches(), misfits=misfits)
+            self.record.analyse(phase, self._nets(), self._batches(), misfits=misfits)
 
     def _batches(self) -> Iterator[Batch]:
         args, data = self.session.args, self.session.data
-        size, config = args.validation_batch_size or args.batch_size, data.config
+        size, config = min(args.validation_batch_size or args.batch_size, MOST_AT_ONCE), data.config
         device = self.session.accelerator.device
         loader = plain_loader(some_rows(data.evaluation.dataset), config, size, device=device, num_workers=args.workers)
         for inputs, labels in loader:
@@ -100,4 +100,5 @@ def _data(session: Parts) -> str:
             sizes.append(f"{len(loader.dataset):,} {name} images")
         except (TypeError, AttributeError):
             continue
-    return f"{args.dataset or args.data_dir}: {' and '.join(sizes)}" if sizes else str(args.dataset or args.data_dir)
+    named = args.dataset or args.data_dir or "none"
+    return f"{named}: {' and '.join(sizes)}" if sizes else named

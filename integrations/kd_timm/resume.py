@@ -13,8 +13,6 @@ from kd_plugins import DistillError
 from kd_timm.checkpoint import load_random_state, load_weights, random_state, read_json, save_weights, write_json
 from kd_timm.parts import Parts
 
-__all__ = ["load_state", "save_state"]
-
 # Arguments that may change on resume without changing the numbers.
 _FREE = {"resume", "config", "output", "experiment", "log_interval", "device", "checkpoint_hist", "pin_mem"}
 _FREE |= {"report_to", "log_wandb", "wandb_project", "wandb_tags", "wandb_resume_id"}

@@ -14,13 +14,11 @@ from torch import Tensor, nn
 
 from kd_plugins import Batch, Distiller, DistillError, Net, Nets, View, create_distiller
 from kd_plugins.binding import connect, schedule, set_up
-from kd_plugins.catalog.hosts import refusals
+from kd_plugins.catalog.about import refusals
 from kd_plugins.distiller import Turn
 from kd_timm.compat import TrainingTask, resolve_classification_loss
 from kd_timm.network import TimmNetwork, image_batch
 from kd_timm.teachers import InputTransform, Teacher, check_classes, create_teacher, other_classes
-
-__all__ = ["DistillationTask"]
 
 _SOFTMAX = (nn.CrossEntropyLoss, JsdCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy)
 

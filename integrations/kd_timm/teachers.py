@@ -18,10 +18,9 @@ from timm.models import load_state_dict, parse_model_name
 from torch import Tensor, nn
 
 from kd_plugins import Distiller, DistillError
-from kd_plugins.binding import needs_in
+from kd_plugins.binding import needs_of_stages
+from kd_plugins.errors import told
 from kd_timm.build import check_model_name
-
-__all__ = ["InputTransform", "Teacher", "check_classes", "create_teacher", "other_classes"]
 
 
 class InputTransform:
@@ -72,7 +71,7 @@ class Teacher:
 
 def check_classes(distiller: Distiller, teachers: Sequence[Teacher]) -> None:
     """Refuses a teacher of other classes, where a method that is set up reads its scores in any stage."""
-    stages = [needs_in(distiller, stage) for stage in range(len(distiller.stages()))]
+    stages = needs_of_stages(distiller)
     for number, teacher in enumerate(teachers):
         if teacher.misfit and any(needs.of_teacher(number).logits for needs in stages):
             raise DistillError(teacher.misfit)
@@ -149,14 +148,10 @@ def _published(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
             f"The published weights of the teacher {name} have {cfg.num_classes} classes, so with num_classes={wanted}"
             " its head would be random: train it first, and give --teacher-checkpoint PATH."
         )
-    try:
-        return timm.create_model(name, pretrained=True, **kwargs)
+    remedy = "give them as a file, --teacher-checkpoint PATH."
     # Whatever the hub, the network or the file system raises, the remedy is the same.
-    except Exception as error:
-        raise DistillError(
-            f"The published weights of the teacher {name} cannot be had ({type(error).__name__}: {error}): give them as"
-            " a file, --teacher-checkpoint PATH."
-        ) from error
+    with told(f"The published weights of the teacher {name} cannot be had", Exception, remedy=remedy):
+        return timm.create_model(name, pretrained=True, **kwargs)
 
 
 def _from_checkpoint(

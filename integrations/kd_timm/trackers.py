@@ -11,10 +11,8 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
-from kd_plugins.errors import DistillError, did_you_mean
+from kd_plugins.errors import DistillError, did_you_mean, told
 from kd_timm.compat import LOGGER_TYPE_TO_CLASS
-
-__all__ = ["start_trackers", "tracker_names"]
 
 
 def tracker_names(args: argparse.Namespace) -> list[str]:
@@ -54,11 +52,7 @@ def start_trackers(
         wandb |= {"id": args.wandb_resume_id, "resume": "must"}
     # Trackers take numbers and text alone.
     config = {k: v if v is None or isinstance(v, (bool, int, float, str)) else str(v) for k, v in settings.items()}
-    try:
-        accelerator.init_trackers(args.wandb_project or "kd-timm-train", config, {"wandb": wandb})
+    names, remedy = ", ".join(map(str, accelerator.log_with)), "mend that, or leave --report-to and --log-wandb out."
     # Whatever a tracker raises (no account, no server), the remedy is the same.
-    except Exception as error:
-        raise DistillError(
-            f"The trackers {', '.join(map(str, accelerator.log_with))} cannot start ({type(error).__name__}: {error}):"
-            " mend that, or leave --report-to and --log-wandb out."
-        ) from error
+    with told(f"The trackers {names} cannot start", Exception, remedy=remedy):
+        accelerator.init_trackers(args.wandb_project or "kd-timm-train", config, {"wandb": wandb})

@@ -13,6 +13,7 @@ from timm.utils import distribute_bn, setup_default_logging
 
 from kd_accelerate.command import run_command
 from kd_plugins import DistillError
+from kd_report.uncertainty import dirichlet_offset
 from kd_timm.arguments import parse_args
 from kd_timm.checkpoint import Summary, load_weights, write_json
 from kd_timm.engine import evaluate, train_one_epoch
@@ -20,8 +21,7 @@ from kd_timm.layers import list_layers
 from kd_timm.parts import Parts
 from kd_timm.recording import Recorder
 from kd_timm.resume import load_state, save_state
-
-__all__ = ["Session", "main", "train"]
+from kd_timm.uncertainty import judge
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,7 +99,7 @@ class Session(Parts):
                 self.scheduler.step(done + 1, None)
             return
         evaluation = {} if self.data.evaluation is None else self._evaluate()
-        metric = (evaluation or training)[self.metric]
+        metric = epoch if self.metric == "epoch" else (evaluation or training)[self.metric]
         evaluation |= self.peers.evaluate(self, self.evaluated, epoch)
         if self.scheduler is not None:
             self.scheduler.step(done + 1, metric)
@@ -126,9 +126,17 @@ class Session(Parts):
         results |= {"metric": self.metric, "best_metric": best[0], "best_epoch": best[1]}
         exported = self.folder / "model_best.safetensors"
         if self.data.evaluation is not None:
+            if args.best_on_eval:
+                results["last_evaluation"] = evaluate(self, self.evaluated)
+                last = "  ".join(f"{key} {value:.4g}" for key, value in results["last_evaluation"].items())
+                self.reporter.line(f"last epoch  {last}")
             load_weights(self.evaluated, exported)
             others = [] if self.distillation is None else self.distillation.asked()
-            results["evaluation"] = evaluate(self, self.evaluated, others=others)
+            distiller = None if self.distillation is None else self.distillation.distiller
+            offset = dirichlet_offset(distiller, args.num_classes)
+            results["evaluation"], uncertain = judge(self, self.evaluated, others, offset)
+            # With --bce-loss each class has a sigmoid of its own, and the classes no distribution.
+            results |= {} if args.bce_loss else {"uncertainty": uncertain}
         if self.peers.names:
             results["peers"] = self.peers.finish(self, self.evaluated)
         results |= {

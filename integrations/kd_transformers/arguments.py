@@ -6,22 +6,17 @@ Every flag may be written with underscores or dashes. A YAML or JSON file of arg
 
 # HfArgumentParser reads the annotations of these classes: no `from __future__ import annotations` here.
 
-import json
 import sys
 from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from kd_plugins.errors import DistillError, did_you_mean
-from kd_transformers.compat import flags
+from kd_accelerate.command import explain, flags, given, with_file
 from kd_transformers.docstrings import DOCSTRINGS_DEFAULTS
-
-__all__ = ["Arguments", "DataArguments", "DistillationArguments", "ModelArguments", "build_parser", "parse_args"]
 
 _DATA_FLAGS = ("task_name", "dataset_name", "train_file", "validation_file")
 
@@ -57,6 +52,11 @@ class DataArguments:
     pad_to_max_length: bool = _field(False, help="pad every input to --max_seq_length, not to the longest of its batch")
     max_train_samples: int | None = _field(help="train on this many rows, the first ones")
     max_eval_samples: int | None = _field(help="evaluate on this many rows, the first ones")
+    ood_dataset: str | None = _field(
+        help="texts of another kind: data set of the hub, folder or file; how well the uncertainty of student and"
+        " teachers tells them from the evaluation split goes to all_results.json"
+    )
+    ood_split: str = _field("validation", help="split of --ood_dataset, or a slice of one")
     metric: list[str] = _list(
         "metric shipped with this package (accuracy, f1, matthews_correlation, pearsonr, spearmanr), name on the hub,"
         " or path; repeatable (default: those of the task)",
@@ -100,7 +100,7 @@ class DistillationArguments:
         'weights of the i-th teacher: a folder or a file ("": the published ones)', "PATH"
     )
     cache_teacher: bool = _field(
-        False, help="ask the teacher once for each row, before the training, where a method reads its logits alone"
+        False, help="ask the teachers once for each row, before the training, where a method reads their logits alone"
     )
     peer: list[str] = _list(
         "checkpoint that is trained together with the student, of an online method (repeatable)", "MODEL"
@@ -160,14 +160,12 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
     Args:
         argv: Arguments; None takes those of the process.
     """
-    parser = build_parser()
-    words = list(sys.argv[1:] if argv is None else argv)
-    try:
-        words = _with_file(parser, words)
-    except DistillError as error:
-        parser.error(str(error))
-    given = _given(parser, words)
-    if not any(name in given for name in (*_DATA_FLAGS, "help")):
+    parser, words = build_parser(), list(sys.argv[1:] if argv is None else argv)
+    if words and not words[0].startswith("-") and Path(words[0]).suffix in (".json", ".yaml", ".yml"):
+        words.insert(0, "--config")
+    words = with_file(parser, words, {})
+    named = given(parser, words)
+    if not any(name in named for name in (*_DATA_FLAGS, "help")):
         parser.set_defaults(**DOCSTRINGS_DEFAULTS)
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(words, True, look_for_args_file=False)
@@ -175,18 +173,17 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
         # TrainingArguments refuse combinations of their own.
         parser.error(str(error))
     if unknown:
-        known = [option for option in flags(parser) if option.startswith("--")]
-        parser.error(f"unrecognized argument {unknown[0]}.{did_you_mean(unknown[0].partition('=')[0], known)}")
+        parser.error(explain(parser, unknown[0]))
     arguments = Arguments(*parsed[:4])
-    problem = _problem(arguments, given)
+    problem = _problem(arguments, named)
     if problem:
         parser.error(problem)
-    if not (given & {"do_train", "do_eval", "do_predict"}):
+    if not (named & {"do_train", "do_eval", "do_predict"}):
         arguments.training.do_train = arguments.training.do_eval = True
     return arguments
 
 
-def _problem(arguments: Arguments, given: set[str]) -> str | None:
+def _problem(arguments: Arguments, named: set[str]) -> str | None:
     """The first thing that is wrong with the arguments, seen without any data."""
     data, model, distillation, training = arguments
     if sum(bool(x) for x in (data.task_name, data.dataset_name, data.train_file or data.validation_file)) > 1:
@@ -209,17 +206,19 @@ def _problem(arguments: Arguments, given: set[str]) -> str | None:
             "expected --distill with a teacher, got none: say which method (--distill kd), or that the teacher is only"
             " where the student starts (--student_init teacher), or what it is compared with (--student_init scratch)"
         )
-    if distillation.cache_teacher and (not distillation.distill or len(distillation.teacher) > 1 or not taught):
-        return "--cache_teacher expects --distill and one teacher"
+    if data.ood_dataset and not training.do_eval and named & {"do_train", "do_eval", "do_predict"}:
+        return "--ood_dataset is compared with the evaluation split: add --do_eval"
+    if distillation.cache_teacher and not (distillation.distill and taught):
+        return "--cache_teacher expects --distill and a teacher"
     if distillation.peer and not distillation.distill:
         return "--peer is trained by an online method of --distill, which is not given"
     if training.do_predict:
         return "--do_predict is not supported: evaluate with --do_eval"
     shape = ("teacher_layers", "teacher_hidden_size", "teacher_heads")
-    trained = [name for name in ("teacher_epochs", "teacher_learning_rate", *shape) if name in given]
+    trained = [name for name in ("teacher_epochs", "teacher_learning_rate", *shape) if name in named]
     if trained and not distillation.train_teacher:
         return f"--{trained[0]} belongs to --train_teacher, which is not given"
-    if distillation.teacher and given.intersection(shape):
+    if distillation.teacher and named.intersection(shape):
         return "--teacher_layers, --teacher_hidden_size and --teacher_heads shape one from scratch: leave out --teacher"
     if model.model_name_or_path and (model.config_name or model.student_init == "teacher" or model.student_layers):
         return (
@@ -238,67 +237,3 @@ def _problem(arguments: Arguments, given: set[str]) -> str | None:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
             return f"--{name}: expected a positive number, got {value}"
     return None
-
-
-def _with_file(parser: HfArgumentParser, words: list[str]) -> list[str]:
-    """The words of the command line behind those of the file that it names, if any."""
-    path = None
-    if words and not words[0].startswith("-") and Path(words[0]).suffix in (".json", ".yaml", ".yml"):
-        path, words = words[0], words[1:]
-    for i, word in enumerate(words):
-        if word == "--config" or word.startswith("--config="):
-            if path is not None:
-                raise DistillError("--config: expected one file of arguments, got two.")
-            path = word.partition("=")[2] or (words[i + 1] if i + 1 < len(words) else "")
-            words = words[:i] + words[i + (1 if "=" in word else 2) :]
-            break
-    if path is None:
-        return words
-    given = _given(parser, words)
-    from_file = []
-    for key, value in _read_file(path).items():
-        name = str(key).replace("-", "_")
-        action = flags(parser).get(f"--{name}")
-        if action is None or name in ("config", "help"):
-            known = [option[2:] for option in flags(parser) if option.startswith("--")]
-            raise DistillError(f"{path}: unknown argument {key!r}.{did_you_mean(name, known)}")
-        if action.dest not in given:
-            from_file += _as_words(name, value, action.nargs)
-    return [*from_file, *words]
-
-
-def _read_file(path: str) -> dict[str, Any]:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise DistillError(f"{path} cannot be read as arguments: {error}") from error
-    if not isinstance(values, dict):
-        raise DistillError(f"{path}: expected a mapping of argument names to values, got {type(values).__name__}.")
-    return values
-
-
-def _as_words(name: str, value: Any, nargs: Any) -> list[str]:
-    """An entry of a file as it would be written on the command line, so that both are checked alike."""
-    if value is None:
-        return []
-    if name == "distill_args" and isinstance(value, Mapping):
-        value = [f"{key}={_option(v)}" for key, v in value.items()]
-    if nargs in ("+", "*"):
-        items = [str(item) for item in (value if isinstance(value, list) else [value])]
-        return [f"--{name}", *items] if items else []
-    text = json.dumps(value) if isinstance(value, (Mapping, list, bool)) else str(value)
-    return [f"--{name}={text}"]
-
-
-def _option(value: Any) -> str:
-    """A value of a file in the notation of --distill-args."""
-    if isinstance(value, list) and not any(isinstance(item, (list, Mapping)) for item in value):
-        return ",".join(str(item) for item in value)
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _given(parser: HfArgumentParser, words: Sequence[str]) -> set[str]:
-    """The destinations of the flags that occur in a command line."""
-    actions, names = flags(parser), (word.partition("=")[0] for word in words)
-    return {actions[name].dest for name in names if name in actions}

@@ -17,11 +17,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 
 from kd_plugins.errors import DistillError
-from kd_plugins.reading.attention import AttentionCall, AttentionTap, BaseAttentionTaps, Layer, Trace
-from kd_plugins.reading.view import Attention
+from kd_plugins.reading.attention import AttentionCall, AttentionTap, BaseAttentionTaps, Trace
 from kd_transformers.compat import attention_name, chosen_attention, chosen_mask, tapped
-
-__all__ = ["Attention", "AttentionTaps", "Layer"]
 
 _NAME = "kd_plugins_tap"
 

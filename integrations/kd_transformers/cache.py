@@ -18,8 +18,6 @@ from kd_transformers.compat import rows_id
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["cache_teacher", "check_cache"]
-
 
 def cache_teacher(
     dataset: Dataset,

@@ -14,46 +14,21 @@ from transformers.models.auto import modeling_auto as auto
 from kd_plugins import Distiller, DistillError
 from kd_transformers.compat import is_reentrant
 
-__all__ = [
-    "base",
-    "check_checkpointing",
-    "check_fit",
-    "check_host",
-    "check_vocabulary",
-    "class_order",
-    "inputs_of",
-    "kind_of",
-    "same_class_order",
-    "task_of",
-]
-
+# The kinds of models: the task of their scores, and transformers' names for them. The choices of multiple choice are
+# classes; the start and the end of an answer are two rows of positions.
+_CLASSIFIERS = [f"{what}_CLASSIFICATION" for what in ("SEQUENCE", "IMAGE", "AUDIO", "VIDEO")]
 _KINDS = {
-    "classification": (
-        auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-        auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-        auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
-        auto.MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES,
-    ),
-    "token classification": (auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,),
-    "sequence to sequence": (
-        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-        auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
-    ),
-    "masked language modelling": (auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,),
-    "causal-lm": (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,),
-    "question answering": (auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,),
-    "multiple choice": (auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,),
-    "segmentation": (auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,),
-    "depth": (auto.MODEL_FOR_DEPTH_ESTIMATION_MAPPING_NAMES,),
-    "ctc": (auto.MODEL_FOR_CTC_MAPPING_NAMES,),
-}
-# What the scores of these are: the choices are classes; the start and the end of an answer are two rows of positions.
-_TASKS = {
-    "token classification": "token",
-    "sequence to sequence": "token",
-    "masked language modelling": "token",
-    "question answering": "token",
-    "multiple choice": "classification",
+    "classification": ("classification", _CLASSIFIERS),
+    "token classification": ("token", ["TOKEN_CLASSIFICATION"]),
+    "sequence to sequence": ("token", ["SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ"]),
+    "masked language modelling": ("token", ["MASKED_LM"]),
+    "causal-lm": ("causal-lm", ["CAUSAL_LM"]),
+    "question answering": ("token", ["QUESTION_ANSWERING"]),
+    "multiple choice": ("classification", ["MULTIPLE_CHOICE"]),
+    "segmentation": ("segmentation", ["SEMANTIC_SEGMENTATION"]),
+    "depth": ("depth", ["DEPTH_ESTIMATION"]),
+    "ctc": ("ctc", ["CTC"]),
+    "other": ("other", []),
 }
 _VOCABULARY = ("sequence to sequence", "masked language modelling", "causal-lm")
 TASKS = ("classification", "multilabel", "regression", "token", "causal-lm", "segmentation", "depth")
@@ -88,21 +63,19 @@ def task_of(model: nn.Module, labels: Any = None) -> str:
     kind = kind_of(model)
     config: Any = getattr(base(model), "config", None)
     if kind != "classification" or not hasattr(config, "to_dict"):
-        return _TASKS.get(kind, kind)
-    problem = getattr(config, "problem_type", None)
-    if problem is None and config.num_labels == 1:
-        return "regression"
+        return _KINDS[kind][0]
     floats = isinstance(labels, Tensor) and labels.is_floating_point()
-    if problem == "multi_label_classification" or (problem is None and floats):
-        return "multilabel"
-    return "regression" if problem == "regression" else "classification"
+    guess = "regression" if config.num_labels == 1 else "multi_label_classification" if floats else ""
+    problem = getattr(config, "problem_type", None) or guess
+    return {"multi_label_classification": "multilabel", "regression": "regression"}.get(problem, kind)
 
 
 @lru_cache
 def _kind(cls: Any) -> str:
     """The kind of a class of transformers models, or of one that inherits from it."""
-    for kind, mappings in _KINDS.items():
-        names = {n for m in mappings for name in m.values() for n in ((name,) if isinstance(name, str) else name)}
+    for kind, (_, heads) in _KINDS.items():
+        found = [name for head in heads for name in getattr(auto, f"MODEL_FOR_{head}_MAPPING_NAMES").values()]
+        names = {n for name in found for n in ((name,) if isinstance(name, str) else name)}
         if any(parent.__name__ in names for parent in cls.__mro__):
             return kind
     return "other"
@@ -149,23 +122,15 @@ def check_fit(distiller: Distiller, task: str, model: nn.Module) -> None:
     """Refuses a method that does not fit the task."""
     if task in distiller.tasks:
         return
-    fits, name = ", ".join(distiller.tasks), type(base(model)).__name__
-    if task == "other":
-        raise DistillError(
-            f"{distiller.name} fits {fits}, and the class {name} does not tell what its scores are: say it with"
-            f" task=..., one of {', '.join(TASKS)}."
-        )
-    if task == "ctc":
-        raise DistillError(
-            f"{distiller.name} fits {fits}, and {name} scores frames of sound, whose labels (CTC) are not aligned with"
-            " them, so that no frame has a label or is known to be padding: distill a classifier or a"
-            " sequence-to-sequence model of speech."
-        )
     kind = kind_of(model)
-    raise DistillError(
-        f"{distiller.name} fits {fits}, and {name} is a model for {task if _TASKS.get(kind, kind) != task else kind}:"
-        " choose a method that fits (kd-plugins list)."
-    )
+    meant = kind if _KINDS[kind][0] == task else task
+    reason = {
+        "other": f"the class {{}} does not tell what its scores are: say it with task=..., one of {', '.join(TASKS)}.",
+        "ctc": "{} scores frames of sound, whose labels (CTC) are not aligned with them, so that no frame has a label"
+        " or is known to be padding: distill a classifier or a sequence-to-sequence model of speech.",
+    }.get(task, f"{{}} is a model for {meant}: choose a method that fits (kd-plugins list).")
+    name = type(base(model)).__name__
+    raise DistillError(f"{distiller.name} fits {', '.join(distiller.tasks)}, and {reason.format(name)}")
 
 
 def check_vocabulary(student: nn.Module, teacher: nn.Module) -> None:
@@ -198,35 +163,33 @@ def class_order(student: nn.Module, teacher: nn.Module) -> Sequence[int] | None:
     Raises:
         DistillError: Other classes, or another number of classes.
     """
-    kind, (ours, theirs) = kind_of(student), (getattr(base(m), "config", None) for m in (student, teacher))
-    name = type(base(teacher)).__name__
+    kind, other, name = kind_of(student), kind_of(teacher), type(base(teacher)).__name__
     if kind in ("question answering", "multiple choice"):
-        if kind_of(teacher) != kind:
-            raise DistillError(f"Expected a teacher for {kind}, as the student is, got {name}, for {kind_of(teacher)}.")
+        if other != kind:
+            raise DistillError(f"Expected a teacher for {kind}, as the student is, got {name}, for {other}.")
         return None
-    if kind in _VOCABULARY and kind_of(teacher) in _VOCABULARY:
-        n_s, n_t = (getattr(config, "vocab_size", None) for config in (ours, theirs))
-        if n_s is not None and n_t is not None and n_s != n_t:
-            raise DistillError(
-                f"Expected a teacher that scores the same tokens to choose from, got {n_s} in the student and {n_t} in"
-                f" {name}: {_resize(n_s, n_t)}use a teacher that was trained on the student's."
-            )
-        return None
-    n_s, n_t = (getattr(config, "num_labels", None) for config in (ours, theirs))
-    if n_s is not None and n_t is not None and n_s != n_t:
+    tokens = kind in _VOCABULARY and other in _VOCABULARY
+    configs = [getattr(base(m), "config", None) for m in (student, teacher)]
+    ours, theirs = (getattr(config, "vocab_size" if tokens else "num_labels", None) for config in configs)
+    if ours is not None and theirs is not None and ours != theirs:
+        what, remedy = "classes", "use a teacher that was trained on the student's"
+        if tokens:
+            what, remedy = "tokens to choose from", _resize(ours, theirs) + remedy
+        else:
+            remedy += ", or a method that reads no scores of the teacher (nst)"
         raise DistillError(
-            f"Expected a teacher that scores the same classes, got {n_s} in the student and {n_t} in {name}: use a"
-            " teacher that was trained on the student's, or a method that reads no scores of the teacher (nst)."
+            f"Expected a teacher that scores the same {what}, got {ours} in the student and {theirs} in {name}:"
+            f" {remedy}."
         )
-    names_s, names_t = _class_names(ours), _class_names(theirs)
-    if names_s is None or names_t is None or names_s == names_t:
+    names, other_names = map(class_names, configs)
+    if tokens or names is None or other_names is None or names == other_names:
         return None
-    if sorted(names_s) != sorted(names_t):
+    if sorted(names) != sorted(other_names):
         raise DistillError(
-            f"Student and teacher name their {n_s} classes differently, {names_s} and {names_t}, so they cannot be"
+            f"Student and teacher name their {ours} classes differently, {names} and {other_names}, so they cannot be"
             " matched: give both configurations the same label2id."
         )
-    return [names_t.index(name) for name in names_s]
+    return [other_names.index(name) for name in names]
 
 
 def same_class_order(student: nn.Module, peer: nn.Module) -> None:
@@ -238,7 +201,7 @@ def same_class_order(student: nn.Module, peer: nn.Module) -> None:
         )
 
 
-def _class_names(config: Any) -> list[str] | None:
+def class_names(config: Any) -> list[str] | None:
     """Class names in the order of the logits; None where a model only has transformers' placeholders."""
     id2label = getattr(config, "id2label", None) or {}
     names = [str(id2label.get(i, id2label.get(str(i), ""))) for i in range(len(id2label))]

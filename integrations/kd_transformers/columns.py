@@ -11,8 +11,6 @@ from torch import nn
 from kd_plugins import DistillError
 from kd_transformers.checks import base
 
-__all__ = ["INDEX", "TEACHER", "TEACHER_LOGITS", "Indexed", "Padded", "Rows", "with_index", "with_padding"]
-
 INDEX = "kd_index"
 TEACHER = "teacher_"
 """A column of this prefix goes to the teacher."""
@@ -87,16 +85,3 @@ class Indexed:
 def with_index(item: Any, row: int) -> Any:
     """An item with its row number."""
     return {**item, INDEX: row}
-
-
-class Rows:
-    """Items with their row numbers."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, row: int) -> Any:
-        return with_index(self.dataset[row], row)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from argparse import Action, ArgumentParser
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,7 +24,6 @@ __all__ = [
     "averages",
     "chosen_attention",
     "chosen_mask",
-    "flags",
     "is_reentrant",
     "rates_are",
     "rows_id",
@@ -164,7 +162,7 @@ def is_reentrant(module: nn.Module) -> bool:
     )
 
 
-# evaluate, datasets, torch, argparse
+# evaluate, datasets, torch
 
 
 def averages(metric: Any) -> bool:
@@ -180,8 +178,3 @@ def rows_id(dataset: Any) -> str:
 def rates_are(scheduler: Any, rates: list[float]) -> None:
     """Tells a scheduler that the learning rates were set by another hand."""
     scheduler._last_lr = rates
-
-
-def flags(parser: ArgumentParser) -> dict[str, Action]:
-    """What each flag of a parser does."""
-    return parser._option_string_actions

@@ -11,11 +11,9 @@ from typing import Any
 import datasets
 from datasets import Dataset, DatasetDict
 
-from kd_plugins.errors import DistillError, did_you_mean
+from kd_plugins.errors import DistillError, did_you_mean, told
 from kd_transformers.arguments import DataArguments
 from kd_transformers.docstrings import load_docstrings
-
-__all__ = ["Labels", "TextData", "fingerprint", "load_text", "read_labels"]
 
 _GLUE = "nyu-mll/glue"
 _EXTENSIONS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -105,23 +103,52 @@ def load_text(args: DataArguments, evaluate: bool = True, **hub: Any) -> TextDat
         hub: Options of `datasets.load_dataset`: `cache_dir`, `trust_remote_code`.
     """
     raw, source = _read(args, hub)
-    train, evaluation = _splits(args, raw, evaluate)
+    held_out = args.validation_split or ("validation_matched" if args.task_name == "mnli" else "validation")
+    remedy = "Give --validation_file." if args.train_file else "Name one of them with {}."
+    train = _rows(raw, args.train_split, remedy.format("--train_split"))
+    evaluation = _rows(raw, held_out, remedy.format("--validation_split")) if evaluate else None
     columns = _text_columns(args, train)
     label = _label_column(args, train)
     missing = [c for c in (*columns, label) if evaluation is not None and c not in evaluation.column_names]
     if missing:
-        raise DistillError(
-            f"{source}: the split {args.validation_split or 'validation'} has no column {missing[0]}, as"
-            f" {args.train_split} has."
-        )
+        raise DistillError(f"{source}: the split {held_out} has no column {missing[0]}, as {args.train_split} has.")
     labels = read_labels(train, label)
     data = TextData(
         _first(train, args.max_train_samples), _first(evaluation, args.max_eval_samples), columns, label, labels, source
     )
-    for name, split in ((args.train_split, data.train), (args.validation_split or "validation", data.evaluation)):
+    for name, split in ((args.train_split, data.train), (held_out, data.evaluation)):
         if split is not None:
             _check_rows(data, name, split)
     return data
+
+
+def load_other(args: DataArguments, tokenizer: Any, length: int, **hub: Any) -> Dataset | None:
+    """The texts of `--ood_dataset` as token ids, without labels; None where there are none.
+
+    Args:
+        args: Which data set, and which rows.
+        tokenizer: Of the student and of the teachers.
+        length: Longest input in tokens.
+        hub: Options of `datasets.load_dataset`.
+    """
+    name = args.ood_dataset
+    if name is None:
+        return None
+    try:
+        raw = _read_files({args.ood_split: name}, hub) if Path(name).is_file() else datasets.load_dataset(name, **hub)
+    except DistillError as error:
+        raise DistillError(f"--ood_dataset: {error}") from error
+    except Exception as error:
+        # The loader raises errors of many libraries; each means that the data is not to be had.
+        raise DistillError(f"--ood_dataset {name} cannot be loaded ({type(error).__name__}: {error}).") from error
+    rows = _rows(raw, args.ood_split, "Name one of them with --ood_split.")
+    named = args.text_column in rows.column_names
+    columns = _text_columns(args if named else DataArguments(label_column=args.label_column), rows)
+
+    def apply(batch: Mapping[str, list[Any]]) -> dict[str, Any]:
+        return dict(tokenizer(*(list(batch[column]) for column in columns), truncation=True, max_length=length))
+
+    return rows.map(apply, batched=True, remove_columns=rows.column_names, desc="Tokenizing")
 
 
 def fingerprint(data: TextData) -> str:
@@ -143,14 +170,10 @@ def _read(args: DataArguments, hub: Mapping[str, Any]) -> tuple[Any, str]:
         return load_docstrings(), "docstrings of Python's standard library"
     name, config = (_GLUE, args.task_name) if args.task_name else (args.dataset_name, args.dataset_config_name)
     source = f"{name} {config}" if config else str(name)
-    try:
+    remedy = "check the name and the network, or give local files with --train_file and --validation_file."
+    # The loader raises errors of many libraries; each means that the data is not to be had.
+    with told(f"The data set {source} cannot be loaded", Exception, remedy=remedy):
         return datasets.load_dataset(name, config, **hub), source
-    except Exception as error:
-        # The loader raises errors of many libraries; each means that the data is not to be had.
-        raise DistillError(
-            f"The data set {source} cannot be loaded ({type(error).__name__}: {error}): check the name and the network,"
-            " or give local files with --train_file and --validation_file."
-        ) from error
 
 
 def _read_files(files: Mapping[str, str], hub: Mapping[str, Any]) -> DatasetDict:
@@ -168,16 +191,6 @@ def _read_files(files: Mapping[str, str], hub: Mapping[str, Any]) -> DatasetDict
             raise DistillError(f"--{split}_file {path} cannot be read: {error.__cause__ or error}") from error
         splits[split] = loaded[split]
     return DatasetDict(splits)
-
-
-def _splits(args: DataArguments, raw: Mapping[str, Any], evaluate: bool) -> tuple[Dataset, Dataset | None]:
-    """The rows to train on and to evaluate on."""
-    default = "validation_matched" if args.task_name == "mnli" else "validation"
-    remedy = "Give --validation_file." if args.train_file else "Name one of them with {flag}."
-    train = _rows(raw, args.train_split, remedy.format(flag="--train_split"))
-    if not evaluate:
-        return train, None
-    return train, _rows(raw, args.validation_split or default, remedy.format(flag="--validation_split"))
 
 
 def _rows(raw: Mapping[str, Any], split: str, remedy: str) -> Dataset:

@@ -16,8 +16,6 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from kd_plugins.errors import DistillError
 
-__all__ = ["DOCSTRINGS_DEFAULTS", "Paragraph", "load_docstrings", "read_docstrings", "split_by_file"]
-
 # What the script's flags default to for this data set; Trainer's own are for fine-tuning large pretrained models.
 DOCSTRINGS_DEFAULTS: dict[str, Any] = {
     "max_seq_length": 64,

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from kd_plugins import DistillError
 from kd_transformers.checks import base, kind_of
 
-__all__ = ["decoder_inputs", "labels_of", "with_labels"]
-
 _POSITIONS = ("start_positions", "end_positions")
 
 

@@ -11,10 +11,8 @@ from scipy import stats
 from sklearn import metrics
 from transformers import EvalPrediction
 
-from kd_plugins.errors import DistillError, did_you_mean
+from kd_plugins.errors import did_you_mean, told
 from kd_transformers.compat import averages
-
-__all__ = ["agreement", "build_metrics", "decide", "default_metrics", "local_metrics"]
 
 _LOCAL: dict[str, Callable[[Any, Any, str], Any]] = {
     "accuracy": lambda truth, guess, average: metrics.accuracy_score(truth, guess),
@@ -64,7 +62,7 @@ def build_metrics(names: Sequence[str], problem: str, classes: int) -> Callable[
     found = [_metric(name, "multilabel" if multi else None, average) for name in dict.fromkeys(names)]
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
-        guess, labels = decide(_logits(prediction.predictions), problem), prediction.label_ids
+        guess, labels = decide(logits_of(prediction.predictions), problem), prediction.label_ids
         truth = labels.astype(np.int64) if multi else np.squeeze(labels)
         return {name: value for metric in found for name, value in metric(truth, guess).items()}
 
@@ -92,7 +90,8 @@ def agreement(student: np.ndarray, teacher: np.ndarray, problem: str) -> float:
     return float(np.corrcoef(ours, theirs)[0, 1]) if problem == "regression" else float((ours == theirs).mean())
 
 
-def _logits(predictions: Any) -> np.ndarray:
+def logits_of(predictions: Any) -> np.ndarray:
+    """The logits: some models return more."""
     return predictions[0] if isinstance(predictions, tuple) else predictions
 
 
@@ -102,15 +101,11 @@ def _metric(name: str, config: str | None, average: str) -> Callable[[Any, Any],
         return partial(_local, name, average)
     import evaluate
 
-    try:
+    remedy = f"without a network there are {', '.join(local_metrics())}.{did_you_mean(name, local_metrics())}"
+    # The loader raises errors of many libraries; each means that the metric is not to be had.
+    with told(f"The metric {name} cannot be loaded", Exception, remedy=remedy):
         # Every process computes on all predictions: nothing to gather, no cache files to wait for.
         module = evaluate.load(name, config, keep_in_memory=True)
-    except Exception as error:
-        # The loader raises errors of many libraries; each means that the metric is not to be had.
-        raise DistillError(
-            f"The metric {name} cannot be loaded ({type(error).__name__}: {error})."
-            f"{did_you_mean(name, local_metrics())} Without a network there are {', '.join(local_metrics())}."
-        ) from error
     options = {"average": average} if averages(module) else {}
     return lambda truth, guess: dict(module.compute(predictions=guess, references=truth, **options))
 

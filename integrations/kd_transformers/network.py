@@ -13,14 +13,12 @@ from kd_plugins.reading.view import Batch
 from kd_transformers.attention import AttentionTaps
 from kd_transformers.checks import base, inputs_of
 
-__all__ = ["TransformersNetwork"]
-
 
 class TransformersNetwork(Network):
     """A transformers model: layers and attention by number, stages of a convolutional backbone by number.
 
     Of a model with adapters (PEFT) module paths are those of the model in it. A model for question answering has two
-    rows of scores, start and end, `[B, 2, L]`.
+    rows of scores, start and end, `[B, 2, L]`; one for depth estimation the depth of each pixel, `[B, H, W]`.
     """
 
     attention_taps = AttentionTaps
@@ -40,8 +38,10 @@ class TransformersNetwork(Network):
         )
 
     def logits(self, output: Any) -> Tensor:
-        start, end = (getattr(output, f"{name}_logits", None) for name in ("start", "end"))
-        return super().logits(output) if start is None or end is None else torch.stack([start, end], 1)
+        start, end, depth = (getattr(output, n, None) for n in ("start_logits", "end_logits", "predicted_depth"))
+        if start is not None and end is not None:
+            return torch.stack([start, end], 1)
+        return super().logits(output if depth is None else depth)
 
     def arguments(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
         taken = inputs_of(self.module)

@@ -11,8 +11,10 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 from kd_plugins import Batch, Net, Nets, Reads
+from kd_plugins.picture import Picture
 from kd_plugins.reading.network import adapt
-from kd_report.record import RunRecord, some_rows
+from kd_report.predictions import predicted_maps
+from kd_report.record import MOST_AT_ONCE, RunRecord, some_rows
 from kd_transformers.checks import class_order, task_of
 from kd_transformers.trainer import DistillationTrainer
 
@@ -101,7 +103,14 @@ class RecordCallback(TrainerCallback):
     def finish(self, results: Mapping[str, Any]) -> None:
         """Writes other results than those of the last evaluation in the training."""
         if self.record is not None:
-            self.record.finish(results, seconds_per_step=self._seconds / self._steps if self._steps else None)
+            seconds = self._seconds / self._steps if self._steps else None
+            self.record.finish(results, seconds_per_step=seconds, pictures=self._pictures())
+
+    def _pictures(self) -> Iterator[Picture]:
+        """What is shown of the networks' predictions."""
+        if self.trainer.eval_dataset is not None and task_of(self.trainer.model) == "segmentation":
+            shown = predicted_maps(self._nets(), next(self._batches()))
+            yield from [] if shown is None else [shown]
 
     @property
     def _distiller(self) -> Any:
@@ -129,7 +138,7 @@ class RecordCallback(TrainerCallback):
         for net in nets.teachers:
             net.module.to(trainer.args.device)
         with trainer.accelerator.autocast():
-            getattr(self.record, phase)(nets, self._batches())
+            self.record.analyse(phase, nets, self._batches())
 
     def _batches(self) -> Iterator[Batch]:
         trainer, dataset, collate = self.trainer, self.trainer.eval_dataset, self.trainer.data_collator
@@ -139,7 +148,7 @@ class RecordCallback(TrainerCallback):
             dataset = trainer._remove_unused_columns(dataset, description="evaluation")
         else:
             collate = trainer._get_collator_with_removed_columns(collate, description="evaluation")
-        rows, size = some_rows(dataset), trainer.args.per_device_eval_batch_size
+        rows, size = some_rows(dataset), min(trainer.args.per_device_eval_batch_size, MOST_AT_ONCE)
         for inputs in DataLoader(rows, batch_size=size, collate_fn=collate):
             prepared = trainer._prepare_inputs(inputs)
             if isinstance(trainer, DistillationTrainer) and trainer.distiller is not None:

@@ -13,8 +13,6 @@ from kd_plugins import DistillError
 from kd_plugins.stages import StageTable
 from kd_transformers.compat import rates_are
 
-__all__ = ["refresh", "staged_scheduler"]
-
 
 def staged_scheduler(args: TrainingArguments, optimizer: Any, table: StageTable) -> LambdaLR:
     """The curve that `args` ask for, over every stage anew, warmup included.

@@ -14,23 +14,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertTokenizer
 from transformers.utils import logging
 
-from kd_plugins.errors import DistillError
+from kd_plugins.errors import DistillError, told
 from kd_plugins.methods.internal import uniform
-from kd_transformers.checks import class_order
+from kd_transformers.checks import class_names, class_order
 from kd_transformers.data import Labels
-
-__all__ = [
-    "check_length",
-    "check_tokenizers",
-    "copy_layers",
-    "from_checkpoint",
-    "from_scratch",
-    "in_order_of",
-    "load_teacher",
-    "load_tokenizer",
-    "match_names",
-    "shrink",
-]
 
 logger = logging.get_logger(__name__)
 
@@ -46,18 +33,16 @@ def from_checkpoint(name: str, labels: Labels, *, fresh_head: bool, **hub: Any) 
         hub: Options of `from_pretrained`.
     """
     settings = labels.config if fresh_head else {"problem_type": labels.problem}
-    try:
+    unfit = f"The checkpoint {name} cannot be loaded as a sequence classifier"
+    with told(unfit, OSError, ValueError):
         config = AutoConfig.from_pretrained(name, **hub)
-        if not fresh_head:
-            _check_classes(name, config, labels)
-        config.update(settings)
+    if not fresh_head:
+        _check_classes(name, config, labels)
+    config.update(settings)
+    with told(unfit, OSError, ValueError, RuntimeError):
         model, info = AutoModelForSequenceClassification.from_pretrained(
             name, config=config, output_loading_info=True, ignore_mismatched_sizes=fresh_head, **hub
         )
-    except DistillError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        raise DistillError(f"The checkpoint {name} cannot be loaded as a sequence classifier: {error}") from error
     _check_weights(name, info["missing_keys"], fresh_head)
     return model
 
@@ -76,18 +61,19 @@ def load_teacher(name: str, checkpoint: str | None, labels: Labels, **hub: Any) 
     folder = Path(checkpoint)
     if (folder / "config.json").is_file():
         return from_checkpoint(checkpoint, labels, fresh_head=False, **{**hub, "revision": "main"})
-    try:
-        config = AutoConfig.from_pretrained(name, **hub)
-    except (OSError, ValueError) as error:
-        raise DistillError(f"The configuration of the teacher {name} cannot be loaded: {error}") from error
-    config.update(labels.config)
-    model = AutoModelForSequenceClassification.from_config(config)
-    try:
+    model = from_configuration(name, labels, hub)
+    with told(f"The weights {checkpoint} do not fit the teacher {name}", RuntimeError):
         outcome = model.load_state_dict(_read_weights(folder), strict=False)
-    except RuntimeError as error:
-        raise DistillError(f"The weights {checkpoint} do not fit the teacher {name}: {error}") from error
     _check_weights(checkpoint, set(outcome.missing_keys), False)
     return model.eval()
+
+
+def from_configuration(name: str, labels: Labels, hub: Mapping[str, Any], **options: Any) -> Any:
+    """A sequence classifier of a checkpoint's kind and size, with random weights."""
+    with told(f"The configuration {name} cannot be loaded", OSError, ValueError):
+        config = AutoConfig.from_pretrained(name, **hub)
+    config.update(labels.config)
+    return AutoModelForSequenceClassification.from_config(config, **options)
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -132,9 +118,8 @@ def match_names(labels: Labels, teachers: list[Any]) -> Labels:
     Without names in the data a class is a number, and the teacher's output of that number is its class.
     """
     for teacher in teachers:
-        named = getattr(teacher.config, "id2label", None) or {}
-        names = [str(named[i]) for i in sorted(named)]
-        if len(names) != labels.count or names == [f"LABEL_{i}" for i in range(len(names))]:
+        names = class_names(teacher.config)
+        if names is None or len(names) != labels.count:
             continue
         if labels.names is None:
             return replace(labels, names=tuple(names))
@@ -147,10 +132,10 @@ def match_names(labels: Labels, teachers: list[Any]) -> Labels:
 def in_order_of(labels: Labels, model: Any) -> Labels:
     """The labels numbered as a trained model numbers its classes, where both have names for them."""
     labels = match_names(labels, [model])
-    named = getattr(model.config, "id2label", None) or {}
-    theirs = tuple(str(named[i]) for i in sorted(named))
-    if labels.names is None or theirs == labels.names or theirs == tuple(f"LABEL_{i}" for i in range(len(theirs))):
+    named = class_names(model.config)
+    if labels.names is None or named is None or tuple(named) == labels.names:
         return labels
+    theirs = tuple(named)
     if set(theirs) != set(labels.names):
         raise DistillError(
             f"The model has the classes {', '.join(theirs[:8])} and the data {', '.join(labels.names[:8])}: use a"
@@ -165,36 +150,26 @@ def in_order_of(labels: Labels, model: Any) -> Labels:
     return replace(labels, names=theirs, encode=reordered)
 
 
-def from_scratch(
-    labels: Labels,
-    *,
-    vocab_size: int,
-    layers: int,
-    hidden_size: int,
-    heads: int,
-    length: int,
-    pad_token_id: int = 0,
-) -> Any:
+def from_scratch(labels: Labels, tokenizer: Any, length: int, layers: int, hidden_size: int, heads: int) -> Any:
     """A BERT with random weights.
 
     Args:
         labels: What it classifies.
-        vocab_size: Number of tokens.
+        tokenizer: Whose tokens it reads.
+        length: Longest input in tokens.
         layers: Number of layers.
         hidden_size: Size of a token's vector; the feed-forward layers are twice as wide, half of BERT's.
         heads: Attention heads.
-        length: Longest input in tokens.
-        pad_token_id: Number of the padding token.
     """
     _check_heads(hidden_size, heads)
     config = BertConfig(
-        vocab_size=vocab_size,
+        vocab_size=len(tokenizer),
         num_hidden_layers=layers,
         hidden_size=hidden_size,
         num_attention_heads=heads,
         intermediate_size=2 * hidden_size,
         max_position_embeddings=length,
-        pad_token_id=pad_token_id,
+        pad_token_id=tokenizer.pad_token_id,
         **labels.config,
     )
     return AutoModelForSequenceClassification.from_config(config)
@@ -290,10 +265,8 @@ def load_tokenizer(name: str, **hub: Any) -> Any:
         lines = path.read_text(encoding="utf-8").split("\n")
         words = lines[:-1] if lines[-1] == "" else lines
         return BertTokenizer(vocab={word: i for i, word in enumerate(words)}, model_max_length=512)
-    try:
+    with told(f"The tokenizer of {name} cannot be loaded", OSError, ValueError, KeyError):
         return AutoTokenizer.from_pretrained(name, **hub)
-    except (OSError, ValueError, KeyError) as error:
-        raise DistillError(f"The tokenizer of {name} cannot be loaded: {error}") from error
 
 
 def check_tokenizers(tokenizer: Any, others: Mapping[str, Any]) -> None:

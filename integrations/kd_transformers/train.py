@@ -19,8 +19,6 @@ import numpy as np
 import torch
 from datasets import disable_progress_bars
 from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     EvalPrediction,
     Trainer,
@@ -31,21 +29,23 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from kd_accelerate.command import run_command
-from kd_plugins.catalog.registry import distiller_classes, options_from_strings
+from kd_plugins.catalog.registry import distiller_classes, from_json, options_from_strings
 from kd_plugins.errors import DistillError
 from kd_report import page_hint
+from kd_report.uncertainty import Doubts, dirichlet_offset, doubts, uncertainty_metrics
 from kd_transformers import DistillationTrainer
 from kd_transformers.arguments import Arguments, parse_args
 from kd_transformers.cache import cache_teacher
 from kd_transformers.checks import class_order
-from kd_transformers.data import Labels, fingerprint, load_text
-from kd_transformers.metrics import agreement, build_metrics, default_metrics
+from kd_transformers.data import Labels, fingerprint, load_other, load_text
+from kd_transformers.metrics import agreement, build_metrics, default_metrics, logits_of
 from kd_transformers.recording import RecordCallback
 from kd_transformers.students import (
     check_length,
     check_tokenizers,
     copy_layers,
     from_checkpoint,
+    from_configuration,
     from_scratch,
     in_order_of,
     load_teacher,
@@ -54,8 +54,6 @@ from kd_transformers.students import (
     shrink,
 )
 from kd_transformers.wordpiece import train_tokenizer
-
-__all__ = ["Session", "main", "train"]
 
 logger = logging.get_logger(__name__)
 
@@ -136,6 +134,7 @@ class Session:
             logger.warning(f"--max_seq_length {data.max_seq_length}: the networks read {length} tokens at most.")
         with training.main_process_first(desc="tokenizing"):
             self.train_set, self.evaluation_set = self.data.tokenize(self.tokenizer, length, data.pad_to_max_length)
+            self.other_set = load_other(data, self.tokenizer, length, cache_dir=model.cache_dir)
         half = training.fp16 or training.bf16
         self.collate = DataCollatorWithPadding(self.tokenizer, pad_to_multiple_of=8 if half else None)
         names = data.metric or default_metrics(self.labels.problem, data.task_name)
@@ -181,12 +180,12 @@ class Session:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     def _cache_teacher(self) -> None:
-        """Adds the teacher's logits to the training rows."""
+        """Adds the teachers' logits to the training rows."""
         training = self.arguments.training
         with training.main_process_first(desc="asking the teacher"):
             self.trainer.train_dataset = cache_teacher(
                 self.train_set,
-                self.teachers[0],
+                self.teachers if len(self.teachers) > 1 else self.teachers[0],
                 self.collate,
                 batch_size=training.per_device_eval_batch_size,
                 device=training.device,
@@ -200,6 +199,11 @@ class Session:
 
     def _check_task(self) -> None:
         name, task = self.arguments.distillation.distill, _TASKS[self.labels.problem]
+        if self.arguments.data.ood_dataset and task != "classification":
+            raise DistillError(
+                f"--ood_dataset reads the uncertainty of a classifier, and the labels of {self.data.source} make a"
+                f" {task} problem: leave it out."
+            )
         for part, cls in distiller_classes(name).items() if name else ():
             if task not in cls.tasks:
                 raise DistillError(
@@ -233,9 +237,7 @@ class Session:
             return [from_checkpoint(distillation.teacher[0], self.labels, fresh_head=True, **self._float)]
         elif distillation.train_teacher:
             set_seed(training.seed)
-            return [
-                self._bert(distillation.teacher_layers, distillation.teacher_hidden_size, distillation.teacher_heads)
-            ]
+            return [self._bert(*self._teacher_size)]
         else:
             checkpoints = [*distillation.teacher_checkpoint, *[""] * len(distillation.teacher)]
             pairs = zip(distillation.teacher, checkpoints, strict=False)
@@ -256,12 +258,7 @@ class Session:
         if not training.do_train:
             raise DistillError("There is no student to evaluate: give --model_name_or_path, or add --do_train.")
         if model.config_name:
-            try:
-                config = AutoConfig.from_pretrained(model.config_name, **self.hub)
-            except (OSError, ValueError) as error:
-                raise DistillError(f"The configuration {model.config_name} cannot be loaded: {error}") from error
-            config.update(self.labels.config)
-            return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+            return from_configuration(model.config_name, self.labels, self.hub, dtype=torch.float32)
         if self.teachers:
             size, heads = model.student_hidden_size, model.student_heads
             return shrink(self.teachers[0], self.labels, model.student_layers, size, heads)
@@ -270,21 +267,19 @@ class Session:
     def _peer(self, name: str) -> Any:
         return from_checkpoint(name, self.labels, fresh_head=True, **self._float)
 
-    def _bert(self, layers: int, hidden_size: int, heads: int) -> Any:
-        return from_scratch(
-            self.labels,
-            vocab_size=len(self.tokenizer),
-            layers=layers,
-            hidden_size=hidden_size,
-            heads=heads,
-            length=self.arguments.data.max_seq_length,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
+    def _bert(self, *size: int) -> Any:
+        return from_scratch(self.labels, self.tokenizer, self.arguments.data.max_seq_length, *size)
 
     @property
     def _float(self) -> dict[str, Any]:
         """Options for what is trained: full precision, whatever the checkpoint was stored in."""
         return {**self.hub, "dtype": torch.float32}
+
+    @property
+    def _teacher_size(self) -> list[int]:
+        """Layers, hidden size and heads of a teacher from scratch."""
+        given = self.arguments.distillation
+        return [given.teacher_layers, given.teacher_hidden_size, given.teacher_heads]
 
     @property
     def _from_teacher(self) -> bool:
@@ -320,9 +315,8 @@ class Session:
     def _teacher_record(self) -> dict[str, Any]:
         """What a teacher of this run is trained with."""
         data, _, distillation, training = self.arguments
-        shape = (distillation.teacher_layers, distillation.teacher_hidden_size, distillation.teacher_heads)
         return {
-            "start": distillation.teacher or list(shape),
+            "start": distillation.teacher or self._teacher_size,
             "data": fingerprint(self.data),
             "classes": list(self.labels.names or ()),
             "epochs": distillation.teacher_epochs or training.num_train_epochs,
@@ -404,8 +398,8 @@ class Session:
             "parameters": sum(p.numel() for p in self.student.parameters()),
             "bytes": sum(path.stat().st_size for path in weights),
         }
-        if self.timer.seconds is not None:
-            facts["seconds_per_step"] = self.timer.seconds
+        if self.timer.steps:
+            facts["seconds_per_step"] = self.timer.total / self.timer.steps
         trainer.save_metrics("student", facts)
 
     def _checkpoint(self) -> str | None:
@@ -426,20 +420,51 @@ class Session:
         trainer, problem = self.trainer, self.labels.problem
         predicted = trainer.predict(self.evaluation_set, metric_key_prefix="eval")
         metrics: dict[str, Any] = {**predicted.metrics, "eval_samples": len(predicted.label_ids)}
+        told: list[np.ndarray] = []
         if self.teachers:
-            taught = self._taught()
+            told = self._told(self.evaluation_set)
+            taught = np.mean(told, axis=0)
             scores = self.compute_metrics(EvalPrediction(predictions=taught, label_ids=predicted.label_ids))
             metrics |= {f"eval_teacher_{name}": value for name, value in scores.items()}
-            metrics["eval_teacher_agreement"] = agreement(_first(predicted.predictions), taught, problem)
+            metrics["eval_teacher_agreement"] = agreement(logits_of(predicted.predictions), taught, problem)
+        shown = {name.removeprefix("eval_"): value for name, value in metrics.items() if isinstance(value, float)}
+        if problem == "single_label_classification":
+            metrics |= self._uncertainty(logits_of(predicted.predictions), told, np.squeeze(predicted.label_ids))
         trainer.log(metrics)
         trainer.save_metrics("eval", metrics)
         self.recorder.finish(metrics)
-        shown = {name.removeprefix("eval_"): value for name, value in metrics.items() if isinstance(value, float)}
         hidden = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
         self._say("  ".join(f"{name} {value:.4f}" for name, value in shown.items() if name not in hidden))
 
-    def _taught(self) -> np.ndarray:
-        """The teachers' mean logits on the evaluation set, classes in the student's order."""
+    def _uncertainty(self, logits: np.ndarray, told: list[np.ndarray], labels: np.ndarray) -> dict[str, float]:
+        """How uncertain student and teachers are of the evaluation set, and of texts of another kind."""
+        distiller, saved = getattr(self.trainer, "distiller", None), self._saved_distiller()
+        offset = dirichlet_offset(distiller or (from_json(saved) if saved else None), self.labels.count)
+
+        def ours(scores: np.ndarray, truth: Any) -> Doubts:
+            return doubts(torch.as_tensor(scores), truth, offset=offset)
+
+        def theirs(scores: list[np.ndarray], truth: Any) -> Doubts:
+            several = len(scores) > 1
+            return doubts(torch.as_tensor(np.stack(scores, 1) if several else scores[0]), truth, members=several)
+
+        truth, other, others = torch.as_tensor(labels).long(), None, None
+        if self.other_set is not None:
+            other = ours(logits_of(self.trainer.predict(self.other_set).predictions), None)
+            others = theirs(self._told(self.other_set), None) if told else None
+        metrics = {f"eval_{name}": value for name, value in uncertainty_metrics(ours(logits, truth), other).items()}
+        if told:
+            found = uncertainty_metrics(theirs(told, truth), others)
+            metrics |= {f"eval_teacher_{name}": value for name, value in found.items()}
+        return metrics
+
+    def _saved_distiller(self) -> Path | None:
+        """What a student that is only evaluated was distilled with, where its folder tells."""
+        path = Path(self.arguments.model.model_name_or_path or "") / "distiller.json"
+        return path if not self.arguments.training.do_train and path.is_file() else None
+
+    def _told(self, rows: Any) -> list[np.ndarray]:
+        """Each teacher's logits of some rows, classes in the student's order."""
         quiet = {"report_to": "none", "push_to_hub": False}
         # A `Trainer` that only predicts has no evaluation set, and refuses a schedule of evaluations.
         unscheduled = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
@@ -447,10 +472,10 @@ class Session:
         logits = []
         for teacher in self.teachers:
             trainer = Trainer(model=teacher, args=args, data_collator=self.collate)
-            predictions = trainer.predict(self.evaluation_set).predictions
+            predictions = trainer.predict(rows).predictions
             order = class_order(self.student, teacher)
-            logits.append(_first(predictions) if order is None else _first(predictions)[:, list(order)])
-        return np.mean(logits, axis=0)
+            logits.append(logits_of(predictions) if order is None else logits_of(predictions)[:, list(order)])
+        return logits
 
 
 def _trainer(**options: Any) -> Trainer:
@@ -470,22 +495,12 @@ class _StepTimer(TrainerCallback):
     def __init__(self) -> None:
         self.total, self.steps, self.start = 0.0, 0, 0.0
 
-    @property
-    def seconds(self) -> float | None:
-        """Seconds an update; None before the first."""
-        return self.total / self.steps if self.steps else None
-
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.start = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.total += time.perf_counter() - self.start
         self.steps += 1
-
-
-def _first(predictions: Any) -> np.ndarray:
-    """The logits: some models return more."""
-    return predictions[0] if isinstance(predictions, tuple) else predictions
 
 
 def _name(model: Any) -> str:

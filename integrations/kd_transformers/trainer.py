@@ -19,8 +19,8 @@ from transformers.utils import logging
 
 from kd_accelerate import TurnPlayer
 from kd_accelerate.streams import StagedDataset, Streams
-from kd_plugins import Batch, Distiller, DistillError, Needs, Net, Nets, Reads, View, create_distiller
-from kd_plugins.binding import connect, needs_in, needs_pass, prepare, schedule, set_up
+from kd_plugins import Batch, Distiller, DistillError, Net, Nets, Reads, View, create_distiller
+from kd_plugins.binding import connect, needs_in, needs_of_stages, needs_pass, prepare, schedule, set_up
 from kd_plugins.catalog.registry import to_json
 from kd_plugins.reading.network import adapt
 from kd_transformers.cache import check_cache
@@ -36,12 +36,10 @@ from kd_transformers.checks import (
     same_class_order,
     task_of,
 )
-from kd_transformers.columns import INDEX, TEACHER, TEACHER_LOGITS, Indexed, Rows, with_index, with_padding
+from kd_transformers.columns import INDEX, TEACHER, TEACHER_LOGITS, Indexed, with_index, with_padding
 from kd_transformers.compat import ALWAYS_DIVIDES, Hooks
 from kd_transformers.inputs import decoder_inputs, labels_of, with_labels
 from kd_transformers.schedule import refresh, staged_scheduler
-
-__all__ = ["DistillationTrainer"]
 
 logger = logging.get_logger(__name__)
 
@@ -196,7 +194,7 @@ class DistillationTrainer(Hooks):
         # Some methods know what they read of a teacher only now.
         for i, (net, teacher) in enumerate(zip(nets.teachers, self.teachers, strict=True)):
             net.order = class_order(self.model, teacher) if _reads_scores(distiller, i) else None
-        if any(needs.student.taps for needs in _needs(distiller)):
+        if any(needs.student.taps for needs in needs_of_stages(distiller)):
             check_checkpointing(self.model)
         if needs_pass(distiller) and not self._resuming and self.args.process_index == 0:
             prepare(distiller, nets, self._pass(self.args.dataloader_num_workers))
@@ -278,7 +276,7 @@ class DistillationTrainer(Hooks):
             labels,
             name=getattr(student, "main_input_name", None),
             task=self.task or task_of(student, labels),
-            ignore_index=getattr(getattr(student, "config", None), "semantic_loss_ignore_index", -100),
+            ignore_index=_ignored(getattr(student, "config", None)),
             mask=mask,
             teacher_kwargs=theirs,
             teacher_logits=cached,
@@ -311,10 +309,10 @@ class DistillationTrainer(Hooks):
         if not shares:
             return batch
         if self._streams is None:
-            rows = Rows(self._staged.dataset if self._staged else self.train_dataset)
+            rows = self._staged.dataset if self._staged else self.train_dataset
             # Rows of every kind have their unused columns removed by the collator.
             _, collate = self.used_columns(None, Indexed(with_padding(self.data_collator, self.teachers)), "Training")
-            self._streams = Streams(rows, shares, self.train_batch, collate, self.args.seed)
+            self._streams = Streams(rows, shares, self.train_batch, collate, self.args.seed, with_index)
             if self._resumed_from is not None and (Path(self._resumed_from) / "streams.json").is_file():
                 self._streams.load(self._resumed_from)
         drawn = {name: self._batch(self.on_device(self._streams.draw(name))) for name in shares}
@@ -324,7 +322,7 @@ class DistillationTrainer(Hooks):
         if self.distiller is None:
             return super().loader(dataset, build, training=training)
         collator, collate = self.data_collator, with_padding(self.data_collator, self.teachers)
-        needs = _needs(self.distiller) if training and not isinstance(dataset, IterableDataset) else []
+        needs = needs_of_stages(self.distiller) if training and not isinstance(dataset, IterableDataset) else []
         if any(n.index or n.streams for n in needs):
             dataset, _ = self.used_columns(dataset, collate, "training")
             steps, seed = self._epoch_steps or 1, self.args.seed
@@ -541,14 +539,15 @@ class _Updates(TrainerCallback):
             self.trainer.player.average_buffers()
 
 
-def _needs(distiller: Distiller) -> list[Needs]:
-    """What a method needs in each of its stages."""
-    return [needs_in(distiller, stage) for stage in range(len(distiller.stages()))]
-
-
 def _reads_scores(distiller: Distiller, teacher: int = 0) -> bool:
     """Whether a method reads the scores of a teacher in any of its stages."""
-    return any(needs.of_teacher(teacher).logits for needs in _needs(distiller))
+    return any(needs.of_teacher(teacher).logits for needs in needs_of_stages(distiller))
+
+
+def _ignored(config: Any) -> int:
+    """The label that a model's loss leaves out; UperNet has another name for it."""
+    names = ("semantic_loss_ignore_index", "loss_ignore_index")
+    return next((int(getattr(config, name)) for name in names if hasattr(config, name)), -100)
 
 
 def _export(peer: nn.Module, folder: Path) -> None:

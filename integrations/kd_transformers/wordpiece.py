@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import BertWordPieceTokenizer
 from transformers import BertTokenizer
-
-__all__ = ["train_tokenizer"]
 
 _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 # Scripts of many thousand characters would leave no room for words.
@@ -26,14 +24,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096, max_length: in
         vocab_size: Size of the vocabulary, at most.
         max_length: What the tokenizer says its model reads.
     """
-    normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizer
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    texts = list(texts)
-    counts = Counter(char for text in texts for char in normalizer.normalize_str(text) if not char.isspace())
+    tokenizer, texts = BertWordPieceTokenizer(), list(texts)
+    counts = Counter(char for text in texts for char in tokenizer.normalize(text) if not char.isspace())
     letters = sorted(sorted(counts, key=lambda char: (-counts[char], char))[:_LETTERS])
-    trainer = trainers.WordPieceTrainer(
+    tokenizer.train_from_iterator(
+        texts,
         vocab_size=vocab_size,
         min_frequency=2,
         # Ties between merges go by token number, and letters within words get theirs in the order of a hash map, which
@@ -43,5 +38,4 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096, max_length: in
         limit_alphabet=len(letters),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
     return BertTokenizer(vocab=tokenizer.get_vocab(), model_max_length=max_length)

@@ -17,7 +17,6 @@ from kd_plugins.errors import DistillError
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["main"]
 
 # Commands with a command line of their own, imported only when asked for.
 _MODULES = {

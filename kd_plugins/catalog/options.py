@@ -17,20 +17,6 @@ from torch import nn
 from kd_plugins.catalog.values import as_text, choices_of, convert, label
 from kd_plugins.errors import DistillError, did_you_mean
 
-__all__ = [
-    "OptimSpec",
-    "Option",
-    "Resolved",
-    "check",
-    "constructed",
-    "options_of",
-    "options_table",
-    "parse",
-    "resolve",
-    "split",
-]
-
-
 # What `Distiller.__init__` sets: an option of such a name would be overwritten.
 _TAKEN = ("config", "host", "optim_overrides", "progress", "ready", "training")
 
@@ -65,14 +51,12 @@ class Option:
         annotation: Its resolved type.
         default: Its default value.
         help: From the docstring, in one line.
-        choices: The values of a `Literal`; empty for other types.
     """
 
     name: str
     annotation: Any
     default: Any
     help: str = ""
-    choices: tuple[Any, ...] = ()
 
     @property
     def type(self) -> str:
@@ -106,8 +90,8 @@ def options_of(cls: type) -> dict[str, Option]:
     ...             in front of everything.
     ...     '''
     ...     def __init__(self, *, weight: float = 1.0, kernel: Literal["poly", "linear"] = "poly"): ...
-    >>> options_of(Example)["weight"].help, options_of(Example)["kernel"].choices
-    ('Of the loss, in front of everything.', ('poly', 'linear'))
+    >>> options_of(Example)["weight"].help, options_of(Example)["kernel"].type
+    ('Of the loss, in front of everything.', 'poly | linear')
     """
     options: dict[str, Option] = {}
     for base in cls.__mro__:
@@ -141,7 +125,6 @@ def options_of(cls: type) -> dict[str, Option]:
                 annotation=hints[parameter.name],
                 default=parameter.default,
                 help=helps.get(parameter.name, ""),
-                choices=choices_of(hints[parameter.name]),
             )
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             break

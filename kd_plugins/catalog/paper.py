@@ -6,8 +6,6 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
-__all__ = ["Paper"]
-
 _SKIPPED_TITLE_WORDS = {"a", "an", "the", "on", "in", "of", "for", "to", "and", "with", "towards", "via", "like"}
 
 
@@ -37,13 +35,6 @@ class Paper:
     year: int
     arxiv: str | None = None
     journal: bool = False
-
-    def __post_init__(self) -> None:
-        if isinstance(self.authors, str):
-            names = re.split(r"\s*(?:,|&|\band\b)\s*", self.authors)
-            object.__setattr__(self, "authors", tuple(name for name in names if name))
-        else:
-            object.__setattr__(self, "authors", tuple(self.authors))
 
     def __str__(self) -> str:
         last = [_last_name(author) for author in self.authors]

@@ -20,23 +20,7 @@ import torch
 from kd_plugins.catalog.options import Resolved, resolve, split
 from kd_plugins.compose import Composite
 from kd_plugins.distiller import Distiller
-from kd_plugins.errors import DistillError, did_you_mean
-
-__all__ = [
-    "GROUP",
-    "Source",
-    "config_of",
-    "create_distiller",
-    "distiller_classes",
-    "distribution_of",
-    "from_json",
-    "get_distiller",
-    "kd_version",
-    "list_distillers",
-    "name_of",
-    "options_from_strings",
-    "to_json",
-]
+from kd_plugins.errors import DistillError, did_you_mean, told
 
 GROUP = "kd_plugins.distillers"
 
@@ -229,13 +213,9 @@ def _import(entry: EntryPoint) -> type[Distiller]:
     if source is None and os.getcwd() not in sys.path:
         # A loose file beside the command: a console script, unlike `python -m`, does not look there.
         sys.path.append(os.getcwd())
-    try:
+    remedy = "is it mended by an update of its distribution?" if source else "is it in this folder or on PYTHONPATH?"
+    with told(f"cannot load {what}", Exception, SystemExit, remedy=remedy):  # another's module may fail in any way
         cls: Any = entry.load()
-    except (Exception, SystemExit) as error:  # another distribution's module may fail in any way
-        remedy = (
-            "is it mended by an update of its distribution?" if source else "is it in this folder or on PYTHONPATH?"
-        )
-        raise DistillError(f"cannot load {what}: {type(error).__name__}: {error} — {remedy}") from error
     if not (isinstance(cls, type) and issubclass(cls, Distiller)):
         raise DistillError(f"expected {what} to be a subclass of kd_plugins.Distiller, got {cls!r}")
     return cls

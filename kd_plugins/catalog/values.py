@@ -10,8 +10,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-__all__ = ["AtLeastOne", "NonNegative", "Positive", "Range", "Share", "as_text", "choices_of", "convert", "label"]
-
 
 @dataclass(frozen=True)
 class Range:

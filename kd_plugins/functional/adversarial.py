@@ -93,6 +93,7 @@ def wgan_gp(
     *,
     given: Any = None,
     penalty: float = 10.0,
+    u: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Loss of a Wasserstein critic with gradient penalty, for the critic's parameters only.
@@ -110,7 +111,8 @@ def wgan_gp(
         fake: `[B, ...]`, detached here.
         real: `[B, ...]`, detached here.
         given: A condition, such as the image `[B, 3, H, W]`, that is passed on.
-        penalty: Weight of the gradient penalty; 10 is the paper's.
+        penalty: Weight of the gradient penalty; 10 is the paper's. Where the slope is 0 the gradient of its norm is 0.
+        u: Where on the line from fake (0) to real (1) the slope of each example is taken, `[B]`; drawn by default.
         generator: Draws u; the device's own by default.
 
     Returns:
@@ -136,12 +138,10 @@ def wgan_gp(
         # Second order only where there is a first: in an evaluation under no_grad the penalty is a number.
         second_order = torch.is_grad_enabled()
         with torch.enable_grad():
-            u = torch.rand(
-                (len(fake),) + (1,) * (fake.dim() - 1),
-                dtype=fake.dtype,
-                device=fake.device if generator is None else generator.device,
-                generator=generator,
-            ).to(fake.device)
+            if u is None:
+                device = fake.device if generator is None else generator.device
+                u = torch.rand(len(fake), dtype=fake.dtype, device=device, generator=generator)
+            u = u.to(fake).reshape(-1, *[1] * (fake.dim() - 1))
             between = torch.lerp(fake, real, u).requires_grad_()
             scores = critic(between, *condition)
             (slope,) = torch.autograd.grad(scores.sum(), between, create_graph=second_order)

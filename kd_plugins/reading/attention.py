@@ -16,10 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError
-from kd_plugins.reading.tap import Reached
+from kd_plugins.reading.tap import Hook, Reached
 from kd_plugins.reading.view import Attention
-
-__all__ = ["MASKED", "AttentionCall", "BaseAttentionTaps", "Layer", "Mode"]
 
 MASKED = -1e4
 """Score of a key that may not be attended to: finite, so that differences of scores stay finite."""
@@ -136,10 +134,8 @@ def _like_heads(x: Tensor, query: Tensor) -> Tensor:
 
 
 def _from_record(record: Attention | AttentionCall | Tensor) -> Attention:
-    if isinstance(record, Attention):
-        return record
-    if isinstance(record, AttentionCall):
-        return Attention(record.scores())
+    if not isinstance(record, Tensor):
+        return Attention(record.scores()) if isinstance(record, AttentionCall) else record
     probs = _exact(record)
     return Attention(probs.clamp_min(torch.finfo(probs.dtype).tiny).log(), probs)
 
@@ -171,31 +167,10 @@ class AttentionTap:
         return len(self.records) in self.calls
 
 
-def _ignore(*_: Any) -> None:
-    """What a tap's hook becomes in a copy of the network (an EMA model, a pickle)."""
-
-
-def _ignored() -> Any:
-    return _ignore
-
-
-class TapHook:
-    """A hook of a tap, installed once; a copy of the network gets a hook that does nothing."""
-
-    def __init__(self, tap: AttentionTap) -> None:
+class _DropoutHook(Hook):
+    def __init__(self, tap: DropoutTap) -> None:
         self.tap = tap
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        raise NotImplementedError
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return _ignore
-
-    def __reduce__(self) -> Any:
-        return (_ignored, ())
-
-
-class _DropoutHook(TapHook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self.tap.on:
             self.tap.records.append(args[0] if self.tap.wanted else None)
@@ -212,7 +187,7 @@ class DropoutTap(AttentionTap):
     def of(cls, module: nn.Module) -> DropoutTap:
         """The tap that a dropout has already, or a new one."""
         hooks = (h.tap for h in module._forward_pre_hooks.values() if isinstance(h, _DropoutHook))
-        return next((tap for tap in hooks if isinstance(tap, cls)), None) or cls(module)
+        return next(hooks, None) or cls(module)
 
 
 def _is_distribution(x: Any) -> bool:
@@ -433,16 +408,21 @@ class BaseAttentionTaps:
             )
         return attention
 
-    def _check(self, number: int) -> None:
+    def layer(self, number: int) -> Layer:
+        """The layer of a number, 1 to n."""
         name = type(self.model).__name__
         if not self.layers:
             raise DistillError(f"The attention of {name} was not looked for: call probe(...) with one batch first.")
         if not 1 <= number <= len(self.layers):
             raise DistillError(f"Expected layers 1 to {len(self.layers)} of {name}, got {number}.")
-        if self.layers[number - 1].mode == "other":
+        return self.layers[number - 1]
+
+    def _check(self, number: int) -> None:
+        if self.layer(number).mode == "other":
             raise DistillError(
-                f"The attention of layer {number} ({self.layers[number - 1].attention}) of {name} is no plain"
-                " softmax(scale * q k^T + mask) v, so its distribution cannot be read: distill hidden states instead."
+                f"The attention of layer {number} ({self.layer(number).attention}) of {type(self.model).__name__} is no"
+                " plain softmax(scale * q k^T + mask) v, so its distribution cannot be read: distill hidden states"
+                " instead."
             )
 
     def _listen(self, trace: Trace) -> AbstractContextManager[None]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from kd_plugins.errors import DistillError
 
-__all__ = ["pairs_of", "uniform"]
-
 
 def uniform(student_layers: int, teacher_layers: int) -> dict[int, int]:
     """The last teacher layer of the block that each student layer stands for.

@@ -20,8 +20,6 @@ from kd_plugins.reading.network import Forward, Network
 from kd_plugins.reading.tap import Replacement
 from kd_plugins.reading.view import Batch, Reads, View
 
-__all__ = ["Net", "Nets", "Transform", "begun", "check_unlike", "describe"]
-
 _logger = logging.getLogger(__name__)
 
 Transform = Callable[[Tensor], Tensor]

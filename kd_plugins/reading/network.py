@@ -13,11 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError
-from kd_plugins.reading.attention import BaseAttentionTaps, Layer
+from kd_plugins.reading.attention import BaseAttentionTaps
 from kd_plugins.reading.tap import Reached, Replacement, Seen, Tap
 from kd_plugins.reading.view import Attention, Batch, Features, Reads, View
-
-__all__ = ["Network", "adapt"]
 
 Forward = Callable[..., Any]
 
@@ -241,15 +239,10 @@ class Network:
 
     # Layers of a transformer
 
-    def _layer(self, number: int) -> Layer:
-        layers = self.attention.layers if self.attention is not None else []
-        if not 1 <= number <= len(layers):
-            raise DistillError(f"Expected layers 1 to {len(layers)} of {type(self.module).__name__}, got {number}.")
-        return layers[number - 1]
-
     def _output(self, number: int) -> tuple[str, int]:
         """Where the hidden state of a layer is read: a tap, and which of its calls; 0 is what the first layer gets."""
-        layer = self._layer(max(number, 1))
+        assert self.attention is not None  # `layers` has found it
+        layer = self.attention.layer(max(number, 1))
         if layer.layer is None:
             raise DistillError(
                 f"{type(self.module).__name__} keeps its layers in no list, so their outputs cannot be numbered: read"
@@ -259,7 +252,7 @@ class Network:
 
     def _single(self, number: int) -> str:
         key, _ = self._output(number)
-        layers = self.attention.layers if self.attention is not None else []
+        layers = [] if self.attention is None else self.attention.layers
         if number == 0 or sum(layer.layer == key for layer in layers) > 1:
             raise DistillError(
                 f"The gradient can be cut after a layer with weights of its own, which layer {number} of"

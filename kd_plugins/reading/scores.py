@@ -11,8 +11,6 @@ from torch import Tensor
 from kd_plugins.errors import DistillError
 from kd_plugins.reading.view import Batch, View
 
-__all__ = ["Rows", "class_scores"]
-
 
 class Rows(NamedTuple):
     """Scores of student and teacher, one row for each thing that is classified.
@@ -71,8 +69,8 @@ def class_scores(student: View, teacher: View, batch: Batch) -> Rows:
     s, t = student.logits, teacher.logits
     labels = batch.labels if isinstance(batch.labels, Tensor) else None
     last = _classes_last(s, labels, batch)
-    if not last and s.dim() == 4 and t.dim() == 4 and s.shape[2:] != t.shape[2:]:
-        t = F.interpolate(t.float(), s.shape[2:], mode="bilinear", align_corners=False).to(t.dtype)
+    if not last and s.dim() == 4 and t.dim() == 4:
+        t = _resized(t, s)
     if s.shape != t.shape:
         raise DistillError(
             "Expected student and teacher scores of the same classes and positions, got"
@@ -97,6 +95,34 @@ def class_scores(student: View, teacher: View, batch: Batch) -> Rows:
         mask, labels = (None if x is None else x[:, 1:] for x in (mask, labels))
     mask, labels = (None if x is None else x.flatten(1) for x in (mask, labels))
     return Rows(s.flatten(1, -2), t.flatten(1, -2), mask, labels, binary)
+
+
+def score_maps(student: View, teacher: View, method: str) -> tuple[Tensor, Tensor]:
+    """The score maps of two networks in one shape `[B, K, H, W]`, all positions of them; the teacher's is resized.
+
+    Args:
+        student: Scores `[B, K, H, W]`, or of a depth `[B, H, W]`.
+        teacher: The same, of any height and width.
+        method: Who asks.
+
+    Raises:
+        DistillError: Scores that are no maps, or of different classes.
+    """
+    s, t = (x.unsqueeze(1) if x.dim() == 3 else x for x in (student.logits, teacher.logits))
+    if s.dim() != 4 or t.dim() != 4 or s.shape[:2] != t.shape[:2]:
+        raise DistillError(
+            f"{method} compares maps of scores [B, K, H, W] of the same classes, or of depth [B, H, W], got"
+            f" {list(student.logits.shape)} and {list(teacher.logits.shape)}: leave its term of the scores out, or take"
+            " networks for segmentation or depth with the same classes in the same order."
+        )
+    return s, _resized(t, s)
+
+
+def _resized(scores: Tensor, like: Tensor) -> Tensor:
+    """A score map `[B, K, H, W]` at the size of another."""
+    if scores.shape[2:] == like.shape[2:]:
+        return scores
+    return F.interpolate(scores.float(), like.shape[2:], mode="bilinear", align_corners=False).to(scores.dtype)
 
 
 def _classes_last(scores: Tensor, labels: Tensor | None, batch: Batch) -> bool:

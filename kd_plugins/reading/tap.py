@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError, did_you_mean
 
-__all__ = ["Reached", "Replacement", "Seen", "Tap"]
-
 Replacement: TypeAlias = Tensor | Callable[[Tensor], Tensor]
 """What stands in place of a module's output, or makes it of the output."""
 
@@ -96,7 +94,21 @@ def _ignore(*_: Any) -> None:
     """What a hook becomes in a copy of the network: an EMA model must not write into the original's taps."""
 
 
-class _Hook:
+def _ignored() -> Any:
+    return _ignore
+
+
+class Hook:
+    """A hook of one network; a copy of the network (an EMA model, a pickle) gets one that does nothing."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return _ignore
+
+    def __reduce__(self) -> Any:
+        return (_ignored, ())
+
+
+class _TapHook(Hook):
     """One hook on one side of one module; it acts only while its tap records."""
 
     def __init__(self, tap: Tap, key: str) -> None:
@@ -107,16 +119,6 @@ class _Hook:
             self.tap._fire(self.key, module, (*args, *rest.values()))
             return None
         return self.tap._fire(self.key, module, rest)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return _ignore
-
-    def __reduce__(self) -> Any:
-        return (_ignored, ())
-
-
-def _ignored() -> Any:
-    return _ignore
 
 
 def _first_tensor(value: Any) -> Tensor | None:
@@ -217,7 +219,7 @@ class Tap:
         for key in keys:
             if key not in self._handles:
                 module = module_at(self.root, key.removesuffix(":in"))
-                hook = _Hook(self, key)
+                hook = _TapHook(self, key)
                 self._handles[key] = (
                     module.register_forward_pre_hook(hook, with_kwargs=True)
                     if key.endswith(":in")

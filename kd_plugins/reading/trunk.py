@@ -14,8 +14,6 @@ from kd_plugins.reading.nets import Net, Nets
 from kd_plugins.reading.tap import _first_tensor
 from kd_plugins.reading.view import Batch, Reads
 
-__all__ = ["Block", "LayerGroup", "Trunk", "check_maps", "find_groups", "find_trunk"]
-
 _LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from kd_plugins.errors import DistillError, did_you_mean
 
-__all__ = ["Attention", "Batch", "Features", "Needs", "Reads", "View"]
-
 
 class Attention(NamedTuple):
     """The attention of one layer, before dropout.

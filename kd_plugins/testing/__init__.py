@@ -35,6 +35,7 @@ It trains with the distiller for a few steps, several times over, on copies of s
 from __future__ import annotations
 
 import copy
+import fnmatch
 import importlib.util
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -49,7 +50,7 @@ from kd_plugins.catalog.registry import create_distiller, distiller_classes
 from kd_plugins.distiller import Distiller
 from kd_plugins.errors import DistillError
 from kd_plugins.reading.view import Batch, Reads
-from kd_plugins.testing.clauses import ContractError, broken, check_class, check_needs, check_parts, parts_of
+from kd_plugins.testing.clauses import ContractError, broken, check_class, check_needs, check_parts, parts_of, trained
 from kd_plugins.testing.networks import (
     TinyNet,
     adapt,
@@ -59,7 +60,7 @@ from kd_plugins.testing.networks import (
     tiny_transformer,
     training_set,
 )
-from kd_plugins.testing.runs import Setting, Training, difference, matches, under_accelerate, walk
+from kd_plugins.testing.runs import Setting, Training, difference, under_accelerate, walk
 
 __all__ = [
     "CLAUSES",
@@ -174,8 +175,8 @@ def _maker(distiller: Any, options: Mapping[str, Any] | None) -> Callable[[], Di
 def _check_reached(run: Training, reached: Mapping[str, bool]) -> None:
     untrained = tuple(glob for part in parts_of(run.distiller) for glob in part.untrained)
     excused = _unused(run)
-    for name, trained in reached.items():
-        if not trained and name not in excused and not matches(name, untrained):
+    for name, found in reached.items():
+        if not found and name not in excused and not any(fnmatch.fnmatch(name, glob) for glob in untrained):
             broken(
                 "gradients",
                 f"the parameter {name} gets no gradient but 0 in {run.total} steps of {run.distiller.name}",
@@ -186,15 +187,12 @@ def _check_reached(run: Training, reached: Mapping[str, bool]) -> None:
 def _unused(run: Training) -> set[str]:
     """Parameters of the trained networks that not even their own logits depend on."""
     unused = set()
-    for i, net in enumerate(run.nets.peers):
-        batch = run.setting.batches[0]
-        if batch.inputs is None:
-            continue
-        named = {name: p for name, p in net.module.named_parameters() if p.requires_grad}
+    batch = run.setting.batches[0]
+    for who, net in zip(trained(run.nets), run.nets.peers if batch.inputs is not None else (), strict=False):
+        named = {f"{who}.{name}": p for name, p in net.module.named_parameters() if p.requires_grad}
         logits = net.network.read(batch, Reads()).logits
         gradients = torch.autograd.grad(logits.sum(), list(named.values()), allow_unused=True)
-        who = f"peer{i}" if i else "student"
-        unused |= {f"{who}.{name}" for name, gradient in zip(named, gradients, strict=True) if gradient is None}
+        unused |= {name for name, gradient in zip(named, gradients, strict=True) if gradient is None}
     return unused
 
 
@@ -202,11 +200,8 @@ def _check_resume(setting: Setting, whole: Training) -> None:
     name = whole.distiller.name
     for key, value in whole.distiller.state_dict().items():
         if not isinstance(value, Tensor):
-            broken(
-                "resume",
-                f"{key} in state_dict() of {name} is no tensor",
-                "keep it in a buffer; files hold tensors only",
-            )
+            what = f"{key} in state_dict() of {name} is no tensor"
+            broken("resume", what, "keep it in a buffer; files hold tensors only")
     table = whole.distiller.progress.table
     start = table.starts[-1] if table is not None else 0
     first = Training(setting).train(stop=start + (whole.total - start) // 2)

@@ -12,15 +12,13 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
-from kd_plugins.binding import needs_in
+from kd_plugins.binding import needs_of_stages
 from kd_plugins.catalog.options import check as check_options
 from kd_plugins.catalog.options import options_of, parse
 from kd_plugins.catalog.values import as_text
 from kd_plugins.distiller import Distiller, overrides
 from kd_plugins.errors import DistillError
 from kd_plugins.reading.nets import Nets
-
-__all__ = ["ContractError", "broken", "check_class", "check_needs", "check_parts", "parts_of", "reachable"]
 
 
 class ContractError(DistillError):
@@ -70,48 +68,33 @@ def _check_docstring(cls: type[Distiller]) -> None:
     doc = cls.__doc__ or ""
     if not doc.strip() or doc == Distiller.__doc__:
         broken("docstring", f"{cls.__name__} has no docstring", "say in its first line what the method does")
-    paper = cls.paper
-    if paper is None:
-        if not re.search(r"\b(19|20)\d\d\b", doc):
-            broken(
-                "docstring",
-                f"the docstring of {cls.__name__} cites nothing",
-                "name authors, venue and year, and give the class a `paper`",
-            )
-    else:
-        for what, word in (
-            ("first author", str(paper).split(",")[0].split(" & ")[0].removesuffix(" et al.")),
-            ("year", str(paper.year)),
-        ):
+    paper, whose = cls.paper, f"the docstring of {cls.__name__}"
+    if paper is None and not re.search(r"\b(19|20)\d\d\b", doc):
+        broken("docstring", f"{whose} cites nothing", "name authors, venue and year, and give the class a `paper`")
+    if paper is not None:
+        author = str(paper).split(",")[0].split(" & ")[0].removesuffix(" et al.")
+        for what, word in (("first author", author), ("year", str(paper.year))):
             if word not in doc:
-                broken(
-                    "docstring",
-                    f"the docstring of {cls.__name__} does not name the {what} of its paper, {word}",
-                    f"cite it: {paper}",
-                )
+                broken("docstring", f"{whose} does not name the {what} of its paper, {word}", f"cite it: {paper}")
     if "[B" not in doc:
-        broken("docstring", f"the docstring of {cls.__name__} gives no shapes", "say them, such as `[B, C, H, W]`")
+        broken("docstring", f"{whose} gives no shapes", "say them, such as `[B, C, H, W]`")
 
 
 def _check_config(cls: type[Distiller], config: Mapping[str, Any]) -> None:
     """The options survive JSON and the command line."""
+    remedy = "annotate it with the type that it has (tuples for lists, `X | None` where None is meant)"
     for name, value in config.items():
+        what = f"the option {name!r} of {cls.__name__} = {value!r}"
         try:
             ways = {
                 "JSON": check_options(cls, {name: json.loads(json.dumps(value))})[name],
                 "the command line": parse(cls, [f"{name}={as_text(value)}"])[name],
             }
         except (TypeError, ValueError) as error:
-            raise ContractError(
-                "config", f"the option {name!r} of {cls.__name__} = {value!r} cannot be written down: {error}"
-            ) from error
+            raise ContractError("config", f"{what} cannot be written down: {error}") from error
         for way, back in ways.items():
             if back != value:
-                broken(
-                    "config",
-                    f"the option {name!r} of {cls.__name__} = {value!r} comes back from {way} as {back!r}",
-                    "annotate it with the type that it has (tuples for lists, `X | None` where None is meant)",
-                )
+                broken("config", f"{what} comes back from {way} as {back!r}", remedy)
     made = cls(**check_options(cls, json.loads(json.dumps(dict(config)))))
     again = {name: made.config.get(name, value) for name, value in config.items()}
     if again != dict(config):
@@ -170,8 +153,8 @@ def _names(slots: Any) -> tuple[str, ...]:
 def check_parts(distiller: Distiller, nets: Nets) -> None:
     """Clauses `no network inside`, `registered` and `one group`, of a distiller that is set up."""
     theirs: dict[int, str] = {}
-    for who, net in _named(nets):
-        for name, item in (*net.module.named_modules(), *net.module.named_parameters()):
+    for net, (who, module) in zip(nets, (trained(nets) | frozen(nets)).items(), strict=True):
+        for name, item in (*module.named_modules(), *module.named_parameters()):
             theirs[id(item)] = f"{who}{'.' if name else ''}{name}"
         theirs[id(net)] = who
     registered = {id(p) for p in distiller.parameters()}
@@ -191,10 +174,14 @@ def check_parts(distiller: Distiller, nets: Nets) -> None:
     _check_groups(distiller, registered)
 
 
-def _named(nets: Nets) -> list[tuple[str, Any]]:
-    peers = [(f"peer{i}" if i else "student", net) for i, net in enumerate(nets.peers)]
-    one = len(nets.teachers) == 1
-    return [*peers, *(("teacher" if one else f"teacher{i}", net) for i, net in enumerate(nets.teachers))]
+def trained(nets: Nets) -> dict[str, nn.Module]:
+    """Student and peers by the names that errors give them."""
+    return {f"peer{i}" if i else "student": net.module for i, net in enumerate(nets.peers)}
+
+
+def frozen(nets: Nets) -> dict[str, nn.Module]:
+    """Teachers by the names that errors give them."""
+    return {f"teacher{i}" if i else "teacher": net.module for i, net in enumerate(nets.teachers)}
 
 
 def _check_groups(distiller: Distiller, registered: Collection[int]) -> None:
@@ -237,11 +224,10 @@ def _check_groups(distiller: Distiller, registered: Collection[int]) -> None:
 
 def check_needs(distiller: Distiller, nets: Nets) -> None:
     """Clause `needs`: what is read exists, in every stage."""
-    for number, stage in enumerate(distiller.stages()):
-        needs = needs_in(distiller, number)
+    for stage, needs in zip(distiller.stages(), needs_of_stages(distiller), strict=True):
         reads = [needs.student, *(needs.peer(i) for i in range(len(nets.peers) - 1))]
         reads += [needs.of_teacher(i) for i in range(len(nets.teachers))]
-        for (who, net), read in zip(_named(nets), reads, strict=True):
+        for who, net, read in zip(trained(nets) | frozen(nets), nets, reads, strict=True):
             try:
                 net.network.install(read)
             except DistillError as error:

@@ -9,14 +9,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from kd_plugins.binding import needs_in
+from kd_plugins.binding import needs_of_stages
 from kd_plugins.distiller import Distiller
 from kd_plugins.errors import DistillError
 from kd_plugins.reading.network import Network
 from kd_plugins.reading.network import adapt as adapt_any
 from kd_plugins.reading.view import Batch
-
-__all__ = ["TinyNet", "adapt", "tiny_batches", "tiny_network", "tiny_tokens", "tiny_transformer", "training_set"]
 
 _VOCABULARY = 40
 
@@ -30,18 +28,22 @@ class TinyNet(nn.Module):
         width: Channels of `layer1`; `layer2` has twice as many.
         classes: Number of classes K.
         channels: Channels of the images.
+        dense: Classify each position of `layer2`'s map.
     """
 
-    def __init__(self, width: int = 4, classes: int = 4, channels: int = 3) -> None:
+    def __init__(self, width: int = 4, classes: int = 4, channels: int = 3, dense: bool = False) -> None:
         super().__init__()
+        self.dense = dense
         self.conv1 = nn.Conv2d(channels, width, 3, padding=1)
         self.layer1 = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU())
         self.layer2 = nn.Sequential(nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.ReLU())
         self.head = nn.Linear(2 * width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images `[B, C, H, W]` to logits `[B, K]`."""
+        """Images `[B, C, H, W]` to logits `[B, K]`; dense, `[B, K, H / 2, W / 2]`."""
         features = self.layer2(self.layer1(self.conv1(x).relu()))
+        if self.dense:
+            return self.head(features.movedim(1, -1)).movedim(-1, 1)
         return self.head(features.mean((2, 3)))
 
 
@@ -75,9 +77,17 @@ def tiny_transformer(layers: int = 2, classes: int = 3) -> nn.Module:
 
 
 def tiny_batches(
-    count: int = 3, size: int = 8, classes: int = 4, *, streams: Sequence[str] = (), seed: int = 0
+    count: int = 3,
+    size: int = 8,
+    classes: int = 4,
+    *,
+    streams: Sequence[str] = (),
+    seed: int = 0,
+    dense: bool = False,
 ) -> list[Batch]:
     """Batches of noise images `[size, 3, 12, 12]` with labels, row numbers, mean and std, and further streams of them.
+
+    Dense labels are those of a dense `TinyNet`, `[size, 6, 6]`, and the first row of each image is ignored.
 
     >>> batch = tiny_batches(streams=["search"])[0]
     >>> batch.inputs.shape, batch.stream("search").size
@@ -87,7 +97,11 @@ def tiny_batches(
 
     def images(_: int) -> Batch:
         pixels = torch.randn(size, 3, 12, 12, generator=generator)
-        return Batch.of(pixels, torch.randint(classes, (size,), generator=generator), mean=(0.5,) * 3, std=(0.25,) * 3)
+        labels = torch.randint(classes, (size, 6, 6) if dense else (size,), generator=generator)
+        if dense:
+            labels[:, 0] = -100
+        task = "segmentation" if dense else "classification"
+        return Batch.of(pixels, labels, mean=(0.5,) * 3, std=(0.25,) * 3, task=task)
 
     return _epoch(images, count, size, streams)
 
@@ -125,16 +139,26 @@ def _reads_layers(distiller: Distiller) -> bool:
     return any(part.networks == "transformer" for part in distiller.methods.values())
 
 
+def _dense(distiller: Distiller) -> bool:
+    """Whether a method, or a part of a composition, is for segmentation and not for classification."""
+    tasks = [part.tasks for part in distiller.methods.values()]
+    return any("classification" not in fits and "segmentation" in fits for fits in tasks)
+
+
 def tiny_network(distiller: Distiller, number: int) -> nn.Module:
     """A network that a method can read; those with other numbers are larger, and initialised differently."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(number)
-        return tiny_transformer(2 + 2 * number) if _reads_layers(distiller) else TinyNet(4 + 2 * number)
+        if _reads_layers(distiller):
+            return tiny_transformer(2 + 2 * number)
+        return TinyNet(4 + 2 * number, dense=_dense(distiller))
 
 
 def training_set(distiller: Distiller) -> list[Batch]:
     """The batches of one epoch, with the streams that a method asks for; without inputs where it makes its own."""
     if not distiller.data:
         return [Batch(size=8, shape=(3, 12, 12), classes=4, mean=(0.5,) * 3, std=(0.25,) * 3)] * 3
-    streams = dict.fromkeys(name for i in range(len(distiller.stages())) for name in needs_in(distiller, i).streams)
-    return (tiny_tokens if _reads_layers(distiller) else tiny_batches)(streams=list(streams))
+    streams = dict.fromkeys(name for needs in needs_of_stages(distiller) for name in needs.streams)
+    if _reads_layers(distiller):
+        return tiny_tokens(streams=list(streams))
+    return tiny_batches(streams=list(streams), dense=_dense(distiller))

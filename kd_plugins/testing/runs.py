@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import fnmatch
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,14 +16,10 @@ from torch.optim import Optimizer
 from kd_plugins.binding import connect, needs_pass, prepare, schedule, set_up
 from kd_plugins.distiller import Distiller, Turn
 from kd_plugins.errors import DistillError
-from kd_plugins.reading.nets import Nets
 from kd_plugins.reading.network import Network
 from kd_plugins.reading.view import Batch
 from kd_plugins.run import Run, play, total
-from kd_plugins.testing.clauses import ContractError, broken
-
-__all__ = ["Setting", "Training", "difference", "gradient_names", "under_accelerate", "walk"]
-
+from kd_plugins.testing.clauses import ContractError, broken, frozen, trained
 
 _ISLAND = "compute the loss in float32, with autocast disabled (.float()), and away from 0 / 0 and log(0)"
 
@@ -118,7 +113,7 @@ class Training:
 
     def state(self) -> dict[str, Tensor]:
         """All weights that the training moves, by name."""
-        modules = {"distiller": self.distiller, **_trained(self.nets)}
+        modules = {"distiller": self.distiller, **trained(self.nets)}
         return {f"{who}.{k}": v.detach().clone() for who, m in modules.items() for k, v in m.state_dict().items()}
 
     def resume(self, folder: str) -> Training:
@@ -140,7 +135,10 @@ def walk(training: Training, *, dtype: torch.dtype | None = None) -> dict[str, b
     Returns:
         Whether a gradient that is not 0 has reached each parameter of the distiller and of the trained networks.
     """
-    names = gradient_names(training)
+    # Of all parameters that should be trained: `critic.weight`, `student.head.weight`, `peer1.head.weight`.
+    names = {id(p): name for name, p in training.distiller.named_parameters()}
+    for who, module in trained(training.nets).items():
+        names |= {id(p): f"{who}.{name}" for name, p in module.named_parameters() if p.requires_grad}
     reached = dict.fromkeys(names.values(), False)
     clause = "gradients" if dtype is None else "precision"
     under = "" if dtype is None else f" under autocast in {str(dtype).removeprefix('torch.')}"
@@ -156,23 +154,11 @@ def walk(training: Training, *, dtype: torch.dtype | None = None) -> dict[str, b
     return reached
 
 
-def gradient_names(training: Training) -> dict[int, str]:
-    """Names of all parameters that should be trained: `critic.weight`, `student.head.weight`, `peer1.head.weight`."""
-    named = {id(p): name for name, p in training.distiller.named_parameters()}
-    for who, module in _trained(training.nets).items():
-        named |= {id(p): f"{who}.{name}" for name, p in module.named_parameters() if p.requires_grad}
-    return named
-
-
-def _trained(nets: Nets) -> dict[str, nn.Module]:
-    return {f"peer{i}" if i else "student": net.module for i, net in enumerate(nets.peers)}
-
-
 def _turns(training: Training, batch: Batch, dtype: torch.dtype | None, where: str) -> Iterator[Turn]:
     """The turns of one step; what surrounds a yield must be as it was before."""
     distiller, kind = training.distiller, training.setting.device.type
     turns = iter(distiller.turns(training.nets, batch))
-    seen = False
+    last, seen = training.run._ends_with, False
     try:
         while True:
             before = _mode(kind)
@@ -192,11 +178,11 @@ def _turns(training: Training, batch: Batch, dtype: torch.dtype | None, where: s
             if seen:
                 broken(
                     "student last",
-                    f"turns() of {distiller.name} yields a turn of {list(turn)} after the student's {where}",
-                    "put 'student' in the last turn, and only there",
+                    f"turns() of {distiller.name} yields a turn of {list(turn)} after the {last}'s {where}",
+                    f"put {last!r} in the last turn, and only there",
                 )
             _check_turn(training, turn, where)
-            seen = "student" in turn
+            seen = last in turn
             yield turn
     finally:
         close = getattr(turns, "close", None)
@@ -205,8 +191,8 @@ def _turns(training: Training, batch: Batch, dtype: torch.dtype | None, where: s
     if not seen:
         broken(
             "student last",
-            f"turns() of {distiller.name} yields no turn with the group 'student' {where}",
-            "put 'student' in the last turn",
+            f"turns() of {distiller.name} yields no turn with the group {last!r} {where}",
+            f"put {last!r} in the last turn",
         )
 
 
@@ -269,17 +255,15 @@ def _gradients(
 def _outside(training: Training, *, student: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters in which a step may leave no `.grad`."""
     yield from training.distiller.named_parameters()
-    for i, net in enumerate(training.nets.teachers):
-        yield from ((f"teacher{i if i else ''}.{name}", p) for name, p in net.module.named_parameters())
-    for who, module in _trained(training.nets).items():
+    for who, module in (frozen(training.nets) | trained(training.nets)).items():
         if student or who != "student":
             yield from ((f"{who}.{name}", p) for name, p in module.named_parameters())
 
 
 def _check_after(training: Training, where: str) -> None:
     name = training.distiller.name
-    for i, (net, state) in enumerate(zip(training.nets.teachers, training.teacher_states, strict=True)):
-        _compare(net.module, state, "teacher untouched", f"a step of {name}", f"teacher{i if i else ''}", where)
+    for (who, module), state in zip(frozen(training.nets).items(), training.teacher_states, strict=True):
+        _compare(module, state, "teacher untouched", f"a step of {name}", who, where)
     for label, parameter in _outside(training):
         if parameter.grad is not None:
             broken("no backward", f"a step of {name} leaves a .grad in {label} {where}", "backward() is the host's")
@@ -367,8 +351,3 @@ def under_accelerate(setting: Setting, seed: int = 0) -> dict[str, Tensor]:
             if done != 1:
                 raise DistillError(f"Expected one update in step {step}, got {done}.")
         return training.state()
-
-
-def matches(name: str, globs: Sequence[str]) -> bool:
-    """Whether a parameter's name matches one of some globs."""
-    return any(fnmatch.fnmatch(name, glob) for glob in globs)

@@ -156,6 +156,15 @@ def test_wgan_gp_is_random_by_its_generator() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_wgan_gp_where_it_is_said() -> None:
+    """The slope of `|x|^2 w / 2` at u is known: all at fake, all at real, one in between."""
+    critic, fake, real = Quadratic(), randn(3, 4), randn(3, 4, seed=1)
+    u = torch.tensor([0.0, 0.25, 1.0])
+    at = torch.stack([fake[0], 0.75 * fake[1] + 0.25 * real[1], real[2]])
+    penalty = KF.wgan_gp(critic, fake, real, u=u) - KF.wgan_gp(critic, fake, real, penalty=0.0)
+    torch.testing.assert_close(penalty, 10 * (critic.w * at.norm(dim=1) - 1).square().mean())
+
+
 def test_wgan_gp_without_penalty_is_the_distance() -> None:
     critic, fake, real = Quadratic(), randn(6, 3), randn(6, 3, seed=1)
     distance = critic(fake).mean() - critic(real).mean()

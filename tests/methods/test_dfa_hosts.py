@@ -141,7 +141,7 @@ def test_in_trainer_with_an_image_classifier(tmp_path):
     assert {"distill/st", "distill/ts", "distill/beta/st", "distill/beta/ts"} <= set(first)
     assert {"distill/task", "distill/features"} <= set(last)
     assert difference(before, teacher.state_dict())[0] == 0.0
-    assert [p["title"] for p in load_run(tmp_path).pictures] == [
+    assert [p["title"] for p in load_run(tmp_path).info["pictures"]] == [
         f"{what} for {stage}" for what in ("Weights", "Search") for stage in stages
     ]
     host.save_model(str(tmp_path / "saved"))

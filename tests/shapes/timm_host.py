@@ -84,12 +84,13 @@ class TimmTrained(Host):
         flags = [
             *f"--model tiny_shapes_student --lr {LR} --opt momentum --momentum {MOMENTUM}".split(),
             *("--sched poly --sched-on-updates --decay-rate 1 --min-lr 0" if job.decay else "--sched none").split(),
-            *"--smoothing 0 --weight-decay 0 --warmup-epochs 0".split(),
+            *"--weight-decay 0 --warmup-epochs 0".split(),
             *f"--epochs {-(-job.steps // EPOCH)} -b {job.micro} --grad-accum-steps {job.accumulation}".split(),
-            *f"--workers 0 --no-aug --device cpu --seed {SEED} --output {folder} --experiment run".split(),
+            *f"--workers 0 --device cpu --seed {SEED} --output {folder} --experiment run".split(),
             *f"--distill shapes.distillers:{type(self.distiller).__name__} --dataset shapes".split(),
             *["--val-split", ""],
         ]
+        flags += ["--smoothing", "0", "--no-aug"] if self.distiller.data else ["--epoch-updates", str(EPOCH)]
         arguments = {**job.options, **({} if self.distiller.data else {"rows": job.micro})}
         if arguments:
             flags += ["--distill-args", *(f"{k}={v}" for k, v in arguments.items())]
@@ -117,7 +118,10 @@ class TimmTrained(Host):
     def _patched(self) -> Iterator[None]:
         with ExitStack() as stack:
             for target, replacement in (
-                ("kd_timm.parts.create_datasets", lambda args, channels: (Pictures(), None, None)),
+                (
+                    "kd_timm.parts.create_datasets",
+                    lambda _args, _chans, free: (None if free else Pictures(), None, None),
+                ),
                 ("torch.utils.data.RandomSampler.__iter__", _in_order),
                 ("torch.utils.data.distributed.DistributedSampler.__iter__", _shards(self.job.micro)),
             ):

@@ -11,10 +11,9 @@ from timm.optim import optimizer_kwargs
 from timm.scheduler import scheduler_kwargs
 
 import kd_timm
-from kd_timm.arguments import parse_args
+from kd_timm.arguments import UNSUPPORTED, parse_args
 from kd_timm.build import MODEL_ARGUMENTS
 from kd_timm.data import DATASET_ARGUMENTS, LOADER_ARGUMENTS, MIXUP_ARGUMENTS
-from kd_timm.flags import UNSUPPORTED
 from kd_timm.train import main
 
 _spec = spec_from_file_location("timm_defaults", Path(__file__).with_name("timm_defaults.py"))
@@ -23,7 +22,7 @@ _spec.loader.exec_module(_module)
 DEFAULTS = _module.DEFAULTS
 
 OURS = {"distill", "distill_args", "teacher", "teacher_checkpoint", "teacher_kwargs", "peer", "peer_kwargs"}
-OURS |= {"report_to", "list_layers"}
+OURS |= {"report_to", "list_layers", "ood_dataset", "ood_split", "epoch_updates", "best_on_eval"}
 
 
 def test_every_flag_of_timms_has_timms_default():
@@ -70,6 +69,8 @@ def test_every_flag_is_read_somewhere():
         (["--modle", "resnet18"], "Did you mean --model"),
         (["--teacher-checkpoint", "x"], "--teacher"),
         (["--model-kwargs", "depth"], "key=value"),
+        (["--eval-metric", "f1"], "--eval-metric: invalid choice: 'f1'"),
+        (["--epochs", "0"], "--epochs: expected a whole number, at least 1, got 0"),
     ],
 )
 def test_refused(argv, words, capsys):
@@ -119,6 +120,26 @@ def test_config_refused(tmp_path, text, words, capsys):
     with pytest.raises(SystemExit):
         parse_args(["-c", str(path)])
     assert words in capsys.readouterr().err
+
+
+def test_a_file_says_what_the_command_line_would(tmp_path):
+    path = tmp_path / "c.yaml"
+    values = {
+        "data": "here",
+        "model-kwargs": {"depth": 3, "names": ["a"], "on": True, "text": "1"},
+        "teacher": ["a", "b"],
+    }
+    values |= {"teacher_kwargs": [{"x": 1}, {}], "teacher_checkpoint": ["", "b.pt"], "distill_args": {"layers": [1, 2]}}
+    path.write_text(yaml.safe_dump(values | {"amp": True, "mean": [-0.5, 0.1]}))
+    args = parse_args(["--config", str(path), "--teacher", "c", "--teacher=d"])
+    assert (args.data, args.model_kwargs) == ("here", values["model-kwargs"])
+    # A flag replaces the list of the file.
+    assert (args.teacher, args.teacher_kwargs, args.teacher_checkpoint) == (["c", "d"], [{"x": 1}, {}], ["", "b.pt"])
+    assert (args.distill_args, args.amp, args.mean) == (["layers=1,2"], True, [-0.5, 0.1])
+    assert parse_args(["there", "-c", str(path)]).data == "there"
+    # What a run writes of itself says the same again.
+    path.write_text(yaml.safe_dump(vars(args) | {"model_kwargs": {}}))
+    assert vars(parse_args(["-c", str(path)])) == vars(args) | {"model_kwargs": {}, "config": str(path)}
 
 
 def test_keyword_values_are_literals_or_text():

@@ -1,8 +1,7 @@
-"""What kd_timm uses of timm, Accelerate and argparse beside their published interfaces is there, and as relied on."""
+"""What kd_timm uses of timm and Accelerate beside their published interfaces is there, and as relied on."""
 
 from __future__ import annotations
 
-import argparse
 import inspect
 from types import SimpleNamespace
 
@@ -60,11 +59,3 @@ def test_accelerate_is_told_when_gradients_are_synchronized():
 def test_accelerate_names_its_trackers():
     assert {"tensorboard", "wandb"} <= compat.LOGGER_TYPE_TO_CLASS.keys()
     assert compat.LOGGER_TYPE_TO_CLASS["wandb"].name == "wandb"
-
-
-def test_a_parser_tells_its_arguments():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("-b", "--batch-size", type=int, default=3)
-    (action,) = compat.parser_actions(parser).values()
-    assert (action.dest, action.default, action.type, action.nargs) == ("batch_size", 3, int, None)
-    assert action.option_strings == ["-b", "--batch-size"]

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from distributed_kit import on_two_processes
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import create_loader
 from timm.loss import LabelSmoothingCrossEntropy
@@ -19,6 +20,7 @@ from timm.utils import random_seed
 
 import kd_plugins
 from kd_plugins import Batch
+from kd_report.uncertainty import doubts, uncertainty_metrics
 from kd_timm import data, distillation, teachers, train
 from kd_timm.teachers import InputTransform, create_teacher
 
@@ -262,9 +264,25 @@ def test_the_pass_before_the_training_has_the_loaders_workers(run, teacher, monk
 
 
 def test_a_method_that_makes_its_own_data_gets_none(run, teacher):
-    session = run("--distill", "timm_distillers:Dreams", *teacher)
+    unused = "--scale 0.08 1.0 --hflip 0.5 --color-jitter 0.4".split()  # as they are where nothing is said
+    session = run(
+        "--distill", "timm_distillers:Dreams", "--epoch-updates", "4", "--num-classes", "10", *unused, *teacher
+    )
     rows = list(csv.DictReader((session.folder / "summary.csv").open()))
     assert float(rows[1]["train_distill/gap"]) < float(rows[0]["train_distill/gap"])
+
+
+def test_training_without_data_keeps_the_last_student(teacher, tmp_path, capsys):
+    flags = "--model resnet10t --model-kwargs channels=(8,8,16,16) stem_width=16 --num-classes 10 --img-size 16 -b 16"
+    flags += " --device cpu --workers 0 --epochs 2 --warmup-epochs 0 --distill dafl --distill-args latent=4 width=4"
+    flags = [*flags.split(), "--epoch-updates", "2", *teacher]
+    assert train.main([*flags, "--output", str(tmp_path), "--experiment", "whole"]) == 0
+    folder = tmp_path / "whole"
+    assert json.loads((folder / "results.json").read_text())["metric"] == "epoch"
+    assert same(load_file(folder / "model_best.safetensors"), load_file(folder / "last.safetensors"))
+    for more, words in (("--mixup 0.5", "--mixup would do nothing"), ("--best-on-eval", "none is named")):
+        assert train.main([*flags, *more.split()]) != 0
+        assert words in capsys.readouterr().err
 
 
 def test_vision_transformers_distil_their_attention(run):
@@ -412,3 +430,42 @@ def test_two_processes(run, teacher, tiny, tmp_path, name):
     results = json.loads((tmp_path / "two" / "results.json").read_text())
     assert results["evaluation"]["agreement"] > 0
     assert (tmp_path / "two" / "state" / "distiller" / "distiller_random_1.safetensors").is_file()
+
+
+def test_an_ensemble_teaches_and_uncertainty_is_told(run, teacher, tmp_path):
+    """Two snapshots of one training; the images of another kind are a folder."""
+    best, folder = Path(teacher[3]), tmp_path / "others"
+    folder.mkdir()
+    for i in range(6):
+        pixels = torch.randint(256, (16, 16, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
+    snapshots = [*teacher, *teacher[:3], str(best.with_name("last.safetensors"))]
+    other = best.with_name("last.safetensors")
+    save_file({k: v + 0.02 * (k == "fc.bias") for k, v in load_file(best).items()}, other)
+    flags = ["--distill", "endd", "--clip-grad", "10", "--ood-dataset", str(folder), *snapshots]
+    session = run(*flags, "--epochs", "1")
+    student, teachers_ = session.results["uncertainty"]["student"], session.results["uncertainty"]["teachers"]
+    assert student["error"] == pytest.approx(1 - session.results["evaluation"]["top1"] / 100)
+    # Against a bare pass over both sets.
+    asked = session.distillation.asked()
+    known = [(torch.stack([ask(x) for ask in asked], 1), y) for x, y in session.data.evaluation]
+    others = torch.cat([torch.stack([ask(x) for ask in asked], 1) for x, _ in session.data.other])
+    whole = [doubts(torch.cat([z for z, _ in known]), torch.cat([y for _, y in known]), members=True)]
+    assert teachers_ == pytest.approx(uncertainty_metrics(*whole, doubts(others, members=True)))
+    session.student.eval()
+    with torch.no_grad():
+        logits = torch.cat([session.student(x) for x, _ in session.data.evaluation])
+        theirs = torch.cat([session.student(x) for x, _ in session.data.other])
+    alone = doubts(logits, torch.cat([y for _, y in known]), offset=0.0)
+    assert student == pytest.approx(uncertainty_metrics(alone, doubts(theirs, offset=0.0)))
+    assert len(theirs) == 6
+
+
+def test_images_of_another_kind_must_be_there(tiny, few_digits, tmp_path, capsys):
+    for flags, words in (
+        (["--ood-dataset", "nowhere"], "--ood-dataset: expected <type>/<name> or a folder"),
+        (["--ood-dataset", str(tmp_path), "--bce-loss"], "--bce-loss trains none"),
+        (["--ood-dataset", str(tmp_path), "--val-split", ""], "--val-split"),
+    ):
+        assert train.main([*tiny, "--output", str(tmp_path / "o"), *flags]) == 2
+        assert words in " ".join(capsys.readouterr().err.split())

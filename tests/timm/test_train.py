@@ -205,8 +205,6 @@ def test_digits_are_split_once_and_for_all():
         ("-b 4096", "--batch-size"),
         ("--data-dir /does/not/exist --dataset=", "does not exist"),
         ("--initial-checkpoint /does/not/exist", "does not exist"),
-        ("--eval-metric f1", "--eval-metric"),
-        ("--epochs 0", "--epochs"),
     ],
 )
 def test_bad_input_is_refused_before_training(tiny, few_digits, tmp_path, flags, words, capsys):

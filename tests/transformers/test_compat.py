@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import inspect
 import sys
@@ -105,9 +104,6 @@ def test_what_lies_under_it() -> None:
     scheduler = LambdaLR(torch.optim.SGD([torch.zeros(1)], lr=1.0), lambda step: 1.0)
     compat.rates_are(scheduler, [0.5])
     assert scheduler.get_last_lr() == [0.5]
-    parser = argparse.ArgumentParser()
-    action: Any = parser.add_argument("--a", "-a")
-    assert compat.flags(parser)["--a"] is compat.flags(parser)["-a"] is action
 
 
 def test_columns_are_kept(tmp_path: Path) -> None:

@@ -26,6 +26,14 @@ def cells() -> list[tuple[str, str, bool]]:
     return [(row[0], name, y == "y") for row in table[2:] for name, y in zip(table[0][1:], row[1:], strict=True)]
 
 
+def depth_estimator() -> Any:
+    """A small DPT."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 16}
+    sizes |= {"image_size": 32, "patch_size": 16, "neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 8}
+    sizes |= {"backbone_out_indices": [0, 1, 2, 3], "is_hybrid": False, "use_batch_norm_in_fusion_residual": False}
+    return hf.DPTForDepthEstimation(hf.DPTConfig(**sizes))
+
+
 TEXTS = Texts(8)
 INPUTS = {"input_ids": TEXTS.ids, "attention_mask": TEXTS.mask}
 TOKENS = TEXTS.ids.masked_fill(TEXTS.mask == 0, -100)
@@ -61,22 +69,44 @@ MODELS: dict[str, tuple[Any, Any]] = {
         lambda n: segformer(),
         rows_of({"pixel_values": torch.randn(8, 3, 16, 16), "labels": torch.randint(3, (8, 16, 16))}),
     ),
+    "depth estimation": (
+        lambda n: depth_estimator(),
+        rows_of({"pixel_values": torch.randn(8, 3, 32, 32), "labels": torch.rand(8, 32, 32)}),
+    ),
 }
 OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     **{("afd", name): {"logit_only": True} for name in MODELS if name != "image classification (ResNet)"},
     ("noisy", "multi-label classification"): {"messy": 0.0, "sigma": 0.1},
     ("nst", "segmentation"): {"layers": ("segformer.stages.0",)},
     ("quest", "segmentation"): {"layers": ("segformer.stages.0",)},
+    ("structured", "segmentation"): {"layers": ("segformer.stages.0",)},
+    ("nst", "depth estimation"): {"layers": ("neck.convs.0",)},
+    ("quest", "depth estimation"): {"layers": ("neck.convs.0",)},
+    ("cwd", "depth estimation"): {"layers": ("neck.convs.0",)},
+    ("structured", "depth estimation"): {"layers": ("neck.convs.0",), "pixel": 0.0, "granularity": (1, 1)},
     ("quest", "image classification (ViT)"): {"layers": ("vit.layers.0",)},
+    ("ksanc", "text classification"): {"layers": ("bert.encoder.layer.0",)},
+    ("ksanc", "image classification (ViT)"): {"layers": ("vit.layers.0",)},
+    ("ksanc", "multiple choice"): {"layers": ("bert.encoder.layer.0",)},
 }
-DEFAULTS: dict[str, dict[str, Any]] = {"internal": ALL, "quest": {"words": 2}, "noisy": {"messy": 0.5}}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "internal": ALL,
+    "quest": {"words": 2},
+    "structured": {"critic_width": 4},
+    "noisy": {"messy": 0.5},
+}
+# transformers computes no loss of these.
+LOSSES = {"depth estimation": lambda output, labels, **_: (output.predicted_depth - labels).abs().mean()}
 
 
 @pytest.mark.parametrize(("model", "method", "fits"), cells())
 def test_method_and_model(tmp_path: Path, model: str, method: str, fits: bool) -> None:
     make, data = MODELS[model]
     torch.manual_seed(0)
-    given: dict[str, Any] = {"student": make(1), "of": make(2), "data": data, "max_steps": 1, "learning_rate": 0.1}
+    # A step for each stage.
+    steps = 2 if method == "ksanc" else 1
+    given: dict[str, Any] = {"student": make(1), "of": make(2), "data": data, "max_steps": steps, "learning_rate": 0.1}
+    given["given"] = {"compute_loss_func": LOSSES[model]} if model in LOSSES else {}
     options = {**DEFAULTS.get(method, {}), **OPTIONS.get((method, model), {})}
     if not fits:
         with pytest.raises(DistillError):

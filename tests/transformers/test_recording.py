@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from test_trainer_tasks import rows_of, segformer
 from trainer_kit import Texts, bert, difference, plain, teacher, trainer, weights
 
+from kd_plugins import Batch, Nets
+from kd_plugins.reading.view import View
 from kd_report import load_run, render
+from kd_report.predictions import predicted_maps
 from kd_transformers.recording import RecordCallback
 
 STAGED = ("internal", {"schedule": "progressive"})
@@ -46,13 +51,53 @@ def test_recording_changes_no_weight(tmp_path, method, options):
     assert ('style="fill: var(--soft)"' in page) == (options is not None)
 
 
+def test_a_networks_own_hooks_stay(tmp_path):
+    """SegFormer's encoder gives its maps through hooks that its first forward installs, here the analysis's."""
+    rows = rows_of({"pixel_values": torch.randn(4, 3, 16, 16), "labels": torch.randint(3, (4, 16, 16))})
+    given = {"eval_dataset": rows}
+    one = trainer(tmp_path, student=segformer(), of=segformer(), data=rows, given=given, max_steps=1)
+    one.add_callback(RecordCallback(one))
+    one.train()
+    assert load_run(tmp_path).info["status"] == "finished"
+    assert "Predictions" in render([tmp_path])
+
+
+def test_predictions_side_by_side():
+    """A pixel has the colour of its class in every row, and none where its label is ignored."""
+    labels = torch.tensor([[0, 1, 255, 2]]).repeat(3, 1, 1)
+
+    def net(shift: int):
+        def ask(batch, reads):
+            return View(9.0 * torch.nn.functional.one_hot(torch.tensor([[0, 1, 2, shift]] * 3), 3).mT.unsqueeze(2))
+
+        ask.module = torch.nn.Linear(1, 1)
+        return ask
+
+    nets = Nets(net(0), [net(2)])
+    batch = Batch.of(torch.rand(3, 3, 1, 4), labels, task="segmentation", ignore_index=255)
+    rows = predicted_maps(nets, batch, count=2).rows
+    assert [(name, len(images)) for name, images in rows.items()] == [
+        ("image", 2),
+        ("label", 2),
+        ("teacher", 2),
+        ("student", 2),
+    ]
+    label, teacher_, student = (rows[name][0] for name in ("label", "teacher", "student"))
+    assert label[:, 0, 2].tolist() == [0, 0, 0]
+    same = [0, 1, 3]
+    assert torch.equal(label[:, :, same], teacher_[:, :, same])
+    assert torch.equal(student[:, 0, 3], label[:, 0, 0])
+    assert len({tuple(c) for c in teacher_[:, 0].T.tolist()}) == 3
+    assert predicted_maps(nets, Batch.of(torch.rand(3, 3, 1, 4), torch.zeros(3))) is None
+
+
 def test_a_plain_training_is_compared_with_the_teacher_it_might_have_had(tmp_path):
     one = plain(tmp_path, given={"eval_dataset": Texts(12)})
     one.add_callback(RecordCallback(one, teachers=[teacher()]))
     one.train()
     run = load_run(tmp_path)
     assert run.info["method"] is None
-    assert 0 <= run.part("after", "predictions", "agreement") <= 1
+    assert 0 <= run.part("after", "predictions", "student", "agreement") <= 1
     assert "plain training" in render([tmp_path])
 
 

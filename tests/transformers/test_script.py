@@ -594,4 +594,30 @@ def test_the_teacher_is_asked_once_where_it_says_the_same(run, taught, capsys):
     for name, value in weights(plain).items():
         torch.testing.assert_close(weights(cached)[name], value, rtol=0, atol=1e-5)
     words = ["--student_layers", "1", "--cache_teacher"]
-    assert "--cache_teacher expects --distill and one teacher" in fails(capsys, words)
+    assert "--cache_teacher expects --distill and a teacher" in fails(capsys, words)
+
+
+def test_an_ensemble_teaches_and_uncertainty_is_told(run, taught, tmp_path, capsys):
+    other = tmp_path / "other.csv"
+    other.write_text("text\n" + "\n".join(f"word {i} and {i * 7}" for i in range(20)))
+    checkpoints = ["--teacher", str(taught), "--teacher", str(taught), "--student_layers", "2"]
+    words = ["--distill", "endd", "--cache_teacher", "--ood_dataset", str(other)]
+    folder, results = run(*checkpoints, *words)
+    found = {name for name in results if "auroc" in name}
+    measures = ("confidence", "total", "data", "knowledge")
+    assert found == {
+        f"eval_{who}{what}_auroc_{m}" for who in ("", "teacher_") for what in ("errors", "ood") for m in measures
+    }
+    assert results["eval_error"] == pytest.approx(1 - results["eval_accuracy"])
+    assert results["eval_teacher_error"] == pytest.approx(1 - results["eval_teacher_accuracy"])
+    # Two members that are one have nothing to disagree about.
+    assert results["eval_teacher_ood_auroc_knowledge"] == pytest.approx(0.5, abs=0.3)
+    # The folder tells that the student has a Dirichlet distribution.
+    words = ["--model_name_or_path", str(folder), "--do_eval", "--ood_dataset", str(other)]
+    _, again = run(*words, "--ood_split", "validation", name="again")
+    assert again["eval_ood_auroc_knowledge"] == pytest.approx(results["eval_ood_auroc_knowledge"])
+    assert "--ood_dataset is compared with the evaluation split" in fails(
+        capsys, [*TINY, *SCRATCH, "--do_train", "--ood_dataset", str(other), "--output_dir", str(tmp_path / "o")]
+    )
+    missing = [*TINY, *SCRATCH, "--ood_dataset", str(tmp_path / "no.csv"), "--output_dir", str(tmp_path / "o")]
+    assert "--ood_dataset" in fails(capsys, missing)

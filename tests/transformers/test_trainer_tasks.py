@@ -405,6 +405,42 @@ def test_segmentation(tmp_path: Path) -> None:
     assert logged(run, "distill/kd")[0] == pytest.approx(float(expected), rel=1e-3)
 
 
+def upernet(width: int) -> Any:
+    torch.manual_seed(width)
+    backbone = hf.ConvNextConfig(
+        hidden_sizes=[width] * 4, depths=[1] * 4, num_stages=4, out_features=["stage1", "stage2", "stage3", "stage4"]
+    )
+    options = {"hidden_size": 8, "auxiliary_channels": 4, "auxiliary_in_channels": width, "pool_scales": [1, 2]}
+    return hf.UperNetForSemanticSegmentation(hf.UperNetConfig(backbone_config=backbone, num_labels=3, **options))
+
+
+def test_structured_on_upernet(tmp_path: Path) -> None:
+    """Scores at the image's size, another name for the ignored label, a teacher of another kind; a step in bfloat16."""
+    student, of = upernet(4), segformer().eval()
+    of.config.id2label = student.config.id2label
+    labels = torch.randint(3, (2, 32, 32), generator=torch.Generator().manual_seed(0))
+    labels[:, :8] = 255
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        s = copy.deepcopy(student).train()(images).logits
+        t = torch.nn.functional.interpolate(of(images).logits, (32, 32), mode="bilinear")
+    expected = (t.softmax(1) * (t.log_softmax(1) - s.log_softmax(1))).sum(1)[:, 8:].mean()
+    options = {"pixel": 1.0, "critic_width": 2, "layers": ["backbone.encoder.stages.0"]}
+    options["teacher_layers"] = ["segformer.stages.0"]
+    data = rows_of({"pixel_values": images, "labels": labels})
+    given: dict[str, Any] = {"student": student, "of": of, "data": data, "max_steps": 2}
+    run = trainer(tmp_path, "structured", options, **given)
+    run.train()
+    assert logged(run, "distill/pixel")[0] == pytest.approx(float(expected), rel=1e-3)
+    critic = run.player.groups["critic"].parameters
+    assert all(p.grad is None and p.isfinite().all() for p in critic)
+    half = trainer(tmp_path, "structured", options, **{**given, "student": upernet(4)}, bf16=True)
+    half.train()
+    assert logged(half, "distill/critic/wgan_gp")[0] == pytest.approx(
+        logged(run, "distill/critic/wgan_gp")[0], rel=0.02
+    )
+
+
 # Columns
 
 

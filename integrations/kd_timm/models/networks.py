@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from kd_plugins.errors import DistillError
 from kd_timm.models.staged import StagedNet
 
-__all__ = ["CifarResNet", "CifarVGG", "LeNet5", "WideResNet"]
-
 
 def _conv3x3(in_chs: int, out_chs: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_chs, out_chs, 3, stride=stride, padding=1, bias=False)

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from kd_plugins.errors import DistillError
 from kd_timm.compat import feature_take_indices
 
-__all__ = ["StagedNet", "checkpoint_filter_fn"]
-
 
 class StagedNet(nn.Module):
     """A chain of stages, a norm and a classifier, with timm's interface to features and head.

@@ -1,0 +1,194 @@
+"""Data-Free Learning of Student Networks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from kd_plugins import functional as KF
+from kd_plugins.catalog.options import OptimSpec
+from kd_plugins.catalog.paper import Paper
+from kd_plugins.catalog.values import AtLeastOne, NonNegative, Positive
+from kd_plugins.distiller import Distiller, Terms, Turn
+from kd_plugins.errors import DistillError
+from kd_plugins.nn.generator import Generator
+from kd_plugins.picture import Images, Picture
+from kd_plugins.reading.nets import Nets
+from kd_plugins.reading.view import Batch, Needs, Reads, View
+
+__all__ = ["DAFL"]
+
+_SHOWN = 8
+
+
+class DAFL(Distiller):
+    """Trains the student without data, on images that a generator makes to please the teacher.
+
+    Chen et al., "Data-Free Learning of Student Networks", ICCV 2019, arXiv 1904.01186: a generator makes images
+    `x = G(z)` `[B, C, H, W]` of noise `z ~ N(0, 1)`. With the teacher's logits `y` `[B, K]` and features `f` of them,
+
+    - generator: `one_hot * CE(y, argmax y) - activation * mean |f| + information * sum_k p_k log p_k`, where
+      `p = mean_b softmax(y_b)` over the batch of all processes;
+    - student: `T^2 * KL(softmax(y / T) || softmax(S(x) / T))`; no gradient of it reaches the generator.
+
+    Both move in every step, by one forward of each network, as in the released code. An epoch is a number of steps. The
+    weights of a preset go with its learning rates: the student's, `--opt` and `--lr`, are the page's to tell.
+
+    **Departures** The released code lets gradients through the teacher's weights as well and throws them away.
+    Entropies are finite where a class is never predicted.
+
+    Args:
+        preset: Whose settings the options below have where they are not given: the released code's for `mnist`,
+            `cifar10` and `cifar100`, or `mmrazor`, those of MMRazor on CIFAR-10.
+        one_hot: Weight of the teacher's certainty; 0 switches the loss off, and all three off leave the generator as it
+            began.
+        activation: Weight of the teacher's activation.
+        information: Weight of the spread over classes; with a logarithm to the base `log_base`.
+        temperature: Softens both networks' logits.
+        latent: Length of z.
+        width: Channels of the generator; 128 in the released code, with which 512 images take seconds on a CPU.
+        layer: Where the teacher's features are read: a module path or a stage number; the classifier's input by
+            default. The released LeNet-5 has them a layer lower, `layer=-1`.
+        log_base: Of the logarithm in the spread; 10 in the released code, whose weights belong to it.
+        inputs: `generated` images, or Gaussian `noise` in their place as a baseline.
+    """
+
+    paper = Paper(
+        "Data-Free Learning of Student Networks",
+        (
+            "Hanting Chen",
+            "Yunhe Wang",
+            "Chang Xu",
+            "Zhaohui Yang",
+            "Chuanjian Liu",
+            "Boxin Shi",
+            "Chunjing Xu",
+            "Chao Xu",
+            "Qi Tian",
+        ),
+        "ICCV",
+        2019,
+        arxiv="1904.01186",
+    )
+    data = False
+    accumulation = False
+    task_weight = 0.0
+    presets: ClassVar[dict[str, dict[str, float]]] = {
+        "mnist": dict(one_hot=1, activation=0.1, information=5, temperature=1, latent=100, lr=0.2),
+        "cifar10": dict(one_hot=0.05, activation=0.01, information=5, temperature=1, latent=1000, lr=0.02),
+        "cifar100": dict(one_hot=0.5, activation=0.1, information=20, temperature=1, latent=1000, lr=0.02),
+        "mmrazor": dict(one_hot=0.05, activation=0.01, information=5, temperature=6, latent=1000, lr=1e-3),
+    }
+
+    def __init__(
+        self,
+        *,
+        preset: Literal["mnist", "cifar10", "cifar100", "mmrazor"] = "cifar10",
+        one_hot: NonNegative | None = None,
+        activation: NonNegative | None = None,
+        information: NonNegative | None = None,
+        temperature: Positive | None = None,
+        latent: AtLeastOne | None = None,
+        width: AtLeastOne = 128,
+        layer: str | int | None = None,
+        log_base: Positive = 10.0,
+        inputs: Literal["generated", "noise"] = "generated",
+    ) -> None:
+        super().__init__()
+        self.features: str | int = ""
+        self.images: nn.Module = nn.Identity()
+        if log_base <= 1:
+            raise DistillError(f"log_base is above 1, got {log_base}: 10, or 2.718281828 for the natural logarithm.")
+        given = dict(one_hot=one_hot, activation=activation, information=information)
+        given |= dict(temperature=temperature, latent=latent)
+        self.settings = {**self.presets[preset], **{k: v for k, v in given.items() if v is not None}}
+        self.taught_by = [name for name in ("one_hot", "activation", "information") if self.settings[name]]
+        if inputs == "noise":
+            self.taught_by = []
+
+    def needs(self) -> Needs:
+        reads = Reads(features=(self.features,)) if self.ready and "activation" in self.taught_by else Reads()
+        return Needs(teacher=reads)
+
+    def setup(self, nets: Nets, batch: Batch) -> None:
+        if len(batch.shape) != 3 or batch.size < 2:
+            raise DistillError(
+                "dafl makes its images and must know how many and of what shape: give bind(..., batch=Batch.of("
+                "size=512, shape=(3, 32, 32))), and the same batch in every step."
+            )
+        self.features = nets.teacher.network.classifier() + ":in" if self.layer is None else self.layer
+        self.images = Generator(int(self.settings["latent"]), batch.shape, self.width).to(_device(nets))
+        self.images.requires_grad_(bool(self.taught_by))
+        self.register_buffer("shown", torch.zeros(_SHOWN, min(batch.size, _SHOWN), *batch.shape, dtype=torch.uint8))
+        self.register_buffer("steps", torch.zeros(_SHOWN, dtype=torch.long))
+        made = batch.with_inputs(torch.zeros(2, *batch.shape, device=_device(nets)))
+        student, teacher = nets.student(made).logits, nets.teacher(made, reads=Reads(features=(self.features,))).logits
+        if student.shape != teacher.shape:
+            raise DistillError(f"dafl needs the same classes, got scores {list(student.shape)}, {list(teacher.shape)}.")
+
+    def extras(self) -> dict[str, nn.Module]:
+        return {"generator": self.images} if self.taught_by else {}
+
+    def optimizers(self) -> dict[str, OptimSpec]:
+        """Adam for the generator, at the preset's rate throughout."""
+        return {"generator": OptimSpec("Adam", self.settings["lr"])} if self.taught_by else {}
+
+    def turns(self, nets: Nets, batch: Batch) -> Iterator[Turn]:
+        images = self.generated(batch.size, _device(nets), batch.shape)
+        asked = batch.with_inputs(images)
+        self._show(images, batch)
+        teacher = nets.teacher(asked, input_grad=bool(self.taught_by))
+        student = nets.student(asked.with_inputs(images.detach()))
+        turn = {"student": self.loss(student, teacher, asked)}
+        yield {"generator": self.judged(teacher), **turn} if self.taught_by else turn
+
+    def generated(self, count: int, device: torch.device, shape: tuple[int, ...]) -> Tensor:
+        """That many images, with their graph."""
+        if self.inputs == "noise":
+            return self.host.randn(count, *shape, device=device)
+        return self.images(self.host.randn(count, int(self.settings["latent"]), device=device))
+
+    def judged(self, teacher: View) -> Terms:
+        """The generator's terms."""
+        loss = {
+            "one_hot": lambda: KF.dafl_one_hot(teacher.logits),
+            "activation": lambda: KF.dafl_activation(teacher.features[self.features]),
+            "information": lambda: KF.dafl_information(teacher.logits, self.log_base, mean=self.host.mean),
+        }
+        return {name: self.settings[name] * loss[name]() for name in self.taught_by}
+
+    def loss(self, student: View, teacher: View, batch: Batch) -> Terms:
+        return {"kd": KF.kd(student.logits, teacher.logits, self.settings["temperature"])}
+
+    # What the report shows
+
+    def _show(self, images: Tensor, batch: Batch) -> None:
+        """Keeps some images of up to eight parts of the training, each the last of its part."""
+        progress = self.progress
+        if progress.total is None:
+            return
+        slot = min(int(_SHOWN * (progress.step + 1) / (progress.total + 1)), _SHOWN - 1)
+        self.shown[slot] = 255 * self._pixels(images[:_SHOWN].detach().float(), batch)
+        self.steps[slot] = progress.step + 1
+
+    def pictures(self) -> list[Picture]:
+        rows = {
+            f"step {int(step)}": [image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1) for image in images]
+            for step, images in zip(self.steps, self.shown, strict=True)
+            if step
+        }
+        return [Images("Generated images", rows, "What the student learns from.")] if rows else []
+
+    def _pixels(self, images: Tensor, batch: Batch) -> Tensor:
+        """Normalised images in [0, 1]."""
+        if batch.mean is None or batch.std is None:
+            return images.sigmoid()
+        mean, std = (torch.as_tensor(x, device=images.device).view(-1, 1, 1) for x in (batch.mean, batch.std))
+        return (images * std + mean).clamp(0, 1)
+
+
+def _device(nets: Nets) -> torch.device:
+    return next(nets.student.module.parameters()).device

@@ -1,0 +1,109 @@
+"""dafl: the joint step, its switches, its generator, and that nothing of it needs data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import kd_plugins
+from kd_plugins import Batch, Distiller, DistillError
+from kd_plugins import functional as KF
+from kd_plugins.nn.generator import Generator
+from kd_plugins.reading.nets import Nets
+from kd_plugins.run import Run
+from kd_plugins.testing import TinyNet
+
+BATCH = Batch.of(size=16, shape=(3, 12, 12), classes=4, mean=(0.5,) * 3, std=(0.25,) * 3)
+
+
+def bound(student: nn.Module, teacher: nn.Module, steps: int = 4, **options: Any) -> tuple[Distiller, Nets, Run]:
+    distiller = kd_plugins.create_distiller("dafl", **{"latent": 6, "width": 4, **options})
+    nets = kd_plugins.bind(distiller, student, teacher, batch=BATCH, total_steps=steps)
+    distiller.host.seed(1)
+    return distiller, nets, kd_plugins.make_optimizers(distiller, torch.optim.SGD(student.parameters(), 0.1), nets)
+
+
+@pytest.mark.parametrize("size", [(28, 28), (32, 32), (64, 64), (224, 224), (299, 299), (12, 20)])
+def test_images_have_the_size_that_was_asked_for(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    images = Generator(3, (2, *size), 8)(torch.randn(4, 3))
+    assert images.shape == (4, 2, *size)
+    torch.testing.assert_close(images.mean((0, 2, 3)), torch.zeros(2), atol=1e-5, rtol=0)
+    assert (images.var((0, 2, 3), unbiased=False) > 0.1).all()
+
+
+def test_a_step_is_that_of_the_released_code() -> None:
+    torch.manual_seed(0)
+    student, teacher = TinyNet(4), TinyNet(8)
+    options = {"one_hot": 0.5, "activation": 0.2, "information": 3.0, "temperature": 2.0}
+    distiller, nets, run = bound(student, teacher, **options)
+    distiller.host.seed(1)
+    images = distiller.images(distiller.host.randn(16, 6))
+    y = teacher(images)
+    features = teacher.layer2(teacher.layer1(teacher.conv1(images).relu())).mean((2, 3))
+    p = y.softmax(1).mean(0)
+    expected_g = (
+        0.5 * nn.functional.cross_entropy(y, y.argmax(1)) - 0.2 * features.abs().mean() + 3.0 * (p * p.log10()).sum()
+    )
+    expected_s = KF.kd(student(images.detach()), y.detach(), 2.0)
+    distiller.host.seed(1)
+    (turn,) = distiller.turns(nets, BATCH)
+    torch.testing.assert_close(sum(turn["generator"].values()), expected_g)
+    torch.testing.assert_close(sum(turn["student"].values()), expected_s)
+    reached = torch.autograd.grad(
+        sum(turn["student"].values()), list(distiller.images.parameters()), allow_unused=True, retain_graph=True
+    )
+    assert all(g is None for g in reached)
+    before = [p.detach().clone() for p in (*student.parameters(), *distiller.images.parameters())]
+    fixed = {k: v.clone() for k, v in teacher.state_dict().items()}
+    run.step(BATCH)
+    after = [*student.parameters(), *distiller.images.parameters()]
+    assert sum(not torch.equal(a, b) for a, b in zip(before, after, strict=True)) > len(after) // 2
+    assert all(torch.equal(v, fixed[k]) for k, v in teacher.state_dict().items())
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("off", ["one_hot", "activation", "information"])
+def test_each_loss_can_be_switched_off(off: str) -> None:
+    distiller, nets, _ = bound(TinyNet(4), TinyNet(8), **{off: 0.0})
+    (turn,) = distiller.turns(nets, BATCH)
+    assert set(turn["generator"]) == {"one_hot", "activation", "information"} - {off}
+
+
+@pytest.mark.parametrize("options", [dict.fromkeys(("one_hot", "activation", "information"), 0.0), {"inputs": "noise"}])
+def test_an_untrained_generator_and_noise_as_baselines(options: dict[str, Any]) -> None:
+    distiller, _, run = bound(TinyNet(4), TinyNet(8), **options)
+    before = [p.detach().clone() for p in distiller.images.parameters()]
+    run.step(BATCH)
+    assert list(run.groups) == []
+    assert all(torch.equal(a, b) for a, b in zip(before, distiller.images.parameters(), strict=True))
+
+
+def test_options_stand_over_presets() -> None:
+    distiller = kd_plugins.create_distiller("dafl", preset="mmrazor", one_hot=0.3, **{"generator.lr": 0.5})
+    assert (distiller.settings["one_hot"], distiller.settings["temperature"]) == (0.3, 6)
+    _, _, run = bound(TinyNet(4), TinyNet(8), preset="mmrazor", latent=6)
+    assert run["generator"].optimizer.param_groups[0]["lr"] == 1e-3
+
+
+def test_it_shows_the_images_of_the_training_and_keeps_them_in_its_state() -> None:
+    distiller, _, run = bound(TinyNet(4), TinyNet(8), steps=4)
+    assert distiller.pictures() == []
+    for _ in range(4):
+        run.step(BATCH)
+    (picture,) = distiller.pictures()
+    assert list(picture.rows) == ["step 1", "step 2", "step 3", "step 4"]
+    assert picture.rows["step 1"][0].shape == (3, 12, 12)
+    assert {"shown", "steps"} <= set(distiller.state_dict())
+
+
+def test_refusals() -> None:
+    with pytest.raises(DistillError, match="must know how many and of what shape"):
+        kd_plugins.bind(kd_plugins.create_distiller("dafl"), TinyNet(4), TinyNet(8), batch=Batch.of(size=4))
+    with pytest.raises(DistillError, match="same classes"):
+        bound(TinyNet(4), TinyNet(8, classes=5))
+    with pytest.raises(DistillError, match="above 1"):
+        kd_plugins.create_distiller("dafl", log_base=1.0)
