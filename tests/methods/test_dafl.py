@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from distributed_kit import keep, kept, on_two_processes
+from torch import Tensor, nn
 
 import kd_plugins
 from kd_plugins import Batch, Distiller, DistillError
 from kd_plugins import functional as KF
+from kd_plugins.host import Host
 from kd_plugins.nn.generator import Generator
 from kd_plugins.reading.nets import Nets
 from kd_plugins.run import Run
@@ -107,3 +111,27 @@ def test_refusals() -> None:
         bound(TinyNet(4), TinyNet(8, classes=5))
     with pytest.raises(DistillError, match="above 1"):
         kd_plugins.create_distiller("dafl", log_base=1.0)
+
+
+def spread(rows: slice) -> tuple[Tensor, Tensor]:
+    """The spread over the classes of some rows of a batch, and its gradient."""
+    logits = (3 * torch.randn(8, 5, generator=torch.Generator().manual_seed(0)))[rows].requires_grad_()
+    loss = KF.dafl_information(logits, mean=Host().mean)
+    loss.backward()
+    assert logits.grad is not None
+    return loss.detach(), logits.grad
+
+
+def test_the_class_mean_is_that_of_all_processes(tmp_path: Path) -> None:
+    on_two_processes(__file__, str(tmp_path))
+    loss, gradient = spread(slice(0, 8))
+    for rank, (found, own) in enumerate(kept(tmp_path)):
+        torch.testing.assert_close(found, loss)
+        # Gradients are averaged over the processes, each of which has half of the rows.
+        torch.testing.assert_close(own / 2, gradient[4 * rank : 4 * rank + 4])
+
+
+if __name__ == "__main__":
+    torch.distributed.init_process_group("gloo")
+    first = 4 * torch.distributed.get_rank()
+    keep(spread(slice(first, first + 4)), sys.argv[1])
