@@ -73,6 +73,9 @@ def data(tmp_path_factory):
         rows = {"img": pictures, "label": [i % CLASSES for i in range(count)]}
         Dataset.from_dict(rows).to_parquet(root / "cifar10" / f"{split}.parquet")
     words = "a quick film of slow brown people over lazy dogs and warm weather".split()
+    (root / "mnist").mkdir()
+    grey = [Image.fromarray(rng.integers(0, 255, (28, 28), np.uint8)) for _ in range(8)]
+    Dataset.from_dict({"image": grey, "label": [i % CLASSES for i in range(8)]}).to_parquet(root / "mnist/test.parquet")
     (root / "glue" / "sst2").mkdir(parents=True)
     for split, count in (("train", 64), ("validation", 16)):
         rows = {"sentence": [" ".join(rng.permutation(words)) for _ in range(count)], "label": [0, 1] * (count // 2)}
@@ -119,6 +122,9 @@ def test_timm_commands(page, data, weights, tmp_path, monkeypatch):
             argv += ["--teacher-checkpoint", str(weights(argv[argv.index("--teacher") + 1]))]
         if "quest" in line:
             _few_words(argv)
+        if "--epoch-updates" in argv:
+            argv += ["--epoch-updates", "1"]
+            _narrow(argv)
         # Stages take an epoch or two each.
         argv += ["--epochs", "9" if "search_" in line or "internal" in argv else "2" if "ksanc" in argv else "1"]
         size = [] if any(word in line for word in ("patch16_224", "cifar_", "lenet")) else ["--img-size", "64"]
@@ -133,6 +139,13 @@ def _copy(weights: Path, to: Path) -> None:
         to.write_bytes(weights.read_bytes())
     else:
         torch.save(load_file(weights), to)
+
+
+def _narrow(argv: list[str]) -> None:
+    """A generator of four channels."""
+    if "--distill-args" not in argv:
+        argv += ["--distill-args"]
+    argv.insert(argv.index("--distill-args") + 1, "width=4")
 
 
 def _few_words(argv: list[str]) -> None:

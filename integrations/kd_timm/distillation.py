@@ -35,7 +35,6 @@ class Distillation:
         config: Its data configuration.
         classes: Its class names, where they are known.
         device: Where teachers and peers go.
-        distiller: What `make_distiller` returned.
     """
 
     def __init__(
@@ -45,9 +44,8 @@ class Distillation:
         config: Mapping[str, Any],
         classes: tuple[str, ...] | None,
         device: torch.device,
-        distiller: Distiller,
     ) -> None:
-        self.args, self.config, self.distiller = args, config, distiller
+        self.args, self.config, self.distiller = args, config, make_distiller(args)
         self.criterion: Callable[..., Tensor] = nn.functional.cross_entropy
         given = zip_longest(args.teacher, args.teacher_checkpoint, args.teacher_kwargs)
         common: dict[str, Any] = dict(config=config, num_classes=args.num_classes, classes=classes)

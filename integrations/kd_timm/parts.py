@@ -64,8 +64,8 @@ class Parts(TrainingRun):
         # As it comes back from a file: JSON has no tuples.
         self.given = json.loads(json.dumps(vars(args)))
         with forked_random_state():
-            distiller = make_distiller(args) if args.distill else None
-        data_free = distiller is not None and not distiller.data
+            # The run's own is made once its random streams have begun.
+            data_free = bool(args.distill) and not make_distiller(args).data
         if data_free:
             check_data_free(args)
         apply_data_defaults(args, data_free)
@@ -91,9 +91,9 @@ class Parts(TrainingRun):
         decay: dict[str, Any] = dict(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
         self.ema = ModelEmaV3(self.student, **decay) if args.model_ema else None
         self.distillation: Distillation | None = None
-        if distiller is not None:
+        if args.distill:
             with forked_random_state():
-                self.distillation = Distillation(args, self.student, config, classes, accelerator.device, distiller)
+                self.distillation = Distillation(args, self.student, config, classes, accelerator.device)
             self.distillation.set_up(datasets[0], fresh=self.state is None and self.primary)
         self.reporter = Reporter(self.primary)
         if data_free and datasets[1] is not None:
