@@ -6,6 +6,7 @@ import copy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -284,11 +285,11 @@ def test_the_critic_is_exact_under_autocast() -> None:
         views = [View(torch.randn(8, 4, 6, 6, generator=torch.Generator().manual_seed(i))) for i in (0, 1)]
         views[0]._logits.requires_grad_()
 
-        class Nets:
-            student, teacher = (lambda _, v=view: v for view in views)
-
+        answers = [lambda _, v=view: v for view in views]
+        answers[0].begin = lambda _: None
+        nets = SimpleNamespace(student=answers[0], teacher=answers[1])
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            (turn,) = distiller.turns(Nets, batch)
+            (turn,) = distiller.turns(nets, batch)
         given = [*distiller.critic.parameters()]
         critic = torch.autograd.grad(turn["critic"]["wgan_gp"], given, retain_graph=True)
         terms.append(
