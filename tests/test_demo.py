@@ -7,7 +7,7 @@ import io
 from importlib import import_module
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate_kit import fresh_accelerate
 from rich.console import Console
 
 from kd_plugins import demo
@@ -22,8 +22,7 @@ SHORT = {
 def test_the_demo_runs(part, tmp_path, monkeypatch):
     def go(script, words, console):
         assert import_module(script).main(list(words)) == 0
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._shared_state.clear()
+        fresh_accelerate()
 
     monkeypatch.setattr(demo, "run", go)
     whole = demo.PARTS[part]

@@ -16,7 +16,7 @@ import pytest
 import timm
 import torch
 import transformers
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate_kit import fresh_accelerate
 from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -49,12 +49,7 @@ def commands(program: str) -> dict[str, list[str]]:
 @pytest.fixture(autouse=True)
 def _single_process():
     yield
-    _forget()
-
-
-def _forget() -> None:
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._shared_state.clear()
+    fresh_accelerate()
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +125,7 @@ def test_timm_commands(page, data, weights, tmp_path, monkeypatch):
         size = [] if any(word in line for word in ("patch16_224", "cifar_", "lenet")) else ["--img-size", "64"]
         folder = [] if "--output" in argv else ["--output", "output", "--experiment", str(i)]
         assert timm_main([*argv, *TIMM, *size, *folder, "--num-classes", str(CLASSES)]) == 0, line
-        _forget()
+        fresh_accelerate()
     assert len(list(tmp_path.rglob("results.json"))) == len(lines)
 
 
@@ -165,7 +160,7 @@ def published(data, tmp_path_factory):
     rows = ["--dataset_name", str(data / "glue" / "sst2"), "--max_steps", "2", "--vocab_size", "300"]
     small = "--student_layers 6 --student_hidden_size 16 --student_heads 2".split()
     assert transformers_main([*rows, *small, *TRANSFORMERS, "--output_dir", str(folder / "bert-base-uncased")]) == 0
-    _forget()
+    fresh_accelerate()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "bert-base-uncased")
     small = {"dim": 16, "hidden_dim": 32, "n_heads": 2, "n_layers": 2, "max_position_embeddings": 64}
     student = transformers.DistilBertModel(transformers.DistilBertConfig(vocab_size=len(tokenizer), **small))
@@ -188,4 +183,4 @@ def test_transformers_commands(page, data, published, tmp_path, monkeypatch):
         argv = [os.path.expandvars(word) for word in shlex.split(line)[1:]]
         assert transformers_main([*argv, *TRANSFORMERS, "--output_dir", f"output/{i}"]) == 0, line
         assert (tmp_path / "output" / str(i) / "model.safetensors").is_file()
-        _forget()
+        fresh_accelerate()

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate_kit import fresh_accelerate
 
 from kd_plugins import list_distillers
 from kd_plugins.catalog.cli import main as cli
@@ -21,11 +21,9 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerate():
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._shared_state.clear()
+    fresh_accelerate()
     yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._shared_state.clear()
+    fresh_accelerate()
 
 
 def test_the_list_shows_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate_kit import fresh_accelerate
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -39,12 +39,7 @@ TEXT = ["run", "results", "calibration", "curves", "similarity", "attention", "c
 @pytest.fixture(autouse=True)
 def _fresh_accelerate():
     yield
-    forget()
-
-
-def forget():
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._shared_state.clear()
+    fresh_accelerate()
 
 
 class Page(HTMLParser):
@@ -115,7 +110,7 @@ def halves(batch: Batch):
 
 def train(folder: Path | None, method: str = "kd", *, seed: int = 0, steps: int = 6, resume: int | None = None):
     """A short distillation; with a folder it is recorded."""
-    forget()
+    fresh_accelerate()
     teacher, student = cnn(8, 1), cnn(4, seed)
     batch = images()
     distiller = create_distiller(method, **({"layers": (1,)} if "nst" in method else {}))

@@ -166,13 +166,13 @@ class DAFL(Distiller):
     # What the report shows
 
     def _show(self, images: Tensor, batch: Batch) -> None:
-        """Keeps some images of up to eight parts of the training, each the last of its part."""
-        progress = self.progress
-        if progress.total is None:
+        """Keeps some images at the end of each eighth of the training."""
+        step, total = self.progress.step, self.progress.total
+        if total is None or _SHOWN * (step + 1) // total == _SHOWN * step // total:
             return
-        slot = min(int(_SHOWN * (progress.step + 1) / (progress.total + 1)), _SHOWN - 1)
+        slot = min(_SHOWN * (step + 1) // total, _SHOWN) - 1
         self.shown[slot] = 255 * self._pixels(images[:_SHOWN].detach().float(), batch)
-        self.steps[slot] = progress.step + 1
+        self.steps[slot] = step + 1
 
     def pictures(self) -> list[Picture]:
         rows = {

@@ -43,11 +43,10 @@ class KSANC(LayerDistiller):
     **Departures** Inspired by the paper: there is no public code, and its weights, schedule and estimator's form are
     not known to us; all defaults are ours. The attention score is `w . tanh(F_n + U z)`: without the tanh, in the
     additive form of Jetley et al. (ICLR 2018, arXiv 1804.02391), what the logits add is the same at all positions and
-    falls out of the softmax. The V have length 1, and all logits are divided by the
-    root mean square of the teacher's in the first batch where that is above 1: a sure teacher's squared distances are
-    in the hundreds. A mean
-    over K in place of the sum; the student's own task loss; the first stage; `-log D` in place of `log(1 - D)`; D's
-    widths are those of Belagiannis et al. (2018, arXiv 1803.10750) as far as known to us.
+    falls out of the softmax. The V have length 1, and all logits are divided by the root mean square of the teacher's
+    in the first batch where that is above 1: a sure teacher's squared distances are in the hundreds. A mean over K in
+    place of the sum; the student's own task loss; the first stage; `-log D` in place of `log(1 - D)`; D's widths are
+    those of Belagiannis et al. (2018, arXiv 1803.10750) as far as known to us.
 
     Args:
         weight: Weight of the descriptors' distance summed over the layers; 0 leaves out estimators and first stage.
@@ -173,7 +172,7 @@ class KSANC(LayerDistiller):
         """The descriptors of all layers of one network, each `[B, D]`."""
         estimators = self.estimators if teacher else self.connectors
         found = [x for name in (self.teacher_layers if teacher else self.layers) for x in view.features.select(name)]
-        scores, mask = self.scores(view), _mask(batch, teacher)
+        scores, mask = self.scores(view), batch.teacher_mask if teacher else batch.mask
         for x in found:
             if len(x) != len(scores) or (x.dim() == 3 and mask is not None and mask.shape != x.shape[:2]):
                 raise DistillError(
@@ -237,9 +236,3 @@ def _labels(view: View, batch: Batch) -> Tensor | None:
             f" {list(shape)}: give such labels, or none."
         )
     return labels
-
-
-def _mask(batch: Batch, teacher: bool) -> Tensor | None:
-    """The tokens that count `[B, L]`, those of the teacher where it has columns of its own; None where all do."""
-    own = batch.teacher_kwargs if teacher else {}
-    return own.get("attention_mask", None if batch.name in own else batch.mask)

@@ -46,5 +46,4 @@ class PKT(LayerDistiller):
         super().__init__(**layers)
 
     def distance(self, student: Tensor, teacher: Tensor, part: Any, batch: Batch) -> Tensor:
-        masks = batch.mask, batch.teacher_kwargs.get("attention_mask", batch.mask)
-        return KF.pkt(KF.embedding(student, masks[0]), KF.embedding(teacher, masks[1]))
+        return KF.pkt(KF.embedding(student, batch.mask), KF.embedding(teacher, batch.teacher_mask))

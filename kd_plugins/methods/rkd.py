@@ -49,6 +49,6 @@ class RKD(LayerDistiller):
 
     def distance(self, student: Tensor, teacher: Tensor, part: Any, batch: Batch) -> Tensor:
         s = KF.embedding(student, batch.mask)
-        t = KF.embedding(teacher, batch.teacher_kwargs.get("attention_mask", batch.mask))
+        t = KF.embedding(teacher, batch.teacher_mask)
         distances = self.distance_weight * KF.rkd_distance(s, t)
         return distances + self.angle_weight * KF.rkd_angle(s, t) if self.angle_weight else distances

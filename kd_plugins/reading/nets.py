@@ -128,10 +128,10 @@ class Net:
             own = dict(batch.teacher_kwargs)
             if batch.name is not None and batch.name in own:
                 # Other tokens have other masks and types: nothing of the student's goes with them.
-                inputs, mask = own.pop(batch.name), own.get("attention_mask")
+                inputs = own.pop(batch.name)
             else:
-                inputs, mask, own = batch.inputs, own.get("attention_mask", batch.mask), {**batch.kwargs, **own}
-            batch = dataclasses.replace(batch, inputs=inputs, mask=mask, kwargs=own)
+                inputs, own = batch.inputs, {**batch.kwargs, **own}
+            batch = dataclasses.replace(batch, inputs=inputs, mask=batch.teacher_mask, kwargs=own)
         weight = next((p for p in self.module.parameters() if p.is_floating_point()), None)
         if weight is None or torch.is_autocast_enabled(weight.device.type):
             return batch

@@ -216,6 +216,12 @@ class Batch:
         moved = {f.name: _move(getattr(self, f.name), device) for f in dataclasses.fields(self) if f.name != "streams"}
         return Batch(**moved, streams={k: b.to(device) for k, b in self.streams.items()})
 
+    @property
+    def teacher_mask(self) -> Tensor | None:
+        """The mask of what a teacher reads: of its own columns; none of the student's goes with tokens of its own."""
+        own = self.teacher_kwargs
+        return own.get("attention_mask", None if self.name is not None and self.name in own else self.mask)
+
     def stream(self, name: str) -> Batch:
         """The batch of another stream, drawn from training rows that are held out for it."""
         if name not in self.streams:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate_kit import fresh_accelerate
 from distributed_kit import keep, kept, on_two_processes
 from image_kit import Images, image_classifier, image_trainer
 from precision_kit import share_of_the_way
@@ -25,9 +25,9 @@ from kd_plugins.testing import CLAUSES, TinyNet, check_distiller
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerate():
-    _fresh()
+    fresh_accelerate()
     yield
-    _fresh()
+    fresh_accelerate()
 
 
 class Net(nn.Module):
@@ -455,18 +455,13 @@ def test_by_name_in_kd_timm_train(tmp_path):
     ):
         made = timm.create_model(name, in_chans=1, num_classes=classes, checkpoint_path=tmp_path / "online" / file)
         assert load_file(tmp_path / "online" / file).keys() == made.state_dict().keys()
-    _fresh()
+    fresh_accelerate()
     teacher = ["--teacher", "lenet5", "--teacher-checkpoint", str(tmp_path / "online" / results["peers"][1]["file"])]
     session, results = run("offline", *teacher, *rates)
     assert "peers" not in results
     assert results["evaluation"]["top1"] > 25
     assert results["evaluation"]["agreement"] > 10
     assert set(session.distillation.player.groups) == {"features", "discriminator"}
-
-
-def _fresh() -> None:
-    for shared in (AcceleratorState, GradientState, PartialState):
-        shared._shared_state.clear()
 
 
 def trainer(folder: Path, **options: Any) -> Any:
@@ -556,7 +551,7 @@ def test_bfloat16_goes_the_way_of_float32(tmp_path):
     """It keeps eight bits: the networks end within a fifth of the way that they have gone."""
     begin = [value.double() for value in state(*networks((4, 4, 4), norm=False))]
     exact = accelerated(tmp_path / "float32", 1)
-    _fresh()
+    fresh_accelerate()
     half = accelerated(tmp_path / "bfloat16", 1, "bf16")
     assert 0 < share_of_the_way(begin, exact, half) < 0.2
 

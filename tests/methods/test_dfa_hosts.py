@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate_kit import fresh_accelerate
 from dfa_kit import LR, MOMENTUM, Net, batches, pair
 from distributed_kit import keep, kept, on_two_processes
 from image_kit import image_classifier, image_trainer
@@ -24,14 +24,9 @@ from kd_plugins.testing.runs import difference
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerate():
-    _fresh()
+    fresh_accelerate()
     yield
-    _fresh()
-
-
-def _fresh() -> None:
-    for shared in (AcceleratorState, GradientState, PartialState):
-        shared._shared_state.clear()
+    fresh_accelerate()
 
 
 def test_by_name_in_kd_timm_train(tmp_path, monkeypatch):
@@ -56,7 +51,7 @@ def test_by_name_in_kd_timm_train(tmp_path, monkeypatch):
     save_file(deep.state_dict(), tmp_path / "teacher.safetensors")
 
     def run(name: str, *flags: str) -> tuple[Session, dict[str, Any]]:
-        _fresh()
+        fresh_accelerate()
         flags = (
             *f"--device cpu --in-chans 1 --model resnet10t --output {tmp_path} --experiment {name}".split(),
             *"--model-kwargs channels=(8,8,16,16) stem_width=8".split(),
@@ -194,7 +189,7 @@ def test_bfloat16_goes_the_way_of_float32(tmp_path):
     """It keeps eight bits: the networks end within a fifth of the way that they have gone."""
     begin = [value.double() for value in pair()[0].state_dict().values()]
     exact = accelerated(tmp_path / "float32", 1)
-    _fresh()
+    fresh_accelerate()
     half = accelerated(tmp_path / "bfloat16", 1, "bf16")
     assert 0 < share_of_the_way(begin, exact, half) < 0.2
 

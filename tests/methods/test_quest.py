@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate_kit import fresh_accelerate
 from distributed_kit import keep, kept, on_two_processes
 from image_kit import image_classifier, image_trainer
 from safetensors.torch import load_file, save_file
@@ -23,16 +23,11 @@ from kd_plugins.nn.codebook import Sample, fit_codebook
 from kd_plugins.nn.patches import NearestPatches, patch_side, pixels
 
 
-def _fresh() -> None:
-    for shared in (AcceleratorState, GradientState, PartialState):
-        shared._shared_state.clear()
-
-
 @pytest.fixture(autouse=True)
 def _fresh_accelerate():
-    _fresh()
+    fresh_accelerate()
     yield
-    _fresh()
+    fresh_accelerate()
 
 
 class Net(nn.Module):
@@ -441,7 +436,7 @@ def test_by_name_in_kd_timm_train_with_resume(tmp_path, monkeypatch):
     save_file(timm.create_model("resnet8", in_chans=1, num_classes=10).state_dict(), teacher)
 
     def run(name: str, *flags: str, stop: bool = False) -> Session:
-        _fresh()
+        fresh_accelerate()
         flags = "--teacher-checkpoint", str(teacher), "--teacher-kwargs", "in_chans=1", *flags
         session = Session(parse_args([*DIGITS, "--output", str(tmp_path), "--experiment", name, *flags]))
         if stop:

@@ -54,8 +54,11 @@ def test_padding_is_no_part_of_an_embedding(name: str) -> None:
         return distiller.loss(*views, batch)[name]
 
     torch.testing.assert_close(term(0.0, batch), term(9.0, batch))
-    teachers_own = Batch(torch.ones(4, 6), mask=mask, teacher_kwargs={"attention_mask": torch.ones(4, 6)})
-    assert term(0.0, teachers_own) != term(9.0, teachers_own)
+    for columns in ({"attention_mask": torch.ones(4, 6)}, {"input_ids": torch.ones(4, 6)}):
+        # Of a teacher with tokens of its own all count, where it has no mask of its own.
+        own = Batch(torch.ones(4, 6), name="input_ids", mask=mask, teacher_kwargs=columns)
+        assert own.teacher_mask is columns.get("attention_mask")
+        assert term(0.0, own) != term(9.0, own)
 
 
 @pytest.mark.parametrize("name", ["sp", "rkd", "pkt"])

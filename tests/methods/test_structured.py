@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate_kit import fresh_accelerate
 from distributed_kit import keep, kept, on_two_processes
 from torch import Tensor, nn
 
@@ -29,14 +29,9 @@ PLAIN = {"critic.optimizer": "SGD", "critic.options": {"momentum": 0.5}, "critic
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerate():
-    _fresh()
+    fresh_accelerate()
     yield
-    _fresh()
-
-
-def _fresh() -> None:
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._shared_state.clear()
+    fresh_accelerate()
 
 
 def net(width: int, seed: int) -> TinyNet:
@@ -328,7 +323,7 @@ def accelerated(processes: int, precision: str = "no") -> list[Tensor]:
 
 def test_bfloat16_under_accelerate_is_near() -> None:
     exact = accelerated(1)
-    _fresh()
+    fresh_accelerate()
     half = accelerated(1, "bf16")
     assert same(exact, half, 0.05)
     assert not same(exact, half)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate_kit import fresh_accelerate
 
 TINY = [
     *"--model resnet10t --model-kwargs channels=(8,8,16,16) stem_width=8".split(),
@@ -25,8 +25,7 @@ def tiny() -> list[str]:
 def _fresh_accelerate():
     """Accelerate keeps one state for a process; a run with another precision needs a fresh one."""
     yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._shared_state.clear()
+    fresh_accelerate()
     torch.manual_seed(0)
 
 
@@ -52,8 +51,7 @@ def run(tmp_path: Path, few_digits):
     from kd_timm.train import Session
 
     def go(*extra: str, name: str = "run"):
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._shared_state.clear()
+        fresh_accelerate()
         session = Session(parse_args([*TINY, "--output", str(tmp_path), "--experiment", name, *extra]))
         session.results = session.fit()
         return session

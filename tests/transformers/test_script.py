@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate_kit import fresh_accelerate
 from datasets import Dataset
 from distributed_kit import on_two_processes
 from safetensors.torch import load_file, save_file
@@ -46,8 +46,7 @@ def _read_once(docstrings, monkeypatch):
     """Reading the library's sources takes seconds, and every run of this file reads the same."""
     monkeypatch.setattr(data_module, "load_docstrings", lambda: docstrings)
     yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._shared_state.clear()
+    fresh_accelerate()
 
 
 @pytest.fixture
