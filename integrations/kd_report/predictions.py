@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_plugins import Batch, Nets, Reads
+from kd_plugins.binding import untouched
+from kd_plugins.nn.patches import pixels
 from kd_plugins.picture import Images
 
 __all__ = ["predicted_maps"]
@@ -30,23 +32,13 @@ def predicted_maps(nets: Nets, batch: Batch, count: int = 4) -> Images | None:
     if batch.task != "segmentation" or not isinstance(labels, Tensor) or images is None or images.dim() != 4:
         return None
     size, rows = labels.shape[-2:], slice(count)
-    shown = F.interpolate(images[rows].float(), size, mode="bilinear")
-    if batch.mean is not None and batch.std is not None:
-        mean, std = (torch.as_tensor(x, device=shown.device).view(1, -1, 1, 1) for x in (batch.mean, batch.std))
-        shown = shown * std + mean
-    else:
-        low, high = shown.amin((1, 2, 3), keepdim=True), shown.amax((1, 2, 3), keepdim=True)
-        shown = (shown - low) / (high - low).clamp_min(1e-6)
-    found = {"image": list((255 * shown).clamp(0, 255).cpu().expand(-1, 3, -1, -1))}
+    found = {"image": list(F.interpolate(pixels(batch.with_inputs(images[rows])), size, mode="bilinear"))}
     found["label"] = [_coloured(x) for x in labels[rows].masked_fill(labels[rows] == batch.ignore_index, -1)]
     teachers = {f"teacher {i}" if i else "teacher": net for i, net in enumerate(nets.teachers)}
-    for name, net in {**teachers, "student": nets.student}.items():
-        training = net.module.training
-        net.module.eval()
-        with torch.no_grad():
+    with untouched(nets):
+        for name, net in {**teachers, "student": nets.student}.items():
             logits = net(batch, reads=Reads()).logits[rows].float()
-        net.module.train(training)
-        found[name] = [_coloured(x) for x in F.interpolate(logits, size, mode="bilinear").argmax(1)]
+            found[name] = [_coloured(x) for x in F.interpolate(logits, size, mode="bilinear").argmax(1)]
     return Images("Predictions", found, "The class of each pixel; the label is black where it is ignored.")
 
 

@@ -15,6 +15,7 @@ from kd_plugins.catalog.values import AtLeastOne, NonNegative, Positive
 from kd_plugins.distiller import Distiller, Terms, Turn
 from kd_plugins.errors import DistillError
 from kd_plugins.nn.generator import Generator
+from kd_plugins.nn.patches import pixels
 from kd_plugins.picture import Images, Picture
 from kd_plugins.reading.nets import Nets
 from kd_plugins.reading.view import Batch, Needs, Reads, View
@@ -122,7 +123,8 @@ class DAFL(Distiller):
         self.features = nets.teacher.network.classifier() + ":in" if self.layer is None else self.layer
         self.images = Generator(int(self.settings["latent"]), batch.shape, self.width).to(_device(nets))
         self.images.requires_grad_(bool(self.taught_by))
-        self.register_buffer("shown", torch.zeros(_SHOWN, min(batch.size, _SHOWN), *batch.shape, dtype=torch.uint8))
+        shown = (_SHOWN, min(batch.size, _SHOWN), 3, *batch.shape[1:])
+        self.register_buffer("shown", torch.zeros(shown, dtype=torch.uint8))
         self.register_buffer("steps", torch.zeros(_SHOWN, dtype=torch.long))
         made = batch.with_inputs(torch.zeros(2, *batch.shape, device=_device(nets)))
         student, teacher = nets.student(made).logits, nets.teacher(made, reads=Reads(features=(self.features,))).logits
@@ -171,23 +173,12 @@ class DAFL(Distiller):
         if total is None or _SHOWN * (step + 1) // total == _SHOWN * step // total:
             return
         slot = min(_SHOWN * (step + 1) // total, _SHOWN) - 1
-        self.shown[slot] = 255 * self._pixels(images[:_SHOWN].detach().float(), batch)
+        self.shown[slot] = pixels(batch.with_inputs(images[:_SHOWN]))
         self.steps[slot] = step + 1
 
     def pictures(self) -> list[Picture]:
-        rows = {
-            f"step {int(step)}": [image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1) for image in images]
-            for step, images in zip(self.steps, self.shown, strict=True)
-            if step
-        }
+        rows = {f"step {int(step)}": list(images) for step, images in zip(self.steps, self.shown, strict=True) if step}
         return [Images("Generated images", rows, "What the student learns from.")] if rows else []
-
-    def _pixels(self, images: Tensor, batch: Batch) -> Tensor:
-        """Normalised images in [0, 1]."""
-        if batch.mean is None or batch.std is None:
-            return images.sigmoid()
-        mean, std = (torch.as_tensor(x, device=images.device).view(-1, 1, 1) for x in (batch.mean, batch.std))
-        return (images * std + mean).clamp(0, 1)
 
 
 def _device(nets: Nets) -> torch.device:
