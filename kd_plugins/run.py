@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from kd_plugins import states
 from kd_plugins.averaging import average_buffers, average_gradients, broadcast, distributed
 from kd_plugins.binding import bound
 from kd_plugins.catalog.registry import config_of
@@ -403,15 +403,39 @@ class Run:
 
     # Checkpoints
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, *others: Any) -> None:
         """Writes what a resumed run needs: weights as safetensors, the rest as JSON and tensors.
 
-        In a bare loop that is the student, its optimizer and torch's random state as well; under a host, what is beside
-        the host's checkpoint.
+        In a bare loop that is the student, its optimizer and torch's random state as well, as the newest state of the
+        run (`kd_plugins.states`); the one before it is kept. Every process calls it. Under a host it is files beside
+        those of the host's checkpoint.
+
+        Args:
+            folder: Of the run.
+            others: What else belongs to the state and has `save(folder)`, such as `kd_accelerate.streams.Streams`.
         """
+        if not self.keeps_student:
+            self._write(Path(folder))
+            return
+        new = states.slots(folder)[0] if world()[0] else states.open_state(folder)
+        self._wait()
+        self._write(new)
+        if not world()[0]:
+            for other in others:
+                other.save(new)
+        self._wait()
+        if not world()[0]:
+            states.close_state(folder)
+        self._wait()
+
+    def _wait(self) -> None:
+        if world()[1] > 1:
+            dist.barrier()
+
+    def _write(self, folder: Path) -> None:
         from safetensors.torch import save_file
 
-        folder, rank = Path(folder), world()[0]
+        rank = world()[0]
         folder.mkdir(parents=True, exist_ok=True)
         streams = {
             f"{name}|{key}": value
@@ -429,7 +453,7 @@ class Run:
             "progress": {"step": progress.step, "epoch": progress.epoch, "stage": progress.stage},
             "stages": progress.table.to_json() if progress.table else None,
         }
-        (folder / "distiller.json").write_text(json.dumps(state, indent=2) + "\n")
+        states.write_json(folder / "distiller.json", state)
         save_file(_plain(self.distiller.state_dict()), folder / "distiller.safetensors")
         optimizers = {group.name: group.optimizer.state_dict() for group in self}
         torch.save({"optimizers": optimizers, "scalers": self.scaler_states()}, folder / "distiller_optimizers.pt")
@@ -440,11 +464,17 @@ class Run:
         if self.initial is not None:
             save_file(_plain(self.initial), folder / "initial_student.safetensors")
 
-    def load(self, folder: str | Path) -> bool:
+    def load(self, folder: str | Path, *others: Any) -> bool:
         """Takes up what `save` wrote; returns whether the stages of the run have changed (the saved ones are kept).
 
+        In a bare loop that is the newest state that is whole; a warning tells of one that is not.
+
+        Args:
+            folder: Of the run.
+            others: What `save` was given, with `load(folder)`.
+
         Raises:
-            DistillError: The folder holds no distiller, or another one; the method is not set up.
+            DistillError: The folder holds no distiller, or another one; no state is whole; the method is not set up.
         """
         from safetensors.torch import load_file
 
@@ -452,7 +482,7 @@ class Run:
             raise DistillError(
                 f"{self.distiller.name} has no parts to load before it is set up: bind(..., batch=one batch) first."
             )
-        folder, rank = Path(folder), world()[0]
+        folder, rank = self._found(Path(folder)), world()[0]
         state = self._checked_state(folder)
         saved = torch.load(folder / "distiller_optimizers.pt", map_location="cpu", weights_only=True)
         for group in self:
@@ -476,7 +506,20 @@ class Run:
         progress.at(state["progress"]["step"], state["progress"]["epoch"])
         if self.keeps_student:
             _restore_random_state(torch.load(folder / f"random_{rank}.pt", weights_only=True))
+        for other in others:
+            other.load(folder)
         return changed
+
+    def _found(self, folder: Path) -> Path:
+        """The newest whole state of a bare loop; a host finds its own."""
+        if not self.keeps_student:
+            return folder
+        found = states.newest(states.slots(folder), _logger.warning)
+        if found is None:
+            raise DistillError(
+                f"{folder} holds no whole state to continue from: name the folder of a run, or start anew."
+            )
+        return found
 
     def scaler_states(self) -> dict[str, Any]:
         """States of the groups' gradient scalers, for a checkpoint."""
@@ -502,7 +545,7 @@ class Run:
                 f"Expected distiller.json in the checkpoint {folder}, which was written by a run without a distiller or"
                 " with save_only_model: resume from another one, or start anew."
             )
-        state: dict[str, Any] = json.loads((folder / "distiller.json").read_text())
+        state: dict[str, Any] = states.read_json(folder / "distiller.json")
         config = config_of(self.distiller)
         name = config["distiller"]
         if state["distiller"] != name:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch.utils.data import Dataset
 from kd_plugins import Distiller, DistillError
 from kd_plugins.averaging import distributed
 from kd_plugins.binding import needs_in
+from kd_plugins.states import read_json, write_json
 
 __all__ = ["StagedDataset", "Streams", "split"]
 
@@ -135,8 +135,8 @@ class Streams:
 
     def save(self, folder: str | Path) -> None:
         """Writes how far every stream has been drawn."""
-        (Path(folder) / "streams.json").write_text(json.dumps(self.drawn) + "\n")
+        write_json(Path(folder) / "streams.json", self.drawn)
 
     def load(self, folder: str | Path) -> None:
         """Takes up what `save` wrote."""
-        self.drawn = json.loads((Path(folder) / "streams.json").read_text())
+        self.drawn = read_json(Path(folder) / "streams.json")

@@ -55,12 +55,10 @@ class Bare(Host):
                 self.curve.step()
 
     def save(self) -> None:
-        self.optimizers.save(self.folder)
-        self.streams.save(self.folder)
+        self.optimizers.save(self.folder, self.streams)
 
     def load(self) -> None:
-        self.optimizers.load(self.folder)
-        self.streams.load(self.folder)
+        self.optimizers.load(self.folder, self.streams)
 
 
 class Accelerated(Host):

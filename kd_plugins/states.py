@@ -1,0 +1,220 @@
+"""The one way to write files that outlive a kill, and to find the newest state that is whole.
+
+A file is written beside its place, flushed and renamed. A state is a folder whose last file, `manifest.json`, holds the
+size and the SHA-256 of every other one: without it, or with another byte in it, the folder is not whole. A run keeps
+the state before the newest one, so that there is one to fall back to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from kd_plugins.errors import DistillError, told
+
+__all__ = [
+    "MANIFEST",
+    "check",
+    "close_state",
+    "damage",
+    "facts",
+    "newest",
+    "open_state",
+    "read_json",
+    "replacing",
+    "seal",
+    "slots",
+    "write_json",
+    "write_text",
+]
+
+MANIFEST = "manifest.json"
+_PARTIAL = ".partial"
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Gives a path to write to, which takes the place of `path` in one step when the block ends without an error.
+
+    Raises:
+        DistillError: It cannot be written; what was there before is as it was.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + _PARTIAL)
+    try:
+        # Every library has errors of its own for a full disk.
+        with told(f"{path} cannot be written", Exception, remedy="make room, or mend the rights of its folder."):
+            yield partial
+            _flush(partial)
+            os.replace(partial, path)
+            _flush(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a text file in one step."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Writes a JSON file in one step."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Reads a JSON file; a DistillError names one that is damaged."""
+    with told(f"{path} cannot be read", OSError, ValueError, remedy="it is damaged, or was edited."):
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+# A folder that is whole or not
+
+
+def seal(folder: str | Path, **facts: Any) -> None:
+    """Says that a folder is whole: flushes its files and writes the manifest, last of all.
+
+    Args:
+        folder: With everything in it, also in folders of its own.
+        facts: What else the manifest tells, as JSON takes it.
+    """
+    folder, files = Path(folder), {}
+    for path in sorted(folder.rglob("*")):
+        _flush(path)
+        if path.is_file() and path != folder / MANIFEST and path.suffix != _PARTIAL:
+            files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+    write_json(folder / MANIFEST, {"files": files, **facts})
+
+
+def facts(folder: str | Path) -> dict[str, Any]:
+    """What the manifest of a folder tells beside its files; empty without one."""
+    path = Path(folder) / MANIFEST
+    content = read_json(path) if path.is_file() else {}
+    return {key: value for key, value in content.items() if key != "files"}
+
+
+def damage(folder: str | Path, needs: Iterable[str] = ()) -> str:
+    """Why a folder is no whole state, naming the file; empty where it is one.
+
+    Args:
+        folder: A folder that `seal` has closed, or not.
+        needs: Files that it must have.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file():
+        return f"it has no {MANIFEST}, which is written last"
+    try:
+        files: Mapping[str, Any] = read_json(folder / MANIFEST)["files"]
+        for name in (*files, *needs):
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if name not in files:
+                return f"{name} is not in its {MANIFEST}"
+            size = path.stat().st_size
+            if size != files[name]["bytes"]:
+                return f"{name} has {size} bytes and was written with {files[name]['bytes']}"
+        for name in files:
+            if _digest(folder / name) != files[name]["sha256"]:
+                return f"{name} holds other bytes than were written (its SHA-256 differs)"
+    except (DistillError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} cannot be read"
+    except OSError as error:
+        return f"a file cannot be read ({error})"
+    return ""
+
+
+def newest(candidates: Iterable[Path], say: Callable[[str], Any], needs: Iterable[str] = ()) -> Path | None:
+    """The first whole state of those that exist; `say` is told which were skipped, and why.
+
+    Args:
+        candidates: Folders, the newest first.
+        say: Takes one sentence.
+        needs: Files that a state must have.
+    """
+    needs = tuple(needs)
+    for folder in candidates:
+        if folder.is_dir():
+            why = damage(folder, needs)
+            if not why:
+                return folder
+            say(f"Skipped {folder}: {why}.")
+    return None
+
+
+def check(folder: Path, candidates: Iterable[Path], needs: Iterable[str] = ()) -> None:
+    """Refuses a state that was named and is damaged, and says which one to take instead.
+
+    Args:
+        folder: The state.
+        candidates: Those of the same run, the newest first.
+        needs: Files that a state must have.
+    """
+    needs = tuple(needs)
+    why = damage(folder, needs)
+    if why:
+        other = newest((c for c in candidates if c.resolve() != folder.resolve()), lambda _: None, needs)
+        remedy = f"take {other} instead" if other else "no other state of the run is whole, so start anew"
+        raise DistillError(f"{folder} is no whole state: {why}; {remedy}.")
+
+
+# The states of a run that keeps two
+
+
+def slots(folder: str | Path) -> list[Path]:
+    """Where the states of a run lie, the newest first."""
+    return [Path(folder) / name for name in ("state.new", "state", "state.old")]
+
+
+def open_state(folder: str | Path) -> Path:
+    """An empty folder for a new state of a run, which `close_state` makes the newest one."""
+    new = slots(folder)[0]
+    if new.is_dir() and not damage(new):
+        # A kill came between the two steps of close_state: this one may be the only whole one.
+        _shift(folder)
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    return new
+
+
+def close_state(folder: str | Path, **facts: Any) -> None:
+    """Seals the new state of a run; the one before it stays, and the one before that goes."""
+    seal(slots(folder)[0], **facts)
+    _shift(folder)
+
+
+def _shift(folder: str | Path) -> None:
+    new, current, old = slots(folder)
+    if current.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(current, old)
+    os.replace(new, current)
+    _flush(Path(folder))
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # There a folder cannot be opened.
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

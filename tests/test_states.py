@@ -1,0 +1,115 @@
+"""Files that outlive a kill: written in one step, sealed by a manifest, found again where they are whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kd_plugins import DistillError, states
+
+
+def state(folder: Path, text: str) -> None:
+    """A new state of a run, with a file in a folder of its own."""
+    new = states.open_state(folder)
+    (new / "parts").mkdir()
+    (new / "weights").write_text(text)
+    (new / "parts" / "own").write_text(text * 2)
+    states.close_state(folder, run="a")
+
+
+def found(folder: Path) -> tuple[str, list[str]]:
+    said: list[str] = []
+    newest = states.newest(states.slots(folder), said.append)
+    return (newest / "weights").read_text() if newest else "", said
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda f: (f / "weights").write_text("TWO"), "weights holds other bytes"),
+        (lambda f: (f / "weights").write_text("tw"), "weights has 2 bytes and was written with 3"),
+        (lambda f: (f / "parts" / "own").unlink(), "parts/own is missing"),
+        (lambda f: (f / "manifest.json").unlink(), "no manifest.json"),
+        (lambda f: (f / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+        (lambda f: (f / "manifest.json").write_text('{"files": {"weights": 3}}'), "manifest.json cannot be read"),
+        (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json cannot be read"),
+    ],
+)
+def test_a_damaged_state_is_named_and_the_one_before_it_is_taken(tmp_path, harm, words):
+    state(tmp_path, "one")
+    state(tmp_path, "two")
+    assert found(tmp_path) == ("two", [])
+    harm(tmp_path / "state")
+    taken, (said,) = found(tmp_path)
+    assert taken == "one"
+    assert words in said
+    assert str(tmp_path / "state") in said
+    with pytest.raises(DistillError, match="state.old instead") as refused:
+        states.check(tmp_path / "state", states.slots(tmp_path))
+    assert words in str(refused.value)
+    states.check(tmp_path / "state.old", states.slots(tmp_path))
+
+
+def test_what_a_state_must_have_is_asked_for(tmp_path):
+    (tmp_path / "weights").write_text("one")
+    states.seal(tmp_path, step=3)
+    (tmp_path / "later").write_text("not sealed")
+    assert states.damage(tmp_path) == ""
+    assert states.facts(tmp_path) == {"step": 3}
+    assert "optimizer is missing" in states.damage(tmp_path, ["optimizer"])
+    assert "later is not in" in states.damage(tmp_path, ["later"])
+
+
+def test_a_kill_between_any_two_steps_of_a_save_leaves_a_whole_state(tmp_path, monkeypatch):
+    """And so does a second one, in the save of the run that goes on."""
+
+    class Killed(BaseException):
+        pass
+
+    def counted(real):
+        def call(*args, **kwargs):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+            return real(*args, **kwargs)
+
+        return call
+
+    calls = (("shutil", "rmtree"), ("os", "replace"), ("os", "fsync"))
+    for first in range(40):
+        for second in (1, 2, 3, 5, 8):
+            folder = tmp_path / f"{first}-{second}"
+            left = [0]
+            state(folder, "0")
+            state(folder, "1")
+            done = 1
+            with monkeypatch.context() as patch:
+                for module, name in calls:
+                    real = getattr(getattr(states, module), name)
+                    patch.setattr(getattr(states, module), name, counted(real))
+                for calls_left in (first, second):
+                    left[0] = calls_left
+                    try:
+                        state(folder, str(done + 1))
+                        done += 1
+                    except Killed:
+                        pass
+                    taken = found(folder)[0]
+                    assert taken in (str(done), str(done + 1))
+                    done = int(taken)
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.json"
+    states.write_json(path, {"a": 1})
+    path.with_name("a.json.partial").mkdir()
+    with pytest.raises(DistillError, match=r"a.json cannot be written \(IsADirectoryError"):
+        states.write_json(path, {"a": 2})
+    path.with_name("a.json.partial").rmdir()
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    path.write_text("{")
+    with pytest.raises(DistillError, match="a.json cannot be read"):
+        states.read_json(path)
