@@ -434,6 +434,22 @@ def test_record_holds_what_was_run(tmp_path):
     assert not torch.equal(arrays["before/cka"], arrays["after/cka"])
 
 
+def test_nothing_of_the_record_stops_a_training(tmp_path, caplog):
+    train(tmp_path)
+    (tmp_path / "run.json").write_text('{"sec')
+    with (tmp_path / "history.jsonl").open("ab") as file:
+        file.write(b'\xff\n{"step": null}\n[1]\n{"st')
+    train(tmp_path, resume=4)
+    run = load_run(tmp_path)
+    assert run.info["status"] == "finished"
+    assert [row["step"] for row in run.history if "step" in row] == [1, 2, 3, 4, 5, 6]
+    assert "cannot be read" in run.info["notes"][0]
+    (tmp_path / "history.jsonl").unlink()
+    (tmp_path / "history.jsonl").mkdir()
+    train(tmp_path, resume=4)
+    assert "is incomplete: IsADirectoryError" in caplog.text
+
+
 def test_a_resumed_run_keeps_its_rows(tmp_path):
     train(tmp_path)
     before = load_run(tmp_path).info["before"]

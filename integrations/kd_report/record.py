@@ -8,15 +8,16 @@ A run folder holds `run.json` (what was run, results, cost, what `kd_report.anal
 from __future__ import annotations
 
 import json
+import logging
 import math
-import os
 import platform
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
+from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import IterableDataset, Subset
 
-from kd_plugins import Batch, Distiller, Nets
+from kd_plugins import Batch, Distiller, DistillError, Nets
 from kd_plugins.catalog.registry import config_of
 from kd_plugins.picture import Picture
 from kd_plugins.reading.nets import describe
+from kd_plugins.states import replacing, write_text
 from kd_report.analysis import Decode, analyse, as_nets
 from kd_report.runs import FORMAT, read_json, read_rows
 from kd_report.timing import StepTimer
+
+_logger = logging.getLogger(__name__)
 
 __all__ = ["MOST_AT_ONCE", "RunRecord", "some_rows"]
 
@@ -41,11 +45,24 @@ _EXAMPLES, MOST_AT_ONCE = 1000, 64
 _PACKAGES = ("kd-plugins", "torch", "accelerate", "timm", "transformers", "datasets")
 
 
+def _optional(write: Callable[..., None]) -> Callable[..., None]:
+    """A method whose failure (a full disk, a file that somebody edited) is a warning, and no end of the training."""
+
+    @wraps(write)
+    def attempt(self: RunRecord, *args: Any, **kwargs: Any) -> None:
+        try:
+            write(self, *args, **kwargs)
+        except Exception as error:  # noqa: BLE001
+            _logger.warning("The record in %s is incomplete: %s: %s", self.folder, type(error).__name__, error)
+
+    return attempt
+
+
 class RunRecord:
     """Writes the record of one run.
 
-    Every method does nothing where `enabled` is False (all processes but the first), and what cannot be analysed
-    becomes a note and a warning: no report is worth a training.
+    Every method does nothing where `enabled` is False (all processes but the first), and what cannot be analysed or
+    written becomes a note and a warning: no report is worth a training.
 
     Args:
         folder: The run's output folder.
@@ -63,6 +80,7 @@ class RunRecord:
         enabled: Whether this process writes.
         resume: Number of the step that a resumed run continues from: later rows are dropped, the rest is kept. None
             starts a new record.
+        rows: The rows up to that step, where the host keeps them; by default those of the file.
 
     >>> import tempfile
     >>> record = RunRecord(tempfile.mkdtemp(), host="bare loop", nets=nn.Linear(4, 2), command=["python", "train.py"])
@@ -89,6 +107,7 @@ class RunRecord:
         settings: Mapping[str, Any] | None = None,
         enabled: bool = True,
         resume: int | None = None,
+        rows: Iterable[Mapping[str, Any]] | None = None,
     ) -> None:
         self.folder, self.enabled = Path(folder), enabled
         self.distiller, self.decode = distiller, decode
@@ -122,20 +141,35 @@ class RunRecord:
             "cost": {},
             "notes": [],
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        kept: list[Mapping[str, Any]] = []
-        before = read_json(self.folder / "run.json") if resume is not None else None
-        if before:
-            self.run |= {k: before[k] for k in ("started", "seconds", "notes", "cost", "before") if k in before}
-            self.run["resumed"] = before.get("resumed", 0) + 1
-            kept = [row for row in read_rows(self.folder / "history.jsonl") if row.get("step", 0) <= (resume or 0)]
+        self._spent = 0.0
+        if resume is None:
+            self._begin([])
         else:
+            self._continue(resume, rows)
+
+    @_optional
+    def _begin(self, kept: Iterable[Mapping[str, Any]]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if "before" not in self.run:
             (self.folder / "analysis.safetensors").unlink(missing_ok=True)
-        self._spent = float(self.run["seconds"])
-        text = "".join(json.dumps(row) + "\n" for row in kept)
-        (self.folder / "history.jsonl").write_text(text, encoding="utf-8")
+        write_text(self.folder / "history.jsonl", "".join(json.dumps(_plain(row)) + "\n" for row in kept))
         self._write()
 
+    @_optional
+    def _continue(self, step: int, rows: Iterable[Mapping[str, Any]] | None) -> None:
+        """Goes on with the record of the run before, whatever of it can be read."""
+        if rows is None:
+            rows = [r for r in read_rows(self.folder / "history.jsonl") if (r.get("step") or 0) <= step]
+        try:
+            before = read_json(self.folder / "run.json") or {}
+            self.run |= {k: before[k] for k in ("started", "seconds", "notes", "cost", "before") if k in before}
+            self.run["resumed"] = before.get("resumed", 0) + 1
+            self._spent = float(self.run["seconds"])
+        except (DistillError, TypeError, ValueError, AttributeError) as error:
+            self.run["notes"].append(f"What was recorded before the run was resumed cannot be read: {error}")
+        self._begin(rows)
+
+    @_optional
     def analyse(self, phase: str, nets: Nets | nn.Module, batches: Iterable[Batch], **options: Any) -> None:
         """Analyses the networks; the same batches before and after the training make the two comparable.
 
@@ -156,11 +190,12 @@ class RunRecord:
         tensors = load_file(arrays) if arrays.is_file() else {}
         tensors = {key: value for key, value in tensors.items() if not key.startswith(f"{phase}/")}
         tensors |= {f"{phase}/{key}": value.clone() for key, value in found.arrays.items()}
-        save_file(tensors, arrays.with_suffix(".partial"))
-        os.replace(arrays.with_suffix(".partial"), arrays)
+        with replacing(arrays) as partial:
+            save_file(tensors, partial)
         self.run[phase] = found.summary
         self._write()
 
+    @_optional
     def log(self, row: Mapping[str, Any]) -> None:
         """Adds a row to the history: `step` (or `epoch`), losses and metrics by name."""
         if self.enabled:
@@ -172,12 +207,14 @@ class RunRecord:
         if self.enabled and "parts" not in self.run["cost"]:
             self.timer = StepTimer(player)
 
+    @_optional
     def note(self, text: str) -> None:
         """Adds a remark that the report shows."""
         if self.enabled and text not in self.run["notes"]:
             self.run["notes"].append(text)
             self._write()
 
+    @_optional
     def finish(
         self,
         results: Mapping[str, Any],
@@ -219,13 +256,12 @@ class RunRecord:
         self.run["seconds"] = self._spent + time.monotonic() - self._began
         if self.distiller is not None and self.distiller.progress.table is not None:
             self.run["stages"] = self.distiller.progress.table.to_json()
-        partial = self.folder / "run.json.partial"
-        partial.write_text(json.dumps(_plain(self.run), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, self.folder / "run.json")
+        text = json.dumps(_plain(self.run), indent=2, ensure_ascii=False)
+        write_text(self.folder / "run.json", text.encode(errors="replace").decode() + "\n")
 
     def _failed(self, note: str, warning: str, error: Exception) -> None:
         self.note(f"{note}: {error}")
-        warnings.warn(f"{warning}: {type(error).__name__}: {error}", stacklevel=4)
+        warnings.warn(f"{warning}: {type(error).__name__}: {error}", stacklevel=5)
 
 
 def some_rows(dataset: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from kd_plugins import states
 from kd_plugins.errors import DistillError
 
 __all__ = ["FORMAT", "Run", "load_run", "read_json", "read_rows"]
@@ -102,18 +103,13 @@ def load_run(folder: str | Path) -> Run:
 
 def read_json(path: Path) -> Any:
     """What a JSON file holds; None without the file."""
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DistillError(f"Expected JSON in {path}, got something else ({error}): was the file edited?") from error
+    return states.read_json(path) if path.is_file() else None
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a history, one a line; the last may be in the making, or what a killed run left of it."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         with suppress(ValueError):
             rows.append(json.loads(line))
-    return rows
+    return [row for row in rows if isinstance(row, dict)]

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
-import json
-import os
+import logging
 import random
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kd_plugins.errors import DistillError
+from kd_plugins.errors import DistillError, told
+from kd_plugins.states import check, newest, replacing, slots
 from kd_timm.compat import save_config_for_hf
+
+_logger = logging.getLogger("kd_timm.train")
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
@@ -30,9 +34,8 @@ def save_weights(model: nn.Module, path: Path) -> None:
     """
     # Tied parameters share memory, which the format refuses: each key gets a copy of its own.
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"format": "pt"})
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
 
 
 def random_state() -> dict[str, Any]:
@@ -121,9 +124,9 @@ class Checkpoints:
             self._path(dropped).unlink(missing_ok=True)
         self.kept = self.kept[: self.history]
         if (metric, epoch) in self.kept:
-            shutil.copyfile(self.folder / "last.safetensors", self._path(epoch))
+            copy_file(self.folder / "last.safetensors", self._path(epoch))
         if self.best == (metric, epoch):
-            shutil.copyfile(self.folder / "last.safetensors", self.folder / "model_best.safetensors")
+            copy_file(self.folder / "last.safetensors", self.folder / "model_best.safetensors")
 
     def restart(self) -> None:
         """Forgets the epochs so far: they belong to another student."""
@@ -134,48 +137,46 @@ class Checkpoints:
     def _path(self, epoch: int) -> Path:
         return self.folder / f"checkpoint-{epoch}.safetensors"
 
-    @property
-    def new_state(self) -> Path:
-        """The folder that a resume state is written to."""
-        return self.folder / "state.new"
 
-    def open_state(self) -> Path:
-        """Makes an empty `new_state`."""
-        shutil.rmtree(self.new_state, ignore_errors=True)
-        self.new_state.mkdir(parents=True)
-        return self.new_state
-
-    def close_state(self) -> None:
-        """Lets `new_state` take the place of the state before; one of the two is whole at any time."""
-        current, old = self.folder / "state", self.folder / "state.old"
-        shutil.rmtree(old, ignore_errors=True)
-        if current.exists():
-            os.replace(current, old)
-        os.replace(self.new_state, current)
-        shutil.rmtree(old, ignore_errors=True)
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a file, which takes its place in one step."""
+    with replacing(target) as partial:
+        shutil.copyfile(source, partial)
 
 
-def find_state(path: str) -> Path:
-    """The state folder that `--resume PATH` means: of an output folder, or the state folder itself."""
-    for candidate in (Path(path), Path(path) / "state", Path(path) / "state.old"):
-        if (candidate / "state.json").is_file():
-            return candidate
-    raise DistillError(f"--resume {path} holds no state to continue from: name the output folder of a run.")
+def find_state(args: argparse.Namespace) -> Path | None:
+    """The state that `--resume` means: of a run's folder the newest whole one, or the state itself; None for none.
+
+    `auto` is the folder of `--output` and `--experiment`, and nothing where no state was written there yet.
+
+    Raises:
+        DistillError: There is none; that which was named is damaged.
+    """
+    if not args.resume:
+        return None
+    auto = args.resume == "auto"
+    if auto and not args.experiment:
+        raise DistillError("--resume auto goes on with the run of --output and --experiment: name it, --experiment.")
+    folder = output_folder(args) if auto else Path(args.resume)
+    if (folder / "state.json").is_file():
+        check(folder, slots(folder.parent))
+        return folder
+    found = newest(slots(folder), _logger.warning)
+    if found is None and not (auto and not any(slot.is_dir() for slot in slots(folder)[1:])):
+        raise DistillError(f"{folder} holds no whole state to continue from: --resume expects the folder of a run.")
+    return found
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def read_json(path: Path) -> Any:
-    """Reads a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+def output_folder(args: argparse.Namespace) -> Path:
+    """The folder that `--output` and `--experiment` name."""
+    return Path(args.output or "output/train") / args.experiment
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Loads weights that `save_weights` wrote."""
-    model.load_state_dict(load_file(path))
+    remedy = "it is damaged, or of another model."
+    with told(f"{path} cannot be loaded", OSError, RuntimeError, SafetensorError, remedy=remedy):
+        model.load_state_dict(load_file(path))
 
 
 def epoch_row(train: Mapping[str, float], evaluation: Mapping[str, float], lr: float) -> dict[str, Any]:
@@ -189,26 +190,23 @@ class Summary:
 
     Args:
         path: The file.
-        start_epoch: First epoch of this run; rows of later epochs are dropped.
+        rows: Of the epochs so far, which a resume state holds.
     """
 
-    def __init__(self, path: Path, start_epoch: int = 0) -> None:
-        self.path = path
-        self.rows: list[dict[str, Any]] = []
-        if start_epoch and path.exists():
-            with path.open(newline="", encoding="utf-8") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < start_epoch]
+    def __init__(self, path: Path, rows: Sequence[Mapping[str, Any]] = ()) -> None:
+        self.path, self.rows = path, list(rows)
 
-    def add(self, epoch: int, train: Mapping[str, float], evaluation: Mapping[str, float], lr: float) -> dict[str, Any]:
+    def add(
+        self, epoch: int, train: Mapping[str, float], evaluation: Mapping[str, float], lr: float
+    ) -> Mapping[str, Any]:
         """Adds the row of an epoch and writes the file; returns the row."""
-        row = {"epoch": epoch} | epoch_row(train, evaluation, lr)
-        self.rows.append(row)
+        self.rows.append({"epoch": epoch} | epoch_row(train, evaluation, lr))
         columns = list(dict.fromkeys(key for r in self.rows for key in r))
         # As in timm's file: epoch, training, evaluation, rate.
         rank = {"epoch": 0, "train": 1, "eval": 2, "lr": 3}
         columns.sort(key=lambda column: rank[column.partition("_")[0]])
-        with self.path.open("w", newline="", encoding="utf-8") as file:
+        with replacing(self.path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, fieldnames=columns, restval="")
             writer.writeheader()
             writer.writerows(self.rows)
-        return row
+        return self.rows[-1]

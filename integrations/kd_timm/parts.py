@@ -20,6 +20,7 @@ from torch import nn
 
 from kd_accelerate import broadcast
 from kd_plugins import DistillError
+from kd_plugins.states import write_text
 from kd_timm.build import (
     create_criterion,
     create_optimizer,
@@ -28,7 +29,7 @@ from kd_timm.build import (
     create_student,
     resolve_learning_rate,
 )
-from kd_timm.checkpoint import Checkpoints, find_state, forked_random_state
+from kd_timm.checkpoint import Checkpoints, Summary, find_state, forked_random_state, output_folder
 from kd_timm.data import apply_data_defaults, check_data_free, create_data, create_datasets
 from kd_timm.distillation import Distillation, make_distiller
 from kd_timm.engine import PlainStep, TrainingRun
@@ -60,7 +61,7 @@ class Parts(TrainingRun):
             )
         self.accelerator = accelerator = create_accelerator(args)
         self.primary, self.processes = accelerator.is_main_process, accelerator.num_processes
-        self.state = find_state(args.resume) if args.resume else None
+        self.state = find_state(args)
         # As it comes back from a file: JSON has no tuples.
         self.given = json.loads(json.dumps(vars(args)))
         with forked_random_state():
@@ -178,19 +179,19 @@ class Parts(TrainingRun):
             if args.resume and not args.output and not args.experiment and self.state is not None:
                 folder = self.state.parent
             else:
-                size = self.data.config["input_size"][-1]
-                stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-                name = args.experiment or f"{stamp}-{safe_model_name(args.model)}-{size}"
-                folder = Path(args.output or "output/train") / name
+                folder = output_folder(args)
+                if not args.experiment:
+                    size = self.data.config["input_size"][-1]
+                    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+                    folder /= f"{stamp}-{safe_model_name(args.model)}-{size}"
             folder.mkdir(parents=True, exist_ok=True)
         self.folder: Path = broadcast_object_list([folder])[0]
         self.checkpoints = Checkpoints(self.folder, args.checkpoint_hist, self.metric == "loss")
         peers = [] if self.distillation is None else self.distillation.peers
+        self.summary = Summary(self.folder / "summary.csv")
         self.peers = Peers(args.peer, peers, self.folder, self.metric)
         if self.primary:
-            (self.folder / "args.yaml").write_text(
-                yaml.safe_dump({**self.given, "config": "", "resume": ""}), encoding="utf-8"
-            )
+            write_text(self.folder / "args.yaml", yaml.safe_dump({**self.given, "config": "", "resume": ""}))
             self.checkpoints.describe(self.student, self.data.config, self.data.classes)
             for label, peer in zip(self.peers.labels, peers, strict=True):
                 self.checkpoints.describe(peer, self.data.config, self.data.classes, name=label)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 
-from kd_plugins import DistillError
-from kd_timm.checkpoint import load_random_state, load_weights, random_state, read_json, save_weights, write_json
+from kd_plugins import DistillError, states
+from kd_timm.checkpoint import copy_file, load_random_state, load_weights, random_state, save_weights
 from kd_timm.parts import Parts
 
 # Arguments that may change on resume without changing the numbers.
@@ -20,8 +19,8 @@ _FREE |= {"report_to", "log_wandb", "wandb_project", "wandb_tags", "wandb_resume
 
 def save_state(session: Parts, epoch: int) -> None:
     """Writes what `--resume` needs to go on with `epoch`."""
-    states = gather_object([random_state()])
-    folder = session.checkpoints.open_state() if session.primary else session.checkpoints.new_state
+    streams = gather_object([random_state()])
+    folder = states.open_state(session.folder) if session.primary else states.slots(session.folder)[0]
     session.accelerator.wait_for_everyone()
     if session.distillation is not None:
         session.distillation.player.save(folder / "distiller")
@@ -37,7 +36,7 @@ def save_state(session: Parts, epoch: int) -> None:
             },
             folder / "optimizer.pt",
         )
-        for rank, state in enumerate(states):
+        for rank, state in enumerate(streams):
             torch.save(state, folder / f"random-{rank}.pt")
         content = {
             "epoch": epoch,
@@ -46,12 +45,13 @@ def save_state(session: Parts, epoch: int) -> None:
             "peers": session.peers.best,
             "seconds": session.seconds,
             "updates": session.updates,
+            "summary": session.summary.rows,
             "arguments": session.given,
         }
-        write_json(folder / "state.json", content)
+        states.write_json(folder / "state.json", content)
     session.accelerator.wait_for_everyone()
     if session.primary:
-        session.checkpoints.close_state()
+        states.close_state(session.folder)
     session.accelerator.wait_for_everyone()
 
 
@@ -59,7 +59,7 @@ def load_state(session: Parts) -> int:
     """Takes up the state of `--resume`; returns the epoch to go on with."""
     folder = session.state
     assert folder is not None
-    saved = read_json(folder / "state.json")
+    saved = states.read_json(folder / "state.json")
     if saved["processes"] != session.processes:
         raise DistillError(
             f"--resume: the run had {saved['processes']} processes, this one has {session.processes}: start as many."
@@ -84,6 +84,7 @@ def load_state(session: Parts) -> int:
         session.scheduler.lr_scheduler.load_state_dict(state["scheduler"]["inner"])
         session.scheduler.restore_lr = state["scheduler"]["restore_lr"]
     session.seconds, session.updates = saved["seconds"], saved["updates"]
+    session.summary.rows = list(saved["summary"])
     session.checkpoints.kept = [(metric, epoch) for metric, epoch in saved["kept"]]
     session.peers.best = saved["peers"]
     if session.primary:
@@ -106,4 +107,4 @@ def _bring_along(before: Path, folder: Path) -> None:
         return
     for path in before.iterdir():
         if path.is_file() and path.name != "results.json" and not (folder / path.name).exists():
-            shutil.copyfile(path, folder / path.name)
+            copy_file(path, folder / path.name)

@@ -13,9 +13,10 @@ from timm.utils import distribute_bn, setup_default_logging
 
 from kd_accelerate.command import run_command
 from kd_plugins import DistillError
+from kd_plugins.states import write_json
 from kd_report.uncertainty import dirichlet_offset
 from kd_timm.arguments import parse_args
-from kd_timm.checkpoint import Summary, load_weights, write_json
+from kd_timm.checkpoint import load_weights
 from kd_timm.engine import evaluate, train_one_epoch
 from kd_timm.layers import list_layers
 from kd_timm.parts import Parts
@@ -57,7 +58,6 @@ class Session(Parts):
     def fit(self) -> dict[str, Any]:
         """Trains to the end, or to an interrupt, and evaluates the best student."""
         start = load_state(self) if self.state is not None else 0
-        self.summary = Summary(self.folder / "summary.csv", start)
         self.reporter.line(
             f"{self.args.model}: {sum(p.numel() for p in self.student.parameters()):,} parameters,"
             f" {self.epochs} epochs of {self.updates_per_epoch} updates, output in {self.folder}"

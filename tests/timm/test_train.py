@@ -153,8 +153,31 @@ def test_resume_refuses_other_settings(run):
     first = run()
     with pytest.raises(DistillError, match="lr"):
         run("--lr", "0.5", "--resume", str(first.folder))
-    with pytest.raises(DistillError, match="no state to continue from"):
+    with pytest.raises(DistillError, match="no whole state to continue from"):
         run("--resume", str(first.folder.parent / "nothing"))
+
+
+def test_a_damaged_state_is_skipped_for_the_one_before_it(run, caplog):
+    whole = run("--epochs", "3", name="whole")
+    parts = run("--epochs", "3", "--resume", "auto", name="parts")
+    (parts.folder / "summary.csv").write_text("epoch")
+    with (parts.folder / "state" / "optimizer.pt").open("r+b") as file:
+        file.seek(500)
+        file.write(b"x")
+    with pytest.raises(DistillError, match=r"optimizer.pt holds other bytes .* take \S+state.old instead"):
+        run("--epochs", "3", "--resume", str(parts.folder / "state"), name="parts")
+    again = run("--epochs", "3", "--resume", "auto", name="parts")
+    assert "Skipped" in caplog.text
+    for name in ("last.safetensors", "model_best.safetensors", "state/model.safetensors"):
+        assert same(load_file(whole.folder / name), load_file(again.folder / name))
+    for name in ("summary.csv", "history.jsonl"):
+        assert (whole.folder / name).read_text() == (again.folder / name).read_text()
+    for name in ("state", "state.old"):
+        (again.folder / name / "random-0.pt").unlink()
+    with pytest.raises(DistillError, match="no whole state"):
+        run("--epochs", "3", "--resume", "auto", name="parts")
+    with pytest.raises(DistillError, match="--experiment"):
+        run("--resume", "auto", "--experiment", "")
 
 
 def test_the_export_is_a_timm_checkpoint(run):
