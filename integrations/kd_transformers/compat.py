@@ -9,6 +9,8 @@ import copy
 import inspect
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import PretrainedConfig, Trainer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 __all__ = [
     "ALWAYS_DIVIDES",
@@ -39,6 +42,7 @@ class Hooks(Trainer):
 
     data_collator: Any
     _signature_columns: Any
+    _begun: bool
 
     # Hooks, for a subclass to override
 
@@ -59,6 +63,16 @@ class Hooks(Trainer):
 
     def optimizer_loaded(self, folder: str) -> None:
         """Called when a checkpoint's optimizer has been read."""
+
+    def saving(self, folder: Path) -> AbstractContextManager[Any]:
+        """What surrounds the writing of a checkpoint."""
+        return nullcontext()
+
+    def saved(self, folder: Path) -> None:
+        """Called when a checkpoint has been written, before older ones are removed."""
+
+    def training_begins(self) -> None:
+        """Called before the first step, also where none is left; the state of a checkpoint has been read."""
 
     # Helpers
 
@@ -90,6 +104,16 @@ class Hooks(Trainer):
             return self._remove_unused_columns(dataset, description=description), collate
         return dataset, self._get_collator_with_removed_columns(collate, description=description)
 
+    @property
+    def loss_sums(self) -> list[float]:
+        """The losses that have been logged, those that have not, and the step of the last log."""
+        return [self._total_loss_scalar, self._tr_loss.item(), self._globalstep_last_logged]
+
+    @loss_sums.setter
+    def loss_sums(self, sums: list[float]) -> None:
+        self._total_loss_scalar, self._globalstep_last_logged = sums[0], int(sums[2])
+        self._tr_loss.fill_(sums[1])
+
     # Trainer's own
 
     def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
@@ -113,11 +137,53 @@ class Hooks(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         self.optimizer_saved(output_dir)
+        # Older checkpoints are removed in `_save_checkpoint`; the arguments have been written by here.
+        self.args.save_total_limit = None
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        limit = self.args.save_total_limit
+        with self.saving(folder):
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.save_total_limit = limit
+            self.saved(folder)
+            if self.args.should_save:
+                rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.optimizer_loaded(checkpoint)
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._begun = False
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        self._begin()
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            # Trainer asks only after a step whether it was the last.
+            self.control.should_training_stop = True
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._begin()
+        output = super()._finalize_training(*args, **kwargs)
+        return output._replace(training_loss=output.metrics["train_loss"])
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "train_loss" in logs:
+            # Since 5.18 Trainer divides by the steps since the training was resumed.
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 0.001)
+        super().log(logs, *args, **kwargs)
+
+    def _begin(self) -> None:
+        if not self._begun:
+            self._begun = True
+            self.training_begins()
 
 
 # Attention

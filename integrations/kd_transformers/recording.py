@@ -72,6 +72,7 @@ class RecordCallback(TrainerCallback):
             decode=getattr(tokenizer, "convert_ids_to_tokens", None),
             settings=_changed(args) if self.settings is None else self.settings,
             resume=state.global_step or None,
+            rows=[{"step": row["step"], **row} for row in state.log_history],
         )
         if not state.global_step:
             self._analyse("before")

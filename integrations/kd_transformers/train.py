@@ -9,7 +9,6 @@ how often both decide alike (`eval_teacher_agreement`), parameters, bytes and se
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,17 +24,18 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from kd_accelerate.command import run_command
 from kd_plugins.catalog.registry import distiller_classes, from_json, options_from_strings
 from kd_plugins.errors import DistillError
+from kd_plugins.states import MANIFEST, damage, read_json, seal, write_json
 from kd_report import page_hint
 from kd_report.uncertainty import Doubts, dirichlet_offset, doubts, uncertainty_metrics
 from kd_transformers import DistillationTrainer
 from kd_transformers.arguments import Arguments, parse_args
 from kd_transformers.cache import cache_teacher
+from kd_transformers.checkpoints import Resumable, find_checkpoint
 from kd_transformers.checks import class_order
 from kd_transformers.data import Labels, fingerprint, load_other, load_text
 from kd_transformers.metrics import agreement, build_metrics, default_metrics, logits_of
@@ -57,7 +57,7 @@ from kd_transformers.wordpiece import train_tokenizer
 
 logger = logging.get_logger(__name__)
 
-_RECORD = "teacher.json"
+_RECORD, _RESULTS = "teacher.json", "all_results.json"
 _TASKS = {
     "single_label_classification": "classification",
     "multi_label_classification": "multilabel",
@@ -162,6 +162,7 @@ class Session:
     def run(self) -> dict[str, Any]:
         """Trains the teacher where asked, then the student; evaluates and saves."""
         training = self.arguments.training
+        self._forget_torn_results()
         if self.trains_teacher:
             self._train_teacher(self.teachers[0])
         if self.arguments.distillation.cache_teacher and training.do_train:
@@ -176,8 +177,18 @@ class Session:
             self.trainer.push_to_hub()
         # The first process writes the results that all of them read.
         self.trainer.accelerator.wait_for_everyone()
-        path = self.output / "all_results.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        path = self.output / _RESULTS
+        return read_json(path) if path.is_file() else {}
+
+    def _forget_torn_results(self) -> None:
+        """Trainer adds to the results of a run before, of which a kill may have left half a file."""
+        for path in (self.output / _RESULTS, self.teacher_folder / _RESULTS):
+            try:
+                if path.is_file():
+                    read_json(path)
+            except DistillError as error:
+                logger.warning(f"{error} It is written anew.")
+                path.unlink(missing_ok=True)
 
     def _cache_teacher(self) -> None:
         """Adds the teachers' logits to the training rows."""
@@ -334,7 +345,14 @@ class Session:
         path = self.teacher_folder / _RECORD
         if not path.is_file():
             return False
-        saved, ours = json.loads(path.read_text(encoding="utf-8")), self._teacher_record()
+        why = damage(self.teacher_folder) if (self.teacher_folder / MANIFEST).is_file() else ""
+        try:
+            saved, ours = read_json(path), self._teacher_record()
+        except DistillError as error:
+            why = why or str(error)
+        if why:
+            logger.warning(f"The teacher in {self.teacher_folder} is trained anew: {why}")
+            return False
         other = [name for name in ours if saved.get(name) != ours[name]]
         if other:
             raise DistillError(
@@ -374,8 +392,9 @@ class Session:
         trainer.save_metrics("train", result.metrics)
         trainer.accelerator.wait_for_everyone()
         if training.process_index == 0:
-            # Last of all: a folder that has it is finished.
-            (self.teacher_folder / _RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            # Last of all: a folder that has them is finished.
+            write_json(self.teacher_folder / _RECORD, record)
+            seal(self.teacher_folder)
         teacher.zero_grad(set_to_none=True)
         teacher.requires_grad_(False).eval()
 
@@ -403,18 +422,25 @@ class Session:
         trainer.save_metrics("student", facts)
 
     def _checkpoint(self) -> str | None:
-        """The checkpoint of `--resume_from_checkpoint`: a folder, or `true` for the last one of the output folder."""
-        asked = self.arguments.training.resume_from_checkpoint
-        if not asked or str(asked).lower() == "false":
+        """The checkpoint of `--resume_from_checkpoint`: a path, or the newest whole one of the output folder.
+
+        `true` expects one; `auto` begins anew where no checkpoint has been finished yet.
+        """
+        training = self.arguments.training
+        asked = str(training.resume_from_checkpoint or "false")
+        if asked.lower() == "false":
             return None
-        if str(asked).lower() in ("true", "last"):
-            found = get_last_checkpoint(str(self.output)) if self.output.is_dir() else None
-            if found is None:
-                raise DistillError(f"--resume_from_checkpoint {asked}: there is no checkpoint in {self.output}.")
-            return found
-        if not Path(asked).is_dir():
-            raise DistillError(f"--resume_from_checkpoint: there is no checkpoint {asked}.")
-        return str(asked)
+        newest = asked.lower() in ("true", "last", "auto")
+        needs = ["trainer_state.json"]
+        if not (training.fsdp or training.deepspeed):
+            world, rank = training.world_size, training.process_index
+            needs += ["optimizer.pt", "scheduler.pt", f"rng_state_{rank}.pth" if world > 1 else "rng_state.pth"]
+        found = find_checkpoint(True if newest else asked, self.output, needs)
+        if found is None and asked.lower() != "auto":
+            raise DistillError(
+                f"--resume_from_checkpoint {asked}: there is no checkpoint in {self.output} that is whole."
+            )
+        return None if found is None else str(found)
 
     def _evaluate(self) -> None:
         trainer, problem = self.trainer, self.labels.problem
@@ -484,7 +510,7 @@ def _trainer(**options: Any) -> Trainer:
     As it comes, it multiplies the loss by accumulation steps and processes where a model takes `num_items_in_batch` but
     ignores it, as BERT does; then teachers and plain students would train otherwise than distilled ones.
     """
-    trainer = Trainer(**options)
+    trainer = Resumable(**options)
     trainer.model_accepts_loss_kwargs = trainer.loss_is_scaled_for_ga = False
     return trainer
 

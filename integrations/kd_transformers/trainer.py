@@ -24,6 +24,7 @@ from kd_plugins.binding import connect, needs_in, needs_of_stages, needs_pass, p
 from kd_plugins.catalog.registry import to_json
 from kd_plugins.reading.network import adapt
 from kd_transformers.cache import check_cache
+from kd_transformers.checkpoints import Resumable
 from kd_transformers.checks import (
     TASKS,
     base,
@@ -37,14 +38,14 @@ from kd_transformers.checks import (
     task_of,
 )
 from kd_transformers.columns import INDEX, TEACHER, TEACHER_LOGITS, Indexed, with_index, with_padding
-from kd_transformers.compat import ALWAYS_DIVIDES, Hooks
+from kd_transformers.compat import ALWAYS_DIVIDES
 from kd_transformers.inputs import decoder_inputs, labels_of, with_labels
 from kd_transformers.schedule import refresh, staged_scheduler
 
 logger = logging.get_logger(__name__)
 
 
-class DistillationTrainer(Hooks):
+class DistillationTrainer(Resumable):
     """A drop-in for `Trainer` that distils.
 
     It takes everything that `Trainer` takes, in the same places, and five keyword arguments more. Without them it is

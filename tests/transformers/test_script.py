@@ -90,6 +90,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+def untimed(numbers: dict[str, float]) -> dict[str, float]:
+    timed = ("runtime", "per_second", "preparation_time", "seconds_per_step")
+    return {name: value for name, value in numbers.items() if not name.endswith(timed)}
+
+
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
@@ -176,6 +181,25 @@ def test_distillation_continues_from_the_last_checkpoint_exactly(run, taught):
     (whole / "model.safetensors").unlink()
     resumed, _ = run(*words, "--resume_from_checkpoint", "true")
     assert same(weights(resumed), expected)
+
+
+def test_what_a_kill_or_a_bad_disk_leaves_is_made_anew(run, capsys):
+    """A teacher without its record, half a file of results, a checkpoint without its schedule, half a row."""
+    words = [*TEACHER, *"--distill kd --save_strategy steps --save_steps 2".split(), "--resume_from_checkpoint", "auto"]
+    whole, first = run(*words)
+    expected, history = weights(whole), load_run(whole).history
+    for path, text in (("teacher/teacher.json", ""), ("all_results.json", "{"), ("history.jsonl", '{"step": 1')):
+        (whole / path).write_text(text)
+    (whole / "checkpoint-4" / "scheduler.pt").unlink()
+    again, results = run(*words)
+    assert same(weights(again), expected)
+    assert untimed(results) == untimed(first)
+    assert [*map(untimed, load_run(again).history)] == [*map(untimed, history)]
+    (whole / "checkpoint-4" / "optimizer.pt").unlink()
+    words[-1] = str(whole / "checkpoint-4")
+    error = fails(capsys, [*TINY, "--output_dir", str(whole), *words])
+    assert "optimizer.pt is missing; take" in error
+    assert "checkpoint-2 instead" in error
 
 
 def test_distillation_with_evaluations_and_the_best_checkpoint(run, taught):

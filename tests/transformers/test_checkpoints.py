@@ -1,0 +1,92 @@
+"""Checkpoints of DistillationTrainer: sealed, skipped where they are damaged, resumed to what a whole run ends with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trainer_kit import bert, difference, trainer, weights
+
+from kd_plugins import DistillError, states
+from kd_transformers import compat
+
+# Six steps of eight; logs and checkpoints fall apart.
+RUN: dict[str, Any] = dict(max_steps=6, logging_steps=4, save_strategy="steps", save_steps=2)
+
+
+@pytest.fixture(scope="module", params=[None, "kd"])
+def whole(request: Any, tmp_path_factory: Any) -> tuple[Any, Any, Any, Path]:
+    """A finished training, and what it was made of."""
+    folder = tmp_path_factory.mktemp("whole")
+    run = made(folder, request.param)
+    return request.param, run, run.train(), folder
+
+
+def made(folder: Path, distiller: str | None, **args: Any) -> Any:
+    given: dict[str, Any] = {"student": bert(dropout=True)}
+    return trainer(folder, distiller, **given, **{**RUN, "train_sampling_strategy": "random", **args})
+
+
+def losses(run: Any) -> list[tuple[int, float]]:
+    return [(row["step"], row[key]) for row in run.state.log_history for key in ("loss", "train_loss") if key in row]
+
+
+def copied(whole: Any, tmp_path: Path) -> Path:
+    shutil.copytree(whole[3], tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "model.safetensors", "rng_state.pth", "trainer_state.json"])
+def test_the_newest_whole_one_is_taken_and_ends_as_the_whole_run(whole, name, tmp_path, caplog) -> None:
+    distiller, first, result, _ = whole
+    folder = copied(whole, tmp_path)
+    (folder / "checkpoint-6" / "manifest.json").unlink()
+    path = folder / "checkpoint-4" / name
+    path.write_bytes(path.read_bytes()[:-2])
+    run = made(folder, distiller)
+    again = run.train(resume_from_checkpoint=True)
+    assert f"checkpoint-4: {name} has" in caplog.text
+    assert "checkpoint-6: it has no manifest.json" in caplog.text
+    assert difference(weights(first.model), weights(run.model)) == 0.0
+    assert losses(run) == losses(first)
+    assert again.training_loss == result.training_loss
+    # The run above has written both anew.
+    path.write_bytes(path.read_bytes()[:-2])
+    (folder / "checkpoint-6" / "manifest.json").unlink()
+    with pytest.raises(DistillError, match=rf"{name} has .* take \S+checkpoint-2 instead"):
+        made(folder, distiller).train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+
+
+def test_no_step_follows_the_last(whole, tmp_path) -> None:
+    distiller, first, result, _ = whole
+    run = made(copied(whole, tmp_path), distiller)
+    again = run.train(resume_from_checkpoint=True)
+    assert run.state.global_step == 6
+    assert difference(weights(first.model), weights(run.model)) == 0.0
+    assert again.training_loss == result.training_loss
+
+
+def test_an_older_one_goes_only_when_the_new_one_is_sealed(tmp_path, monkeypatch) -> None:
+    sealed = []
+    real = compat.rotate_checkpoints
+
+    def rotate(folder: str, limit: int | None, *args: Any, **kwargs: Any) -> None:
+        sealed.append([(p.name, states.damage(p)) for p in sorted(Path(folder).glob("checkpoint-*"))])
+        assert limit == 1
+        real(folder, limit, *args, **kwargs)
+
+    monkeypatch.setattr(compat, "rotate_checkpoints", rotate)
+    made(tmp_path, "kd", save_total_limit=1).train()
+    assert [[name for name, _ in s] for s in sealed] == [
+        ["checkpoint-2"],
+        ["checkpoint-2", "checkpoint-4"],
+        ["checkpoint-4", "checkpoint-6"],
+    ]
+    assert not any(why for s in sealed for _, why in s)
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-6"]
+    (tmp_path / "checkpoint-6" / "optimizer.pt").write_text(json.dumps({}))
+    with pytest.raises(DistillError, match="is whole: start anew"):
+        made(tmp_path, "kd").train(resume_from_checkpoint=True)
