@@ -7,12 +7,14 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from kd_plugins.distiller import Distiller, overrides
 from kd_plugins.errors import DistillError
+from kd_plugins.finite import check_weights
 from kd_plugins.reading.nets import Net, Nets, Transform
 from kd_plugins.reading.network import Forward, Network, adapt
 from kd_plugins.reading.view import Batch, Needs, Reads
@@ -139,6 +141,8 @@ def connect(
     if peers and not distiller.peers:
         raise DistillError(f"{distiller.name} trains one student, got {len(peers)} peers beside it: leave them out.")
     _check_apart([student, *peers], teachers)
+    remedy = "it teaches nothing; take weights that were trained to their end."
+    check_weights({_called("The teacher", i, teachers): t.module for i, t in enumerate(teachers)}, remedy)
     for network in teachers:
         network.module.requires_grad_(False).eval()
     forwards = [*forwards, *[None] * (1 + len(peers) - len(forwards))]
@@ -160,6 +164,10 @@ def connect(
             for i, (network, forward) in enumerate(zip(peers, forwards[1:], strict=True))
         ],
     )
+
+
+def _called(who: str, number: int, others: Sequence[Any]) -> str:
+    return who if len(others) == 1 else f"{who} {number}"
 
 
 def _check_numbers(part: Distiller, teachers: int, peers: int, *, alone: bool) -> None:

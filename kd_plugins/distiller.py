@@ -18,7 +18,7 @@ from kd_plugins.reading.nets import Nets, begun
 from kd_plugins.reading.view import Batch, Needs, View
 from kd_plugins.stages import Progress, Stage
 
-__all__ = ["Distiller", "Terms", "Turn", "overrides"]
+__all__ = ["Distiller", "Terms", "Turn", "check_terms", "overrides"]
 
 Terms = dict[str, Tensor]
 """Loss terms by name; they are summed, and logged under their names."""
@@ -131,6 +131,8 @@ class Distiller(nn.Module):
     def taught(self, student: View, teachers: Sequence[View], batch: Batch) -> Terms:
         """The terms of `loss`, in the mean over the teachers; without a teacher, the student in its place."""
         given = [self.loss(student, teacher, batch) for teacher in teachers or [student]]
+        for terms in given:
+            check_terms(terms, f"loss() of {self.name}")
         if len(given) == 1:
             return given[0]
         return {name: torch.stack([terms[name] for terms in given]).mean() for name in given[0]}
@@ -198,3 +200,15 @@ _DECLARED = {name for name in (*vars(Distiller), *Distiller.__annotations__) if 
 def overrides(distiller: Distiller, name: str) -> bool:
     """Whether a method, or any part of a composition, has its own implementation of a function of `Distiller`."""
     return any(getattr(type(part), name) is not getattr(Distiller, name) for part in distiller.methods.values())
+
+
+def check_terms(terms: Any, where: str) -> None:
+    """Refuses what is no mapping of names to tensors with one number each."""
+    if not isinstance(terms, Mapping):
+        raise DistillError(
+            f'Expected the terms of {where} by name, {{"name": term}}, got {type(terms).__name__}: give each a name.'
+        )
+    for name, term in terms.items():
+        if not isinstance(term, Tensor) or term.numel() != 1:
+            got = f"shape {list(term.shape)}" if isinstance(term, Tensor) else type(term).__name__
+            raise DistillError(f"Expected the term {name!r} of {where} as a tensor of one number, got {got}: mean()?")

@@ -18,8 +18,9 @@ from kd_plugins import states
 from kd_plugins.averaging import average_buffers, average_gradients, broadcast, distributed
 from kd_plugins.binding import bound
 from kd_plugins.catalog.registry import config_of
-from kd_plugins.distiller import Distiller, Turn
+from kd_plugins.distiller import Distiller, Turn, check_terms
 from kd_plugins.errors import DistillError, did_you_mean
+from kd_plugins.finite import Watch, check_weights
 from kd_plugins.groups import Group, make_groups
 from kd_plugins.host import world
 from kd_plugins.reading.nets import Nets
@@ -55,6 +56,7 @@ class Run:
     Attributes:
         accumulation: How many micro-batches share an update.
         initial: The student's first weights, where a stage begins with them anew.
+        watch: Stops the training where its loss stays NaN or infinite; `watch.stops = False` lets it go on.
     """
 
     # Whether `save` and `load` keep the student and its optimizer as well, which no host does in a bare loop.
@@ -73,6 +75,7 @@ class Run:
         self.optimizer = optimizer
         self.max_grad_norm = max_grad_norm
         self.accumulation = 1
+        self.watch = Watch()
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         self._groups: dict[str, Group] | None = None
@@ -269,7 +272,9 @@ class Run:
         self._turn, self._last = 0, []
         progress = self.distiller.progress
         self.distiller.after_update()
-        self.distiller.progress.at(progress.step + 1)
+        progress.at(progress.step + 1)
+        steps = progress.table.epoch if progress.table is not None else None
+        self.watch.update(progress.step, progress.step / steps if steps else progress.epoch)
 
     def _advance(self) -> Turn | None:
         with self.autocast():
@@ -294,12 +299,13 @@ class Run:
         last = self._ends_with in turn
         for k, name in enumerate(extras):
             self._hold(name, turn[name], keep="student" in turn or k + 1 < len(extras))
+        loss = total(turn["student"], "student") if "student" in turn else None
         self._count(turn)
         if not last:
             return None
         self._last = extras
-        if "student" in turn:
-            return total(turn["student"], "student")
+        if loss is not None:
+            return loss
         return torch.zeros((), device=next(iter(turn[extras[0]].values())).device, requires_grad=True)
 
     def _hold(self, name: str, terms: Mapping[str, Tensor], keep: bool) -> None:
@@ -382,17 +388,20 @@ class Run:
             part.host.seed(seed[0])
 
     def _count(self, turn: Turn) -> None:
+        seen: dict[str, Tensor] = {}
         for name, terms in turn.items():
             for term, value in terms.items():
                 key = f"distill/{term}" if name == "student" else f"distill/{name}/{term}"
                 old, n = self._sums.get(key, (None, 0))
-                new = value.detach().float()
+                new = seen[key] = value.detach().float()
                 self._sums[key] = (new if old is None else old + new, n + 1)
+        self.watch.see(seen)
 
     def logs(self) -> dict[str, float]:
         """Means of the loss terms since the last call, over steps and processes; nothing else waits for them."""
         if not self._sums:
             return {}
+        self.watch.look()
         keys = sorted(self._sums)
         means = torch.stack([self._sums[key][0] / self._sums[key][1] for key in keys])
         self._sums = {}
@@ -417,6 +426,8 @@ class Run:
         if not self.keeps_student:
             self._write(Path(folder))
             return
+        if self.watch.stops:
+            check_weights(self._networks(), "nothing was written, the state before is good; lower the learning rate.")
         new = states.slots(folder)[0] if world()[0] else states.open_state(folder)
         self._wait()
         self._write(new)
@@ -595,6 +606,7 @@ def play(turn: Turn, optimizers: Run) -> None:
 
 def total(terms: Any, group: str) -> Tensor:
     """The sum of a group's loss terms."""
+    check_terms(terms, f"the group {group!r}")
     if not terms:
         raise DistillError(f"The turn for the group {group!r} holds no loss terms: leave the group out or give it one.")
     return sum(terms.values())  # type: ignore[no-any-return]

@@ -67,7 +67,7 @@ def uncertainty_metrics(known: Mapping[str, Tensor], other: Mapping[str, Tensor]
         `error`, `nll`, `ece` (15 bins); for each measure `errors_auroc_<measure>`, the area under the ROC curve of
         finding the errors, and `rejection_<measure>`, the area under the rejection curve: the error among the
         predictions that are kept, in the mean over all numbers of them, the most certain first (0 is best); with
-        `other` also `ood_auroc_<measure>`. What is not defined (no errors at all) is left out.
+        `other` also `ood_auroc_<measure>`. What is not defined (no errors at all, NaN) is left out.
     """
     from sklearn.metrics import roc_auc_score
 
@@ -78,14 +78,14 @@ def uncertainty_metrics(known: Mapping[str, Tensor], other: Mapping[str, Tensor]
         "ece": calibration(1 - known["confidence"], ~wrong)[0],
     }
     for name in ("confidence", "total", "data", "knowledge"):
-        if name not in known:
+        values = known.get(name)
+        if values is None or not values.isfinite().all():
             continue
-        values = known[name]
         if wrong.any() and not wrong.all():
             metrics[f"errors_auroc_{name}"] = float(roc_auc_score(wrong.numpy(), values.numpy()))
         kept = wrong[values.argsort(stable=True)].double().cumsum(0)
         metrics[f"rejection_{name}"] = float((kept / torch.arange(1, len(kept) + 1)).mean())
-        if other is not None:
+        if other is not None and other[name].isfinite().all():
             both = torch.cat([values, other[name]]).numpy()
             metrics[f"ood_auroc_{name}"] = float(roc_auc_score([0] * len(values) + [1] * len(other[name]), both))
     return metrics

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,12 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise argparse.ArgumentTypeError(f"expected a finite number, got {text}")
+    return number
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser: every flag of timm's script that is implemented, and those of distillation."""
     parser = argparse.ArgumentParser(
@@ -67,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-c", "--config", default="", type=str, metavar="FILE", help="YAML file with default arguments")
     parser.add_argument("data", nargs="?", metavar="DIR", help="path to dataset (positional is deprecated)")
-    types: dict[str, Any] = {"int": int, "float": float, "str": str, "count": _count}
+    types: dict[str, Any] = {"int": int, "float": _finite, "str": str, "count": _count}
     actions = {"KeyValues": KeyValues, "AppendKeyValues": AppendKeyValues}
     for title, flags in copy.deepcopy(_FLAGS).items():
         group = parser.add_argument_group(title)

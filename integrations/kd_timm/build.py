@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
+import math
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -43,6 +45,13 @@ def check_model_name(name: str, flag: str) -> None:
         raise DistillError(f"{flag}: timm has no model named {name!r}.{hint} timm.list_models() names them all.")
 
 
+def check_normalisation(config: Mapping[str, Any], who: str) -> None:
+    """Refuses a data configuration whose images would not be numbers."""
+    mean, std = config["mean"], config["std"]
+    if not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
+        raise DistillError(f"{who}: expected a finite mean and a positive std of the images, got {mean} and {std}.")
+
+
 def create_student(args: argparse.Namespace, flag: str = "--model") -> tuple[nn.Module, dict[str, Any]]:
     """Makes the model to train and resolves its data configuration; fills in `args.num_classes`.
 
@@ -71,6 +80,7 @@ def create_student(args: argparse.Namespace, flag: str = "--model") -> tuple[nn.
             **resolved,
         )
         config = resolve_input_data_config(model, vars(args))
+    check_normalisation(config, f"{flag} {args.model}")
     with torch.no_grad():
         if args.head_init_scale is not None:
             for parameter in model.get_classifier().parameters():

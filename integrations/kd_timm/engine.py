@@ -16,6 +16,7 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
 from kd_accelerate import TurnPlayer
+from kd_plugins.finite import Watch, check_weights
 from kd_timm.compat import ClassificationEvaluator, evaluation_sample_limit, set_sync_gradients
 from kd_timm.data import Data
 from kd_timm.network import one_head
@@ -92,6 +93,8 @@ class PlainStep:
 
     def __init__(self, run: TrainingRun, player: TurnPlayer | None = None) -> None:
         self.run, self.player = run, player
+        self.watch = Watch() if player is None else player.watch
+        self.watch.stops = not run.args.allow_nonfinite
 
     def __call__(self, inputs: Tensor, targets: Any, accumulate: int, update: bool) -> Tensor:
         """Plays one batch, forward, backward and update, and returns its unscaled loss.
@@ -107,7 +110,9 @@ class PlainStep:
         with nullcontext() if update else run.accelerator.no_sync(run.model):
             loss = self.loss(inputs, targets, accumulate)
             run.accelerator.backward(loss / accumulate if accumulate > 1 else loss)
-        if player is not None:
+        if player is None:
+            self.watch.see({"loss": loss})
+        else:
             player.after_backward()
         if update:
             run.clip(() if player is None else player.clip_parameters)
@@ -178,7 +183,11 @@ def train_one_epoch(run: TrainingRun, epoch: int, reporter: Reporter, *, first_u
             run.ema.update(run.student, step=first_update + updates)
         if run.scheduler is not None:
             run.scheduler.step_update(num_updates=first_update + updates)
+        if run.step.player is None:
+            done = epoch * run.updates_per_epoch + updates
+            run.step.watch.update(done, done / run.updates_per_epoch)
         if (updates - 1) % args.log_interval == 0 or last:
+            run.step.watch.look()
             means = run.step.logs()
             for name, value in means.items():
                 sum_, weight = terms.get(name, (0.0, 0))
@@ -192,6 +201,10 @@ def train_one_epoch(run: TrainingRun, epoch: int, reporter: Reporter, *, first_u
         optimizer.sync_lookahead()
     run.step.end_epoch(epoch + 1)
     reporter.end()
+    if not args.allow_nonfinite:
+        # Before anything of this epoch is written.
+        remedy = f"epoch {epoch} broke it, and the states before are good; lower the learning rate, or clip gradients."
+        check_weights({"The student": run.student}, remedy)
     return {"loss": _mean(run, total) / max(count, 1)} | {name: s / w for name, (s, w) in terms.items()}
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from kd_plugins import Distiller, DistillError
 from kd_plugins.binding import needs_of_stages
 from kd_plugins.errors import told
-from kd_timm.build import check_model_name
+from kd_timm.build import check_model_name, check_normalisation
 
 
 class InputTransform:
@@ -123,6 +123,7 @@ def create_teacher(
     theirs: Any = module
     cfg = {**theirs.pretrained_cfg, **saved.get("pretrained_cfg", {})}
     own = resolve_input_data_config(module, {}, pretrained_cfg=cfg)
+    check_normalisation(own, f"The teacher {name}")
     if own["input_size"][0] != config["input_size"][0]:
         raise DistillError(
             f"The teacher {name} takes {own['input_size'][0]} image channels and the student {config['input_size'][0]}:"

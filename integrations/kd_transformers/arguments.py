@@ -6,6 +6,7 @@ Every flag may be written with underscores or dashes. A YAML or JSON file of arg
 
 # HfArgumentParser reads the annotations of these classes: no `from __future__ import annotations` here.
 
+import math
 import sys
 from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter
 from collections.abc import Sequence
@@ -82,6 +83,7 @@ class ModelArguments:
     student_hidden_size: int | None = _field(help="hidden size of a student from scratch")
     student_heads: int | None = _field(help="attention heads of a student from scratch")
     vocab_size: int = _field(4096, help="size of a vocabulary that is trained on the data")
+    allow_nonfinite: bool = _field(False, help="go on where the loss is NaN or infinite, in place of stopping")
     cache_dir: str | None = _field(help="where downloads are kept")
     model_revision: str = _field("main", help="revision of --model_name_or_path")
     trust_remote_code: bool = _field(False, help="allow models of the hub to run code of their own")
@@ -233,7 +235,10 @@ def _problem(arguments: Arguments, named: set[str]) -> str | None:
         )
     if model.student_init == "teacher" and not (distillation.teacher or distillation.train_teacher):
         return "--student_init teacher: expected a teacher, got none: add --teacher or --train_teacher"
+    for name, value in vars(training).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"--{name}: expected a finite number, got {value}"
     for name, value in {**vars(data), **vars(model), **vars(distillation)}.items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and not 0 < value < math.inf:
             return f"--{name}: expected a positive number, got {value}"
     return None

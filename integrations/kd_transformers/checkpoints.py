@@ -6,11 +6,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from kd_plugins import DistillError, states
 from kd_plugins.errors import told
+from kd_plugins.finite import Watch, check_weights
 from kd_transformers.compat import Hooks
 
 __all__ = ["Resumable", "checkpoints", "find_checkpoint"]
@@ -73,10 +75,13 @@ class Resumable(Hooks):
     `train_loss` of the steps since then.
 
     Attributes:
+        allow_nonfinite: Whether a training goes on where its loss stays NaN or infinite.
         facts: What the manifests tell of the run.
     """
 
+    allow_nonfinite = False
     facts: dict[str, Any] = {}
+    player: Any = None
     _resumed: Path | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -91,7 +96,21 @@ class Resumable(Hooks):
     def _output(self) -> str:
         return str(self.args.output_dir)
 
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(model, *args, **kwargs)
+        if self.player is None and not self.allow_nonfinite:
+            self.watch.see({"loss": loss})
+            if self.accelerator.sync_gradients:
+                step = self.state.global_step + 1
+                self.watch.update(step, step / max(self.state.max_steps, 1) * self.state.num_train_epochs)
+        return loss
+
     def saving(self, folder: Path) -> Any:
+        if not self.allow_nonfinite and not self.is_fsdp_enabled:
+            remedy = (
+                "nothing was saved, and the checkpoints before are good; lower the learning rate, or clip gradients."
+            )
+            check_weights({"The student": self.model}, remedy)
         # A checkpoint of that name may be left from a run that went further.
         if self.args.should_save:
             (folder / states.MANIFEST).unlink(missing_ok=True)
@@ -105,6 +124,7 @@ class Resumable(Hooks):
             states.seal(folder, **self.facts)
 
     def training_begins(self) -> None:
+        self.watch = Watch()
         if self._resumed is not None and (self._resumed / self._losses).is_file():
             self.loss_sums = states.read_json(self._resumed / self._losses)
 

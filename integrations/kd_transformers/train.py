@@ -142,6 +142,7 @@ class Session:
         self.timer = _StepTimer()
         self.checkpoint = self._checkpoint()
         self.trainer = self._trainer()
+        self.trainer.allow_nonfinite = self.arguments.model.allow_nonfinite
         self.recorder = RecordCallback(
             self.trainer,
             host="kd-transformers-train",
@@ -299,7 +300,7 @@ class Session:
         shaped = model.student_hidden_size or model.student_heads or model.student_init == "scratch"
         return bool(self.teachers and not named and not shaped)
 
-    def _trainer(self) -> Trainer:
+    def _trainer(self) -> Resumable:
         distillation, training = self.arguments.distillation, self.arguments.training
         common: dict[str, Any] = {
             "model": self.student,
@@ -504,7 +505,7 @@ class Session:
         return logits
 
 
-def _trainer(**options: Any) -> Trainer:
+def _trainer(**options: Any) -> Resumable:
     """A `Trainer` whose loss is the mean over a batch.
 
     As it comes, it multiplies the loss by accumulation steps and processes where a model takes `num_items_in_batch` but

@@ -375,6 +375,7 @@ class DistillationTrainer(Resumable):
             super().create_scheduler(num_training_steps, optimizer)
         norm = self.args.max_grad_norm if self.args.max_grad_norm and self.args.max_grad_norm > 0 else None
         self.player = TurnPlayer(self.accelerator, distiller, self._nets, optimizer, max_grad_norm=norm)
+        self.player.watch.stops = not self.allow_nonfinite
         return self.lr_scheduler
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:

@@ -180,6 +180,19 @@ def test_a_damaged_state_is_skipped_for_the_one_before_it(run, caplog):
         run("--resume", "auto", "--experiment", "")
 
 
+@pytest.mark.parametrize("flags", ["", "--distill kd --teacher"])
+def test_a_loss_that_stays_nan_stops_the_run(run, flags):
+    words = flags.split()
+    if words:
+        teacher = run("--epochs", "1", name="teacher").folder / "model_best.safetensors"
+        words += ["resnet10t", "--teacher-checkpoint", str(teacher)]
+    with pytest.raises(
+        DistillError, match=r"NaN or infinite since step \d+ \(epoch .*, in (loss|distill/kd|distill/task)"
+    ):
+        run("--lr", "1e30", *words)
+    assert run("--lr", "1e30", "--allow-nonfinite", *words, name="on").results["best_epoch"] >= 0
+
+
 def test_the_export_is_a_timm_checkpoint(run):
     session = run("--checkpoint-hist", "1")
     path = session.folder / "model_best.safetensors"

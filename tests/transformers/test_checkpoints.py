@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from trainer_kit import bert, difference, trainer, weights
+from transformers import TrainerCallback
 
 from kd_plugins import DistillError, states
 from kd_transformers import compat
@@ -90,3 +91,26 @@ def test_an_older_one_goes_only_when_the_new_one_is_sealed(tmp_path, monkeypatch
     (tmp_path / "checkpoint-6" / "optimizer.pt").write_text(json.dumps({}))
     with pytest.raises(DistillError, match="is whole: start anew"):
         made(tmp_path, "kd").train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("distiller", [None, "kd"])
+def test_a_loss_that_stays_nan_stops_the_run(distiller, tmp_path) -> None:
+    class Breaks(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                run.model.classifier.bias.data.fill_(float("nan"))
+
+    run = made(tmp_path, distiller, max_steps=20, save_steps=2)
+    run.add_callback(Breaks())
+    with pytest.raises(DistillError, match="has a NaN or an infinity in .*: nothing was saved"):
+        run.train()
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    run = made(tmp_path, distiller, max_steps=20, save_strategy="no", logging_steps=100)
+    run.add_callback(Breaks())
+    with pytest.raises(DistillError, match=r"since step 4 \(epoch"):
+        run.train()
+    assert run.state.global_step <= 10
+    run = made(tmp_path, distiller, max_steps=12, save_strategy="no", logging_steps=100)
+    run.allow_nonfinite = True
+    run.add_callback(Breaks())
+    run.train()
