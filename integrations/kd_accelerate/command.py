@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import signal
 import sys
+import threading
 from argparse import Action, ArgumentParser
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ from accelerate import PartialState
 
 from kd_plugins.errors import DistillError, did_you_mean, told
 
-__all__ = ["explain", "flags", "given", "run_command", "with_file"]
+__all__ = ["Stopped", "explain", "flags", "given", "run_command", "signals", "with_file"]
 
 
 def run_command(name: str, command: Callable[[], Any]) -> int:
@@ -26,17 +30,89 @@ def run_command(name: str, command: Callable[[], Any]) -> int:
         command: What it does.
 
     Returns:
-        Exit status.
+        Exit status: 2 for an error that a user can mend, 130 and 143 where SIGINT and SIGTERM ended it.
     """
-    try:
-        command()
-        # A thread of the communication library that outlives the interpreter can abort the process.
-        PartialState().destroy_process_group()
-    except DistillError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{name}: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    status, said = 0, ""
+    with signals.handled():
+        try:
+            command()
+            # A thread of the communication library that outlives the interpreter can abort the process.
+            PartialState().destroy_process_group()
+        except DistillError as error:
+            status, said = 2, f"error: {error}"
+        except Stopped as stop:
+            status, said = 128 + stop.number, f"stopped by {signal.Signals(stop.number).name}: {stop.says}"
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT):
+                raise
+            status, said = 2, f"error: {error}: make room, or mend the rights; what was written before is as it was."
+    if said and int(os.environ.get("RANK", 0)) == 0:
+        print(f"{name}: {said}", file=sys.stderr)
+    return status
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ends the command.
+
+    Attributes:
+        number: The signal's.
+        says: What is left to go on from.
+    """
+
+    says = "the training had not begun."
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+class _Signals:
+    """SIGTERM and SIGINT, which end a command at once, or after the step where a training asks for them.
+
+    Attributes:
+        asked: Number of the signal that came, or 0.
+        held: Whether a training asks; a second signal then ends the command at once.
+    """
+
+    def __init__(self) -> None:
+        self.asked, self.held = 0, False
+
+    @contextmanager
+    def handled(self) -> Iterator[None]:
+        """Takes both signals while a command runs; in a thread beside the first one nothing does."""
+        self.asked, self.held = 0, False
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(number, self._take) for number in numbers]
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Holds the first signal back, for a training that looks at `asked` after every step."""
+        self.held = True
+        try:
+            yield
+        finally:
+            self.held = False
+
+    def check(self) -> None:
+        """Ends the command where a signal came."""
+        if self.asked:
+            raise Stopped(self.asked)
+
+    def _take(self, number: int, frame: Any) -> None:
+        again, self.asked = self.asked, number
+        if again or not self.held:
+            raise Stopped(number)
+
+
+signals = _Signals()
 
 
 def with_file(parser: ArgumentParser, argv: Sequence[str] | None, refused: Mapping[str, Any]) -> list[str]:

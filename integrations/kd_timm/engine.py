@@ -16,6 +16,7 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
 from kd_accelerate import TurnPlayer
+from kd_accelerate.command import signals
 from kd_plugins.finite import Watch, check_weights
 from kd_timm.compat import ClassificationEvaluator, evaluation_sample_limit, set_sync_gradients
 from kd_timm.data import Data
@@ -178,6 +179,7 @@ def train_one_epoch(run: TrainingRun, epoch: int, reporter: Reporter, *, first_u
             continue
         updates += 1
         window += 1
+        signals.check()
         reporter.advance(updates)
         if run.ema is not None:
             run.ema.update(run.student, step=first_update + updates)

@@ -11,9 +11,9 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from timm.utils import distribute_bn, setup_default_logging
 
-from kd_accelerate.command import run_command
+from kd_accelerate.command import Stopped, run_command
 from kd_plugins import DistillError
-from kd_plugins.states import write_json
+from kd_plugins.states import slots, write_json
 from kd_report.uncertainty import dirichlet_offset
 from kd_timm.arguments import parse_args
 from kd_timm.checkpoint import load_weights
@@ -67,10 +67,16 @@ class Session(Parts):
             for epoch in range(start, self.epochs):
                 self._epoch(epoch)
             results = self._finish()
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             self.reporter.end()
             self.recorder.interrupted()
-            self.reporter.line(f"Interrupted; continue with --resume {self.folder}")
+            says = "the first epoch had not ended, so there is nothing to continue."
+            if slots(self.folder)[1].is_dir():
+                says = f"continue after the last epoch that was evaluated, with --resume {self.folder}"
+            if isinstance(stop, Stopped):
+                stop.says = says
+                raise
+            self.reporter.line(f"Interrupted: {says}")
             return {}
         finally:
             for tracker in self.accelerator.trackers:

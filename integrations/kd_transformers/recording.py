@@ -50,6 +50,7 @@ class RecordCallback(TrainerCallback):
         self.trainer, self.teachers = trainer, tuple(teachers)
         self.host, self.names, self.data, self.settings = host, names, data, settings
         self.record: RunRecord | None = None
+        self.stopped = False
         self.results: dict[str, Any] = {}
         self._seconds, self._steps, self._start = 0.0, 0, 0.0
 
@@ -97,9 +98,15 @@ class RecordCallback(TrainerCallback):
         self.results |= {key: value for key, value in logs.items() if key.startswith("eval_")}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.record is not None:
+        if self.record is not None and not self.stopped:
             self._analyse("after")
             self.finish(self.results)
+
+    def interrupted(self) -> None:
+        """Says that the training has not come to its end."""
+        self.stopped = True
+        if self.record is not None:
+            self.record.finish({}, status="interrupted")
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Writes other results than those of the last evaluation in the training."""

@@ -9,6 +9,7 @@ how often both decide alike (`eval_teacher_agreement`), parameters, bytes and se
 from __future__ import annotations
 
 import dataclasses
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from kd_accelerate.command import run_command
+from kd_accelerate.command import Stopped, run_command, signals
 from kd_plugins.catalog.registry import distiller_classes, from_json, options_from_strings
 from kd_plugins.errors import DistillError
 from kd_plugins.states import MANIFEST, damage, read_json, seal, write_json
@@ -35,7 +36,7 @@ from kd_report.uncertainty import Doubts, dirichlet_offset, doubts, uncertainty_
 from kd_transformers import DistillationTrainer
 from kd_transformers.arguments import Arguments, parse_args
 from kd_transformers.cache import cache_teacher
-from kd_transformers.checkpoints import Resumable, find_checkpoint
+from kd_transformers.checkpoints import Resumable, checkpoints, find_checkpoint
 from kd_transformers.checks import class_order
 from kd_transformers.data import Labels, fingerprint, load_other, load_text
 from kd_transformers.metrics import agreement, build_metrics, default_metrics, logits_of
@@ -161,7 +162,21 @@ class Session:
         )
 
     def run(self) -> dict[str, Any]:
-        """Trains the teacher where asked, then the student; evaluates and saves."""
+        """Trains the teacher where asked, then the student; evaluates and saves.
+
+        Raises:
+            Stopped: A signal ended it; in the student's training after the step, with a checkpoint.
+        """
+        try:
+            return self._run()
+        except Stopped as stop:
+            self.recorder.interrupted()
+            stop.says = "there is no checkpoint to continue from."
+            if any((folder / MANIFEST).is_file() for folder in checkpoints(self.output)):
+                stop.says = f"continue with --output_dir {self.output} --resume_from_checkpoint true"
+            raise
+
+    def _run(self) -> dict[str, Any]:
         training = self.arguments.training
         self._forget_torn_results()
         if self.trains_teacher:
@@ -310,7 +325,7 @@ class Session:
             "data_collator": self.collate,
             "processing_class": self.tokenizer,
             "compute_metrics": self.compute_metrics,
-            "callbacks": [self.timer],
+            "callbacks": [self.timer, _Stop(self)],
         }
         if not distillation.distill:
             return _trainer(**common)
@@ -408,7 +423,9 @@ class Session:
             self._say(f"The student starts from the teacher's layers {', '.join(map(str, kept.values()))}.")
         self._say(f"Training the student: {_size(self.student)}")
         set_seed(training.seed)
-        result = trainer.train(resume_from_checkpoint=self.checkpoint)
+        with signals.hold():
+            result = trainer.train(resume_from_checkpoint=self.checkpoint)
+        signals.check()
         trainer.save_model()
         trainer.save_metrics("train", {**result.metrics, "train_samples": len(self.train_set)})
         trainer.save_state()
@@ -528,6 +545,27 @@ class _StepTimer(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.total += time.perf_counter() - self.start
         self.steps += 1
+
+
+class _Stop(TrainerCallback):
+    """Ends the training after the step in which a signal came, with a checkpoint."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.world_size == 1:
+            asked = signals.asked
+        elif state.global_step % 10 == 0:
+            # All processes after the same step.
+            accelerator = self.session.trainer.accelerator
+            asked = int(accelerator.reduce(torch.tensor(float(signals.asked), device=accelerator.device)))
+        else:
+            return
+        if asked:
+            signals.asked = signals.asked or signal.SIGTERM
+            control.should_save = control.should_training_stop = True
+            self.session.recorder.interrupted()
 
 
 def _name(model: Any) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -18,8 +20,8 @@ from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask
 from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
 
-from kd_plugins import DistillError
-from kd_timm import build, data, train
+from kd_plugins import DistillError, states
+from kd_timm import build, data, engine, train
 from kd_timm.arguments import parse_args
 from kd_timm.digits import Digits
 
@@ -147,6 +149,27 @@ def test_resume_is_exact(run, flags, monkeypatch):
     rows = list(csv.DictReader((parts.folder / "summary.csv").open()))
     assert [row["epoch"] for row in rows] == ["0", "1", "2", "3"]
     assert whole.checkpoints.kept == parts.checkpoints.kept
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_run_with_a_state(few_digits, tiny, tmp_path, monkeypatch, capsys, number, status):
+    words = [*tiny, "--output", str(tmp_path), "--experiment", "run", "--resume", "auto"]
+    step, calls = engine.PlainStep.__call__, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) in (2, 9):  # in the first epoch, and in the second one of the second run
+            os.kill(os.getpid(), number)
+        return step(*args)
+
+    monkeypatch.setattr(engine.PlainStep, "__call__", interrupted)
+    assert train.main(words) == status
+    assert "nothing to continue" in capsys.readouterr().err
+    assert train.main(words) == status
+    assert f"--resume {tmp_path / 'run'}" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
+    assert states.damage(tmp_path / "run" / "state") == ""
+    assert train.main(words) == 0
 
 
 def test_resume_refuses_other_settings(run):

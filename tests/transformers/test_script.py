@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +24,7 @@ from kd_plugins import Distiller, DistillError
 from kd_plugins import functional as KF
 from kd_report import load_run
 from kd_transformers import data as data_module
+from kd_transformers import train
 from kd_transformers.arguments import build_parser, parse_args
 from kd_transformers.data import read_labels
 from kd_transformers.docstrings import DOCSTRINGS_DEFAULTS, load_docstrings
@@ -181,6 +184,27 @@ def test_distillation_continues_from_the_last_checkpoint_exactly(run, taught):
     (whole / "model.safetensors").unlink()
     resumed, _ = run(*words, "--resume_from_checkpoint", "true")
     assert same(weights(resumed), expected)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_run_with_a_checkpoint(run, tmp_path, monkeypatch, capsys, number, status):
+    whole, _ = run(*SCRATCH)
+    words = [*TINY, *SCRATCH, "--output_dir", str(tmp_path / "parts"), "--resume_from_checkpoint", "auto"]
+    end = train._StepTimer.on_step_end
+
+    def interrupted(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            os.kill(os.getpid(), number)
+        end(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(train._StepTimer, "on_step_end", interrupted)
+    assert main(words) == status
+    assert "--resume_from_checkpoint true" in capsys.readouterr().err
+    assert load_run(tmp_path / "parts").info["status"] == "interrupted"
+    monkeypatch.setattr(train._StepTimer, "on_step_end", end)
+    assert main(words) == 0
+    assert same(weights(whole), weights(tmp_path / "parts"))
+    assert load_run(tmp_path / "parts").info["status"] == "finished"
 
 
 def test_what_a_kill_or_a_bad_disk_leaves_is_made_anew(run, capsys):
