@@ -152,12 +152,13 @@ def find_state(args: argparse.Namespace) -> Path | None:
     Raises:
         DistillError: There is none; that which was named is damaged.
     """
+    named = output_folder(args)
     if not args.resume:
         return None
     auto = args.resume == "auto"
     if auto and not args.experiment:
         raise DistillError("--resume auto goes on with the run of --output and --experiment: name it, --experiment.")
-    folder = output_folder(args) if auto else Path(args.resume)
+    folder = named if auto else Path(args.resume)
     if (folder / "state.json").is_file():
         check(folder, slots(folder.parent))
         return folder
@@ -169,7 +170,11 @@ def find_state(args: argparse.Namespace) -> Path | None:
 
 def output_folder(args: argparse.Namespace) -> Path:
     """The folder that `--output` and `--experiment` name."""
-    return Path(args.output or "output/train") / args.experiment
+    output = Path(args.output or "output/train")
+    folder = output / args.experiment
+    if not folder.resolve().is_relative_to(output.resolve()):
+        raise DistillError(f"--experiment {args.experiment} leads out of {output}: name a folder in it, or --output.")
+    return folder
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

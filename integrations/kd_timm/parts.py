@@ -20,7 +20,7 @@ from torch import nn
 
 from kd_accelerate import broadcast
 from kd_plugins import DistillError
-from kd_plugins.states import write_text
+from kd_plugins.states import slots, write_text
 from kd_timm.build import (
     create_criterion,
     create_optimizer,
@@ -184,6 +184,8 @@ class Parts(TrainingRun):
                     size = self.data.config["input_size"][-1]
                     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
                     folder /= f"{stamp}-{safe_model_name(args.model)}-{size}"
+            if (folder / "run.json").is_file() and self.state is None:
+                _logger.warning(f"{folder} holds an earlier run, whose files this one replaces.")
             folder.mkdir(parents=True, exist_ok=True)
         self.folder: Path = broadcast_object_list([folder])[0]
         self.checkpoints = Checkpoints(self.folder, args.checkpoint_hist, self.metric == "loss")
@@ -191,10 +193,15 @@ class Parts(TrainingRun):
         self.summary = Summary(self.folder / "summary.csv")
         self.peers = Peers(args.peer, peers, self.folder, self.metric)
         if self.primary:
-            write_text(self.folder / "args.yaml", yaml.safe_dump({**self.given, "config": "", "resume": ""}))
+            if not slots(self.folder)[1].is_dir():
+                self.write_arguments()
             self.checkpoints.describe(self.student, self.data.config, self.data.classes)
             for label, peer in zip(self.peers.labels, peers, strict=True):
                 self.checkpoints.describe(peer, self.data.config, self.data.classes, name=label)
+
+    def write_arguments(self) -> None:
+        """Writes `args.yaml`; beside the state of an earlier run, only once there is one of this run."""
+        write_text(self.folder / "args.yaml", yaml.safe_dump({**self.given, "config": "", "resume": ""}))
 
 
 def create_accelerator(args: argparse.Namespace) -> Accelerator:

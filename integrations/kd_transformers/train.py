@@ -9,9 +9,11 @@ how often both decide alike (`eval_teacher_agreement`), parameters, bytes and se
 from __future__ import annotations
 
 import dataclasses
+import json
 import signal
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from transformers.utils import logging
 from kd_accelerate.command import Stopped, run_command, signals
 from kd_plugins.catalog.registry import distiller_classes, from_json, options_from_strings
 from kd_plugins.errors import DistillError
-from kd_plugins.states import MANIFEST, damage, read_json, seal, write_json
+from kd_plugins.states import MANIFEST, damage, facts, read_json, seal, write_json
 from kd_report import page_hint
 from kd_report.uncertainty import Doubts, dirichlet_offset, doubts, uncertainty_metrics
 from kd_transformers import DistillationTrainer
@@ -59,6 +61,17 @@ from kd_transformers.wordpiece import train_tokenizer
 logger = logging.get_logger(__name__)
 
 _RECORD, _RESULTS = "teacher.json", "all_results.json"
+# Training arguments that make another run, and arguments of ours that do not.
+_CHANGES = (
+    *("seed", "data_seed", "learning_rate", "weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2"),
+    *("adam_epsilon", "max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "label_smoothing_factor"),
+    *("fp16", "bf16", "train_sampling_strategy"),
+)
+_FREE = {
+    *("cache_dir", "allow_nonfinite", "trust_remote_code", "max_eval_samples", "validation_file", "metric"),
+    *("validation_split", "ood_dataset", "ood_split", "cache_teacher"),
+}
 _TASKS = {
     "single_label_classification": "classification",
     "multi_label_classification": "multilabel",
@@ -143,6 +156,7 @@ class Session:
         self.timer = _StepTimer()
         self.checkpoint = self._checkpoint()
         self.trainer = self._trainer()
+        self.trainer.facts = {"arguments": self._fingerprint} if training.do_train else {}
         self.trainer.allow_nonfinite = self.arguments.model.allow_nonfinite
         self.recorder = RecordCallback(
             self.trainer,
@@ -156,6 +170,9 @@ class Session:
             teachers=[] if distillation.distill else self.teachers,
         )
         self.trainer.add_callback(self.recorder)
+        record = self.output / "run.json"
+        if training.do_train and self.checkpoint is None and record.is_file():
+            logger.warning(f"{self.output} holds an earlier run, whose files this one replaces.")
         self._say(
             f"Data: {self.data.source}, {len(self.train_set):,} rows to train on"
             + (f", {len(self.evaluation_set):,} to evaluate on" if self.evaluation_set is not None else "")
@@ -344,7 +361,7 @@ class Session:
         data, _, distillation, training = self.arguments
         return {
             "start": distillation.teacher or self._teacher_size,
-            "data": fingerprint(self.data),
+            "data": self._fingerprint["data"],
             "classes": list(self.labels.names or ()),
             "epochs": distillation.teacher_epochs or training.num_train_epochs,
             "max_steps": -1 if distillation.teacher_epochs else training.max_steps,
@@ -458,7 +475,31 @@ class Session:
             raise DistillError(
                 f"--resume_from_checkpoint {asked}: there is no checkpoint in {self.output} that is whole."
             )
-        return None if found is None else str(found)
+        if found is None:
+            return None
+        changed = self._changed(facts(found).get("arguments"))
+        if changed and newest:
+            raise DistillError(
+                f"{found} is of a run with {'; '.join(changed)}: give the arguments of that run, or name the checkpoint"
+                f" to go on with others on purpose, --resume_from_checkpoint {found}."
+            )
+        if changed:
+            logger.warning(f"Resuming {found} with other arguments: it was written with {'; '.join(changed)}.")
+        return str(found)
+
+    def _changed(self, before: Any) -> list[str]:
+        """The arguments that another run than this one had, of those that change its numbers."""
+        now = self._fingerprint
+        names = [name for name in now if isinstance(before, dict) and before.get(name, now[name]) != now[name]]
+        return [f"{name} {before[name]} (here {now[name]})" for name in names]
+
+    @cached_property
+    def _fingerprint(self) -> dict[str, Any]:
+        """What changes the numbers of a run, by argument, as JSON has it; its length may be changed on the way."""
+        data, model, distillation, training = self.arguments
+        ours = {name: v for name, v in {**vars(data), **vars(model), **vars(distillation)}.items() if name not in _FREE}
+        found = {**ours, **{name: getattr(training, name) for name in _CHANGES}, "data": fingerprint(self.data)}
+        return {name: json.loads(json.dumps(value, default=str)) for name, value in found.items()}
 
     def _evaluate(self) -> None:
         trainer, problem = self.trainer, self.labels.problem

@@ -176,6 +176,7 @@ def test_resume_refuses_other_settings(run):
     first = run()
     with pytest.raises(DistillError, match="lr"):
         run("--lr", "0.5", "--resume", str(first.folder))
+    assert "lr: 0.02" in (first.folder / "args.yaml").read_text()
     with pytest.raises(DistillError, match="no whole state to continue from"):
         run("--resume", str(first.folder.parent / "nothing"))
 
@@ -199,8 +200,10 @@ def test_a_damaged_state_is_skipped_for_the_one_before_it(run, caplog):
         (again.folder / name / "random-0.pt").unlink()
     with pytest.raises(DistillError, match="no whole state"):
         run("--epochs", "3", "--resume", "auto", name="parts")
-    with pytest.raises(DistillError, match="--experiment"):
+    with pytest.raises(DistillError, match="name it, --experiment"):
         run("--resume", "auto", "--experiment", "")
+    with pytest.raises(DistillError, match="leads out of"):
+        run("--experiment", "../x")
 
 
 @pytest.mark.parametrize("flags", ["", "--distill kd --teacher"])
