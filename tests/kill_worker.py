@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,22 @@ TEXT = [
     *"--teacher_hidden_size 16 --teacher_heads 2 --distill internal --resume_from_checkpoint auto".split(),
 ]
 SCRIPTS = {"timm": "kd_timm.train", "transformers": "kd_transformers.train"}
-# Files that tell times, places and how often a run was resumed.
+# Files that tell times, places and how often a run was resumed, or of a tokenizer its last call and where it came from.
 TIMED = {"run.json", "results.json", "state.json", "manifest.json", "args.yaml", "trainer_state.json"}
 TIMED |= {"all_results.json", "train_results.json", "student_results.json", "eval_results.json", "training_args.bin"}
+TIMED |= {"tokenizer.json", "tokenizer_config.json"}
 
 
 def words(host: str, folder: Path) -> list[str]:
     if host == "timm":
         return [*TIMM, "--output", str(folder.parent), "--experiment", folder.name]
-    return [*TEXT, "--output_dir", str(folder)]
+    root = folder.parents[1]
+    rows = root / "rows.csv"
+    if not rows.exists():
+        texts = [f"{a} {colour} {b}" for colour in ("red", "green", "blue") for a in "abcdefgh" for b in "pqrs"]
+        rows.write_text("text,label\n" + "".join(f"{text},{text.split()[1]}\n" for text in texts))
+    files = ["--train_file", str(rows), "--validation_file", str(rows), "--cache_dir", str(root / "cache")]
+    return [*TEXT, *files, "--output_dir", str(folder)]
 
 
 def run(host: str, folder: Path, *, place: int = 0, seconds: float = 0.0) -> int:
@@ -91,8 +99,6 @@ def main(host: str, points: int, seed: int) -> dict[str, Any]:
     importlib.import_module(SCRIPTS[host])
     draw, lost, killed = random.Random(seed), [], 0
     with tempfile.TemporaryDirectory() as root:
-        import time
-
         began = time.monotonic()
         places = run(host, Path(root, "whole", "run"))
         took = time.monotonic() - began
