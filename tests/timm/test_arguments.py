@@ -22,7 +22,7 @@ _spec.loader.exec_module(_module)
 DEFAULTS = _module.DEFAULTS
 
 OURS = {"distill", "distill_args", "teacher", "teacher_checkpoint", "teacher_kwargs", "peer", "peer_kwargs"}
-OURS |= {"report_to", "list_layers", "ood_dataset", "ood_split", "epoch_updates", "best_on_eval"}
+OURS |= {"report_to", "list_layers", "ood_dataset", "ood_split", "epoch_updates", "allow_nonfinite", "best_on_eval"}
 
 
 def test_every_flag_of_timms_has_timms_default():
