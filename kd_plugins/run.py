@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,25 +12,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kd_plugins import states
 from kd_plugins.averaging import average_buffers, average_gradients, broadcast, distributed
 from kd_plugins.binding import bound
-from kd_plugins.catalog.registry import config_of
 from kd_plugins.distiller import Distiller, Turn, check_terms
 from kd_plugins.errors import DistillError, did_you_mean
-from kd_plugins.finite import Watch, check_weights
+from kd_plugins.finite import Watch
 from kd_plugins.groups import Group, make_groups
 from kd_plugins.host import world
 from kd_plugins.reading.nets import Nets
 from kd_plugins.reading.view import Batch
+from kd_plugins.saving import Saving, parts
 from kd_plugins.stages import Stage
 
 __all__ = ["Run", "make_optimizers", "play"]
 
-_logger = logging.getLogger(__name__)
 
-
-class Run:
+class Run(Saving):
     """Plays a method's turns: takes every gradient before any optimizer moves a weight, the student's last.
 
     A bare loop plays turn by turn (`play`) or step by step (`step`). A host that owns the student's backward and
@@ -58,9 +53,6 @@ class Run:
         initial: The student's first weights, where a stage begins with them anew.
         watch: Stops the training where its loss stays NaN or infinite; `watch.stops = False` lets it go on.
     """
-
-    # Whether `save` and `load` keep the student and its optimizer as well, which no host does in a bare loop.
-    keeps_student = True
 
     def __init__(
         self,
@@ -384,7 +376,7 @@ class Run:
             broadcast(peer.module.state_dict().values())
         seed = [torch.initial_seed()]
         dist.broadcast_object_list(seed)
-        for part in _parts(self.distiller).values():
+        for part in parts(self.distiller).values():
             part.host.seed(seed[0])
 
     def _count(self, turn: Turn) -> None:
@@ -409,177 +401,6 @@ class Run:
             dist.all_reduce(means)
             means /= world()[1]
         return dict(zip(keys, means.tolist(), strict=True))
-
-    # Checkpoints
-
-    def save(self, folder: str | Path, *others: Any) -> None:
-        """Writes what a resumed run needs: weights as safetensors, the rest as JSON and tensors.
-
-        In a bare loop that is the student, its optimizer and torch's random state as well, as the newest state of the
-        run (`kd_plugins.states`); the one before it is kept. Every process calls it. Under a host it is files beside
-        those of the host's checkpoint.
-
-        Args:
-            folder: Of the run.
-            others: What else belongs to the state and has `save(folder)`, such as `kd_accelerate.streams.Streams`.
-        """
-        if not self.keeps_student:
-            self._write(Path(folder))
-            return
-        if self.watch.stops:
-            check_weights(self._networks(), "nothing was written, the state before is good; lower the learning rate.")
-        new = states.slots(folder)[0] if world()[0] else states.open_state(folder)
-        self._wait()
-        self._write(new)
-        if not world()[0]:
-            for other in others:
-                other.save(new)
-        self._wait()
-        if not world()[0]:
-            states.close_state(folder)
-        self._wait()
-
-    def _wait(self) -> None:
-        if world()[1] > 1:
-            dist.barrier()
-
-    def _write(self, folder: Path) -> None:
-        from safetensors.torch import save_file
-
-        rank = world()[0]
-        folder.mkdir(parents=True, exist_ok=True)
-        streams = {
-            f"{name}|{key}": value
-            for name, part in _parts(self.distiller).items()
-            for key, value in part.host.state().items()
-        }
-        save_file(_plain(streams), folder / f"distiller_random_{rank}.safetensors")
-        if self.keeps_student:
-            torch.save(_random_state(), folder / f"random_{rank}.pt")
-        if rank:
-            return
-        progress = self.distiller.progress
-        state = {
-            **config_of(self.distiller),
-            "progress": {"step": progress.step, "epoch": progress.epoch, "stage": progress.stage},
-            "stages": progress.table.to_json() if progress.table else None,
-        }
-        states.write_json(folder / "distiller.json", state)
-        save_file(_plain(self.distiller.state_dict()), folder / "distiller.safetensors")
-        optimizers = {group.name: group.optimizer.state_dict() for group in self}
-        torch.save({"optimizers": optimizers, "scalers": self.scaler_states()}, folder / "distiller_optimizers.pt")
-        for name, module in self._networks().items():
-            save_file(_plain(module.state_dict()), folder / f"{name}.safetensors")
-        if self.keeps_student:
-            torch.save(self.plain_optimizer.state_dict(), folder / "optimizer.pt")
-        if self.initial is not None:
-            save_file(_plain(self.initial), folder / "initial_student.safetensors")
-
-    def load(self, folder: str | Path, *others: Any) -> bool:
-        """Takes up what `save` wrote; returns whether the stages of the run have changed (the saved ones are kept).
-
-        In a bare loop that is the newest state that is whole; a warning tells of one that is not.
-
-        Args:
-            folder: Of the run.
-            others: What `save` was given, with `load(folder)`.
-
-        Raises:
-            DistillError: The folder holds no distiller, or another one; no state is whole; the method is not set up.
-        """
-        from safetensors.torch import load_file
-
-        if not self.distiller.ready:
-            raise DistillError(
-                f"{self.distiller.name} has no parts to load before it is set up: bind(..., batch=one batch) first."
-            )
-        folder, rank = self._found(Path(folder)), world()[0]
-        state = self._checked_state(folder)
-        saved = torch.load(folder / "distiller_optimizers.pt", map_location="cpu", weights_only=True)
-        for group in self:
-            group.optimizer.load_state_dict(saved["optimizers"][group.name])
-        self.load_scaler_states(saved["scalers"])
-        for name, module in self._networks().items():
-            module.load_state_dict(load_file(folder / f"{name}.safetensors"))
-        if self.keeps_student:
-            optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-            self.plain_optimizer.load_state_dict(optimizer)
-        if self.initial is not None:
-            self.initial = load_file(folder / "initial_student.safetensors")
-        random = folder / f"distiller_random_{rank}.safetensors"
-        streams = load_file(random) if random.is_file() else {}
-        for name, part in _parts(self.distiller).items():
-            own = {key.partition("|")[2]: value for key, value in streams.items() if key.partition("|")[0] == name}
-            part.host.load(own)
-        progress = self.distiller.progress
-        changed = bool(progress.table and state["stages"] and progress.table.restore(state["stages"]))
-        progress.stage = state["progress"]["stage"]
-        progress.at(state["progress"]["step"], state["progress"]["epoch"])
-        if self.keeps_student:
-            _restore_random_state(torch.load(folder / f"random_{rank}.pt", weights_only=True))
-        for other in others:
-            other.load(folder)
-        return changed
-
-    def _found(self, folder: Path) -> Path:
-        """The newest whole state of a bare loop; a host finds its own."""
-        if not self.keeps_student:
-            return folder
-        found = states.newest(states.slots(folder), _logger.warning)
-        if found is None:
-            raise DistillError(
-                f"{folder} holds no whole state to continue from: name the folder of a run, or start anew."
-            )
-        return found
-
-    def scaler_states(self) -> dict[str, Any]:
-        """States of the groups' gradient scalers, for a checkpoint."""
-        return {}
-
-    def load_scaler_states(self, states: Mapping[str, Any]) -> None:
-        """Takes up what `scaler_states` gave."""
-
-    def _networks(self) -> dict[str, nn.Module]:
-        if self.nets is None:
-            if self.keeps_student:
-                raise DistillError("Saving a run needs the networks: make_optimizers(distiller, optimizer, nets).")
-            return {}
-        named = {f"peer{i}" if i else "student": peer.module for i, peer in enumerate(self.nets.peers)}
-        return {name: module for name, module in named.items() if name != "student" or self.keeps_student}
-
-    def _checked_state(self, folder: Path) -> dict[str, Any]:
-        """The state of a checkpoint whose weights this run's method has taken up."""
-        from safetensors.torch import load_file
-
-        if not (folder / "distiller.json").is_file():
-            raise DistillError(
-                f"Expected distiller.json in the checkpoint {folder}, which was written by a run without a distiller or"
-                " with save_only_model: resume from another one, or start anew."
-            )
-        state: dict[str, Any] = states.read_json(folder / "distiller.json")
-        config = config_of(self.distiller)
-        name = config["distiller"]
-        if state["distiller"] != name:
-            raise DistillError(
-                f"The checkpoint {folder} was written with the distiller {state['distiller']!r}, this run has"
-                f" {name!r}: resume with the distiller that the run was started with."
-            )
-        before, now = state["options"], config["options"]
-        options = {k: (before.get(k), now.get(k)) for k in sorted({*before, *now}) if before.get(k) != now.get(k)}
-        words = ", ".join(f"{option}={now} in place of {before}" for option, (before, now) in options.items())
-        try:
-            self.distiller.load_state_dict(load_file(folder / "distiller.safetensors"))
-        except RuntimeError as error:
-            raise DistillError(
-                f"The checkpoint {folder} does not fit the distiller of this run, which has"
-                f" {words or 'the same options'}: resume with what the run was started with. ({error})"
-            ) from error
-        if options:
-            _logger.warning(
-                "Resumed %s with other options, %s: what it had made before (a codebook, searched weights) stays.",
-                *(name, words),
-            )
-        return state
 
 
 def make_optimizers(
@@ -612,24 +433,5 @@ def total(terms: Any, group: str) -> Tensor:
     return sum(terms.values())  # type: ignore[no-any-return]
 
 
-def _parts(distiller: Distiller) -> dict[str, Distiller]:
-    return {name or ".": part for name, part in distiller.named_modules() if isinstance(part, Distiller)}
-
-
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
-
-
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors as safetensors takes them: contiguous, sharing no memory."""
-    return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
-
-
-def _random_state() -> dict[str, Any]:
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-
-
-def _restore_random_state(state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])

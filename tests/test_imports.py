@@ -180,6 +180,7 @@ LAYERS = (
         "catalog.about",
         "binding",
         "groups",
+        "saving",
     ),
     ("run",),
     ("catalog.cli", "testing", "demo"),

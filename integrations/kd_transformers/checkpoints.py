@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -15,9 +16,24 @@ from kd_plugins.errors import told
 from kd_plugins.finite import Watch, check_weights
 from kd_transformers.compat import Hooks
 
-__all__ = ["Resumable", "checkpoints", "find_checkpoint"]
+if TYPE_CHECKING:
+    from kd_transformers.arguments import Arguments
+
+__all__ = ["Resumable", "check_same_run", "checkpoints", "find_checkpoint", "identity"]
 
 logger = logging.get_logger(__name__)
+
+# Training arguments that make another run, and arguments of ours that do not.
+_CHANGES = (
+    *("seed", "data_seed", "learning_rate", "weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2"),
+    *("adam_epsilon", "max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "label_smoothing_factor"),
+    *("fp16", "bf16", "train_sampling_strategy"),
+)
+_FREE = {
+    *("cache_dir", "allow_nonfinite", "trust_remote_code", "max_eval_samples", "validation_file", "metric"),
+    *("validation_split", "ood_dataset", "ood_split", "cache_teacher"),
+}
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
@@ -66,6 +82,32 @@ def find_checkpoint(asked: bool | str, output: str | Path, needs: Sequence[str] 
 
 def _sealed(folders: Iterable[Path]) -> bool:
     return any((folder / states.MANIFEST).is_file() for folder in folders)
+
+
+def identity(arguments: Arguments, rows: str) -> dict[str, Any]:
+    """What changes the numbers of a run, by argument, as JSON has it; its length may be changed on the way.
+
+    Args:
+        arguments: Those of the script.
+        rows: A hash of the rows that are trained on.
+    """
+    *ours, training = arguments
+    found = {name: value for part in ours for name, value in vars(part).items() if name not in _FREE}
+    found |= {name: getattr(training, name) for name in _CHANGES} | {"data": rows}
+    return {name: json.loads(json.dumps(value, default=str)) for name, value in found.items()}
+
+
+def check_same_run(checkpoint: Path, ours: Mapping[str, Any], *, named: bool) -> None:
+    """Refuses a checkpoint of another run, or warns where it was named: somebody goes on with it on purpose."""
+    before = states.facts(checkpoint).get("arguments") or {}
+    changed = [f"{k} {before[k]} (here {now})" for k, now in ours.items() if before.get(k, now) != now]
+    if changed and named:
+        logger.warning(f"Resuming {checkpoint} with other arguments: it was written with {'; '.join(changed)}.")
+    elif changed:
+        raise DistillError(
+            f"{checkpoint} is of a run with {'; '.join(changed)}: give the arguments of that run, or name the"
+            f" checkpoint to go on with others on purpose, --resume_from_checkpoint {checkpoint}."
+        )
 
 
 class Resumable(Hooks):

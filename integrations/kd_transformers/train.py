@@ -9,7 +9,6 @@ how often both decide alike (`eval_teacher_agreement`), parameters, bytes and se
 from __future__ import annotations
 
 import dataclasses
-import json
 import signal
 import time
 from collections.abc import Sequence
@@ -32,13 +31,13 @@ from transformers.utils import logging
 from kd_accelerate.command import Stopped, run_command, signals
 from kd_plugins.catalog.registry import distiller_classes, from_json, options_from_strings
 from kd_plugins.errors import DistillError
-from kd_plugins.states import MANIFEST, damage, facts, read_json, seal, write_json
+from kd_plugins.states import MANIFEST, damage, read_json, seal, write_json
 from kd_report import page_hint
 from kd_report.uncertainty import Doubts, dirichlet_offset, doubts, uncertainty_metrics
 from kd_transformers import DistillationTrainer
 from kd_transformers.arguments import Arguments, parse_args
 from kd_transformers.cache import cache_teacher
-from kd_transformers.checkpoints import Resumable, checkpoints, find_checkpoint
+from kd_transformers.checkpoints import Resumable, check_same_run, checkpoints, find_checkpoint, identity
 from kd_transformers.checks import class_order
 from kd_transformers.data import Labels, fingerprint, load_other, load_text
 from kd_transformers.metrics import agreement, build_metrics, default_metrics, logits_of
@@ -61,17 +60,6 @@ from kd_transformers.wordpiece import train_tokenizer
 logger = logging.get_logger(__name__)
 
 _RECORD, _RESULTS = "teacher.json", "all_results.json"
-# Training arguments that make another run, and arguments of ours that do not.
-_CHANGES = (
-    *("seed", "data_seed", "learning_rate", "weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2"),
-    *("adam_epsilon", "max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "label_smoothing_factor"),
-    *("fp16", "bf16", "train_sampling_strategy"),
-)
-_FREE = {
-    *("cache_dir", "allow_nonfinite", "trust_remote_code", "max_eval_samples", "validation_file", "metric"),
-    *("validation_split", "ood_dataset", "ood_split", "cache_teacher"),
-}
 _TASKS = {
     "single_label_classification": "classification",
     "multi_label_classification": "multilabel",
@@ -477,29 +465,13 @@ class Session:
             )
         if found is None:
             return None
-        changed = self._changed(facts(found).get("arguments"))
-        if changed and newest:
-            raise DistillError(
-                f"{found} is of a run with {'; '.join(changed)}: give the arguments of that run, or name the checkpoint"
-                f" to go on with others on purpose, --resume_from_checkpoint {found}."
-            )
-        if changed:
-            logger.warning(f"Resuming {found} with other arguments: it was written with {'; '.join(changed)}.")
+        check_same_run(found, self._fingerprint, named=not newest)
         return str(found)
-
-    def _changed(self, before: Any) -> list[str]:
-        """The arguments that another run than this one had, of those that change its numbers."""
-        now = self._fingerprint
-        names = [name for name in now if isinstance(before, dict) and before.get(name, now[name]) != now[name]]
-        return [f"{name} {before[name]} (here {now[name]})" for name in names]
 
     @cached_property
     def _fingerprint(self) -> dict[str, Any]:
         """What changes the numbers of a run, by argument, as JSON has it; its length may be changed on the way."""
-        data, model, distillation, training = self.arguments
-        ours = {name: v for name, v in {**vars(data), **vars(model), **vars(distillation)}.items() if name not in _FREE}
-        found = {**ours, **{name: getattr(training, name) for name in _CHANGES}, "data": fingerprint(self.data)}
-        return {name: json.loads(json.dumps(value, default=str)) for name, value in found.items()}
+        return identity(self.arguments, fingerprint(self.data))
 
     def _evaluate(self) -> None:
         trainer, problem = self.trainer, self.labels.problem
