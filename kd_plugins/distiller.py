@@ -132,7 +132,7 @@ class Distiller(nn.Module):
         """The terms of `loss`, in the mean over the teachers; without a teacher, the student in its place."""
         given = [self.loss(student, teacher, batch) for teacher in teachers or [student]]
         for terms in given:
-            check_terms(terms, f"loss() of {self.name}")
+            check_terms(terms, f"loss() of {self.name}", scalars=False)
         if len(given) == 1:
             return given[0]
         return {name: torch.stack([terms[name] for terms in given]).mean() for name in given[0]}
@@ -202,13 +202,13 @@ def overrides(distiller: Distiller, name: str) -> bool:
     return any(getattr(type(part), name) is not getattr(Distiller, name) for part in distiller.methods.values())
 
 
-def check_terms(terms: Any, where: str) -> None:
-    """Refuses what is no mapping of names to tensors with one number each."""
+def check_terms(terms: Any, where: str, *, scalars: bool = True) -> None:
+    """Refuses what is no mapping of names to tensors, each with one number where `scalars` says so."""
     if not isinstance(terms, Mapping):
         raise DistillError(
             f'Expected the terms of {where} by name, {{"name": term}}, got {type(terms).__name__}: give each a name.'
         )
-    for name, term in terms.items():
+    for name, term in terms.items() if scalars else ():
         if not isinstance(term, Tensor) or term.numel() != 1:
             got = f"shape {list(term.shape)}" if isinstance(term, Tensor) else type(term).__name__
             raise DistillError(f"Expected the term {name!r} of {where} as a tensor of one number, got {got}: mean()?")

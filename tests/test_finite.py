@@ -91,7 +91,7 @@ def test_a_teacher_with_a_weight_that_is_no_number_is_refused(value):
     [
         (lambda x: x.mean(), 'by name, {"name": term}, got Tensor'),
         (lambda x: None, "got NoneType"),
-        (lambda x: {"a": 1.0}, "'a' of loss.. of .* one number, got float"),
+        (lambda x: {"a": 1.0}, "'a' of the group 'student' .* one number, got float"),
         (lambda x: {"a": x}, r"got shape \[8, 3\]"),
     ],
 )
