@@ -13,7 +13,7 @@ A list is YAML:
       kd: --distill kd --teacher ...
     variants: {short: --epochs 4, long: --epochs 8}    # optional: every row with each of them
 
-`$DATA` and other variables of the environment are expanded. One process for each core.
+`$DATA` and other variables of the environment are expanded, and `{device}` is `--device`. One process for each core.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from benchmarks.timing import machine, print_table, write
@@ -80,6 +81,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--output", default="output/quality", help="where the runs go")
     parser.add_argument("--json", help="where the results go; by default benchmarks/results/<list>.json")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="what lists call {device}"
+    )
     parser.add_argument("--only", nargs="*", help="rows to run; the table has all that are done")
     parser.add_argument("--collect", action="store_true", help="run nothing: the table of what is done")
     args = parser.parse_args(argv)
@@ -87,7 +91,7 @@ def main(argv: list[str]) -> int:
     root = Path(args.output) / Path(args.list).stem
     wanted = spec.get("results", "results.json")
     scale = spec.get("scale", 1)
-    names: dict[str, str] = {}
+    names = {"device": args.device}
     for name, command in (spec.get("before") or {}).items():
         folder = root / name
         if run(os.path.expandvars(command.format(out=folder, **names)), folder, wanted) is None:
