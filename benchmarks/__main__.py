@@ -13,6 +13,7 @@ NAMES = {
     "camvid": "segmentation of CamVid",
     "quality": "lists of training runs",
     "robustness": "students of a list of runs on corrupted and attacked images",
+    "filters": "a picture of networks' first filters",
     "results": "the tables of docs/results.md, from the runs' results",
     "idx_data": "MNIST and Fashion-MNIST as parquet files",
     "demo_data": "the demo's training rows, a part of them held out to choose its settings on",
