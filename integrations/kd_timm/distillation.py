@@ -197,5 +197,5 @@ class DistillStep(PlainStep):
         distillation = self.distillation
         distillation.player.accumulation = accumulate
         drawn = {name: next(self._streams[name]) for name in distillation.distiller.needs().streams}
-        streams = {name: distillation.batch(self.run.images(x), y) for name, (x, y) in drawn.items()}
+        streams = {name: distillation.batch(*self.run.batch(x, y)) for name, (x, y) in drawn.items()}
         return distillation.player.forward(distillation.batch(inputs, targets, streams))

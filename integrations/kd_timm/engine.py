@@ -6,18 +6,26 @@ import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torchvision
 from accelerate import Accelerator
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
 from kd_accelerate import TurnPlayer
-from kd_timm.compat import ClassificationEvaluator, evaluation_sample_limit, set_sync_gradients
-from kd_timm.data import Data
+from kd_timm.compat import (
+    ClassificationEvaluator,
+    MultiLabelClassificationEvaluator,
+    TrainingTask,
+    evaluation_sample_limit,
+    set_sync_gradients,
+)
+from kd_timm.data import Data, Targets, model_dtype
 from kd_timm.network import one_head
 from kd_timm.progress import Reporter
 
@@ -33,6 +41,7 @@ class TrainingRun:
         accelerator: Device, precision, processes.
         student: The bare student.
         model: The student as Accelerate wrapped it.
+        task: timm's own distillation around the wrapped student; None without it.
         optimizer: The prepared optimizer.
         scheduler: timm's learning-rate schedule; None for none.
         criterion: Training loss of scores and targets.
@@ -40,17 +49,20 @@ class TrainingRun:
         ema: Moving average of the student.
         step: How a batch is played.
         updates_per_epoch: Optimizer steps in one epoch.
+        folder: Output folder.
     """
 
     args: argparse.Namespace
     accelerator: Accelerator
     student: nn.Module
     model: Any
+    task: TrainingTask | None
     optimizer: Any
     scheduler: Any
     criterion: nn.Module
     data: Data
     updates_per_epoch: int
+    folder: Path
     ema: ModelEmaV3 | None
     step: PlainStep
 
@@ -60,17 +72,48 @@ class TrainingRun:
         rates = [group["lr"] for group in self.optimizer.param_groups]
         return sum(rates) / len(rates)
 
-    def images(self, inputs: Tensor) -> Tensor:
-        """Images as `--channels-last` lays them out; anything else as it is."""
+    def autocast(self) -> torch.autocast:
+        """The precision that `--amp` and `--amp-dtype` say."""
+        dtype = getattr(torch, self.args.amp_dtype)
+        return torch.autocast(self.accelerator.device.type, dtype=dtype, enabled=self.args.amp)
+
+    def images(self, inputs: Any, dtype: torch.dtype | None = None) -> Any:
+        """Images on the device as `--channels-last` lays them out; patches of `--naflex-loader` as they are.
+
+        Args:
+            inputs: A loader's.
+            dtype: Of the network that sees them, by default the student's.
+        """
+        if isinstance(inputs, dict):
+            moved = {k: v.to(self.accelerator.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+            return moved | {"patches": moved["patches"].to(dtype or model_dtype(self.args))}
+        inputs = inputs.to(self.accelerator.device, dtype or model_dtype(self.args))
         last = self.args.channels_last and inputs.dim() == 4
         return inputs.contiguous(memory_format=torch.channels_last) if last else inputs
+
+    def batch(self, inputs: Any, targets: Any) -> tuple[Any, Any]:
+        """A batch of a training loader on the device, and mixed, where the loader has not done so."""
+        inputs, mixup = self.images(inputs), self.data.mixup
+        if not self.args.no_prefetcher:
+            return inputs, targets
+        targets = targets.to(self.accelerator.device)
+        if mixup is None or isinstance(inputs, dict):
+            return inputs, targets
+        if isinstance(targets, Targets):
+            inputs, labels = mixup(inputs, targets.labels)
+            return inputs, targets._replace(labels=labels)
+        return mixup(inputs, targets)
 
     def clip(self, others: Sequence[nn.Parameter] = ()) -> None:
         """Clips the student's gradients as `--clip-grad` and `--clip-mode` say, jointly with those of others."""
         if self.args.clip_grad is None:
             return
         self.accelerator.unscale_gradients(self.optimizer)
-        self.clip_network(list(self.model.parameters()), others)
+        if self.task is None:
+            self.clip_network(list(self.model.parameters()), others)
+        else:
+            found = self.task.get_clip_parameters(exclude_head=self.args.clip_mode == "agc")
+            dispatch_clip_grad(found, value=self.args.clip_grad, mode=self.args.clip_mode)
 
     def clip_network(self, parameters: Sequence[nn.Parameter], others: Sequence[nn.Parameter] = ()) -> None:
         """Clips the gradients of one network, which are not scaled, as `--clip-grad` and `--clip-mode` say."""
@@ -81,9 +124,12 @@ class TrainingRun:
         parameters = parameters[:-2] if args.clip_mode == "agc" else parameters
         dispatch_clip_grad([*parameters, *others], value=args.clip_grad, mode=args.clip_mode)
 
+    def recover(self, epoch: int, update: int) -> None:
+        """Called after every update of an epoch; writes what `--recovery-interval` asks for."""
+
 
 class PlainStep:
-    """A micro-step of training; without a player of turns what timm's ClassificationTask and loop do.
+    """A micro-step of training; without a player of turns what timm's tasks and loop do.
 
     Args:
         run: The run.
@@ -92,6 +138,7 @@ class PlainStep:
 
     def __init__(self, run: TrainingRun, player: TurnPlayer | None = None) -> None:
         self.run, self.player = run, player
+        self.second_order: bool = getattr(run.optimizer.optimizer, "is_second_order", False)
 
     def __call__(self, inputs: Tensor, targets: Any, accumulate: int, update: bool) -> Tensor:
         """Plays one batch, forward, backward and update, and returns its unscaled loss.
@@ -106,7 +153,8 @@ class PlainStep:
         set_sync_gradients(run.accelerator, update)
         with nullcontext() if update else run.accelerator.no_sync(run.model):
             loss = self.loss(inputs, targets, accumulate)
-            run.accelerator.backward(loss / accumulate if accumulate > 1 else loss)
+            scaled = (loss / accumulate if accumulate > 1 else loss) * self.scale(inputs)
+            run.accelerator.backward(scaled, create_graph=self.second_order)
         if player is not None:
             player.after_backward()
         if update:
@@ -119,9 +167,24 @@ class PlainStep:
 
     def loss(self, inputs: Tensor, targets: Any, accumulate: int) -> Tensor:
         """The loss of a batch, with its graph."""
-        output = one_head(self.run.model(inputs), self.run.student)
-        with self.run.accelerator.autocast():
-            return self.run.criterion(output, targets)
+        run = self.run
+        with run.autocast():
+            if run.task is not None:
+                return run.task(inputs, targets)["loss"]
+            return run.criterion(one_head(run.model(inputs), run.student), targets)
+
+    def scale(self, inputs: Any) -> float:
+        """How much a batch counts, where `--naflex-loader` or `--train-img-sizes` make some larger than others."""
+        run, args = self.run, self.run.args
+        mode = args.naflex_loss_scale if args.naflex_loader else args.variable_batch_loss_scale
+        rows, scale = _rows(inputs), 1.0
+        if mode != "none":
+            share = rows / run.data.mean_batch
+            scale = share if mode == "linear" else share**0.5
+        if args.naflex_loader and run.accelerator.num_processes > 1:
+            everywhere = run.accelerator.reduce(torch.tensor(float(rows), device=run.accelerator.device))
+            scale *= run.accelerator.num_processes * rows / float(everywhere)
+        return scale
 
     def logs(self) -> dict[str, float]:
         """Mean loss terms since the last call, by name; must be called on every process."""
@@ -165,10 +228,11 @@ def train_one_epoch(run: TrainingRun, epoch: int, reporter: Reporter, *, first_u
         update = last or (number + 1) % accumulate == 0
         # The last update of an epoch may hold fewer micro-batches; each counts for more then.
         current = remainder if remainder and number >= batches - remainder else accumulate
-        loss = run.step(run.images(inputs), targets, current, update)
+        inputs, targets = run.batch(inputs, targets)
+        loss = run.step(inputs, targets, current, update)
         # The sum stays on the device: reading it would wait for the step.
-        total += loss * len(inputs)
-        count += len(inputs)
+        total += loss.float() * _rows(inputs)
+        count += _rows(inputs)
         if not update:
             continue
         updates += 1
@@ -176,6 +240,8 @@ def train_one_epoch(run: TrainingRun, epoch: int, reporter: Reporter, *, first_u
         reporter.advance(updates)
         if run.ema is not None:
             run.ema.update(run.student, step=first_update + updates)
+        if args.synchronize_step and run.accelerator.device.type != "cpu":
+            torch.accelerator.synchronize()
         if run.scheduler is not None:
             run.scheduler.step_update(num_updates=first_update + updates)
         if (updates - 1) % args.log_interval == 0 or last:
@@ -187,12 +253,21 @@ def train_one_epoch(run: TrainingRun, epoch: int, reporter: Reporter, *, first_u
             shown = {"loss": (_mean(run, total) / count)} | means | {"lr": run.rate}
             speed = count * run.accelerator.num_processes / max(time.monotonic() - started, 1e-9)
             reporter.update(updates, shown, speed)
+            if args.save_images and run.accelerator.is_main_process and not isinstance(inputs, dict):
+                image = run.folder / f"train-batch-{number}.jpg"
+                torchvision.utils.save_image(inputs, image, padding=0, normalize=True)
+        run.recover(epoch, updates)
     optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
     if hasattr(optimizer, "sync_lookahead"):
         optimizer.sync_lookahead()
     run.step.end_epoch(epoch + 1)
     reporter.end()
     return {"loss": _mean(run, total) / max(count, 1)} | {name: s / w for name, (s, w) in terms.items()}
+
+
+def _rows(inputs: Any) -> int:
+    """The images of a batch."""
+    return len(inputs["patches"] if isinstance(inputs, dict) else inputs)
 
 
 def _mean(run: TrainingRun, value: Tensor) -> float:
@@ -212,13 +287,17 @@ def answers(
 
     The rows that come last may fill up this process's share.
     """
-    limit, done = evaluation_sample_limit(loader), 0
+    limit, done, average = evaluation_sample_limit(loader), 0, run.args.tta
+    dtype = next((p.dtype for p in model.parameters()), None)
     model.eval()
     for inputs, targets in loader:
-        inputs = run.images(inputs)
-        with run.accelerator.autocast():
-            output = _two_classes(one_head(model(inputs), model))
-            told = [_two_classes(other(inputs)) for other in others]
+        inputs, targets = run.images(inputs, dtype), targets.to(run.accelerator.device)
+        with run.autocast():
+            found = [one_head(model(inputs), model), *(other(inputs) for other in others)]
+            if average > 1:
+                found = [scores.unfold(0, average, average).mean(dim=2) for scores in found]
+                targets = targets[: len(targets) : average]
+            output, *told = found if run.args.task == "multilabel" else map(_two_classes, found)
         rows = len(output) if limit is None else max(0, min(limit - done, len(output)))
         done += len(output)
         yield output, targets, told, rows
@@ -242,10 +321,14 @@ def evaluate(
         seen: What is to see the scores as well.
 
     Returns:
-        Loss, top-1 and top-5 accuracy in percent over all processes, and the agreements.
+        Loss, top-1 and top-5 accuracy in percent over all processes, and the agreements; of several labels an image
+        loss, mean average precision and F1.
     """
     accelerator, loader = run.accelerator, run.data.evaluation
-    evaluator = ClassificationEvaluator(device=accelerator.device, max_samples=evaluation_sample_limit(loader))
+    several = run.args.task == "multilabel"
+    options: dict[str, Any] = {"threshold": run.args.multilabel_threshold} if several else {}
+    kind = MultiLabelClassificationEvaluator if several else ClassificationEvaluator
+    evaluator = kind(device=accelerator.device, max_samples=evaluation_sample_limit(loader), **options)
     agree = torch.zeros(len(others) + 1, dtype=torch.float64, device=accelerator.device)
     for output, targets, told, rows in answers(run, model, loader, others):
         for i, scores in enumerate(told):

@@ -80,7 +80,7 @@ class Recorder:
         distillation = self.session.distillation
         teachers = () if distillation is None else distillation.teachers
         misfits = [number for number, teacher in enumerate(teachers) if teacher.misfit]
-        with self.session.accelerator.autocast():
+        with self.session.autocast():
             self.record.analyse(phase, self._nets(), self._batches(), misfits=misfits)
 
     def _batches(self) -> Iterator[Batch]:

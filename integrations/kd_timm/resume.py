@@ -10,11 +10,14 @@ import torch
 from accelerate.utils import gather_object
 
 from kd_plugins import DistillError
+from kd_plugins.errors import told
 from kd_timm.checkpoint import load_random_state, load_weights, random_state, read_json, save_weights, write_json
+from kd_timm.compat import load_task_ema_checkpoint, native_scaler, resume_task_checkpoint
 from kd_timm.parts import Parts
 
 # Arguments that may change on resume without changing the numbers.
 _FREE = {"resume", "config", "output", "experiment", "log_interval", "device", "checkpoint_hist", "pin_mem"}
+_FREE |= {"no_resume_opt", "start_epoch", "stop_epoch", "save_epochs", "recovery_interval", "save_images", "local_rank"}
 _FREE |= {"report_to", "log_wandb", "wandb_project", "wandb_tags", "wandb_resume_id"}
 
 
@@ -34,6 +37,7 @@ def save_state(session: Parts, epoch: int) -> None:
                 "optimizer": session.optimizer.state_dict(),
                 "scaler": session.accelerator.scaler.state_dict() if session.accelerator.scaler else None,
                 "scheduler": _plateau_state(session.scheduler),
+                "task": session.task.get_task_state() if session.task is not None else {},
             },
             folder / "optimizer.pt",
         )
@@ -77,8 +81,11 @@ def load_state(session: Parts) -> int:
     if session.ema is not None:
         load_weights(session.ema.module, folder / "ema.safetensors")
     state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-    session.optimizer.load_state_dict(state["optimizer"])
-    if session.accelerator.scaler is not None:
+    if session.task is not None:
+        session.task.load_task_state(state["task"])
+    if not session.args.no_resume_opt:
+        session.optimizer.load_state_dict(state["optimizer"])
+    if session.accelerator.scaler is not None and not session.args.no_resume_opt:
         session.accelerator.scaler.load_state_dict(state["scaler"])
     if state["scheduler"] is not None:
         session.scheduler.lr_scheduler.load_state_dict(state["scheduler"]["inner"])
@@ -91,7 +98,27 @@ def load_state(session: Parts) -> int:
     random = torch.load(folder / f"random-{session.accelerator.process_index}.pt", weights_only=True)
     load_random_state(random)
     session.reporter.line(f"Continuing with epoch {saved['epoch']} from {folder}")
+    if session.args.workers and session.args.persistent_workers:
+        session.reporter.line(
+            "The data loading processes draw their random numbers anew, so that the run goes on otherwise than it would"
+            " have; --no-persistent-workers makes resuming exact."
+        )
     return saved["epoch"]
+
+
+def load_checkpoint(session: Parts, path: str) -> int:
+    """Takes up a checkpoint of timm's script; returns the epoch to go on with."""
+    scaler = None if session.accelerator.scaler is None else native_scaler(session.accelerator.scaler)
+    task = session.saved_task()
+    with told(
+        f"--resume {path} does not fit this run", Exception, remedy="name the model and flags that it was made with"
+    ):
+        optimizer = None if session.args.no_resume_opt else session.optimizer.optimizer
+        epoch = resume_task_checkpoint(task, path, optimizer, None if optimizer is None else scaler)
+        if session.ema is not None:
+            load_task_ema_checkpoint(task, path)
+    session.reporter.line(f"Continuing with epoch {epoch or 0} from {path}")
+    return epoch or 0
 
 
 def _plateau_state(scheduler: Any) -> dict[str, Any] | None:
