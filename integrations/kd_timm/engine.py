@@ -303,6 +303,13 @@ def answers(
         yield output, targets, told, rows
 
 
+def evaluator(args: argparse.Namespace, **options: Any) -> ClassificationEvaluator:
+    """What counts and measures the answers of a network, by the task."""
+    if args.task == "multilabel":
+        return MultiLabelClassificationEvaluator(threshold=args.multilabel_threshold, **options)
+    return ClassificationEvaluator(**options)
+
+
 @torch.inference_mode()
 def evaluate(
     run: TrainingRun,
@@ -325,20 +332,17 @@ def evaluate(
         loss, mean average precision and F1.
     """
     accelerator, loader = run.accelerator, run.data.evaluation
-    several = run.args.task == "multilabel"
-    options: dict[str, Any] = {"threshold": run.args.multilabel_threshold} if several else {}
-    kind = MultiLabelClassificationEvaluator if several else ClassificationEvaluator
-    evaluator = kind(device=accelerator.device, max_samples=evaluation_sample_limit(loader), **options)
+    judge = evaluator(run.args, device=accelerator.device, max_samples=evaluation_sample_limit(loader))
     agree = torch.zeros(len(others) + 1, dtype=torch.float64, device=accelerator.device)
     for output, targets, told, rows in answers(run, model, loader, others):
         for i, scores in enumerate(told):
             agree[i] += (scores.argmax(-1) == output.argmax(-1))[:rows].sum()
         agree[-1] += rows
-        evaluator.update(output, targets)
+        judge.update(output, targets)
         if seen is not None:
             seen(output[:rows], targets[:rows], [scores[:rows] for scores in told])
     distributed = accelerator.num_processes > 1
-    metrics = dict(evaluator.compute(distributed=distributed))
+    metrics = dict(judge.compute(distributed=distributed))
     if others:
         if distributed:
             dist.all_reduce(agree)

@@ -36,7 +36,7 @@ from kd_timm.checkpoint import Checkpoints, find_state, forked_random_state
 from kd_timm.compat import ClassificationTask, TrainingTask, native_scaler
 from kd_timm.data import apply_data_defaults, check_data_free, create_data, create_datasets, model_dtype
 from kd_timm.distillation import Distillation, make_distiller
-from kd_timm.engine import PlainStep, TrainingRun
+from kd_timm.engine import PlainStep, TrainingRun, evaluator
 from kd_timm.peers import Peers
 from kd_timm.progress import Reporter
 from kd_timm.trackers import start_trackers, tracker_names
@@ -113,6 +113,9 @@ class Parts(TrainingRun):
         # A training without data keeps its last student, whatever an evaluation set says of it.
         judged = self.data.evaluation is not None and (not data_free or args.best_on_eval)
         self.metric = args.eval_metric if judged else "epoch" if data_free else "loss"
+        if judged and self.metric not in evaluator(args).metric_names:
+            names = ", ".join(evaluator(args).metric_names)
+            raise DistillError(f"--eval-metric {self.metric} is not measured here: expected one of {names}.")
         self._open_output()
         if self.accelerator.log_with:
             start_trackers(self.accelerator, args, self.folder, self.given)
@@ -150,8 +153,8 @@ class Parts(TrainingRun):
             if self.data.staged is not None:
                 self.data.staged.epoch_steps = self.updates_per_epoch
         if args.torchscript:
-            # The script shares the student's weights.
-            model = torch.jit.script(model)
+            # The script shares the student's weights; Accelerate wraps the forward of a module that is none.
+            model = nn.Sequential(torch.jit.script(model))
         if args.torchcompile:
             model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
