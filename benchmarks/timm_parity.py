@@ -63,6 +63,8 @@ ROWS = {
     "naflex-mixup": f"{NAFLEX} --naflex-train-seq-lens 16 36 --naflex-max-seq-len 36 --mixup 0.3",
     "sched-on-updates": "--sched-on-updates --warmup-epochs 1 --opt lamb",
     "lr-base": "--lr-base 0.05 --opt adamw --lr-noise 0.3 0.9",
+    "resume": "--resume {checkpoint} --model-ema --model-ema-decay 0.9",
+    "no-resume-opt": "--resume {checkpoint} --no-resume-opt --opt adamw",
     "kd-logit": "--kd-model-name {teacher} --kd-temperature 2 --distill-loss-weight 0.7",
     "kd-feature": "--kd-model-name {teacher} --kd-distill-type feature --clip-grad 0.5",
     "kd-token": f"{DEIT} --kd-model-name {{teacher}} --kd-distill-type token",
@@ -79,7 +81,11 @@ def main(script: str, *names: str) -> None:
         for name in names or ROWS:
             flags = ROWS[name].replace("{teacher}", teacher)
             network = "" if "--model " in flags else NETWORK
-            argv = f"--data-dir {folder / 'data'} --output {folder} {network} {COMMON} {flags}".split()
+            common = f"--data-dir {folder / 'data'} --output {folder} {network} {COMMON}"
+            if "{checkpoint}" in flags:
+                _apart(_timm, script, f"{common} --experiment begun --model-ema".split())
+                flags = flags.replace("{checkpoint}", str(folder / "begun" / "checkpoint-0.pth.tar"))
+            argv = f"{common} {flags}".split()
             timms = _apart(_timm, script, [*argv, "--experiment", f"{name}-timm"])
             ours = _apart(_kd_timm, [*argv, "--experiment", f"{name}-ours"])
             said = "; ".join(filter(None, (timms and f"timm: {timms}", ours and f"ours: {ours}")))

@@ -86,14 +86,15 @@ class Session(Parts):
 
     def _start(self) -> int:
         """Takes up what `--resume` names; returns the epoch to begin with."""
-        args, start = self.args, 0
+        args, start, exact = self.args, 0, False
         if self.state is not None:
-            start = load_state(self)
+            start, exact = load_state(self)
         elif self.checkpoint:
             start = load_checkpoint(self, self.checkpoint)
-        start = start if args.start_epoch is None else args.start_epoch
-        exact = self.state is not None and args.start_epoch is None and not args.no_resume_opt
-        if self.scheduler is not None and start > 0 and not exact:
+        if args.start_epoch is not None:
+            start, exact = args.start_epoch, False
+        # The plateau schedule alone is no function of the epoch.
+        if self.scheduler is not None and start > 0 and not exact and args.sched != "plateau":
             if args.sched_on_updates:
                 self.scheduler.step_update(start * self.updates_per_epoch)
             else:

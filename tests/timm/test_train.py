@@ -19,6 +19,7 @@ from kd_timm.arguments import parse_args
 from kd_timm.digits import Digits
 
 MODEL = dict(num_classes=10, channels=(8, 8, 16, 16), stem_width=8)
+MODEL_FLAGS = ("channels=(8,8,16,16)", "stem_width=8")
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -60,8 +61,28 @@ def test_resume_refuses_other_settings(run):
     first = run()
     with pytest.raises(DistillError, match="lr"):
         run("--lr", "0.5", "--resume", str(first.folder))
+    with pytest.raises(DistillError, match=r"cannot change: drop.*--initial-checkpoint .*last.safetensors"):
+        run("--drop", "0.5", "--resume", str(first.folder))
     with pytest.raises(DistillError, match="no state to continue from"):
         run("--resume", str(first.folder.parent / "nothing"))
+
+
+@pytest.mark.parametrize("method", [[], ["--distill", "kd", "--teacher", "resnet10t"]])
+def test_a_run_is_made_longer(run, method, caplog):
+    """The schedule is that of the longer run from there on; other evaluation batches change nothing."""
+    if method:
+        teacher = run(name="teacher").folder / "model_best.safetensors"
+        method = [*method, "--teacher-checkpoint", str(teacher), "--teacher-kwargs", *MODEL_FLAGS]
+    short = run(*method, "--opt", "adamw", name="short")
+    caplog.clear()
+    longer = run(*method, "--opt", "adamw", "--epochs", "4", "-vb", "50", "--resume", str(short.folder), name="longer")
+    assert "otherwise than it would have, because of --epochs." in caplog.text
+    rates = [float(row["lr"]) for row in csv.DictReader((longer.folder / "summary.csv").open())]
+    whole = run(*method, "--opt", "adamw", "--epochs", "4", name="whole")
+    expected = [float(row["lr"]) for row in csv.DictReader((whole.folder / "summary.csv").open())]
+    assert rates[2:] == pytest.approx(expected[2:])
+    if method:
+        assert longer.distillation.distiller.progress.total == 4 * longer.updates_per_epoch
 
 
 def test_the_export_is_a_timm_checkpoint(run):
