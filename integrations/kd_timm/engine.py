@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from accelerate import Accelerator
-from timm.utils import ModelEmaV3, dispatch_clip_grad
+from timm.utils import AverageMeter, ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
 from kd_accelerate import TurnPlayer
@@ -50,6 +50,7 @@ class TrainingRun:
         step: How a batch is played.
         updates_per_epoch: Optimizer steps in one epoch.
         folder: Output folder.
+        reporter: Where progress goes.
     """
 
     args: argparse.Namespace
@@ -63,6 +64,7 @@ class TrainingRun:
     data: Data
     updates_per_epoch: int
     folder: Path
+    reporter: Reporter
     ema: ModelEmaV3 | None
     step: PlainStep
 
@@ -199,51 +201,56 @@ class PlainStep:
             self.player.end_epoch(epoch, unit=self.run.updates_per_epoch)
 
 
-def train_one_epoch(run: TrainingRun, epoch: int, reporter: Reporter, *, first_update: int) -> dict[str, float]:
+def train_one_epoch(run: TrainingRun, epoch: int, *, first_update: int) -> dict[str, float]:
     """Trains for one epoch.
 
     Args:
         run: The run.
         epoch: Number of the epoch.
-        reporter: Where progress goes.
         first_update: Update number, in the current learning-rate schedule, that the epoch begins with.
 
     Returns:
         Mean loss and loss terms over the epoch and all processes.
     """
-    args, loader = run.args, run.data.train
+    args, loader, reporter = run.args, run.data.train, run.reporter
     run.data.set_epoch(epoch, args.mixup_off_epoch)
     run.model.train()
     run.step.begin_epoch()
     run.optimizer.zero_grad()
     total = torch.zeros((), device=run.accelerator.device)
-    count, updates, started = 0, 0, time.monotonic()
+    count, updates = 0, 0
+    waited, taken = AverageMeter(), AverageMeter()
+    asked = begun = time.monotonic()
+    images = 0
     terms: dict[str, tuple[float, int]] = {}
     accumulate, batches = args.grad_accum_steps, len(loader)
     remainder = batches % accumulate
     window = 0
-    reporter.begin(f"epoch {epoch}", run.updates_per_epoch)
+    reporter.begin(epoch, run.updates_per_epoch)
     for number, (inputs, targets) in enumerate(loader):
         last = number == batches - 1
         update = last or (number + 1) % accumulate == 0
         # The last update of an epoch may hold fewer micro-batches; each counts for more then.
         current = remainder if remainder and number >= batches - remainder else accumulate
         inputs, targets = run.batch(inputs, targets)
+        waited.update(current * (time.monotonic() - asked))
         loss = run.step(inputs, targets, current, update)
         # The sum stays on the device: reading it would wait for the step.
         total += loss.float() * _rows(inputs)
         count += _rows(inputs)
+        images += _rows(inputs) * run.accelerator.num_processes
         if not update:
+            asked = time.monotonic()
             continue
         updates += 1
         window += 1
         reporter.advance(updates)
+        taken.update(max(time.monotonic() - begun, 1e-9))
+        begun = time.monotonic()
         if run.ema is not None:
             run.ema.update(run.student, step=first_update + updates)
         if args.synchronize_step and run.accelerator.device.type != "cpu":
             torch.accelerator.synchronize()
-        if run.scheduler is not None:
-            run.scheduler.step_update(num_updates=first_update + updates)
         if (updates - 1) % args.log_interval == 0 or last:
             means = run.step.logs()
             for name, value in means.items():
@@ -251,12 +258,20 @@ def train_one_epoch(run: TrainingRun, epoch: int, reporter: Reporter, *, first_u
                 terms[name] = (sum_ + value * window, weight + window)
             window = 0
             shown = {"loss": (_mean(run, total) / count)} | means | {"lr": run.rate}
-            speed = count * run.accelerator.num_processes / max(time.monotonic() - started, 1e-9)
-            reporter.update(updates, shown, speed)
+            line = (
+                f"Loss: {_mean(run, loss.float()):#.3g} ({shown['loss']:#.3g})"
+                f"  Time: {taken.val:.3f}s, {images / taken.val:>7.2f}/s"
+                f"  ({taken.avg:.3f}s, {images / taken.avg:>7.2f}/s)"
+                f"  LR: {run.rate:.3e}  Data: {waited.val:.3f} ({waited.avg:.3f})"
+            )
+            reporter.update(updates, shown, line)
             if args.save_images and run.accelerator.is_main_process and not isinstance(inputs, dict):
                 image = run.folder / f"train-batch-{number}.jpg"
                 torchvision.utils.save_image(inputs, image, padding=0, normalize=True)
         run.recover(epoch, updates)
+        if run.scheduler is not None:
+            run.scheduler.step_update(num_updates=first_update + updates)
+        images, asked = 0, time.monotonic()
     optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
     if hasattr(optimizer, "sync_lookahead"):
         optimizer.sync_lookahead()
@@ -303,6 +318,11 @@ def answers(
         yield output, targets, told, rows
 
 
+def listed(metrics: Mapping[str, float]) -> str:
+    """Metrics as a log line has them."""
+    return "  ".join(f"{name}: {value:.4f}" for name, value in metrics.items())
+
+
 def evaluator(args: argparse.Namespace, **options: Any) -> ClassificationEvaluator:
     """What counts and measures the answers of a network, by the task."""
     if args.task == "multilabel":
@@ -317,6 +337,7 @@ def evaluate(
     *,
     others: Sequence[Callable[[Tensor], Tensor]] = (),
     seen: Seen | None = None,
+    label: str = "",
 ) -> dict[str, float]:
     """Evaluates a model on the evaluation split.
 
@@ -326,6 +347,7 @@ def evaluate(
         others: Teachers; the share of images on which the model and the i-th of them choose the same class is reported
             as `agreement` (`agreement1`, ... from the second on).
         seen: What is to see the scores as well.
+        label: What the log lines of timm's script begin with; empty for none.
 
     Returns:
         Loss, top-1 and top-5 accuracy in percent over all processes, and the agreements; of several labels an image
@@ -334,15 +356,23 @@ def evaluate(
     accelerator, loader = run.accelerator, run.data.evaluation
     judge = evaluator(run.args, device=accelerator.device, max_samples=evaluation_sample_limit(loader))
     agree = torch.zeros(len(others) + 1, dtype=torch.float64, device=accelerator.device)
-    for output, targets, told, rows in answers(run, model, loader, others):
+    taken, last, begun = AverageMeter(), len(loader) - 1, time.monotonic()
+    for number, (output, targets, told, rows) in enumerate(answers(run, model, loader, others)):
         for i, scores in enumerate(told):
             agree[i] += (scores.argmax(-1) == output.argmax(-1))[:rows].sum()
         agree[-1] += rows
         judge.update(output, targets)
         if seen is not None:
             seen(output[:rows], targets[:rows], [scores[:rows] for scores in told])
+        taken.update(time.monotonic() - begun)
+        begun = time.monotonic()
+        if label and (number % run.args.log_interval == 0 or number == last):
+            time_ = f"Time: {taken.val:.3f} ({taken.avg:.3f})"
+            run.reporter.line(f"{label}: [{number:>4d}/{last}]  {time_}  {listed(judge.summary())}")
     distributed = accelerator.num_processes > 1
     metrics = dict(judge.compute(distributed=distributed))
+    if label:
+        run.reporter.line(f"{label}: {listed(metrics)}")
     if others:
         if distributed:
             dist.all_reduce(agree)

@@ -141,8 +141,18 @@ class Parts(TrainingRun):
         self.task = create_task(args, self.student, accelerator.device)
         model: Any = self.student if self.task is None else self.task.get_trainable_module()
         optimizer = create_optimizer(args, model)
+        defaults = ", ".join(
+            f"{key}: {v}" for key, v in (optimizer.defaults | {"weight_decay": args.weight_decay}).items()
+        )
+        self.reporter.line(f"Created {type(optimizer).__name__} ({args.opt}) optimizer: {defaults}")
         self.updates_per_epoch = -(-len(self.data.train) // args.grad_accum_steps)
         self.scheduler, self.epochs = create_scheduler(args, optimizer, self.updates_per_epoch)
+        stepped = (
+            "Constant LR"
+            if self.scheduler is None
+            else f"LR stepped per {'update' if args.sched_on_updates else 'epoch'}"
+        )
+        self.reporter.line(f"Scheduled epochs: {self.epochs} of {self.updates_per_epoch} updates. {stepped}.")
         if args.stop_epoch and args.stop_epoch > self.epochs:
             raise DistillError(
                 f"--stop-epoch: expected at most the {self.epochs} epochs of the run, got {args.stop_epoch}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import shutil
 import time
@@ -17,7 +18,7 @@ from kd_plugins import DistillError
 from kd_report.uncertainty import dirichlet_offset
 from kd_timm.arguments import parse_args
 from kd_timm.checkpoint import Summary, load_weights, write_json
-from kd_timm.engine import evaluate, train_one_epoch
+from kd_timm.engine import evaluate, listed, train_one_epoch
 from kd_timm.layers import list_layers
 from kd_timm.parts import Parts, softmax
 from kd_timm.recording import Recorder
@@ -57,6 +58,7 @@ class Session(Parts):
 
     def fit(self) -> dict[str, Any]:
         """Trains to the end, or to an interrupt, and evaluates the best student."""
+        self.told: list[dict[str, Any]] = []
         start = self._start()
         self.summary = Summary(self.folder / "summary.csv", start)
         self.reporter.line(
@@ -72,6 +74,7 @@ class Session(Parts):
             self.reporter.end()
             self.recorder.interrupted()
             self.reporter.line(f"Interrupted; continue with --resume {self.folder}")
+            self._tell()
             return {}
         finally:
             for tracker in self.accelerator.trackers:
@@ -111,7 +114,7 @@ class Session(Parts):
         self.enter_stage()
         done = epoch - self.stage_start
         began = time.monotonic()
-        training = train_one_epoch(self, epoch, self.reporter, first_update=done * self.updates_per_epoch)
+        training = train_one_epoch(self, epoch, first_update=done * self.updates_per_epoch)
         self.seconds += time.monotonic() - began
         self.updates += self.updates_per_epoch
         rate = self.rate
@@ -135,8 +138,7 @@ class Session(Parts):
             self.accelerator.log(self.summary.add(epoch, training, evaluation, rate), step=epoch)
             self.recorder.epoch(epoch, training, evaluation, rate)
             self.checkpoints.save(self.evaluated, epoch, metric)
-        shown = "  ".join(f"{key} {value:.4g}" for key, value in evaluation.items())
-        self.reporter.line(f"epoch {epoch}: train loss {training['loss']:.4g}  {shown}")
+        self.told.append({"epoch": epoch, "train": training} | ({"validation": evaluation} if evaluation else {}))
         save_state(self, epoch + 1)
         if epoch + 1 in args.save_epochs and self.primary:
             shutil.copytree(self.folder / "state", self.folder / f"milestone-{epoch + 1}", dirs_exist_ok=True)
@@ -151,10 +153,10 @@ class Session(Parts):
             return {}
         wrapped = self.task is None and self.distillation is None
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=True) if wrapped else self.student
-        raw = evaluate(self, model)
+        raw = evaluate(self, model, label="Test")
         if self.evaluated is self.student:
             return raw
-        return evaluate(self, self.evaluated) | {f"raw_{key}": value for key, value in raw.items()}
+        return evaluate(self, self.evaluated, label="Test (EMA)") | {f"raw_{key}": value for key, value in raw.items()}
 
     def _finish(self) -> dict[str, Any]:
         args = self.args
@@ -167,8 +169,7 @@ class Session(Parts):
         if self.data.evaluation is not None:
             if args.best_on_eval:
                 results["last_evaluation"] = evaluate(self, self.evaluated)
-                last = "  ".join(f"{key} {value:.4g}" for key, value in results["last_evaluation"].items())
-                self.reporter.line(f"last epoch  {last}")
+                self.reporter.line(f"last epoch  {listed(results['last_evaluation'])}")
             load_weights(self.evaluated, exported)
             others = [] if self.distillation is None else self.distillation.asked()
             distiller = None if self.distillation is None else self.distillation.distiller
@@ -191,9 +192,19 @@ class Session(Parts):
             if self.distillation is not None:
                 self.distillation.distiller.export(self.folder)
             self.recorder.finish(results)
-        final = "  ".join(f"{key} {value:.4g}" for key, value in results.get("evaluation", {}).items())
-        self.reporter.line(f"best {self.metric} {best[0]:.4g} (epoch {best[1]})  {final}  {exported}")
+        self.reporter.line(f"*** Best metric: {best[0]} (epoch {best[1]})")
+        self.reporter.line(f"{exported}  {listed(results.get('evaluation', {}))}")
+        self._tell()
         return results
+
+    def _tell(self) -> None:
+        """Prints the best ten epochs of the session, the best one last, as those expect who read timm's output."""
+        if not self.primary:
+            return
+        worst = float("inf") if self.checkpoints.decreasing else float("-inf")
+        found = [(row.get("validation", row["train"]).get(self.metric, worst), row) for row in self.told]
+        ranked = sorted(found, key=lambda pair: pair[0], reverse=not self.checkpoints.decreasing)[:10]
+        print(f"--result\n{json.dumps([row for _, row in reversed(ranked)], indent=4)}")
 
 
 if __name__ == "__main__":
