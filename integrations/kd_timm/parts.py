@@ -133,10 +133,15 @@ class Parts(TrainingRun):
             patch_size=getattr(self.student, "get_patch_size", lambda: (16, 16))(),
         )
         resolve_learning_rate(args, self.processes, self.data.mean_batch)
-        if args.kd_distill_type == "feature" and args.model_ema and (args.recovery_interval or self.checkpoint):
+        if (
+            args.kd_distill_type == "feature"
+            and args.model_ema
+            and (args.recovery_interval or self.checkpoint or args.checkpoint_format == "both")
+        ):
             raise DistillError(
                 "--model-ema follows the student alone, and timm's checkpoints of --kd-distill-type feature hold the"
-                " average of its projection too: leave --recovery-interval out, and name an output folder to --resume."
+                " average of its projection too: leave --recovery-interval and --checkpoint-format out, and name an"
+                " output folder to --resume."
             )
         self.task = create_task(args, self.student, accelerator.device)
         model: Any = self.student if self.task is None else self.task.get_trainable_module()
@@ -237,14 +242,18 @@ class Parts(TrainingRun):
         self.checkpoints = Checkpoints(self.folder, args.checkpoint_hist, self.metric == "loss")
         peers = [] if self.distillation is None else self.distillation.peers
         self.peers = Peers(args.peer, peers, self.folder, self.metric)
-        if args.recovery_interval:
+        self.saver: CheckpointSaver | None = None
+        if args.recovery_interval or args.checkpoint_format == "both":
             scaler = self.accelerator.scaler
             self.saver = CheckpointSaver(
                 self.student,
                 self.optimizer.optimizer,
                 argparse.Namespace(**self.given),
                 amp_scaler=None if scaler is None else native_scaler(scaler),
+                checkpoint_dir=str(self.folder),
                 recovery_dir=str(self.folder),
+                decreasing=self.metric == "loss",
+                max_history=args.checkpoint_hist,
                 task=self.saved_task(),
             )
         if self.primary:

@@ -22,6 +22,7 @@ _logger = logging.getLogger("kd_timm.train")
 
 # Arguments that may change on resume without changing the numbers.
 _FREE = {"resume", "config", "output", "experiment", "log_interval", "device", "checkpoint_hist", "pin_mem"}
+_FREE |= {"checkpoint_format"}
 _FREE |= {"no_resume_opt", "start_epoch", "stop_epoch", "save_epochs", "recovery_interval", "save_images", "local_rank"}
 _FREE |= {"report_to", "log_wandb", "wandb_project", "wandb_tags", "wandb_resume_id", "validation_batch_size"}
 # Those that may change, so that the run goes on otherwise than it would have.
@@ -100,6 +101,9 @@ def load_state(session: Parts) -> tuple[int, bool]:
     session.seconds, session.updates = saved["seconds"], saved["updates"]
     session.checkpoints.kept = [(metric, epoch) for metric, epoch in saved["kept"]]
     session.peers.best = saved["peers"]
+    timms = session.folder / "last.pth.tar"
+    if session.saver is not None and timms.is_file():
+        session.saver.load_state_dict_from_checkpoint(timms)
     if session.primary:
         _bring_along(folder.parent, session.folder)
     random = torch.load(folder / f"random-{session.accelerator.process_index}.pt", weights_only=True)

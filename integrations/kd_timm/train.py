@@ -106,7 +106,7 @@ class Session(Parts):
 
     def recover(self, epoch: int, update: int) -> None:
         every = self.args.recovery_interval
-        if every and update % every == 0 and self.primary:
+        if every and update % every == 0 and self.primary and self.saver is not None:
             self.saver.save_recovery(epoch, batch_idx=update - 1)
 
     def _epoch(self, epoch: int) -> None:
@@ -138,6 +138,8 @@ class Session(Parts):
             self.accelerator.log(self.summary.add(epoch, training, evaluation, rate), step=epoch)
             self.recorder.epoch(epoch, training, evaluation, rate)
             self.checkpoints.save(self.evaluated, epoch, metric)
+            if self.args.checkpoint_format == "both" and self.saver is not None:
+                self.saver.save_checkpoint(epoch, metric)
         self.told.append({"epoch": epoch, "train": training} | ({"validation": evaluation} if evaluation else {}))
         save_state(self, epoch + 1)
         if epoch + 1 in args.save_epochs and self.primary:

@@ -22,7 +22,7 @@ _spec.loader.exec_module(_module)
 DEFAULTS = {**_module.DEFAULTS, **_module.NEWER}
 
 OURS = {"distill", "distill_args", "teacher", "teacher_checkpoint", "teacher_kwargs", "peer", "peer_kwargs"}
-OURS |= {"report_to", "list_layers", "ood_dataset", "ood_split", "epoch_updates", "best_on_eval"}
+OURS |= {"checkpoint_format", "report_to", "list_layers", "ood_dataset", "ood_split", "epoch_updates", "best_on_eval"}
 # Of the script of timm 1.0.31, known by its tests alone.
 UNSEEN = {"stop_epoch", "save_epochs"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -153,30 +154,31 @@ def summary(session):
     [
         ("", {}),
         ("--grad-accum-steps 3 --clip-grad 0.5", {"accumulate": 3, "clip": 0.5}),
-        ("--mixup 0.3 --opt adamw", {"mixing": "collate", "opt": "adamw"}),
-        ("--sched-on-updates", {"on_updates": True}),
+        ("--mixup 0.3 --opt adamw --sched-on-updates", {"mixing": "collate", "opt": "adamw", "on_updates": True}),
         # At 16 pixels torch's bfloat16 convolution on the CPU gives a gradient that does not repeat.
         ("--amp --amp-dtype bfloat16 --img-size 32", {"amp": torch.bfloat16, "size": 32}),
         ("--amp --img-size 32 --epochs 1", {"amp": torch.float16, "size": 32, "epochs": 1}),
-        ("--model-dtype bfloat16 --img-size 32", {"dtype": torch.bfloat16, "size": 32}),
-        ("--opt adahessian", {"opt": "adahessian"}),
-        ("--epochs 3 --start-epoch 1", {"epochs": 3, "start": 1}),
-        ("--no-prefetcher --mixup 0.3 --reprob 0.4", {"use_prefetcher": False, "mixing": "device", "re_prob": 0.4}),
-        ("--workers 1 --epochs 3 --reprob 0.4", {"num_workers": 1, "epochs": 3, "re_prob": 0.4}),
+        ("--model-dtype bfloat16 --img-size 32 --epochs 1", {"dtype": torch.bfloat16, "size": 32, "epochs": 1}),
+        ("--opt adahessian --epochs 1", {"opt": "adahessian", "epochs": 1}),
         (
-            "--workers 1 --use-multi-epochs-loader",
-            {"num_workers": 1, "use_multi_epochs_loader": True, "epochs": 2},
+            "--epochs 2 --start-epoch 1 --loss poly --poly-epsilon 1",
+            {"start": 1, "criterion": PolyCrossEntropy(epsilon=1, smoothing=0.1)},
         ),
-        ("--bce-loss --smoothing 0", {"criterion": BinaryCrossEntropy(smoothing=0)}),
-        ("--loss poly --poly-epsilon 1", {"criterion": PolyCrossEntropy(epsilon=1, smoothing=0.1)}),
+        ("--no-prefetcher --mixup 0.3 --reprob 0.4", {"use_prefetcher": False, "mixing": "device", "re_prob": 0.4}),
+        ("--workers 1 --reprob 0.4", {"num_workers": 1, "re_prob": 0.4}),
         (
-            "--aug-splits 3 --jsd-loss --split-bn --resplit --reprob 0.5 --aa rand-m9-mstd0.5",
+            "--workers 1 --use-multi-epochs-loader --bce-loss --smoothing 0",
+            {"num_workers": 1, "use_multi_epochs_loader": True, "criterion": BinaryCrossEntropy(smoothing=0)},
+        ),
+        (
+            "--aug-splits 3 --jsd-loss --split-bn --resplit --reprob 0.5 --aa rand-m9-mstd0.5 --epochs 1",
             dict(
                 split=3,
                 criterion=JsdCrossEntropy(3, smoothing=0.1),
                 auto_augment="rand-m9-mstd0.5",
                 re_prob=0.5,
                 re_split=True,
+                epochs=1,
             ),
         ),
         (
@@ -211,11 +213,8 @@ def test_the_student_is_evaluated_beside_its_moving_average(run):
 
 
 def test_a_moving_average_on_the_cpu_is_not_evaluated(run):
-    session = run("--model-ema", "--model-ema-force-cpu", "--model-ema-decay", "0.9")
-    reference = timm_loop(ema=True)
-    assert same(load_file(session.folder / "state" / "ema.safetensors"), reference.average.module.state_dict()) is False
-    plain = timm_loop()
-    assert same(load_file(session.folder / "last.safetensors"), plain.model.state_dict())
+    session = run("--model-ema", "--model-ema-force-cpu", "--epochs", "1")
+    assert same(load_file(session.folder / "last.safetensors"), load_file(session.folder / "state/model.safetensors"))
     assert "eval_raw_top1" not in summary(session)[0]
 
 
@@ -255,6 +254,11 @@ def test_resuming_timms_own_distillation_is_exact(run, teacher):
     assert same(load_file(whole.folder / "last.safetensors"), load_file(parts.folder / "last.safetensors"))
 
 
+def torch_weights(path, kind):
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, weights_only=True)[kind]
+
+
 def test_a_checkpoint_of_timms_script_is_taken_up(run, tmp_path):
     """Weights, optimizer and moving average of its own saver, and the epoch to go on with."""
     reference = timm_loop(ema=True, epochs=1)
@@ -269,11 +273,14 @@ def test_a_checkpoint_of_timms_script_is_taken_up(run, tmp_path):
     saver.args = None
     saver.save_checkpoint(0, metric=1.0)
     path = str(tmp_path / "last.pth.tar")
-    session = run("--resume", path, "--model-ema", "--epochs", "3", "--stop-epoch", "2")
+    session = run("--resume", path, "--model-ema", "--epochs", "3", "--stop-epoch", "2", "--checkpoint-format", "both")
     assert [row["epoch"] for row in summary(session)] == ["1"]
     buffers = [state["momentum_buffer"] for state in session.optimizer.state_dict()["state"].values()]
     assert len(buffers) == len(list(reference.model.parameters()))
-    fresh = run("--resume", path, "--no-resume-opt", "--start-epoch", "2", "--epochs", "3", name="fresh")
+    path = str(session.folder / "model_best.pth.tar")
+    assert same(load_file(session.folder / "state" / "model.safetensors"), torch_weights(path, "state_dict"))
+    assert same(load_file(session.folder / "last.safetensors"), torch_weights(path, "state_dict_ema"))
+    fresh = run("--resume", path, "--no-resume-opt", "--epochs", "3", name="fresh")
     assert [row["epoch"] for row in summary(fresh)] == ["2"]
     with pytest.raises(DistillError, match="holds no state of a method"):
         run("--resume", path, "--distill", "kd", "--teacher", "resnet10t")
@@ -290,8 +297,6 @@ def test_milestones_and_recovery(run):
         "recovery-1-1.pth.tar",
         "recovery-1-3.pth.tar",
     ]
-    recovered = run("--resume", str(session.folder / "recovery-1-3.pth.tar"), "--epochs", "3", name="recovered")
-    assert [row["epoch"] for row in summary(recovered)] == ["2"]
 
 
 class Several(torch.utils.data.Dataset):
@@ -340,9 +345,7 @@ def test_tta_averages_neighbours_and_images_are_saved(run):
 
 
 def test_a_script_of_the_student_trains_alike(run):
-    plain, scripted = run(name="plain"), run("--torchscript", "--amp", "--amp-dtype", "bfloat16", name="scripted")
-    assert load_file(scripted.folder / "last.safetensors").keys() == load_file(plain.folder / "last.safetensors").keys()
-    scripted = run("--torchscript", name="scripted")
+    plain, scripted = (run("--epochs", "1", *flags, name=f"run{len(flags)}") for flags in ([], ["--torchscript"]))
     assert same(load_file(scripted.folder / "last.safetensors"), load_file(plain.folder / "last.safetensors"))
 
 
