@@ -55,17 +55,28 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _share(text: str) -> float:
+    try:
+        if 0 <= (value := float(text)) <= 1:
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text}")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser: every flag of timm's script that is implemented, and those of distillation."""
     parser = argparse.ArgumentParser(
         prog="kd-timm-train",
+        # What is said of a typo should not follow sixty lines of flags.
+        usage="kd-timm-train --data-dir DIR --model MODEL [--distill NAME --teacher MODEL] ... (--help for all flags)",
         description="Train an image classifier of timm, alone or with knowledge distillation.",
         # What timm's users abbreviate is written out before, so that no flag of ours makes it ambiguous.
         allow_abbrev=False,
     )
     parser.add_argument("-c", "--config", default="", type=str, metavar="FILE", help="YAML file with default arguments")
     parser.add_argument("data", nargs="?", metavar="DIR", help="path to dataset (positional is deprecated)")
-    types: dict[str, Any] = {"int": int, "float": float, "str": str, "count": _count}
+    types: dict[str, Any] = {"int": int, "float": float, "str": str, "count": _count, "share": _share}
     actions = {"KeyValues": KeyValues, "AppendKeyValues": AppendKeyValues}
     for title, group_flags in copy.deepcopy(_FLAGS).items():
         group = parser.add_argument_group(title)
@@ -74,6 +85,8 @@ def build_parser() -> argparse.ArgumentParser:
                 options["action"] = actions.get(options["action"], options["action"])
             elif (kind := options.get("type", type(options.get("default")).__name__)) in types:
                 options["type"] = types[kind]
+            if options.get("default") not in (None, "", [], {}, True) and "default" not in options["help"]:
+                options["help"] += " (default: %(default)s)"
             group.add_argument(*names.split(", "), **options)
     return parser
 

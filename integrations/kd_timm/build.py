@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import logging
 import os
 from typing import Any
@@ -90,7 +91,8 @@ def create_student(args: argparse.Namespace, flag: str = "--model") -> tuple[nn.
         set_fast_norm()
     channels = args.in_chans if args.in_chans is not None else (args.input_size or (None,))[0]
     wanted = {name: getattr(args, flag) for name, flag in MODEL_ARGUMENTS.items()} | {"in_chans": channels}
-    with told(f"{flag} {args.model} cannot be made with these arguments", ValueError, TypeError):
+    errors = (ValueError, TypeError, AssertionError, RuntimeError, OSError, KeyError)
+    with told(f"{flag} {args.model} cannot be made with these arguments", *errors):
         resolved = resolve_model_input_args(
             args.model, vars(args), pretrained_cfg_overlay=overlay or None, **{**wanted, **args.model_kwargs}
         )
@@ -100,6 +102,10 @@ def create_student(args: argparse.Namespace, flag: str = "--model") -> tuple[nn.
             **resolved,
         )
         config = resolve_input_data_config(model, vars(args))
+    if not all(config["std"]):
+        raise DistillError(f"--std: expected deviations above 0, got {list(config['std'])}.")
+    if args.naflex_loader and "patch_coord" not in inspect.signature(model.forward).parameters:
+        raise DistillError(f"--naflex-loader gives patches, and {args.model} takes images: choose a NaFlex model.")
     with torch.no_grad():
         if args.head_init_scale is not None:
             for parameter in model.get_classifier().parameters():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ from kd_plugins.errors import told
 from kd_timm.arguments import parse_args
 from kd_timm.compat import fast_collate
 from kd_timm.digits import DIGITS_DEFAULTS, Digits
+
+_logger = logging.getLogger("kd_timm.train")
 
 # Arguments of the data sets, by what timm's factory calls them.
 DATASET_ARGUMENTS = {
@@ -177,6 +180,7 @@ def apply_data_defaults(args: argparse.Namespace, data_free: bool = False) -> No
     if data_free:
         args.epoch_updates = args.epoch_updates or 120
     elif not named:
+        _logger.warning("No data is named: training on 1,297 handwritten digits of scikit-learn. Yours: --data-dir.")
         args.dataset = "digits"
     if args.dataset != "digits":
         return
@@ -219,6 +223,10 @@ def create_datasets(
     """
     if data_free and not (args.dataset or args.data_dir):
         return None, None, None
+    if channels not in (1, 3) and not args.input_img_mode:
+        raise DistillError(
+            f"The model takes {channels} channels, and images are read in colour or grey: name how, --input-img-mode."
+        )
     mode = args.input_img_mode or ("RGB" if channels == 3 else "L")
     if args.dataset == "digits":
         if args.task == "multilabel":
@@ -234,11 +242,11 @@ def create_datasets(
         common["target_transform"] = MultiLabelTarget(args.num_classes, dense=args.target_format == "multihot")
     evaluation = None
     if args.val_split:
-        evaluation = create_dataset(args.dataset, split=args.val_split, num_samples=args.val_num_samples, **common)
+        evaluation = _read(args, split=args.val_split, num_samples=args.val_num_samples, **common)
     if data_free:
         return None, evaluation, None if evaluation is None else _class_names(evaluation, args.target_key)
     of_training = dict(seed=args.seed, repeats=args.epoch_repeats, num_samples=args.train_num_samples)
-    train = create_dataset(args.dataset, split=args.train_split, is_training=True, **of_training, **common)
+    train = _read(args, split=args.train_split, is_training=True, **of_training, **common)
     _check_lengths(args, train, evaluation)
     classes = _class_names(train, args.target_key)
     if evaluation is not None and classes is not None:
@@ -249,6 +257,14 @@ def create_datasets(
                 " folders, in the same order, must be in both (--class-map fixes the order)."
             )
     return train, evaluation, classes
+
+
+def _read(args: argparse.Namespace, **options: Any) -> Any:
+    """A data set of timm's factory."""
+    named = f"{args.dataset or args.data_dir} ({options['split']})"
+    errors = (AssertionError, RuntimeError, OSError, ValueError, TypeError, KeyError, ImportError)
+    with told(f"{named} cannot be read", *errors, remedy="mend the flags of the data set"):
+        return create_dataset(args.dataset, **options)
 
 
 def _check_lengths(args: argparse.Namespace, train: Any, evaluation: Any) -> None:
@@ -409,6 +425,8 @@ def _mixup(args: argparse.Namespace) -> Any:
     """What mixes images and labels: while a batch is collated, on the device, or patch by patch; None without it."""
     if not uses_mixup(args):
         return None
+    if args.batch_size % 2:
+        raise DistillError(f"--batch-size {args.batch_size}: Mixup mixes pairs, so give an even number.")
     if args.aug_splits and not args.no_prefetcher:
         raise DistillError("Mixup is collated with the batch, which --aug-splits splits: add --no-prefetcher.")
     options = _named(args, MIXUP_ARGUMENTS) | {"multi_label": args.task == "multilabel"}

@@ -18,6 +18,7 @@ from timm.utils import AverageMeter, ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
 from kd_accelerate import TurnPlayer
+from kd_plugins import DistillError
 from kd_timm.compat import (
     ClassificationEvaluator,
     MultiLabelClassificationEvaluator,
@@ -310,6 +311,11 @@ def answers(
         with run.autocast():
             found = [one_head(model(inputs), model), *(other(inputs) for other in others)]
             if average > 1:
+                if len(targets) % average:
+                    raise DistillError(
+                        f"--tta {average} averages the scores of {average} rows, and a batch has {len(targets)}: let"
+                        " --validation-batch-size and the evaluation split be multiples."
+                    )
                 found = [scores.unfold(0, average, average).mean(dim=2) for scores in found]
                 targets = targets[: len(targets) : average]
             output, *told = found if run.args.task == "multilabel" else map(_two_classes, found)

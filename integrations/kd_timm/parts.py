@@ -171,7 +171,8 @@ class Parts(TrainingRun):
             # The script shares the student's weights; Accelerate wraps the forward of a module that is none.
             model = nn.Sequential(torch.jit.script(model))
         if args.torchcompile:
-            model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
+            with told("--torchcompile", RuntimeError):
+                model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         if distillation is None:
             # The loss is computed in the precision of the scores, as in timm's script.
@@ -237,7 +238,8 @@ class Parts(TrainingRun):
                 stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
                 name = args.experiment or f"{stamp}-{safe_model_name(args.model)}-{size}"
                 folder = Path(args.output or "output/train") / name
-            folder.mkdir(parents=True, exist_ok=True)
+            with told(f"--output: {folder} cannot be made", OSError, remedy="name a folder that can be written"):
+                folder.mkdir(parents=True, exist_ok=True)
         self.folder: Path = broadcast_object_list([folder])[0]
         self.checkpoints = Checkpoints(self.folder, args.checkpoint_hist, self.metric == "loss")
         peers = [] if self.distillation is None else self.distillation.peers

@@ -88,6 +88,7 @@ def test_every_flag_is_read_somewhere():
         (["--teacher-checkpoint", "x"], "--teacher"),
         (["--model-kwargs", "depth"], "key=value"),
         (["--eval-metric", "f1"], "--eval-metric: invalid choice: 'f1'"),
+        (["--drop", "3"], "--drop: expected a number from 0 to 1, got 3"),
         (["--epochs", "0"], "--epochs: expected a whole number, at least 1, got 0"),
     ],
 )
