@@ -1,6 +1,6 @@
 """Runs timm's own train.py and kd-timm-train with the same flags and compares weights and metrics.
 
-    python benchmarks/timm_parity.py path/to/pytorch-image-models/train.py [ROW ...]
+    python -m benchmarks timm_parity path/to/pytorch-image-models/train.py [ROW ...]
 
 The script is yours: a checkout of timm's repository beside the installed timm. Each row of flags trains a small network
 on 256 of scikit-learn's digits, on the CPU; printed are the largest difference of the weights after the last epoch and
@@ -15,7 +15,7 @@ import runpy
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -71,8 +71,12 @@ ROWS = {
 }
 
 
-def main(script: str, *names: str) -> None:
-    """Compares the rows that are named, by default all."""
+def main(argv: Sequence[str]) -> int:
+    """Compares the rows that are named behind the script, by default all."""
+    if not argv or not Path(argv[0]).is_file() or set(argv[1:]) - set(ROWS):
+        print(f"usage: python -m benchmarks timm_parity path/to/train.py [{' | '.join(ROWS)}]")
+        return 2
+    script, *names = argv
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         _write_digits(folder / "data")
@@ -91,6 +95,7 @@ def main(script: str, *names: str) -> None:
             said = "; ".join(filter(None, (timms and f"timm: {timms}", ours and f"ours: {ours}")))
             found = said or _differences(folder / f"{name}-timm", folder / f"{name}-ours")
             print(f"| `{ROWS[name] or name}` | {found} |", flush=True)
+    return 0
 
 
 def _timm(script: str, argv: list[str]) -> None:
@@ -130,7 +135,7 @@ def _differences(timms: Path, ours: Path) -> str:
     theirs = torch.load(timms / "last.pth.tar", map_location="cpu", weights_only=False)["state_dict"]
     weights = load_file(ours / "state" / "model.safetensors")
     if theirs.keys() != weights.keys():
-        return "other weights | "
+        return "other names of weights |"
     largest = max(float((theirs[k].double() - weights[k].double()).abs().max()) for k in weights)
     rows = [list(csv.DictReader((folder / "summary.csv").open())) for folder in (timms, ours)]
     values = [(float(a[c]), float(b[c])) for a, b in zip(*rows, strict=True) for c in a]
@@ -155,7 +160,3 @@ def _write_teacher(folder: Path) -> str:
     model = timm.create_model("resnet10t", num_classes=10, channels=(8, 8, 16, 24), stem_width=8)
     save_for_hf(model, str(folder), model_args={"channels": (8, 8, 16, 24), "stem_width": 8}, safe_serialization=True)
     return f"local-dir:{folder}"
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
