@@ -75,19 +75,24 @@ class Recorder:
         return Nets(student, distillation.nets.teachers, distillation.nets.peers[1:])
 
     def _analyse(self, phase: str) -> None:
+        args = self.session.args
         if not self.session.primary or self.session.data.evaluation is None:
+            return
+        # What is analysed are scores of exclusive classes, of images.
+        if args.task == "multilabel" or args.naflex_loader:
             return
         distillation = self.session.distillation
         teachers = () if distillation is None else distillation.teachers
         misfits = [number for number, teacher in enumerate(teachers) if teacher.misfit]
-        with self.session.accelerator.autocast():
+        with self.session.autocast():
             self.record.analyse(phase, self._nets(), self._batches(), misfits=misfits)
 
     def _batches(self) -> Iterator[Batch]:
         args, data = self.session.args, self.session.data
         size, config = min(args.validation_batch_size or args.batch_size, MOST_AT_ONCE), data.config
-        device = self.session.accelerator.device
-        loader = plain_loader(some_rows(data.evaluation.dataset), config, size, device=device, num_workers=args.workers)
+        device, dtype = self.session.accelerator.device, next(self.session.evaluated.parameters()).dtype
+        options: dict[str, Any] = dict(device=device, num_workers=args.workers, img_dtype=dtype)
+        loader = plain_loader(some_rows(data.evaluation.dataset), config, size, **options)
         for inputs, labels in loader:
             yield image_batch(config, inputs, labels)
 
