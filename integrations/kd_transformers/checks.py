@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -131,6 +131,23 @@ def check_fit(distiller: Distiller, task: str, model: nn.Module) -> None:
     }.get(task, f"{{}} is a model for {meant}: choose a method that fits (kd-plugins list).")
     name = type(base(model)).__name__
     raise DistillError(f"{distiller.name} fits {', '.join(distiller.tasks)}, and {reason.format(name)}")
+
+
+_SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
+
+
+def special_tokens(model: nn.Module) -> dict[str, Any]:
+    """The special tokens that a model's configuration names."""
+    config = getattr(base(model), "config", None)
+    return {name: getattr(config, name, None) for name in _SPECIAL}
+
+
+def follow_tokens(models: Sequence[nn.Module], student: nn.Module, before: Mapping[str, Any]) -> None:
+    """Gives models the special tokens that the student has come to have, where they had those it had before."""
+    for name, token in special_tokens(student).items():
+        for model in models:
+            if token != before[name] == special_tokens(model)[name] and hasattr(base(model), "config"):
+                setattr(base(model).config, name, token)
 
 
 def check_vocabulary(student: nn.Module, teacher: nn.Module) -> None:

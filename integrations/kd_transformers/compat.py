@@ -34,6 +34,10 @@ __all__ = [
 ALWAYS_DIVIDES = hasattr(Trainer, "loss_is_scaled_for_ga")
 
 
+# What the options of a distiller are called in a hyperparameter search.
+_OPTION = "distiller."
+
+
 class Hooks(Trainer):
     """Trainer's private hooks and helpers under names of ours; as it stands it is Trainer."""
 
@@ -59,6 +63,9 @@ class Hooks(Trainer):
 
     def optimizer_loaded(self, folder: str) -> None:
         """Called when a checkpoint's optimizer has been read."""
+
+    def search_options(self, found: Mapping[str, Any]) -> None:
+        """Takes what a trial of a hyperparameter search found under names of the form `distiller.<option>`."""
 
     # Helpers
 
@@ -103,6 +110,27 @@ class Hooks(Trainer):
         super()._set_signature_columns_if_needed()
         if not known:
             self._signature_columns = [*self._signature_columns, *self.further_columns(list(self._signature_columns))]
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        found: dict[str, Any] = {}
+
+        def without_ours(params: Mapping[str, Any]) -> dict[str, Any]:
+            found.update({k.removeprefix(_OPTION): v for k, v in params.items() if k.startswith(_OPTION)})
+            return {k: v for k, v in params.items() if not k.startswith(_OPTION)}
+
+        if isinstance(trial, dict):
+            super()._hp_search_setup(without_ours(trial))
+        else:
+            space = getattr(self, "hp_space", None)
+            if space is not None:
+                self.hp_space = lambda trial: without_ours(space(trial))
+            try:
+                super()._hp_search_setup(trial)
+            finally:
+                if space is not None:
+                    self.hp_space = space
+        if found:
+            self.search_options(found)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         beside = self.clipped_beside()
