@@ -11,11 +11,14 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PretrainedConfig, Trainer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kd_plugins.errors import DistillError
 
 __all__ = [
     "ALWAYS_DIVIDES",
@@ -24,6 +27,7 @@ __all__ = [
     "averages",
     "chosen_attention",
     "chosen_mask",
+    "frames_of",
     "is_reentrant",
     "rates_are",
     "rows_id",
@@ -188,6 +192,21 @@ def is_reentrant(module: nn.Module) -> bool:
     return bool(
         getattr(module, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant")
     )
+
+
+# Speech
+
+
+def frames_of(model: Any, mask: Tensor) -> Tensor:
+    """Which frames of the scores of a speech model `[B, frames]` come of the samples that count `[B, samples]`."""
+    length = getattr(model, "_get_feat_extract_output_lengths", None)
+    if length is None:
+        raise DistillError(
+            f"{type(model).__name__} does not tell how many samples make a frame of its scores, so that the padding"
+            " among them is not known: pad no batch (leave attention_mask out), or distill its layers."
+        )
+    frames = int(length(torch.tensor(mask.shape[1])))
+    return torch.arange(frames, device=mask.device) < length(mask.sum(1)).unsqueeze(1)
 
 
 # evaluate, datasets, torch

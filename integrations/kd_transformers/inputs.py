@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kd_plugins import DistillError
 from kd_transformers.checks import base, kind_of
+from kd_transformers.compat import frames_of
 
 _POSITIONS = ("start_positions", "end_positions")
 
@@ -25,6 +26,8 @@ def labels_of(model: nn.Module, inputs: dict[str, Any], name: str = "labels") ->
         return labels.masked_fill(labels >= _length(inputs), -100), torch.ones_like(labels)
     if kind == "sequence to sequence" and isinstance(labels, Tensor):
         return labels, inputs.get("decoder_attention_mask", torch.ones_like(labels))
+    if kind == "ctc" and isinstance(mask, Tensor):
+        return labels, frames_of(base(model), mask)
     if kind == "multiple choice" and isinstance(mask, Tensor):
         return labels, mask.flatten(0, 1)  # A model reads every choice as a row of its own.
     return labels, None

@@ -77,7 +77,7 @@ class DistillationTrainer(Hooks):
         distiller_args: Its options, where it is given by name: `{"schedule": "stacked"}`.
         task: What the model's scores are, where its class does not tell: `"classification"`, `"multilabel"`,
             `"regression"`, `"token"` (labels per token), `"causal-lm"` (labels one token ahead), `"segmentation"`,
-            `"depth"`.
+            `"depth"`, `"detection"`.
         **kwargs: As for `Trainer`.
 
     Raises:
@@ -223,7 +223,7 @@ class DistillationTrainer(Hooks):
         """Refuses scores per token of a teacher that reads other tokens."""
         theirs = batch.teacher_kwargs.get(batch.name or "")
         aligned = theirs is None or (isinstance(batch.inputs, Tensor) and torch.equal(theirs, batch.inputs))
-        if not aligned and batch.task in ("token", "causal-lm") and _reads_scores(distiller):
+        if not aligned and batch.task in ("token", "causal-lm", "ctc") and _reads_scores(distiller):
             raise DistillError(
                 f"{distiller.name} compares scores token by token, and the column {TEACHER}{batch.name} holds other"
                 " tokens than the student's: use a teacher with the student's tokenizer."

@@ -17,7 +17,7 @@ from kd_plugins.functional._common import (
     unit,
 )
 
-__all__ = ["kd", "kd_multilabel", "standardize"]
+__all__ = ["kd", "kd_multilabel", "kd_regression", "standardize"]
 
 
 def kd(
@@ -96,6 +96,33 @@ def kd_multilabel(
         log_not = torch.nn.functional.logsigmoid
         labels = teacher.sigmoid() * (teacher - student) + log_not(-teacher) - log_not(-student)
         return temperature**2 * reduce(per_example(labels.sum(-1), mask), reduction)
+
+
+def kd_regression(
+    student_scores: Tensor, teacher_scores: Tensor, *, mask: Tensor | None = None, reduction: Reduction = "mean"
+) -> Tensor:
+    """Squared distance of the student's predictions from the teacher's, the soft target of a regression.
+
+    `mean_k (z_s_k - z_t_k)^2`, as the loss of the labels in transformers. A number has no distribution that a
+    temperature could soften: this is what the divergence of `kd` is, up to a factor, between two Gaussians of one
+    variance, and between softmaxes at high temperatures (Hinton, Vinyals, Dean, 2014, arXiv 1503.02531, section 2.1).
+
+    Args:
+        student_scores: `[B, K]`, K numbers for each example, or `[B, N, K]`.
+        teacher_scores: The same shape; gets no gradient.
+        mask: `[B, N]` (`[B]` for scores `[B, K]`), boolean or integer: the positions that count.
+        reduction: `"mean"` over the batch, `"sum"`, or `"none"`.
+
+    Returns:
+        A scalar, or `[B]` for `"none"`.
+
+    >>> kd_regression(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [4.0]]))
+    tensor(2.)
+    """
+    _check(student_scores, teacher_scores, 1.0, reduction)
+    with no_autocast(student_scores):
+        student, teacher = exact(student_scores, teacher_scores.detach())
+        return reduce(per_example((student - teacher).square().mean(-1), mask), reduction)
 
 
 def standardize(logits: Tensor) -> Tensor:

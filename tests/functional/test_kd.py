@@ -193,6 +193,23 @@ def test_multilabel_written_out() -> None:
     assert KF.kd_multilabel(s, t, 3.0).item() == pytest.approx(9 * total / 2, rel=1e-5)
 
 
+def test_regression_written_out() -> None:
+    s, t = randn(3, 4, 2).requires_grad_(), randn(3, 4, 2, seed=1).requires_grad_()
+    mask = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
+    squares = ((s - t).detach() ** 2).mean(-1)
+    expected = [squares[0, :2].mean(), torch.tensor(0.0), squares[2].mean()]
+    values = KF.kd_regression(s, t, mask=mask, reduction="none")
+    torch.testing.assert_close(values, torch.stack([x.double() for x in expected]))
+    assert KF.kd_regression(s, t, mask=mask).item() == pytest.approx(values.sum().item() / 3)
+    KF.kd_regression(s[:, 0], t[:, 0]).backward()
+    torch.testing.assert_close(s.grad[:, 0], (s - t).detach()[:, 0] / 3)
+    assert t.grad is None
+    half = KF.kd_regression(s.detach().bfloat16(), t.detach().bfloat16())
+    assert half.dtype == torch.float32
+    with pytest.raises(ValueError, match="one shape"):
+        KF.kd_regression(s[:, 0], t[:, 0, :1])
+
+
 class TestStandardize:
     @pytest.mark.parametrize("shape", [(4, 10), (2, 3, 7)])
     def test_value_is_that_of_the_definition(self, shape: tuple[int, ...]) -> None:
