@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kd_plugins.functional._common import (
     Reduction,
@@ -37,6 +42,9 @@ def kd(
     Per token, the value of an example is the mean over its own tokens, and every example counts the same however long
     it is; so batches may be split over processes in any way. An example without any token that counts is 0.
 
+    Logits beyond 8 million numbers (a vocabulary at every token) are taken chunk by chunk, forward and backward, so
+    that no copy of them all in float32 is made; the values are the same.
+
     Args:
         student_logits: `[B, K]`, or `[B, L, K]` per token (any number of position axes).
         teacher_logits: The same shape; gets no gradient.
@@ -57,9 +65,52 @@ def kd(
     """
     _check(student_logits, teacher_logits, temperature, reduction)
     with no_autocast(student_logits):
-        student, teacher = exact(student_logits, teacher_logits)
-        rows = softmax_kl(student / temperature, teacher / temperature)
+        if student_logits.numel() > _CHUNK:
+            rows = _ChunkedKL.apply(student_logits, teacher_logits.detach(), temperature)
+        else:
+            rows = _softened_kl(student_logits, teacher_logits, temperature)
         return temperature**2 * reduce(per_example(rows, mask), reduction)
+
+
+_CHUNK = 2**23
+
+
+def _softened_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """The divergence of each row."""
+    student, teacher = exact(student, teacher)
+    return softmax_kl(student / temperature, teacher / temperature)
+
+
+class _ChunkedKL(torch.autograd.Function):
+    """The divergence of each row, of which nothing is kept for the backward pass: that asks every chunk again."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        ctx.save_for_backward(student, teacher)
+        ctx.temperature = temperature
+        rows = [_softened_kl(student[at], teacher[at], temperature) for at in _chunks(student)]
+        return torch.cat([chunk.flatten() for chunk in rows]).view(student.shape[:-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        student, teacher = ctx.saved_tensors
+        gradient = torch.empty_like(student)
+        for at in _chunks(student):
+            s, t = (x.div(ctx.temperature) for x in exact(student[at], teacher[at]))
+            nothing = (t.amax(-1, keepdim=True) == -torch.inf).expand_as(t)
+            chunk = s.softmax(-1).sub_(t.softmax(-1)).masked_fill_(nothing, 0)
+            gradient[at] = chunk.mul_(grad[at].unsqueeze(-1) / ctx.temperature)
+        return gradient, None, None
+
+
+def _chunks(logits: Tensor) -> Iterator[tuple[int | slice, ...]]:
+    """Parts of logits `[B, ..., K]` in their order, of `_CHUNK` numbers or less: examples, or positions of one."""
+    axis = next((i for i in range(logits.dim() - 1) if logits.shape[i + 1 :].numel() <= _CHUNK), logits.dim() - 2)
+    step = max(_CHUNK // logits.shape[axis + 1 :].numel(), 1)
+    for outer in itertools.product(*map(range, logits.shape[:axis])):
+        for start in range(0, logits.shape[axis], step):
+            yield (*outer, slice(start, start + step))
 
 
 def kd_multilabel(
