@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +20,12 @@ from kd_transformers.compat import rows_id
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+logger = logging.getLogger(__name__)
+
+_BLOCK = 4096
+_ASIDE = ("problem_type", "_name_or_path", "transformers_version")
 
 
 def cache_teacher(
@@ -36,10 +45,11 @@ def cache_teacher(
     it the same `teacher_model` as well, several in the same order: it compares one batch before the training, and runs
     the teacher where a method reads more than logits or changes the inputs.
 
-    The column lies in a memory-mapped Arrow file of `datasets`, beside the data set's own, under a fingerprint of the
-    rows and of the teacher's class and weights: asked again with the same ones, nothing runs. Only for inputs that are
-    the same in every epoch. Images that are augmented while they are loaded would be paired with the logits of other
-    crops, so a data set with a transform is refused.
+    The column lies in memory-mapped Arrow files of `datasets`, beside the data set's own, one for each 4096 rows, under
+    a fingerprint of the rows and of the teacher's class, configuration and weights: asked again with the same ones,
+    nothing runs, an interrupted pass goes on where it was, and a file that is damaged is made anew. Only for inputs
+    that are the same in every epoch. Images that are augmented while they are loaded would be paired with the logits of
+    other crops, so a data set with a transform is refused.
 
     Args:
         dataset: Tokenized rows, as for `Trainer`; columns that the teacher does not take are left out. Columns of its
@@ -55,9 +65,9 @@ def cache_teacher(
 
     Raises:
         DistillError: A data set that is not of `datasets` or that is transformed on access; a teacher that gives
-            anything but `[B, K]`.
+            anything but `[B, K]`, or two answers to one question.
     """
-    from datasets import Dataset
+    from datasets import Dataset, concatenate_datasets
     from transformers import default_data_collator
 
     if not isinstance(dataset, Dataset):
@@ -80,7 +90,10 @@ def cache_teacher(
     columns = [c for c in names if c in taken or c.startswith(TEACHER)]
     name = getattr(base(teachers[0]), "main_input_name", None)
 
+    asked = False
+
     def logits(rows: Mapping[str, list[Any]]) -> dict[str, Any]:
+        nonlocal asked
         items = [dict(zip(columns, values, strict=True)) for values in zip(*(rows[c] for c in columns), strict=True)]
         found = []
         for inputs in DataLoader(items, batch_size=batch_size, collate_fn=collate):  # type: ignore[arg-type]
@@ -88,6 +101,9 @@ def cache_teacher(
             own = {k: v for k, v in inputs.items() if not k.startswith(TEACHER)}
             batch = Batch.of(own, name=name, teacher_kwargs=theirs).to(device)
             scores = [net(batch).logits.float().cpu() for net in nets]
+            if not asked:
+                _check_twice(scores, [net(batch).logits.float().cpu() for net in nets])
+                asked = True
             shapes = [list(x.shape) for x in scores]
             if scores[0].dim() != 2 or any(shape != shapes[0] for shape in shapes):
                 raise DistillError(
@@ -100,17 +116,60 @@ def cache_teacher(
     plain = dataset.with_format(None)
     if TEACHER_LOGITS in plain.column_names:
         plain = plain.remove_columns(TEACHER_LOGITS)
+    if not len(plain):
+        raise DistillError("Expected at least one row to ask the teacher about, got an empty data set.")
+    known, blocks = _fingerprint(plain, teachers), []
+    folder = Path(plain.cache_files[0]["filename"]).parent if plain.cache_files else None
     try:
-        return plain.map(
-            logits,
-            batched=True,
-            batch_size=16 * batch_size,
-            new_fingerprint=_fingerprint(plain, teachers),
-            desc="Asking the teacher",
-        ).with_format(dataset.format["type"])
+        for start in range(0, len(plain), _BLOCK):
+            end = min(start + _BLOCK, len(plain))
+            file = None if folder is None else folder / f"teacher-{known}-{start}.arrow"
+            if file is not None:
+                _drop_damaged(file)
+            blocks.append(
+                plain.select(range(start, end)).map(
+                    logits,
+                    batched=True,
+                    batch_size=16 * batch_size,
+                    cache_file_name=None if file is None else str(file),
+                    new_fingerprint=f"{known}-{start}",
+                    remove_columns=plain.column_names,
+                    desc=f"Asking the teacher, rows {start} to {end} of {len(plain)}",
+                )
+            )
+            if file is not None:
+                _sum_file(file).write_text(_sum(file))
+        # The logits alone are written; the rows stay where they are.
+        whole = concatenate_datasets([plain, concatenate_datasets(blocks)], axis=1)
+        return whole.with_format(dataset.format["type"])
     finally:
         for t, training in zip(teachers, modes, strict=True):
             t.train(training)
+
+
+def _check_twice(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
+    """Refuses a teacher whose answers to one question differ."""
+    if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(first, second, strict=True)):
+        raise DistillError(
+            "Expected a teacher that says the same of the same rows, got one whose two forwards differ in evaluation"
+            " mode: it draws random numbers, so train without a cache."
+        )
+
+
+def _sum(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _sum_file(file: Path) -> Path:
+    return file.with_suffix(".sha256")
+
+
+def _drop_damaged(file: Path) -> None:
+    """Removes a cached file that is not what was written."""
+    known = _sum_file(file)
+    if file.is_file() and not (known.is_file() and known.read_text() == _sum(file)):
+        logger.warning("%s is damaged or unfinished: its rows are asked for anew.", file)
+        file.unlink()
 
 
 def _fingerprint(dataset: Any, teachers: Sequence[nn.Module]) -> str:
@@ -120,7 +179,10 @@ def _fingerprint(dataset: Any, teachers: Sequence[nn.Module]) -> str:
     hasher = Hasher()
     hasher.update(rows_id(dataset))
     for teacher in teachers:
-        hasher.update([type(teacher).__qualname__, str(getattr(teacher, "config", ""))])
+        config: Any = getattr(teacher, "config", None)
+        facts = config.to_dict() if hasattr(config, "to_dict") else {}
+        # A forward with labels writes the type of problem into the configuration; where a model is from says nothing.
+        hasher.update([type(teacher).__qualname__, {k: v for k, v in facts.items() if k not in _ASIDE}])
         for name, value in teacher.state_dict().items():
             # Flat first: the bytes of a tensor without an axis cannot be viewed.
             bits = value.detach().cpu().flatten().contiguous().view(torch.uint8)
