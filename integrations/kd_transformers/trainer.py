@@ -25,6 +25,7 @@ from kd_plugins.binding import connect, needs_in, needs_of_stages, needs_pass, p
 from kd_plugins.catalog.registry import to_json
 from kd_plugins.reading.network import adapt
 from kd_transformers.cache import check_cache
+from kd_transformers.card import Gain, add_to_card, check_gain, section
 from kd_transformers.checks import (
     TASKS,
     base,
@@ -521,6 +522,32 @@ class DistillationTrainer(Hooks):
             self.distiller.export(folder)
             for i, peer in enumerate(self.peer_models, 1):
                 _export(peer, folder / f"peer{i}")
+
+    def create_model_card(self, *args: Any, gain: Gain | None = None, **kwargs: Any) -> None:
+        """Trainer's card, with method, paper, options, teachers and data of the distillation.
+
+        Args:
+            *args: As for `Trainer`.
+            gain: What was measured of the gain over the student trained alone: of each metric, where more is better,
+                the mean and the ends of its 95 % interval, `{"accuracy": (0.8, 0.3, 1.3)}`. The card says "improves"
+                only of an interval above 0. `push_to_hub` passes it on.
+            **kwargs: As for `Trainer`.
+        """
+        check_gain(gain or {})
+        if self.distiller is None:
+            if gain:
+                raise DistillError("gain is that of a distillation, and there is no distiller: leave it out.")
+            super().create_model_card(*args, **kwargs)
+            return
+        given = inspect.signature(super().create_model_card).bind(*args, **kwargs).arguments
+        tags = given.get("tags") or []
+        given["tags"] = list(dict.fromkeys([*([tags] if isinstance(tags, str) else tags), "knowledge-distillation"]))
+        super().create_model_card(**given)
+        if self.is_world_process_zero():
+            data = given.get("dataset") or getattr(self.train_dataset, "builder_name", None) or ""
+            data = data if isinstance(data, str) else ", ".join(data)
+            text = section(self.distiller, self.teachers, data, gain)
+            add_to_card(Path(self.args.output_dir) / "README.md", text)
 
 
 class _Trained(Net):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+import yaml
 from image_kit import Images, image_classifier
 from test_matrix import MODELS
 from test_trainer_tasks import rows_of, tokenizer
@@ -276,6 +277,31 @@ def test_a_search_over_options_of_the_distiller(tmp_path: Path) -> None:
     found = {"distiller.tempreature": 1.0}
     with pytest.raises(DistillError, match=r"[Dd]id you mean.*temperature"):
         run.search_options({k.removeprefix("distiller."): v for k, v in found.items()})
+
+
+def test_the_model_card(tmp_path: Path) -> None:
+    """Method, paper, options, teacher and data; "improves" only where the interval of the gain is above 0."""
+    run = trainer(tmp_path, "kd+noisy", {"kd.temperature": 3.0, "noisy.sigma": 0.1}, max_steps=1)
+    run.teachers[0].config._name_or_path = "someone/teacher"
+    run.train()
+    cards = []
+    for gain in (None, {"accuracy": (0.8, 0.3, 1.3), "f1": (0.2, -0.1, 0.5), "mcc": (-0.3, -0.5, -0.1)}):
+        run.create_model_card(dataset="glue", tags="mine", gain=gain)
+        cards.append((tmp_path / "README.md").read_text())
+    first, second = cards
+    for part in ("Distilling the Knowledge", "arxiv.org/abs/1910.05057", "`temperature`: 3.0", "- data: glue"):
+        assert part in first
+    assert "[someone/teacher](https://huggingface.co/someone/teacher), BertForSequenceClassification" in first
+    assert "No gain over the student trained alone was measured." in first
+    assert "improves" not in first
+    assert {"mine", "knowledge-distillation"} <= set(yaml.safe_load(second.split("---")[1])["tags"])
+    assert second.count("improves") == 1
+    assert "improves accuracy over the student trained alone by +0.8 (95 % interval +0.3 to +1.3)" in second
+    assert "difference in f1" in second
+    assert "lowers mcc" in second
+    assert second.count("## Distillation\n") == second.count("## Training procedure\n") == 1
+    with pytest.raises(DistillError, match="the mean gain and the ends of its interval"):
+        run.create_model_card(gain={"accuracy": (0.8, 0.9, 1.3)})
 
 
 # Adapters
