@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from kd_plugins import Batch, DistillError, Net, Reads
-from kd_plugins.reading.network import adapt
-from kd_transformers.checks import base, inputs_of
+from kd_plugins.reading.network import Network, adapt
+from kd_transformers.checks import base, class_names, inputs_of
 from kd_transformers.columns import TEACHER, TEACHER_LOGITS, with_padding
 from kd_transformers.compat import rows_id
 
@@ -43,7 +45,9 @@ def cache_teacher(
     `DistillationTrainer` takes the column in place of the teacher's forward wherever a method reads the teacher's
     logits alone (`kd`, and the last phase of `internal`); a step then costs what training without a teacher costs. Give
     it the same `teacher_model` as well, several in the same order: it compares one batch before the training, and runs
-    the teacher where a method reads more than logits or changes the inputs.
+    the teacher where a method reads more than logits or changes the inputs. Without a `teacher_model` the teacher need
+    not be loaded: its classes are noted in the data set's description, which `save_to_disk` keeps. Nothing is compared
+    then, so the inputs of the rows must be left as they are.
 
     The column lies in memory-mapped Arrow files of `datasets`, beside the data set's own, one for each 4096 rows, under
     a fingerprint of the rows and of the teacher's class, configuration and weights: asked again with the same ones,
@@ -141,10 +145,74 @@ def cache_teacher(
                 _sum_file(file).write_text(_sum(file))
         # The logits alone are written; the rows stay where they are.
         whole = concatenate_datasets([plain, concatenate_datasets(blocks)], axis=1)
+        whole.info.description = _noted(plain.info.description, teachers, whole[0][TEACHER_LOGITS])
         return whole.with_format(dataset.format["type"])
     finally:
         for t, training in zip(teachers, modes, strict=True):
             t.train(training)
+
+
+class Absent(nn.Module):
+    """A teacher that is not loaded, since what it says is in the data.
+
+    Args:
+        stands_for: The class of the teacher.
+        classes: Its classes in the order of the logits; None where they have no names.
+        scores: How many scores it gives.
+    """
+
+    def __init__(self, stands_for: str, classes: Sequence[str] | None, scores: int) -> None:
+        super().__init__()
+        self.stands_for = stands_for
+        self.config = SimpleNamespace(num_labels=scores, id2label=dict(enumerate(classes or ())))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise DistillError(
+            f"The method reads more of the teacher than the column {TEACHER_LOGITS} holds, and the {self.stands_for}"
+            " that wrote it is not loaded: give teacher_model."
+        )
+
+
+class AbsentNetwork(Network):
+    """Refuses whatever is read of a teacher that is not loaded."""
+
+    def read(self, batch: Batch, reads: Reads, **options: Any) -> Any:
+        return self.module()
+
+    def layers(self, batch: Batch) -> int:
+        return int(self.module())
+
+
+def absent_teachers(dataset: Any) -> list[Absent]:
+    """Stand-ins for the teachers whose logits a data set has."""
+    if TEACHER_LOGITS not in (getattr(dataset, "column_names", None) or ()):
+        return []
+    lines = (getattr(dataset.info, "description", None) or "").splitlines()
+    noted = next((line for line in lines if line.startswith(_NOTE)), None)
+    if noted is None:
+        raise DistillError(
+            f"The data set does not say which teacher wrote its column {TEACHER_LOGITS}, so that its classes are not"
+            " known: give teacher_model, or make the column anew with cache_teacher."
+        )
+    return [Absent(**facts) for facts in json.loads(noted.removeprefix(_NOTE))]
+
+
+_NOTE = f"{TEACHER_LOGITS}: "
+
+
+def _noted(description: str | None, teachers: Sequence[nn.Module], logits: Any) -> str:
+    """A data set's description with what its column is."""
+    scores = torch.as_tensor(logits).shape[-1]
+    facts = [
+        {
+            "stands_for": type(base(teacher)).__name__,
+            "classes": class_names(getattr(base(teacher), "config", None)),
+            "scores": scores,
+        }
+        for teacher in teachers
+    ]
+    others = [line for line in (description or "").splitlines() if not line.startswith(_NOTE)]
+    return "\n".join([*others, _NOTE + json.dumps(facts)])
 
 
 def _check_twice(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:

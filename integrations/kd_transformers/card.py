@@ -51,7 +51,8 @@ def _name(network: nn.Module) -> str:
     module = base(network)
     path = str(getattr(getattr(module, "config", None), "_name_or_path", "") or "")
     # A folder of this machine means nothing to others.
-    kind, hub = type(module).__name__, path and not Path(path).exists() and not Path(path).is_absolute()
+    kind = getattr(module, "stands_for", type(module).__name__)
+    hub = path and not Path(path).exists() and not Path(path).is_absolute()
     return f"[{path}](https://huggingface.co/{path}), {kind}" if hub else kind
 
 

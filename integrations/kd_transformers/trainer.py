@@ -24,7 +24,7 @@ from kd_plugins import Batch, Distiller, DistillError, Net, Nets, Reads, View, c
 from kd_plugins.binding import connect, needs_in, needs_of_stages, needs_pass, prepare, schedule, set_up
 from kd_plugins.catalog.registry import to_json
 from kd_plugins.reading.network import adapt
-from kd_transformers.cache import check_cache
+from kd_transformers.cache import Absent, AbsentNetwork, absent_teachers, check_cache
 from kd_transformers.card import Gain, add_to_card, check_gain, section
 from kd_transformers.checks import (
     TASKS,
@@ -72,7 +72,7 @@ class DistillationTrainer(Hooks):
 
     Args:
         *args: As for `Trainer`.
-        teacher_model: The frozen network, or several.
+        teacher_model: The frozen network, or several; none where the data hold what `cache_teacher` has asked it.
         peer_models: Networks that are trained together with the student (online methods).
         distiller: A distiller, or the name of one (`"kd"`, `"kd+nst"`, `"module:Class"`).
         distiller_args: Its options, where it is given by name: `{"schedule": "stacked"}`.
@@ -118,6 +118,8 @@ class DistillationTrainer(Hooks):
         self._streams: Streams | None = None
         if self.distiller is None:
             return
+        if not (self.teachers or self.peer_models) and self.distiller.teachers:
+            self.teachers = list(absent_teachers(self.train_dataset))
         check_host(self.args, fsdp=self.is_fsdp_enabled, deepspeed=self.is_deepspeed_enabled)
         if not self.distiller.data:
             raise DistillError(
@@ -135,7 +137,7 @@ class DistillationTrainer(Hooks):
         self.model_accepts_loss_kwargs = False
         self._unused = copy.deepcopy(self.distiller)
         self._named = (distiller, dict(distiller_args or {})) if isinstance(distiller, str) else None
-        self._teacher_networks = [adapt(t) for t in self.teachers]
+        self._teacher_networks = [AbsentNetwork(t) if isinstance(t, Absent) else adapt(t) for t in self.teachers]
         self._nets = self._connect(self.distiller)
         self._tokens = special_tokens(self.model)
         # model_init makes a new student in every run; its peers begin anew with it.
@@ -241,7 +243,7 @@ class DistillationTrainer(Hooks):
                 " anew, cache_teacher(dataset, teachers), or remove it."
             )
         uncached = dataclasses.replace(batch, teacher_logits=None)
-        for teacher in nets.teachers:
+        for teacher in (net for net in nets.teachers if not isinstance(net.module, Absent)):
             check_cache(*(teacher(asked, reads=Reads()).logits for asked in (batch, uncached)))
 
     def _counts_items(self, net: _Trained, batch: Batch, loader: Any) -> bool:
