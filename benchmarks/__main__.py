@@ -9,6 +9,7 @@ NAMES = {
     "speed": "seconds per step against the floor",
     "nst": "NST's forms",
     "quest": "QuEST's loss in pieces, and all at once",
+    "vocabulary": "soft labels over a vocabulary in chunks, and all at once",
     "detector": "NST on Faster R-CNN",
     "camvid": "segmentation of CamVid",
     "quality": "lists of training runs",
