@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from kd_accelerate import TurnPlayer
 from kd_accelerate.streams import StagedDataset, Streams
-from kd_plugins import Batch, Distiller, DistillError, Net, Nets, Reads, View, create_distiller
+from kd_plugins import Batch, Distiller, DistillError, Nets, Reads, create_distiller
 from kd_plugins.binding import connect, needs_in, needs_of_stages, needs_pass, prepare, schedule, set_up
 from kd_plugins.catalog.registry import to_json
 from kd_plugins.reading.network import adapt
@@ -42,7 +40,8 @@ from kd_transformers.checks import (
 )
 from kd_transformers.columns import INDEX, TEACHER, TEACHER_LOGITS, Indexed, with_index, with_padding
 from kd_transformers.compat import ALWAYS_DIVIDES, Hooks
-from kd_transformers.inputs import decoder_inputs, labels_of, with_labels
+from kd_transformers.inputs import decoder_inputs, labels_of
+from kd_transformers.playing import Trained, Updates, export, ignored_label, listed, save_weights
 from kd_transformers.schedule import refresh, staged_scheduler
 from kd_transformers.streams import Peeked, check_anew, undisturbed
 
@@ -100,8 +99,8 @@ class DistillationTrainer(Hooks):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.teachers = _networks("teacher", teacher_model)
-        self.peer_models = _networks("peer", peer_models)
+        self.teachers = listed("teacher", teacher_model)
+        self.peer_models = listed("peer", peer_models)
         self.distiller = self._distiller(distiller, distiller_args)
         self.task = task
         self.player: TurnPlayer | None = None
@@ -142,7 +141,7 @@ class DistillationTrainer(Hooks):
         self._tokens = special_tokens(self.model)
         # model_init makes a new student in every run; its peers begin anew with it.
         self._peers_at_first = [copy.deepcopy(p.state_dict()) for p in self.peer_models] if self.model_init else []
-        self.add_callback(_Updates(self))
+        self.add_callback(Updates(self))
 
     def _distiller(self, distiller: Distiller | str | None, options: Mapping[str, Any] | None) -> Distiller | None:
         if isinstance(distiller, str):
@@ -177,7 +176,7 @@ class DistillationTrainer(Hooks):
         columns = getattr(self.train_dataset, "column_names", None)
         if columns is not None:
             self._check_vocabularies(columns)
-        student, *peers = (_Trained(self, net, student=net is nets.student) for net in nets.peers)
+        student, *peers = (Trained(self, net, student=net is nets.student) for net in nets.peers)
         return Nets(student, nets.teachers, peers)
 
     def _check_vocabularies(self, columns: Iterable[Any]) -> None:
@@ -217,7 +216,7 @@ class DistillationTrainer(Hooks):
         if needs_pass(distiller) and not self._resuming and self.args.process_index == 0:
             prepare(distiller, nets, self._pass(loader, whole=True))
         self.model_accepts_loss_kwargs = self._takes_items
-        trained = [net for net in nets.peers if isinstance(net, _Trained)]
+        trained = [net for net in nets.peers if isinstance(net, Trained)]
         for net in trained:
             net.counts = self._counts_items(net, batch, loader)
         self._bound_to = self.model
@@ -246,7 +245,7 @@ class DistillationTrainer(Hooks):
         for teacher in (net for net in nets.teachers if not isinstance(net.module, Absent)):
             check_cache(*(teacher(asked, reads=Reads()).logits for asked in (batch, uncached)))
 
-    def _counts_items(self, net: _Trained, batch: Batch, loader: Any) -> bool:
+    def _counts_items(self, net: Trained, batch: Batch, loader: Any) -> bool:
         """Whether a network's task loss divides by the number of items it is given; BERT's classifiers ignore it."""
         if not (self._takes_items or self.compute_loss_func is not None):
             return False
@@ -304,7 +303,7 @@ class DistillationTrainer(Hooks):
             labels,
             name=getattr(student, "main_input_name", None),
             task=self.task or task_of(student, labels),
-            ignore_index=_ignored(getattr(student, "config", None)),
+            ignore_index=ignored_label(getattr(student, "config", None)),
             mask=mask,
             teacher_kwargs=theirs,
             teacher_logits=cached,
@@ -520,10 +519,10 @@ class DistillationTrainer(Hooks):
         if self.distiller is not None and self.distiller.ready and self.args.should_save and not _internal_call:
             folder = Path(output_dir or self.args.output_dir)
             to_json(self.distiller, folder / "distiller.json")
-            _save(self.distiller, folder / "distiller.safetensors")
+            save_weights(self.distiller, folder / "distiller.safetensors")
             self.distiller.export(folder)
             for i, peer in enumerate(self.peer_models, 1):
-                _export(peer, folder / f"peer{i}")
+                export(peer, folder / f"peer{i}")
 
     def create_model_card(self, *args: Any, gain: Gain | None = None, **kwargs: Any) -> None:
         """Trainer's card, with method, paper, options, teachers and data of the distillation.
@@ -552,97 +551,6 @@ class DistillationTrainer(Hooks):
             add_to_card(Path(self.args.output_dir) / "README.md", text)
 
 
-class _Trained(Net):
-    """The student, or a peer, under Trainer: its view holds the task loss that Trainer computes in its forward.
-
-    Attributes:
-        counts: Whether that loss divides by the number of items it is given.
-    """
-
-    def __init__(self, trainer: DistillationTrainer, net: Net, *, student: bool) -> None:
-        super().__init__(net.network, lambda: net.reads, forward=self._call)
-        self.trainer = trainer
-        self.student = student
-        self.counts = False
-        self._batch = Batch()
-        self._asks_loss = False
-        self._loss: Tensor | None = None
-
-    def __call__(self, batch: Batch, **options: Any) -> View:
-        self._batch, self._loss = batch, None
-        self._asks_loss = (options.get("reads") or self.reads).logits
-        view = super().__call__(batch, **options)
-        view.loss = self._loss
-        return view
-
-    def task_loss(self, batch: Batch, items: int) -> Tensor | None:
-        """The task loss of a batch that has so many items, in evaluation mode; None without labels."""
-        _, inputs = self.network.arguments(batch)
-        if batch.labels is None and not any(name in inputs for name in self.trainer.label_names):
-            return None
-        self.module.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            return self.trainer.host_loss(self.module, self._with_labels(inputs, batch.labels), items)[0]
-
-    def _with_labels(self, inputs: Mapping[str, Any], labels: Any) -> dict[str, Any]:
-        return with_labels(self.module, inputs, labels, self.trainer._label)
-
-    def _call(self, **inputs: Any) -> Any:
-        trainer, labels = self.trainer, self._batch.labels if self._asks_loss else None
-        if not trainer._playing:
-            return (trainer.model if self.student else self.module)(**inputs)
-        outputs = self._outputs(trainer.model_wrapped if self.student else self.module, inputs, labels)
-        if self.student:
-            trainer._outputs = outputs
-        return outputs
-
-    def _outputs(self, model: nn.Module, inputs: dict[str, Any], labels: Any) -> Any:
-        """What the network returns in a step; the task loss, where there are labels, is kept."""
-        trainer = self.trainer
-        if labels is None and not any(name in inputs for name in trainer.label_names):
-            return model(**inputs)
-        inputs = self._with_labels(inputs, labels)
-        # Another stream's batch is no part of the accumulated one, whose items were counted.
-        whole = not trainer._drawn or bool(self._batch.streams)
-        items = (trainer._items if whole else trainer.count_items(inputs)) if self.counts else None
-        self._loss, outputs = trainer.host_loss(model, inputs, items)
-        if items is not None and whole:
-            # Everything is divided by the accumulation steps afterwards, which this loss is already.
-            self._loss = self._loss * trainer.current_gradient_accumulation_steps
-        return outputs
-
-
-class _Updates(TrainerCallback):
-    """Steps the distiller's own parts with the student's optimizer, and tells it of the end of an epoch."""
-
-    def __init__(self, trainer: DistillationTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.start_player()
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.before_update()
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.player is not None:
-            self.trainer.player.after_update()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Here, and not in on_epoch_end, which follows the checkpoint of an epoch's last step.
-        if state.global_step % self.trainer._epoch_steps == 0:
-            self.trainer.end_epoch(state.epoch)
-        if control.should_evaluate or control.should_save:
-            self.average_buffers()
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.average_buffers()
-
-    def average_buffers(self) -> None:
-        if self.trainer.player is not None:
-            self.trainer.player.average_buffers()
-
-
 def _shown_signature() -> inspect.Signature:
     """Trainer's parameters with ours behind them."""
     own = inspect.signature(DistillationTrainer.__init__).parameters.values()
@@ -653,37 +561,6 @@ def _shown_signature() -> inspect.Signature:
 setattr(DistillationTrainer.__init__, "__signature__", _shown_signature())  # noqa: B010
 
 
-def _networks(kind: str, given: Any) -> list[nn.Module]:
-    """The teachers, or the peers; refuses what is none."""
-    networks = [given] if isinstance(given, (nn.Module, str)) else list(given or ())
-    for network in networks:
-        if not isinstance(network, nn.Module):
-            raise DistillError(
-                f"Expected a model as {kind}, got {network!r}: load it first, with the from_pretrained of the class"
-                " that fits the task, such as AutoModelForSequenceClassification."
-            )
-    return networks
-
-
 def _reads_scores(distiller: Distiller, teacher: int = 0) -> bool:
     """Whether a method reads the scores of a teacher in any of its stages."""
     return any(needs.of_teacher(teacher).logits for needs in needs_of_stages(distiller))
-
-
-def _ignored(config: Any) -> int:
-    """The label that a model's loss leaves out; UperNet has another name for it."""
-    names = ("semantic_loss_ignore_index", "loss_ignore_index")
-    return next((int(getattr(config, name)) for name in names if hasattr(config, name)), -100)
-
-
-def _export(peer: nn.Module, folder: Path) -> None:
-    """Writes a peer as `from_pretrained` loads it."""
-    if hasattr(peer, "save_pretrained"):
-        peer.save_pretrained(folder)
-        return
-    folder.mkdir(exist_ok=True)
-    _save(peer, folder / "model.safetensors")
-
-
-def _save(module: nn.Module, path: Path) -> None:
-    save_file({k: v.detach().clone().contiguous() for k, v in module.state_dict().items()}, path)
