@@ -9,6 +9,7 @@ of the columns of summary.csv, or what a script said when it stopped.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import multiprocessing
 import runpy
@@ -132,7 +133,9 @@ def _apart(run: Callable[..., None], *args: object) -> str:
 
 
 def _differences(timms: Path, ours: Path) -> str:
-    theirs = torch.load(timms / "last.pth.tar", map_location="cpu", weights_only=False)["state_dict"]
+    # Its checkpoints hold the arguments beside the weights.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        theirs = torch.load(timms / "last.pth.tar", map_location="cpu", weights_only=True)["state_dict"]
     weights = load_file(ours / "state" / "model.safetensors")
     if theirs.keys() != weights.keys():
         return "other names of weights |"

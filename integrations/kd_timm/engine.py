@@ -156,8 +156,8 @@ class PlainStep:
         set_sync_gradients(run.accelerator, update)
         with nullcontext() if update else run.accelerator.no_sync(run.model):
             loss = self.loss(inputs, targets, accumulate)
-            scaled = (loss / accumulate if accumulate > 1 else loss) * self.scale(inputs)
-            run.accelerator.backward(scaled, create_graph=self.second_order)
+            scaled, scale = loss / accumulate if accumulate > 1 else loss, self.scale(inputs)
+            run.accelerator.backward(scaled if scale == 1 else scaled * scale, create_graph=self.second_order)
         if player is not None:
             player.after_backward()
         if update:

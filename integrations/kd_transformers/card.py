@@ -26,7 +26,7 @@ def check_gain(gain: Gain) -> None:
 
 def section(distiller: Distiller, teachers: Sequence[nn.Module], data: str, gain: Gain | None) -> str:
     """The section of a card: methods with papers and options, teachers, data, and what was measured of the gain."""
-    lines = ["## Distillation", "", "Trained with [kd-plugins](https://pypi.org/project/kd-plugins/):", ""]
+    lines = ["## Distillation", "", "Trained with kd-plugins:", ""]
     for name, part in distiller.methods.items():
         paper = part.paper
         where = "" if paper is None else f": [{paper.title}]({paper.url})" if paper.url else f": {paper.title}"
@@ -53,7 +53,7 @@ def _name(network: nn.Module) -> str:
     # A folder of this machine means nothing to others.
     kind = getattr(module, "stands_for", type(module).__name__)
     hub = path and not Path(path).exists() and not Path(path).is_absolute()
-    return f"[{path}](https://huggingface.co/{path}), {kind}" if hub else kind
+    return f"`{path}`, {kind}" if hub else kind
 
 
 def add_to_card(path: Path, text: str) -> None:
