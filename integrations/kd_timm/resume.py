@@ -15,6 +15,7 @@ from kd_timm.parts import Parts
 
 # Arguments that may change on resume without changing the numbers.
 _FREE = {"resume", "config", "output", "experiment", "log_interval", "device", "checkpoint_hist", "pin_mem"}
+_FREE |= {"no_record"}
 _FREE |= {"report_to", "log_wandb", "wandb_project", "wandb_tags", "wandb_resume_id"}
 
 

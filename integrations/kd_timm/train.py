@@ -13,7 +13,7 @@ from timm.utils import distribute_bn, setup_default_logging
 
 from kd_accelerate.command import run_command
 from kd_plugins import DistillError
-from kd_report.uncertainty import dirichlet_offset
+from kd_report.uncertainty import Doubts, dirichlet_offset
 from kd_timm.arguments import parse_args
 from kd_timm.checkpoint import Summary, load_weights, write_json
 from kd_timm.engine import evaluate, train_one_epoch
@@ -120,6 +120,7 @@ class Session(Parts):
     def _finish(self) -> dict[str, Any]:
         args = self.args
         results: dict[str, Any] = {"model": args.model, "epochs": self.epochs}
+        found: dict[str, Doubts] = {}
         best = broadcast_object_list([self.checkpoints.best])[0]
         if best is None:
             raise DistillError(f"--epochs {self.epochs} leaves nothing to train: raise it.")
@@ -134,11 +135,12 @@ class Session(Parts):
             others = [] if self.distillation is None else self.distillation.asked()
             distiller = None if self.distillation is None else self.distillation.distiller
             offset = dirichlet_offset(distiller, args.num_classes)
-            results["evaluation"], uncertain = judge(self, self.evaluated, others, offset)
+            results["evaluation"], uncertain, found = judge(self, self.evaluated, others, offset)
             # With --bce-loss each class has a sigmoid of its own, and the classes no distribution.
             results |= {} if args.bce_loss else {"uncertainty": uncertain}
         if self.peers.names:
-            results["peers"] = self.peers.finish(self, self.evaluated)
+            results["peers"], theirs = self.peers.finish(self, self.evaluated)
+            found |= theirs
         results |= {
             "parameters": sum(p.numel() for p in self.student.parameters()),
             "bytes": exported.stat().st_size,
@@ -148,7 +150,7 @@ class Session(Parts):
             write_json(self.folder / "results.json", results)
             if self.distillation is not None:
                 self.distillation.distiller.export(self.folder)
-            self.recorder.finish(results)
+            self.recorder.finish(results, found)
         final = "  ".join(f"{key} {value:.4g}" for key, value in results.get("evaluation", {}).items())
         self.reporter.line(f"best {self.metric} {best[0]:.4g} (epoch {best[1]})  {final}  {exported}")
         return results

@@ -39,6 +39,7 @@ from kd_transformers.checks import (
 from kd_transformers.columns import INDEX, TEACHER, TEACHER_LOGITS, Indexed, with_index, with_padding
 from kd_transformers.compat import ALWAYS_DIVIDES, Hooks
 from kd_transformers.inputs import decoder_inputs, labels_of, with_labels
+from kd_transformers.recording import RecordCallback
 from kd_transformers.schedule import refresh, staged_scheduler
 
 logger = logging.get_logger(__name__)
@@ -47,7 +48,7 @@ logger = logging.get_logger(__name__)
 class DistillationTrainer(Hooks):
     """A drop-in for `Trainer` that distils.
 
-    It takes everything that `Trainer` takes, in the same places, and five keyword arguments more. Without them it is
+    It takes everything that `Trainer` takes, in the same places, and six keyword arguments more. Without them it is
     `Trainer`, to the last bit.
 
     With a distiller, the update is the same however it is split into micro-batches. A task loss that divides by
@@ -74,6 +75,8 @@ class DistillationTrainer(Hooks):
         task: What the model's scores are, where its class does not tell: `"classification"`, `"multilabel"`,
             `"regression"`, `"token"` (labels per token), `"causal-lm"` (labels one token ahead), `"segmentation"`,
             `"depth"`.
+        record: Whether a run with a distiller leaves a record in its output folder, from which `kd-plugins report`
+            makes a page (see `kd_transformers.recording.RecordCallback`).
         **kwargs: As for `Trainer`.
 
     Raises:
@@ -92,6 +95,7 @@ class DistillationTrainer(Hooks):
         distiller: Distiller | str | None = None,
         distiller_args: Mapping[str, Any] | None = None,
         task: str | None = None,
+        record: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -132,6 +136,8 @@ class DistillationTrainer(Hooks):
         # model_init makes a new student in every run; its peers begin anew with it.
         self._peers_at_first = [copy.deepcopy(p.state_dict()) for p in self.peer_models] if self.model_init else []
         self.add_callback(_Updates(self))
+        if record:
+            self.add_callback(RecordCallback(self))
 
     def _distiller(self, distiller: Distiller | str | None, options: Mapping[str, Any] | None) -> Distiller | None:
         if isinstance(distiller, str):
