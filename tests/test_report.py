@@ -544,12 +544,14 @@ def test_page_of_a_text_run_with_stages(tmp_path):
     assert "features" not in page.ids
     assert f"t{int(ids[0, 0])}" in page.words
     assert "kl_attention" in page.words
-    assert page.tags.count("image") == 3 * (4 + 2 + 2) + 3  # Two similarities, one confusion.
+    assert (
+        page.tags.count("image") == 3 * (2 + 2 + 2) + 3
+    )  # Layers that learn from each other; two similarities, one confusion.
     # Every other stage has a band, in both of the two charts.
     assert html.count('style="fill: var(--soft)"') == 2 * -(-len(distiller.stages()) // 2)
     arrays = load_file(tmp_path / "analysis.safetensors")
     rows = arrays["after/teacher/attention"].float().sum(-1)
-    assert rows[:, 0, :5].tolist() == [pytest.approx([1.0] * 5, abs=2e-3)] * 4
+    assert rows[:, 0, :5].tolist() == [pytest.approx([1.0] * 5, abs=2e-3)] * 2
 
 
 def test_page_of_a_written_record(tmp_path):
