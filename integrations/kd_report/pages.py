@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from jinja2 import Environment, PackageLoader
 from matplotlib import colormaps
-from scipy.stats import t as student_t
 from torch import Tensor
 
 from kd_plugins.picture import png
 from kd_report import charts, curves
 from kd_report.charts import number
+from kd_report.measures import difference
 from kd_report.runs import Run
 
 __all__ = ["page"]
@@ -139,20 +139,15 @@ def _mean(values: Iterable[float | None], form: str = ".0f", factor: float = 1, 
 
 
 def _paired(runs: Sequence[Run], others: Sequence[Run]) -> str:
-    """The mean difference of the results of runs of one seed, with the 95 % interval of Student's t distribution."""
-    known = [{run.part("settings", "seed"): curves.final_metric(run) for run in group} for group in (runs, others)]
-    if len(known[0]) < len(runs) or len(known[1]) < len(others):
-        return "–"  # Runs without a seed of their own make no pairs.
-    pairs = [(known[0][seed], known[1][seed]) for seed in known[0] if seed in known[1]]
-    found = [a[1] - b[1] for a, b in pairs if a and b and a[0] == b[0]]
-    if not found:
-        return "–"
-    form = "+.2f" if max(abs(a[1]) for a, _ in pairs if a) > 1.5 else "+.4f"
-    mean, text = statistics.fmean(found), f"{statistics.fmean(found):{form}}"
-    if len(found) > 1:
-        half = float(student_t.ppf(0.975, len(found) - 1)) * statistics.stdev(found) / len(found) ** 0.5
-        text += f" [{mean - half:{form}}, {mean + half:{form}}]"
-    return text.replace("-", "−")
+    """The mean difference of the results of runs of one seed."""
+    found = [
+        {r.part("settings", "seed"): m for r in group if (m := curves.final_metric(r))} for group in (runs, others)
+    ]
+    metrics = {metric for known in found for metric, _ in known.values()}
+    if len(metrics) != 1 or len(found[0]) < len(runs) or len(found[1]) < len(others):
+        return "–"  # Results of different metrics, or runs without a seed of their own, make no pairs.
+    ours, theirs = ({seed: value for seed, (_, value) in known.items()} for known in found)
+    return difference(ours, theirs, "+.2f" if max(map(abs, ours.values())) > 1.5 else "+.4f")
 
 
 def _label(run: Run, i: int) -> str:
