@@ -602,7 +602,7 @@ def test_comparison_has_the_baseline_first_and_the_teacher_once(tmp_path):
         (folder / "run.json").write_text(json.dumps(info))
         (folder / "history.jsonl").write_text('{"step": 1, "eval_top1": 91.25}\n{"step": 2, "eval_top1": 91.5}\n')
         if teachers:
-            own = {"accuracy": 0.9, "ece": 0.01, "nll": 0.5, "confidence": 0.9}
+            own = {"accuracy": 0.9, "ece": 0.01, "nll": 0.5, "confidence": 0.9, "examples": 200}
             predictions = {"student": own | {"agreement": 0.875}, "teacher": own | {"accuracy": 0.96}}
             rewrite(folder, after={"compared": "teacher", "predictions": predictions})
         return folder
@@ -612,13 +612,13 @@ def test_comparison_has_the_baseline_first_and_the_teacher_once(tmp_path):
         return [re.findall(r"<td[^>]*>([^<]*)", row) for row in table.split("<tr>")[1:]]
 
     runs = [write("big", "", "large"), write("kd", "kd", "small.", ["large"]), write("plain", "", "small.")]
-    assert [(row[0], row[1]) for row in rows(runs)] == [("plain", "91.50"), ("kd", "91.50"), ("big (teacher)", "91.50")]
+    assert [(row[0], row[2]) for row in rows(runs)] == [("plain", "91.50"), ("kd", "91.50"), ("big (teacher)", "91.50")]
     again = write("nst", "nst", "small.", ["large"])
     found = rows([runs[1], again, runs[2]])
     assert [row[0] for row in found] == ["plain", "kd", "nst", "teacher: large"]
-    # Name, result, against alone, accuracy, agreement, ECE, NLL, confidence, runs.
-    assert found[3] == ["teacher: large", "–", "–", "96.00 %", "–", "1.0 %", "0.500", "90.0 %", "1"]
-    assert found[1][1:5] == ["91.50", "+0.00", "90.00 %", "87.5 %"]
+    # Name, runs, result, against alone, accuracy, examples, agreement, ECE, NLL.
+    assert found[3] == ["teacher: large", "1", "–", "–", "96.00 %", "200", "–", "1.0 %", "0.500"]
+    assert found[1][1:7] == ["1", "91.50", "+0.00", "90.00 %", "200", "87.5 %"]
     # A network that teaches its own kind: its training alone is the baseline.
     twin = write("twin", "kd", "large", ["large"])
     assert [row[0] for row in rows([twin, runs[0]])] == ["big", "twin", "teacher: large"]

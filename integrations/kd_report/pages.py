@@ -31,9 +31,9 @@ _SENTENCES, _CHANNEL_EXAMPLES, _CHANGES = 3, 2, 8
 _PNG = re.compile(r"data:image/png;base64,[A-Za-z0-9+/]+={0,2}")
 # What is told of a network's predictions, and how: the format, the factor, the unit.
 _MEASURES: dict[str, tuple[Any, ...]] = {
-    **{"accuracy": (".2f", 100, " %"), "agreement": (".1f", 100, " %"), "with peers": (".1f", 100, " %")},
-    **{"KL": (".3f",), "ECE": (".1f", 100, " %"), "NLL": (".3f",), "confidence": (".1f", 100, " %")},
-    "examples": (",.0f",),
+    **{"accuracy": (".2f", 100, " %"), "agreement": (".1f", 100, " %")},
+    **{"with peers": (".1f", 100, " %"), "KL": (".3f",), "ECE": (".1f", 100, " %"), "NLL": (".3f",)},
+    "confidence": (".1f", 100, " %"),
 }
 _KEYS = {"with peers": "peers"}
 # What differs between the seeds of one experiment, or says nothing about it.
@@ -189,13 +189,19 @@ def _results(about: Subject) -> Parts:
             for found in own:
                 agreement, found["kl"] = found.pop("agreement", None), None
                 found["peers"] = agreement if key.startswith("peer") else None
-        cells = [_mean((x.get(_KEYS.get(k, k.lower())) for x in own), *form) for k, form in _MEASURES.items()]
+        # What a comparison has no room for stands on the page of each run.
+        shown = {k: form for k, form in _MEASURES.items() if about.one or k != "confidence"}
+        cells = [_mean((x.get(_KEYS.get(k, k.lower())) for x in own), *form) for k, form in shown.items()]
+        counts = sorted({int(x["examples"]) for x in own if "examples" in x})
+        seen = " to ".join(f"{n:,}" for n in dict.fromkeys([*counts[:1], *counts[-1:]]))
         result, base = values.get(name, []) if key == "student" else [], key == "student" and about.baseline(name)
         form = ".2f" if result and abs(result[0]) > 1.5 else ".4f"
         beside = _paired(runs, about.groups[base]) if base else "–"
-        rows.append([name, _mean(result, form), beside, *cells, str(len(runs)) if len(about.all) > 1 else "–"])
-    columns = ["", metric or "result", "against alone", *_MEASURES, "runs"]
-    table = _table(columns, [row for row in rows if set(row[1:-1]) != {"–"}])
+        number_of_runs = "–" if about.one else str(len(runs))
+        rows.append([name, number_of_runs, _mean(result, form), beside, cells[0], seen or "–", *cells[1:]])
+    measures = list(shown)
+    columns = ["", "runs", metric or "result", "against alone", measures[0], "examples", *measures[1:]]
+    table = _table(columns, [row for row in rows if set(row[2:]) != {"–"}])
     if not about.one:
         return [table, ("charts", [charts.dots(values, title=metric)] if metric else [])]
     tiles = [(cell, name) for name, cell in zip(columns[1:], rows[0][1:], strict=True) if cell != "–"]
