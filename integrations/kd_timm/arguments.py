@@ -61,6 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser: every flag of timm's script that is implemented, and those of distillation."""
     parser = argparse.ArgumentParser(
         prog="kd-timm-train",
+        # Else an error stands below a page of flags.
+        usage="%(prog)s [DIR] [--FLAG ...]",
         description="Train an image classifier of timm, alone or with knowledge distillation.",
         # A prefix of a flag of timm's must not end up as another of ours (--distill).
         allow_abbrev=False,

@@ -140,6 +140,8 @@ def build_parser() -> HfArgumentParser:
     parser = HfArgumentParser(
         [DataArguments, ModelArguments, DistillationArguments, TrainingArguments],
         prog="kd-transformers-train",
+        # Else an error stands below a page of flags.
+        usage="%(prog)s [--FLAG ...]",
         description="Train a text classifier or regressor of transformers, alone or with knowledge distillation.",
         epilog=f"Without a data set: docstrings of Python's standard library, with other defaults: {defaults}. Without"
         " --do_train and --do_eval: both.",
