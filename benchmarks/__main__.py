@@ -15,7 +15,7 @@ NAMES = {
     "robustness": "students of a list of runs on corrupted and attacked images",
     "results": "the tables of docs/results.md, from the runs' results",
     "idx_data": "MNIST and Fashion-MNIST as parquet files",
-    "demo_data": "the demo's training rows, a part of them held out to choose its settings on",
+    "demo_data": "the demo's training paragraphs, a part of them held out to choose its settings on",
 }
 
 

@@ -57,8 +57,11 @@ _IMAGES = (
     "--weight-decay 0.01 --lr 5e-3 --opt adamw --smoothing 0 --hflip 0 --color-jitter 0 --scale 0.8 1 --ratio 0.9 1.1"
 )
 _FEW = f"--model lenet5_half --train-split train[:100] --epochs 75 -b 25 --seed {{seed}} {_IMAGES}"
-_RESNET8 = "--teacher resnet8 --teacher-checkpoint {teacher}/model_best.safetensors"
-_TEXT = "--max_train_samples 1000 --teacher {teacher} --student_layers 2 --seed {seed}"
+_LENET5 = "--teacher lenet5 --teacher-checkpoint {teacher}/model_best.safetensors"
+_TEXT = (
+    "--max_train_samples 1000 --teacher {teacher} --student_layers 2 --student_init scratch --learning_rate 1e-3"
+    " --seed {seed}"
+)
 
 PARTS = {
     "images": Part(
@@ -66,14 +69,14 @@ PARTS = {
         script="kd_timm.train",
         common="--dataset digits --device cpu --in-chans 1 --warmup-epochs 0 -j 0 --log-interval 1000"
         " --val-interval 1000 --checkpoint-hist 1 --output {folder} --experiment {name}",
-        teacher=f"--model resnet8 --epochs 8 -b 64 {_IMAGES}",
+        teacher=f"--model lenet5 --epochs 20 -b 64 {_IMAGES}",
         students={
             "alone": _FEW,
-            "kd": f"{_FEW} --distill kd {_RESNET8}",
+            "kd": f"{_FEW} --distill kd {_LENET5}",
             # The last map of a LeNet has one position.
-            "kd+nst": f"{_FEW} --distill kd+nst --distill-args layers=1 teacher_layers=2 nst.weight=1 {_RESNET8}",
-            "dafl, no data": "--model lenet5_half --opt adam --lr 2e-3 -b 128 --epochs 5 --epoch-updates 60"
-            f" --seed {{seed}} --distill dafl --distill-args preset=mnist width=16 {_RESNET8}",
+            "kd+nst": f"{_FEW} --distill kd+nst --distill-args layers=1 nst.weight=1 {_LENET5}",
+            "dafl, no data": "--model lenet5_half --opt adam --lr 2e-3 -b 64 --epochs 3 --epoch-updates 100"
+            f" --seed {{seed}} --distill dafl --distill-args preset=mnist layer=-1 width=16 {_LENET5}",
         },
         results="results.json",
     ),
@@ -83,9 +86,9 @@ PARTS = {
         common="--use_cpu --save_strategy no --logging_steps 100 --output_dir {folder}/{name}",
         teacher="--student_layers 4 --num_train_epochs 8",
         students={
-            "alone": f"{_TEXT} --student_init scratch",
-            "kd": f"{_TEXT} --student_init scratch --distill kd",
-            "internal": f"{_TEXT} --student_init scratch --distill internal",
+            "alone": _TEXT,
+            "kd": f"{_TEXT} --distill kd",
+            "internal": f"{_TEXT} --distill internal",
         },
         results="all_results.json",
     ),
