@@ -59,7 +59,7 @@ _IMAGES = (
 _FEW = f"--model lenet5_half --train-split train[:100] --epochs 75 -b 25 --seed {{seed}} {_IMAGES}"
 _LENET5 = "--teacher lenet5 --teacher-checkpoint {teacher}/model_best.safetensors"
 _TEXT = (
-    "--max_train_samples 1000 --teacher {teacher} --student_layers 2 --student_init scratch --learning_rate 1e-3"
+    "--max_train_samples 1000 --teacher {teacher} --student_layers 2 --student_init teacher --learning_rate 2e-4"
     " --seed {seed}"
 )
 
