@@ -33,7 +33,7 @@ def decisions(view: View, batch: Batch) -> Decisions | None:
     Tokens and pixels count one by one, at most 2,048 of a batch (or as many as it has examples), evenly spaced; a score
     under a sigmoid is a decision between yes and no.
     """
-    if batch.task == "regression":
+    if batch.task in ("regression", "depth", "detection", "other"):
         return None
     rows = class_scores(view, view, batch)
     logits, labels = rows.student.detach().flatten(0, 1), rows.labels

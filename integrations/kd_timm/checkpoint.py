@@ -32,6 +32,8 @@ def save_weights(model: nn.Module, path: Path) -> None:
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
     partial = path.with_suffix(".partial")
     save_file(tensors, partial, metadata={"format": "pt"})
+    # Others may read it, as they may a checkpoint of timm's; the library allows its owner alone.
+    partial.chmod(0o644)
     os.replace(partial, path)
 
 

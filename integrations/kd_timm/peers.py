@@ -80,7 +80,8 @@ class Peers:
                 answers.add(key, output, labels, student=told[0])
 
             load_weights(peer, self.path(label))
-            metrics = {} if run.data.evaluation is None else evaluate(run, peer, others=[student], seen=seen)
+            told = None if run.args.task == "multilabel" else seen
+            metrics = {} if run.data.evaluation is None else evaluate(run, peer, others=[student], seen=told)
             parameters = sum(p.numel() for p in peer.parameters())
             results.append(
                 {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kd_plugins import Batch, Net, Nets, Reads
 from kd_report import page_hint
@@ -13,9 +13,7 @@ from kd_timm.arguments import parse_args
 from kd_timm.checkpoint import epoch_row
 from kd_timm.data import plain_loader
 from kd_timm.network import TimmNetwork, image_batch
-
-if TYPE_CHECKING:
-    from kd_timm.parts import Parts
+from kd_timm.parts import Parts, softmax
 
 __all__ = ["Recorder"]
 
@@ -64,8 +62,8 @@ class Recorder:
         if not self.record.enabled:
             return
         self._analyse("after")
-        # With --bce-loss each class has a sigmoid of its own, and the classes no distribution.
-        kept = ("predicted", "label", "agreement") if self.session.args.bce_loss else None
+        # With --loss bce each class has a sigmoid of its own, and the classes no distribution.
+        kept = None if softmax(self.session.args) else ("predicted", "label", "agreement")
         found = {name: {k: x for k, x in values.items() if not kept or k in kept} for name, values in found.items()}
         self.record.predictions(found, max(self.session.args.num_classes, 2))
         self.record.finish(results, seconds_per_step=results["seconds_per_step"])
@@ -84,17 +82,21 @@ class Recorder:
         return Nets(student, distillation.nets.teachers, distillation.nets.peers[1:])
 
     def _analyse(self, phase: str) -> None:
+        args = self.session.args
         if not self.record.enabled or self.session.data.evaluation is None:
             return
-        with self.session.accelerator.autocast():
+        # What is analysed are scores of exclusive classes, of images.
+        if args.task == "multilabel" or args.naflex_loader:
+            return
+        with self.session.autocast():
             self.record.analyse(phase, self._nets(), self._batches())
 
     def _batches(self) -> Iterator[Batch]:
         args, data = self.session.args, self.session.data
         size, config = min(args.validation_batch_size or args.batch_size, MOST_AT_ONCE), data.config
-        device = self.session.accelerator.device
-        rows = some_rows(data.evaluation.dataset, self.rows or 8)
-        loader = plain_loader(rows, config, size, device=device, num_workers=args.workers)
+        device, dtype = self.session.accelerator.device, next(self.session.evaluated.parameters()).dtype
+        options: dict[str, Any] = dict(device=device, num_workers=args.workers, img_dtype=dtype)
+        loader = plain_loader(some_rows(data.evaluation.dataset, self.rows or 8), config, size, **options)
         for inputs, labels in loader:
             yield image_batch(config, inputs, labels)
 

@@ -16,6 +16,7 @@ from kd_plugins.reading.network import adapt
 from kd_report.predictions import predicted_maps
 from kd_report.record import MOST_AT_ONCE, SHARE, RunRecord, rows_to_analyse, some_rows
 from kd_report.uncertainty import Doubts
+from kd_transformers.cache import Absent
 from kd_transformers.checks import class_order, task_of
 
 __all__ = ["RecordCallback"]
@@ -136,7 +137,8 @@ class RecordCallback(TrainerCallback):
     def _nets(self) -> Nets:
         nets = getattr(self.trainer, "_nets", None)
         if nets is not None:
-            return nets
+            loaded = [net for net in nets.teachers if not isinstance(net.module, Absent)]
+            return Nets(nets.student, loaded, nets.peers[1:])
         student = self.trainer.model
         taught = [
             Net(adapt(teacher), Reads, frozen=True, order=class_order(student, teacher)) for teacher in self.teachers
