@@ -18,7 +18,7 @@ NAMES = {
     "results": "the tables of docs/results.md, from the runs' results",
     "timm_parity": "timm's own train.py and kd-timm-train with the same flags",
     "idx_data": "MNIST and Fashion-MNIST as parquet files",
-    "demo_data": "the demo's training rows, a part of them held out to choose its settings on",
+    "demo_data": "the demo's training paragraphs, a part of them held out to choose its settings on",
 }
 
 

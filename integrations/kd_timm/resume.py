@@ -22,7 +22,7 @@ _logger = logging.getLogger("kd_timm.train")
 
 # Arguments that may change on resume without changing the numbers.
 _FREE = {"resume", "config", "output", "experiment", "log_interval", "device", "checkpoint_hist", "pin_mem"}
-_FREE |= {"checkpoint_format"}
+_FREE |= {"checkpoint_format", "no_record"}
 _FREE |= {"no_resume_opt", "start_epoch", "stop_epoch", "save_epochs", "recovery_interval", "save_images", "local_rank"}
 _FREE |= {"report_to", "log_wandb", "wandb_project", "wandb_tags", "wandb_resume_id", "validation_batch_size"}
 # Those that may change, so that the run goes on otherwise than it would have.

@@ -15,7 +15,7 @@ from timm.utils import distribute_bn, setup_default_logging
 
 from kd_accelerate.command import run_command
 from kd_plugins import DistillError
-from kd_report.uncertainty import dirichlet_offset
+from kd_report.uncertainty import Doubts, dirichlet_offset
 from kd_timm.arguments import parse_args
 from kd_timm.checkpoint import Summary, load_weights, write_json
 from kd_timm.engine import evaluate, listed, train_one_epoch
@@ -163,6 +163,7 @@ class Session(Parts):
     def _finish(self) -> dict[str, Any]:
         args = self.args
         results: dict[str, Any] = {"model": args.model, "epochs": self.last}
+        found: dict[str, Doubts] = {}
         best = broadcast_object_list([self.checkpoints.best])[0]
         if best is None:
             raise DistillError(f"--epochs {self.epochs} leaves nothing to train: raise it.")
@@ -179,11 +180,12 @@ class Session(Parts):
             if args.task == "multilabel":
                 results["evaluation"] = evaluate(self, self.evaluated)
             else:
-                results["evaluation"], uncertain = judge(self, self.evaluated, others, offset)
+                results["evaluation"], uncertain, found = judge(self, self.evaluated, others, offset)
                 # With --loss bce each class has a sigmoid of its own, and the classes no distribution.
                 results |= {"uncertainty": uncertain} if softmax(args) else {}
         if self.peers.names:
-            results["peers"] = self.peers.finish(self, self.evaluated)
+            results["peers"], theirs = self.peers.finish(self, self.evaluated)
+            found |= theirs
         results |= {
             "parameters": sum(p.numel() for p in self.student.parameters()),
             "bytes": exported.stat().st_size,
@@ -193,7 +195,7 @@ class Session(Parts):
             write_json(self.folder / "results.json", results)
             if self.distillation is not None:
                 self.distillation.distiller.export(self.folder)
-            self.recorder.finish(results)
+            self.recorder.finish(results, found)
         self.reporter.line(f"*** Best metric: {best[0]} (epoch {best[1]})")
         self.reporter.line(f"{exported}  {listed(results.get('evaluation', {}))}")
         self._tell()

@@ -42,6 +42,7 @@ from kd_transformers.columns import INDEX, TEACHER, TEACHER_LOGITS, Indexed, wit
 from kd_transformers.compat import ALWAYS_DIVIDES, Hooks
 from kd_transformers.inputs import decoder_inputs, labels_of
 from kd_transformers.playing import Trained, Updates, export, ignored_label, listed, save_weights
+from kd_transformers.recording import RecordCallback
 from kd_transformers.schedule import refresh, staged_scheduler
 from kd_transformers.streams import Peeked, check_anew, undisturbed
 
@@ -51,7 +52,7 @@ logger = logging.get_logger(__name__)
 class DistillationTrainer(Hooks):
     """A drop-in for `Trainer` that distils.
 
-    It takes everything that `Trainer` takes, in the same places, and five keyword arguments more. Without them it is
+    It takes everything that `Trainer` takes, in the same places, and six keyword arguments more. Without them it is
     `Trainer`, to the last bit.
 
     With a distiller, the update is the same however it is split into micro-batches. A task loss that divides by
@@ -78,6 +79,8 @@ class DistillationTrainer(Hooks):
         task: What the model's scores are, where its class does not tell: `"classification"`, `"multilabel"`,
             `"regression"`, `"token"` (labels per token), `"causal-lm"` (labels one token ahead), `"segmentation"`,
             `"depth"`, `"detection"`.
+        record: Whether a run with a distiller leaves a record in its output folder, from which `kd-plugins report`
+            makes a page (see `kd_transformers.recording.RecordCallback`).
         **kwargs: As for `Trainer`.
 
     Raises:
@@ -96,6 +99,7 @@ class DistillationTrainer(Hooks):
         distiller: Distiller | str | None = None,
         distiller_args: Mapping[str, Any] | None = None,
         task: str | None = None,
+        record: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -142,6 +146,8 @@ class DistillationTrainer(Hooks):
         # model_init makes a new student in every run; its peers begin anew with it.
         self._peers_at_first = [copy.deepcopy(p.state_dict()) for p in self.peer_models] if self.model_init else []
         self.add_callback(Updates(self))
+        if record:
+            self.add_callback(RecordCallback(self))
 
     def _distiller(self, distiller: Distiller | str | None, options: Mapping[str, Any] | None) -> Distiller | None:
         if isinstance(distiller, str):

@@ -252,3 +252,13 @@ def test_compiled_training_equals_eager(run):
     for key, value in load_file(plain.folder / "state" / "model.safetensors").items():
         torch.testing.assert_close(load_file(compiled.folder / "state" / "model.safetensors")[key], value)
     assert compiled.results["evaluation"] == pytest.approx(plain.results["evaluation"])
+
+
+def test_parts_of_the_digits_are_named_as_those_of_datasets():
+    whole, few, rest = (Digits(split, "L") for split in ("train", "train[:100]", "train[100:]"))
+    assert few.targets + rest.targets == whole.targets
+    assert len(set(few.targets)) == 10
+    assert len(Digits("validation[:10%]", "L")) == 50
+    for split in ("train[:x]", "train[5:5]", "tests[:3]"):
+        with pytest.raises(DistillError, match="Expected (a part of )?the digits"):
+            Digits(split, "L")
