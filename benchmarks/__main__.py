@@ -9,13 +9,16 @@ NAMES = {
     "speed": "seconds per step against the floor",
     "nst": "NST's forms",
     "quest": "QuEST's loss in pieces, and all at once",
+    "vocabulary": "soft labels over a vocabulary in chunks, and all at once",
     "detector": "NST on Faster R-CNN",
     "camvid": "segmentation of CamVid",
     "quality": "lists of training runs",
     "robustness": "students of a list of runs on corrupted and attacked images",
+    "filters": "a picture of networks' first filters",
     "results": "the tables of docs/results.md, from the runs' results",
+    "timm_parity": "timm's own train.py and kd-timm-train with the same flags",
     "idx_data": "MNIST and Fashion-MNIST as parquet files",
-    "demo_data": "the demo's training rows, a part of them held out to choose its settings on",
+    "demo_data": "the demo's training paragraphs, a part of them held out to choose its settings on",
 }
 
 

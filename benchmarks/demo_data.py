@@ -1,4 +1,4 @@
-"""Writes the training rows of the demo's two data sets, with a part held out: what its settings are chosen on.
+"""Writes the training paragraphs of the demo's text, with a part held out: what its settings are chosen on.
 
 The rows that `kd-plugins demo` evaluates on are not among them.
 """
@@ -8,24 +8,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import numpy as np
 from datasets import Dataset
-from sklearn.model_selection import train_test_split
 
-from kd_timm.digits import Digits
 from kd_transformers.docstrings import load_docstrings, split_by_file
-
-
-def images(folder: Path) -> None:
-    """The 1,297 digits as folders of PNG files: 997 to train on, 300 held out."""
-    digits = Digits("train", mode="L")
-    rows = np.arange(len(digits))
-    held_out = train_test_split(rows, test_size=300, stratify=digits.targets, random_state=1)[1]
-    for row in rows:
-        image, label = digits[int(row)]
-        path = folder / ("validation" if row in held_out else "train") / str(label) / f"{row:04}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path)
 
 
 def text(folder: Path) -> None:
@@ -47,6 +32,5 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks demo_data", description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", default="output/demo_data")
     root = Path(parser.parse_args(argv).folder)
-    images(root / "images")
     text(root / "text")
     return 0

@@ -4,6 +4,7 @@ A list is YAML:
 
     seeds: [0, 1, 2]
     metrics: {accuracy: evaluation.top1, agreement: evaluation.agreement}     # keys in the run's results file
+    baseline: alone                   # optional: a column of the first metric's differences to this row, seed by seed
     scale: 1                          # what the metrics are multiplied by; 100 makes shares percentages
     results: results.json             # written by the run into {out}
     common: kd-timm-train ... --seed {seed} --output {out}
@@ -13,7 +14,7 @@ A list is YAML:
       kd: --distill kd --teacher ...
     variants: {short: --epochs 4, long: --epochs 8}    # optional: every row with each of them
 
-`$DATA` and other variables of the environment are expanded. One process for each core.
+`$DATA` and other variables of the environment are expanded, and `{device}` is `--device`. One process for each core.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from benchmarks.timing import machine, print_table, write
@@ -80,6 +82,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--output", default="output/quality", help="where the runs go")
     parser.add_argument("--json", help="where the results go; by default benchmarks/results/<list>.json")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="what lists call {device}"
+    )
     parser.add_argument("--only", nargs="*", help="rows to run; the table has all that are done")
     parser.add_argument("--collect", action="store_true", help="run nothing: the table of what is done")
     args = parser.parse_args(argv)
@@ -87,7 +92,7 @@ def main(argv: list[str]) -> int:
     root = Path(args.output) / Path(args.list).stem
     wanted = spec.get("results", "results.json")
     scale = spec.get("scale", 1)
-    names: dict[str, str] = {}
+    names = {"device": args.device}
     for name, command in (spec.get("before") or {}).items():
         folder = root / name
         if run(os.path.expandvars(command.format(out=folder, **names)), folder, wanted) is None:
@@ -120,20 +125,28 @@ def main(argv: list[str]) -> int:
         }
         values["seconds"] = {seed: result["seconds"] for seed, result in done.items() if result["seconds"]}
         results[row] = {"flags": " ".join(flags.split()), **values}
-    print_table(spec.get("title", root.name), ["", *spec["metrics"], "seeds", "CPU seconds"], table(results))
+    report = {"list": Path(args.list).name, "machine": machine(), "baseline": spec.get("baseline"), "rows": results}
+    head, *rows = table(report)
+    print_table(spec.get("title", root.name), head, rows)
     target = args.json or f"benchmarks/results/{Path(args.list).stem}.json"
-    write(target, {"list": Path(args.list).name, "machine": machine(), "rows": results})
+    write(target, report)
     return 0
 
 
-def table(results: dict[str, Any]) -> list[list[Any]]:
-    """The rows of a results file: mean and standard deviation of each metric, seeds, mean seconds."""
-    rows = []
+def table(report: dict[str, Any]) -> list[list[Any]]:
+    """A results file as a head and rows: mean and standard deviation of each metric, seeds, mean seconds."""
+    results, baseline = report["rows"], report.get("baseline")
+    labels = metrics_of(results)
+    rows = [["", *labels, *([f"against {baseline}"] if baseline else []), "seeds", "CPU seconds"]]
     for row, values in results.items():
-        metrics = [values[label] for label in metrics_of(results)]
-        seconds = list(values["seconds"].values())
+        found, seconds = values[labels[0]], list(values["seconds"].values())
         mean = f"{statistics.mean(seconds):.0f}" if seconds else "-"
-        rows.append([row, *map(mean_and_spread, metrics), len(metrics[0]), mean])
+        gain = []
+        if baseline:
+            before = results[baseline][labels[0]]
+            paired = {seed: value - before[seed] for seed, value in found.items() if seed in before}
+            gain = ["-" if row == baseline else mean_and_spread(paired, sign="+")]
+        rows.append([row, *(mean_and_spread(values[label]) for label in labels), *gain, len(found), mean])
     return rows
 
 
@@ -142,9 +155,9 @@ def metrics_of(results: dict[str, Any]) -> list[str]:
     return [label for label in next(iter(results.values())) if label not in ("flags", "seconds")]
 
 
-def mean_and_spread(values: dict[str, float]) -> str:
-    """`64.0 ± 0.5`, the standard deviation over seeds; a dash where nothing was measured."""
+def mean_and_spread(values: dict[str, float], sign: str = "") -> str:
+    """`64.0 ± 0.5`, the standard deviation over seeds; a dash where nothing was measured. `sign="+"` shows a plus."""
     if not values:
         return "-"
     found = list(values.values())
-    return f"{statistics.mean(found):.1f}" + (f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else "")
+    return f"{statistics.mean(found):{sign}.1f}" + (f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else "")

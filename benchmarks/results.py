@@ -11,7 +11,7 @@ import json
 import re
 from pathlib import Path
 
-from benchmarks.quality import metrics_of, table
+from benchmarks.quality import table
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
@@ -19,9 +19,8 @@ BLOCK = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
 
 def markdown(name: str) -> str:
     """The table of one results file."""
-    rows = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["rows"]
-    head = ["", *metrics_of(rows), "seeds", "CPU seconds"]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *table(rows)]
+    head, *rows = table(json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text()))
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n" + "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines) + "\n"
 
 

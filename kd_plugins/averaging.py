@@ -24,24 +24,27 @@ def average_gradients(gradients: Sequence[Tensor | None], like: Sequence[Tensor]
     Args:
         gradients: This process's gradients.
         like: The parameters, for the shapes of gradients that only other processes have.
+
+    Returns:
+        New tensors, which share one memory for each kind of tensor.
     """
     if not distributed() or not gradients:
         return list(gradients)
     present = torch.tensor([g is not None for g in gradients], dtype=torch.uint8, device=like[0].device)
     dist.all_reduce(present, op=dist.ReduceOp.MAX)
-    averaged: list[Tensor | None] = [
-        (torch.zeros_like(p) if g is None else g.contiguous()) if here else None
-        for g, p, here in zip(gradients, like, present.tolist(), strict=True)
-    ]
-    _mean([g for g in averaged if g is not None])
-    return averaged
+    agreed = present.tolist()
+    pairs = [(g, p) for g, p, here in zip(gradients, like, agreed, strict=True) if here]
+    means = iter(_means([torch.zeros_like(p) if g is None else g for g, p in pairs]))
+    return [next(means) if here else None for here in agreed]
 
 
 def average_buffers(module: nn.Module) -> None:
     """Averages batch statistics, which each process collects on its own batches, as timm's `--dist-bn reduce` does."""
     if distributed():
         names = ("running_mean", "running_var")
-        _mean([b for name, b in module.named_buffers() if name.rpartition(".")[2] in names])
+        buffers = [b for name, b in module.named_buffers() if name.rpartition(".")[2] in names]
+        for buffer, mean in zip(buffers, _means(buffers), strict=True):
+            buffer.detach().copy_(mean)
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:
@@ -51,14 +54,16 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
             dist.broadcast(tensor.data, src=0)
 
 
-def _mean(tensors: Sequence[Tensor]) -> None:
-    """Replaces tensors by their means over the processes, one message for each kind of tensor."""
-    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for tensor in tensors:
-        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+def _means(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The means of tensors over the processes, one message for each kind of tensor; views of what was sent."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(i)
+    means = list(tensors)
     for same in kinds.values():
-        flat = torch.cat([t.detach().reshape(-1) for t in same])
+        flat = torch.cat([tensors[i].detach().reshape(-1) for i in same])
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
-        for tensor, part in zip(same, flat.split([t.numel() for t in same]), strict=True):
-            tensor.detach().copy_(part.view_as(tensor))
+        for i, part in zip(same, flat.split([tensors[i].numel() for i in same]), strict=True):
+            means[i] = part.view(tensors[i].shape)
+    return means

@@ -1,9 +1,9 @@
 """`kd-plugins demo`: real teachers teach real students, on images and on text, without any download.
 
 It starts the two training scripts as any user does, on the data sets that every machine has: scikit-learn's handwritten
-digits, and paragraphs of the docstrings of Python's standard library. The students of one part have the same network,
-data, initial weights and number of updates. Their settings were chosen on training rows held out for it
-(docs/results.md).
+digits, and paragraphs of the docstrings of Python's standard library. The teacher has seen all training rows, its
+students a few of them. The students of one part and seed have the same network, rows, initial weights and number of
+updates (but `dafl`, which has no data). Their settings were chosen on training rows held out for it (docs/results.md).
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import argparse
 import json
 import os
 import shlex
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,8 +40,7 @@ class Part:
         script: The training script, as a module.
         common: Flags of every run; `{folder}` is where the part's runs go, `{name}` the run.
         teacher: Flags of the teacher's run.
-        student: Flags of every student's run; `{teacher}` is the teacher's folder.
-        students: Flags that each student adds, by its row in the table.
+        students: Flags of the students' runs, by their row in the table; `{teacher}` is the teacher's folder.
         results: File with a run's results.
     """
 
@@ -47,45 +48,56 @@ class Part:
     script: str
     common: str
     teacher: str
-    student: str
     students: dict[str, str]
     results: str
 
 
-_RESNET8 = "--teacher resnet8 --teacher-checkpoint {teacher}/model_best.safetensors"
+SEEDS = (0, 1, 2)
+_IMAGES = (
+    "--weight-decay 0.01 --lr 5e-3 --opt adamw --smoothing 0 --hflip 0 --color-jitter 0 --scale 0.8 1 --ratio 0.9 1.1"
+)
+_FEW = f"--model lenet5_half --train-split train[:100] --epochs 75 -b 25 --seed {{seed}} {_IMAGES}"
+_LENET5 = "--teacher lenet5 --teacher-checkpoint {teacher}/model_best.safetensors"
+_TEXT = (
+    "--max_train_samples 1000 --teacher {teacher} --student_layers 2 --student_init teacher --learning_rate 2e-4"
+    " --seed {seed}"
+)
 
 PARTS = {
     "images": Part(
-        title="Images: handwritten digits, 1,297 to train on and 500 to evaluate on",
+        title="Images: 100 labelled digits (the teacher: 1,297), evaluated on 500",
         script="kd_timm.train",
-        common="--device cpu --in-chans 1 --opt adamw --weight-decay 0.01 --lr 5e-3 --epochs 8 --warmup-epochs 0 -b 64"
-        " -j 0 --smoothing 0 --hflip 0 --color-jitter 0 --scale 0.8 1 --ratio 0.9 1.1 --log-interval 1000"
-        " --val-interval 100 --checkpoint-hist 1 --output {folder} --experiment {name}",
-        teacher="--model resnet8",
-        student="--model lenet5_half",
+        common="--dataset digits --device cpu --in-chans 1 --warmup-epochs 0 -j 0 --log-interval 1000"
+        " --val-interval 1000 --checkpoint-hist 1 --output {folder} --experiment {name}",
+        teacher=f"--model lenet5 --epochs 20 -b 64 {_IMAGES}",
         students={
-            "alone": "",
-            "kd": f"--distill kd {_RESNET8}",
+            "alone": _FEW,
+            "kd": f"{_FEW} --distill kd {_LENET5}",
             # The last map of a LeNet has one position.
-            "nst": f"--distill nst --distill-args layers=1 teacher_layers=2 weight=1 {_RESNET8}",
-            "kd+nst": f"--distill kd+nst --distill-args layers=1 teacher_layers=2 weight=1 {_RESNET8}",
+            "kd+nst": f"{_FEW} --distill kd+nst --distill-args layers=1 nst.weight=1 {_LENET5}",
+            "dafl, no data": "--model lenet5_half --opt adam --lr 2e-3 -b 64 --epochs 3 --epoch-updates 100"
+            f" --seed {{seed}} --distill dafl --distill-args preset=mnist layer=-1 width=16 {_LENET5}",
         },
         results="results.json",
     ),
     "text": Part(
-        title="Text: paragraphs of the standard library's docstrings, by package, split by file",
+        title="Text: 1,000 labelled paragraphs of docstrings (the teacher: all of them)",
         script="kd_transformers.train",
-        common="--use_cpu --save_strategy no --logging_steps 100 --eval_strategy epoch --output_dir {folder}/{name}",
+        common="--use_cpu --save_strategy no --logging_steps 100 --output_dir {folder}/{name}",
         teacher="--student_layers 4 --num_train_epochs 8",
-        student="--teacher {teacher} --student_layers 2 --student_init teacher --num_train_epochs 6"
-        " --learning_rate 2e-4",
         students={
-            "alone": "",
-            "internal, progressive": "--distill internal --distill-args schedule=progressive",
-            "internal, stacked": "--distill internal --distill-args schedule=stacked",
+            "alone": _TEXT,
+            "kd": f"{_TEXT} --distill kd",
+            "internal": f"{_TEXT} --distill internal",
         },
         results="all_results.json",
     ),
+}
+_NEXT = {
+    "images": "kd-timm-train --data-dir DATA --model resnet18 --distill kd --teacher resnet50"
+    " --teacher-checkpoint FILE",
+    "text": "kd-transformers-train --train_file train.csv --validation_file test.csv --distill internal --train_teacher"
+    " --teacher bert-base-uncased --student_layers 6",
 }
 
 
@@ -108,78 +120,113 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     check_pages()
     console = Console()
-    start, root = time.perf_counter(), Path(args.output)
-    for name in [args.only] if args.only else list(PARTS):
+    start, root, parts = time.perf_counter(), Path(args.output), [args.only] if args.only else list(PARTS)
+    for name in parts:
         table = play(PARTS[name], root / name, console)
         console.print(table)
         console.print(f"Report: {report(PARTS[name], root / name)}", soft_wrap=True)
     minutes, seconds = divmod(round(time.perf_counter() - start), 60)
-    console.print(f"Took {minutes} min {seconds} s. Agreement is with the teacher.", soft_wrap=True)
+    console.print(
+        f"Took {minutes} min {seconds} s. Accuracy is the mean of {len(SEEDS)} seeds and their standard deviation;"
+    )
+    console.print(
+        "against alone, the mean difference of students of one seed with its 95 % interval. Next, on your own data:"
+    )
+    for name in parts:
+        console.print(f"  {_NEXT[name]}", soft_wrap=True, highlight=False)
     return 0
 
 
-def play(part: Part, folder: Path, console: Console) -> Table:
-    """Runs all trainings of a part, one after the other.
+def play(part: Part, folder: Path, console: Console, seeds: Sequence[int] = SEEDS) -> Table:
+    """Runs all trainings of a part: the teacher's, then those of the students, as many at once as there are cores.
 
     Args:
         part: What to run.
         folder: Where its runs go.
         console: Where the commands are printed.
+        seeds: Of the students.
 
     Returns:
         The table of results.
     """
     from rich.table import Table
 
+    from kd_report.measures import difference
+
+    def command(flags: str, name: str, seed: int = 0) -> list[str]:
+        given = {"folder": folder, "name": name, "teacher": folder / "teacher", "seed": seed}
+        return [word.format(**given) for word in shlex.split(f"{part.common} {flags}")]
+
+    names = {(row, seed): folder_name(row, seed) for seed in seeds for row in part.students}
+    run(part.script, {"teacher": command(part.teacher, "teacher")}, folder, console)
+    run(part.script, {n: command(part.students[row], n, seed) for (row, seed), n in names.items()}, folder, console)
     table = Table(title=part.title, title_justify="left")
     table.add_column("", no_wrap=True)
-    for column in ("weights", "accuracy", "agreement", "ms/step", "MB"):  # fits 80 characters
+    for column in ("accuracy, %", "against alone", "agreement", "ms/step"):  # fits 80 characters
         table.add_column(column, justify="right", no_wrap=True)
-    teacher = folder / "teacher"
-    for row, flags in {"teacher": part.teacher, **{n: f"{part.student} {f}" for n, f in part.students.items()}}.items():
-        name = folder_name(row)
-        words = [w.format(folder=folder, name=name, teacher=teacher) for w in shlex.split(f"{part.common} {flags}")]
-        run(part.script, words, console)
-        table.add_row(row, *figures(json.loads((folder / name / part.results).read_text()), row == "teacher"))
+    found = {row: {s: figures(folder / names[row, s] / part.results) for s in seeds} for row in part.students}
+    found = {"teacher": {0: figures(folder / "teacher" / part.results)}} | found
+    alone = {seed: values["accuracy"] for seed, values in found["alone"].items()}
+    for row, runs in found.items():
+        accuracy = {seed: values["accuracy"] for seed, values in runs.items()}
+        told = [values["agreement"] for values in runs.values() if values["agreement"] is not None]
+        table.add_row(
+            row,
+            f"{statistics.fmean(accuracy.values()):.1f}"
+            + (f" ± {statistics.stdev(accuracy.values()):.1f}" if len(accuracy) > 1 else ""),
+            "-" if row in ("teacher", "alone") else difference(accuracy, alone, "+.1f"),
+            f"{statistics.fmean(told):.1f} %" if told and row != "teacher" else "-",
+            f"{statistics.fmean(values['step'] for values in runs.values()):.0f}",
+        )
     return table
 
 
 def report(part: Part, folder: Path) -> Path:
     """Writes a page for each run of a part and one that compares them, whose path it returns."""
     from kd_report import render
+    from kd_report.runs import find_runs
 
-    runs = [folder / folder_name(row) for row in ("teacher", *part.students)]
-    for path in runs:
+    for path in find_runs([folder]):
         (path / "report.html").write_text(render([path]), encoding="utf-8")
     page = folder / "comparison.html"
-    page.write_text(render(runs), encoding="utf-8")
+    page.write_text(render([folder]), encoding="utf-8")
     return page
 
 
-def folder_name(row: str) -> str:
+def folder_name(row: str, seed: int) -> str:
     """The folder of a row's run."""
-    return row.replace(",", "").replace(" ", "-")
+    return f"{row.replace(',', '').replace(' ', '-')}-{seed}"
 
 
-def run(script: str, words: Sequence[str], console: Console) -> None:
-    """Runs one training script, whose progress goes where ours does."""
-    console.print(f"[bold]python -m {script}[/bold] {shlex.join(words)}", highlight=False, soft_wrap=True)
-    code = subprocess.run([sys.executable, "-m", script, *words], env={**os.environ, "HF_HUB_OFFLINE": "1"}).returncode
-    if code:
-        raise DistillError(f"{script} ended with status {code}; its message is above.")
+def run(script: str, commands: dict[str, list[str]], folder: Path, console: Console) -> None:
+    """Runs a training script, each command in a process of its own, whose output goes to a log beside its folder."""
+    cores = os.cpu_count() or 1
+    at_once = min(cores, len(commands))
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = {"OMP_NUM_THREADS": str(cores // at_once), **os.environ, "HF_HUB_OFFLINE": "1"}
+
+    def one(name: str) -> None:
+        words, log = commands[name], folder / f"{name}.log"
+        console.print(f"[bold]python -m {script}[/bold] {shlex.join(words)}", highlight=False, soft_wrap=True)
+        with log.open("w", encoding="utf-8") as file:
+            process = [sys.executable, "-m", script, *words]
+            code = subprocess.run(process, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
+        if code:
+            last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+            raise DistillError(f"{script} ended with status {code}; {log} ends with: {''.join(last)}")
+
+    with ThreadPoolExecutor(at_once) as pool:
+        for done in [pool.submit(one, name) for name in commands]:
+            done.result()
 
 
-def figures(results: dict[str, Any], teacher: bool) -> list[str]:
-    """A row of the table, of what either script writes."""
+def figures(path: Path) -> dict[str, Any]:
+    """A run's part of the table, of what either script writes."""
+    results = json.loads(path.read_text(encoding="utf-8"))
     evaluation = results.get("evaluation", results)
     accuracy = evaluation["top1"] if "top1" in evaluation else 100 * evaluation["eval_accuracy"]
     agreement = evaluation.get("agreement")
     if agreement is None and "eval_teacher_agreement" in evaluation:
         agreement = 100 * evaluation["eval_teacher_agreement"]
-    return [
-        f"{results['parameters']:,}",
-        f"{accuracy:.1f} %",
-        "-" if teacher or agreement is None else f"{agreement:.1f} %",
-        f"{1000 * results['seconds_per_step']:.0f}",
-        f"{results['bytes'] / 1e6:.2f}",
-    ]
+    step = 1000 * results["seconds_per_step"]
+    return {"accuracy": accuracy, "agreement": agreement, "step": step}

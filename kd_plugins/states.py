@@ -50,7 +50,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
     try:
         # Every library has errors of its own for a full disk.
         with told(f"{path} cannot be written", Exception, remedy="make room, or mend the rights of its folder."):
+            # Safetensors lets a file's owner alone read it; others may, as the umask says.
+            partial.touch()
+            mode = partial.stat().st_mode
             yield partial
+            partial.chmod(mode)
             _flush(partial)
             os.replace(partial, path)
             _flush(path.parent)

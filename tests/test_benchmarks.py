@@ -33,7 +33,7 @@ def commands(path: Path) -> list[str]:
         *(f"{spec['common']} {row} {more}" for row in spec["rows"].values() for more in variants),
     ]
     folders = dict.fromkeys(before, "a/teacher")
-    return [os.path.expandvars(command.format(out="a/run", seed=0, **folders)) for command in found]
+    return [os.path.expandvars(command.format(out="a/run", seed=0, device="cpu", **folders)) for command in found]
 
 
 @pytest.mark.parametrize("path", LISTS, ids=lambda path: path.stem)
@@ -79,6 +79,7 @@ def test_a_list_runs_once_and_keeps_its_figures(tmp_path: Path, capsys: pytest.C
         "common": f"{sys.executable} {script} {{out}}",
         "rows": {"low": "0.25 {seed}", "high, wide": "0.5 {seed}"},
         "scale": 10,
+        "baseline": "low",
     }
     path, target = tmp_path / "list.yaml", tmp_path / "list.json"
     path.write_text(yaml.safe_dump(spec, sort_keys=False))
@@ -87,9 +88,11 @@ def test_a_list_runs_once_and_keeps_its_figures(tmp_path: Path, capsys: pytest.C
     assert "expected rows of the list, got ['highest']" in capsys.readouterr().err
     for more in (["--only", "low"], [], ["--only", "low"], ["--collect"]):
         assert quality.main([str(path), "--output", str(tmp_path), "--json", str(target), "--jobs", "2", *more]) == 0
-    rows = json.loads(target.read_text())["rows"]
-    assert rows["low"]["accuracy"] == {"0": 2.5, "2": 22.5}
-    assert quality.table(rows)[1][:4] == ["high, wide", "15.0 ± 14.1", "-", 2]
+    report = json.loads(target.read_text())
+    assert report["rows"]["low"]["accuracy"] == {"0": 2.5, "2": 22.5}
+    head, low, high = quality.table(report)
+    assert head == ["", "accuracy", "agreement", "against low", "seeds", "CPU seconds"]
+    assert (low[3], high[:5]) == ("-", ["high, wide", "15.0 ± 14.1", "-", "+2.5 ± 0.0", 2])
     assert {p.read_text() for p in tmp_path.rglob("count.txt")} == {"1"}
     assert "high, wide" in capsys.readouterr().out
 

@@ -10,11 +10,12 @@ from importlib.metadata import EntryPoint, entry_points, version
 
 import pytest
 
-from kd_plugins.catalog.about import describe
+import kd_plugins
+from kd_plugins.catalog.about import describe, filled
 from kd_plugins.catalog.cli import main
+from kd_plugins.catalog.installed import GROUP, ROWS, list_distillers
 from kd_plugins.catalog.options import OptimSpec
 from kd_plugins.catalog.paper import Paper
-from kd_plugins.catalog.registry import GROUP, list_distillers
 from kd_plugins.distiller import Distiller
 from kd_plugins.errors import DistillError
 
@@ -47,7 +48,7 @@ def shown(monkeypatch):
         EntryPoint("shown", "shown_by_test:Shown", GROUP),
         EntryPoint("shattered", "no_such_module_here:Nothing", GROUP),
     ]
-    monkeypatch.setattr("kd_plugins.catalog.registry.entry_points", lambda group: [*entry_points(group=group), *extra])
+    monkeypatch.setattr("kd_plugins.catalog.installed.entry_points", lambda group: [*entry_points(group=group), *extra])
 
 
 def test_the_list_has_one_line_for_each_and_says_what_is_broken(shown, capsys):
@@ -65,6 +66,29 @@ def test_the_list_has_one_line_for_each_and_says_what_is_broken(shown, capsys):
     for name in ("kd", "nst", "internal"):
         assert "broken" not in rows[name]
         assert str(describe(name).paper.year) in rows[name]
+
+
+def test_the_list_of_our_own_methods_needs_no_torch():
+    code = (
+        "import sys; from kd_plugins.catalog import cli, installed; found = installed.entry_points;"
+        "installed.entry_points = lambda group: [e for e in found(group=group) if e.value.startswith('kd_plugins.')];"
+        "cli.main(['list']); print([name for name in ('torch', 'numpy') if name in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert {line.split()[0] for line in out[1:-1]} >= {"kd", "nst", "internal"}
+    assert out[-1] == "[]"
+
+
+def test_what_the_list_reads_is_what_the_classes_say():
+    """Else: kd-plugins list --markdown README.md docs/paper_index.md kd_plugins/catalog/methods.json."""
+    assert filled(ROWS) == ROWS.read_text(encoding="utf-8")
+
+
+def test_public_names_are_there_when_they_are_asked_for():
+    assert all(getattr(kd_plugins, name) is not None for name in kd_plugins.__all__)
+    assert set(kd_plugins.__all__) <= set(dir(kd_plugins))
+    with pytest.raises(AttributeError, match="no attribute 'Distillers'"):
+        getattr(kd_plugins, "Distillers")  # noqa: B009
 
 
 def test_without_a_command_it_lists(capsys):

@@ -11,7 +11,7 @@ from contract_kit import Adversarial, Honest
 from torch import nn
 
 from kd_plugins import Distiller, DistillError, Needs, Reads, Stage
-from kd_plugins.catalog.registry import distribution_of, list_distillers
+from kd_plugins.catalog.installed import distribution_of, list_distillers
 from kd_plugins.testing import CLAUSES, TinyNet, check_distiller, tiny_batches, tiny_tokens, tiny_transformer
 
 # --- who keeps it -----------------------------------------------------------------------------------------------------

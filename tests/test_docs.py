@@ -156,7 +156,7 @@ def test_tables_of_methods_are_what_the_registry_says(page: str) -> None:
 
 def test_every_method_has_a_page() -> None:
     from kd_plugins import list_distillers
-    from kd_plugins.catalog.registry import distribution_of
+    from kd_plugins.catalog.installed import distribution_of
 
     ours = {name for name in list_distillers() if str(distribution_of(name)).startswith("kd-plugins ")}
     assert ours == {page.stem for page in (ROOT / "docs" / "methods").glob("*.md")}

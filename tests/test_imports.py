@@ -168,7 +168,19 @@ def test_there_is_no_circle():
 
 # A package or module imports only what stands in earlier lines, of its own line too where it is a package.
 LAYERS = (
-    ("errors", "finite", "states", "picture", "host", "averaging", "stages", "functional", "nn", "reading"),
+    (
+        "catalog.installed",
+        "errors",
+        "finite",
+        "states",
+        "picture",
+        "host",
+        "averaging",
+        "stages",
+        "functional",
+        "nn",
+        "reading",
+    ),
     ("catalog.values", "catalog.paper", "catalog.options"),
     ("distiller",),
     (

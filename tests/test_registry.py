@@ -13,14 +13,8 @@ from torch import nn
 
 from kd_plugins import Batch, Distiller, DistillError, Needs, Stage, bind, make_optimizers, play
 from kd_plugins.catalog.about import describe, refusals
-from kd_plugins.catalog.registry import (
-    create_distiller,
-    distribution_of,
-    get_distiller,
-    list_distillers,
-    name_of,
-    options_from_strings,
-)
+from kd_plugins.catalog.installed import distribution_of, list_distillers
+from kd_plugins.catalog.registry import create_distiller, get_distiller, name_of, options_from_strings
 
 MODULE = """
 from kd_plugins.catalog.options import OptimSpec
@@ -70,7 +64,7 @@ def install(tmp_path, monkeypatch):
 
 def test_the_list_has_what_is_installed_and_imports_no_method():
     code = (
-        "import sys; from kd_plugins.catalog.registry import list_distillers; names = list_distillers();"
+        "import sys; from kd_plugins.catalog.installed import list_distillers; names = list_distillers();"
         "print(*names); print([m for m in sys.modules if m.startswith('kd_plugins.methods.')])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
@@ -164,7 +158,7 @@ def test_the_same_distribution_found_twice_is_one(install):
 
 
 def test_without_any_distiller_the_error_says_how_to_install(monkeypatch):
-    monkeypatch.setattr("kd_plugins.catalog.registry.entry_points", lambda group: [])
+    monkeypatch.setattr("kd_plugins.catalog.installed.entry_points", lambda group: [])
     assert list_distillers() == []
     with pytest.raises(DistillError, match="pip install -e ."):
         get_distiller("kd")

@@ -26,9 +26,11 @@ from kd_plugins.compose import Composite
 from kd_plugins.picture import Bars, Heatmap, Images, Points
 from kd_plugins.reading.view import View
 from kd_report import charts, load_run, main, page_hint, render
-from kd_report.analysis import analyse, as_nets
-from kd_report.measures import Similarity, calibration, common_maps, decisions, project_channels
-from kd_report.record import RunRecord, some_rows
+from kd_report.analysis import analyse, as_nets, predict
+from kd_report.measures import Similarity, calibration, common_maps, decisions, predictions, project_channels
+from kd_report.record import RunRecord, rows_to_analyse, some_rows
+from kd_report.runs import find_runs
+from kd_report.uncertainty import Answers
 
 STATS = (0.5, 0.5, 0.5)
 BAR = re.compile(r'<path d="M ([0-9.]+) [^"]*?L ([0-9.]+) [^"]*" [^>]*style="fill: var\(--c0\)"/>')
@@ -145,6 +147,7 @@ def train(folder: Path | None, method: str = "kd", *, seed: int = 0, steps: int 
             record.log(row | {"eval_top1": 25.0 + step + seed, "eval_loss": 1.0, "lr": 0.05})
     if record is not None:
         record.analyse("after", nets, halves(batch))
+        record.predict(nets, halves(batch))
         record.finish({"top1": 30.0, "evaluation": {"loss": 1.0}}, seconds_per_step=0.01)
     return student, player, record
 
@@ -332,35 +335,64 @@ def test_analysis_leaves_no_trace():
 def test_the_teacher_agrees_with_itself():
     teacher = cnn(8, 1)
     nets = bind(create_distiller("kd"), cnn(8, 1), teacher, batch=images(8))
-    found = analyse(nets, [images()])
-    own = found.summary["predictions"]["student"]
-    assert own["agreement"] == 1
-    assert own["kl"] == pytest.approx(0, abs=1e-5)
-    assert found.arrays["cka"].diagonal().tolist() == pytest.approx([1.0] * len(found.arrays["cka"]), abs=1e-3)
-    assert torch.equal(found.arrays["student/confusion"], found.arrays["teacher/confusion"])
-    assert found.arrays["student/confusion"].sum() == 48
+    answers = predict(nets, halves(images()))
+    summary, arrays = predictions(answers.found(), answers.classes)
+    assert summary["student"]["agreement"] == 1
+    assert summary["student"]["kl"] == pytest.approx(0, abs=1e-5)
+    assert torch.equal(arrays["student/confusion"], arrays["teacher/confusion"])
+    assert arrays["student/confusion"].sum() == summary["student"]["examples"] == 48
+    cka = analyse(nets, [images()]).arrays["cka"]
+    assert cka.diagonal().tolist() == pytest.approx([1.0] * len(cka), abs=1e-3)
+
+
+def test_predictions_by_hand():
+    """Two teachers count by the mean of their probabilities; peers are compared with the student one by one."""
+    torch.manual_seed(0)
+    student, one, two, peer = torch.randn(4, 300, 5)
+    labels, answers = torch.randint(5, (300,)), Answers()
+    for rows in torch.arange(300).split(70):
+        answers.add("student", student[rows], labels[rows])
+        answers.ensemble([one[rows], two[rows]], labels[rows], student[rows])
+        answers.add("peer1", peer[rows], labels[rows], student=student[rows])
+    summary, arrays = predictions(answers.found(), answers.classes)
+    ours, theirs = student.softmax(1), (one.softmax(1) + two.softmax(1)) / 2
+    kl, agree = (theirs * (theirs / ours).log()).sum(1).mean(), ours.argmax(1) == theirs.argmax(1)
+    same = ours.argmax(1) == peer.argmax(1)
+    assert summary["student"] == {
+        "nll": pytest.approx(float(nn.functional.cross_entropy(student, labels))),
+        "examples": 300,
+        "confidence": pytest.approx(float(ours.max(1).values.mean())),
+        "accuracy": pytest.approx(float((ours.argmax(1) == labels).float().mean())),
+        "ece": pytest.approx(calibration(ours.max(1).values, ours.argmax(1) == labels)[0]),
+        "agreement": pytest.approx(float(agree.float().mean())),
+        "kl": pytest.approx(float(kl)),
+        "peers": pytest.approx(float(same.float().mean())),
+    }
+    assert summary["teacher"]["accuracy"] == pytest.approx(float((theirs.argmax(1) == labels).float().mean()))
+    assert arrays["student/confusion"][2, 3] == int(((labels == 2) & (ours.argmax(1) == 3)).sum())
 
 
 def test_a_teacher_of_other_classes_is_left_out_of_predictions():
     torch.manual_seed(0)
-    student, teachers = cnn(4, 0), [cnn(8, 1), cnn(8, 2)]
-    nets = bind(create_distiller("kd"), student, teachers, batch=images(8))
-    one = analyse(Nets(nets.student, nets.teachers[1:]), [images()]).summary["predictions"]
-    both = analyse(nets, [images()], misfits=[0]).summary
-    assert both["teachers"] == 1
-    assert both["predictions"]["teacher"] == pytest.approx(one["teacher"], abs=1e-5)
-    alone = analyse(nets, [images()], misfits=[0, 1]).summary
-    assert alone["teachers"] == 0
-    assert "teacher" not in alone["predictions"]
-    assert "agreement" not in alone["predictions"]["student"]
-    assert alone["teacher"]["layers"]
+    student, other, same = (
+        as_nets(net).student for net in (cnn(4, 0), nn.Sequential(cnn(8, 1), nn.Linear(4, 7)), cnn(8, 2))
+    )
+    one, both, none = (predict(Nets(student, teachers), [images()]) for teachers in ([same], [other, same], [other]))
+    assert predictions(both.found(), 4)[0] == predictions(one.found(), 4)[0]
+    assert set(none.found()) == {"student"}
 
 
-def test_rows_to_analyse_are_drawn_from_the_whole_set():
-    rows = [int(row) for row in some_rows(torch.arange(5000))]
-    assert len(set(rows)) == 1000
+def test_rows_are_drawn_from_the_whole_set():
+    rows = [int(row) for row in some_rows(torch.arange(5000), 100)]
+    assert len(set(rows)) == 100
     assert max(rows) > 4900
-    assert rows == [int(row) for row in some_rows(torch.arange(5000))]
+    whole = [int(row) for row in some_rows(torch.arange(5000))]
+    assert whole[:100] == rows
+    assert sorted(whole) == list(range(5000))
+
+
+def test_few_rows_are_analysed_in_a_short_training():
+    assert [rows_to_analyse(trained) for trained in (480, 2000, 5000, 10**9)] == [0, 8, 32, 256]
 
 
 def test_channels_are_seen_in_the_teachers_main_plane():
@@ -520,6 +552,7 @@ def test_page_of_a_text_run_with_stages(tmp_path):
     for step in range(1, 10):
         record.log({"step": step, "loss": 1 / step, "distill/kl_attention": 0.5 / step})
     record.analyse("after", nets, [batch])
+    record.predict(nets, [batch])
     record.finish({"eval_accuracy": 0.5})
     html = render([tmp_path])
     page = Page(html)
@@ -527,12 +560,14 @@ def test_page_of_a_text_run_with_stages(tmp_path):
     assert "features" not in page.ids
     assert f"t{int(ids[0, 0])}" in page.words
     assert "kl_attention" in page.words
-    assert page.tags.count("image") == 3 * (4 + 2 + 2) + 3  # Two similarities, one confusion.
+    assert (
+        page.tags.count("image") == 3 * (2 + 2 + 2) + 3
+    )  # Layers that learn from each other; two similarities, one confusion.
     # Every other stage has a band, in both of the two charts.
     assert html.count('style="fill: var(--soft)"') == 2 * -(-len(distiller.stages()) // 2)
     arrays = load_file(tmp_path / "analysis.safetensors")
     rows = arrays["after/teacher/attention"].float().sum(-1)
-    assert rows[:, 0, :5].tolist() == [pytest.approx([1.0] * 5, abs=2e-3)] * 4
+    assert rows[:, 0, :5].tolist() == [pytest.approx([1.0] * 5, abs=2e-3)] * 2
 
 
 def test_page_of_a_written_record(tmp_path):
@@ -545,7 +580,7 @@ def test_page_of_a_written_record(tmp_path):
     diagram = torch.tensor([[10.0, 0.75, 0.5], [0.0, 0.0, 0.0]])
     arrays |= {"student/reliability": diagram, "peer1/reliability": diagram.clone()}
     save_file({f"after/{name}": x for name, x in arrays.items()}, tmp_path / "analysis.safetensors")
-    own = {"accuracy": 0.98, "ece": 0.0123, "nll": 0.5, "confidence": 0.9, "agreement": 0.875, "kl": 0.1}
+    own = {"accuracy": 0.98, "ece": 0.0123, "nll": 0.5, "confidence": 0.9, "peers": 0.875, "examples": 300}
     after = {"compared": "peer1", "examples": 300, "predictions": {"classes": k, "student": own, "peer1": own}}
     after |= {"student": {"layers": ["a"]}, "peer1": {"layers": ["b", "c"]}}
     info = {"format": 2, "command": ["x"], "peers": [{"name": "twin"}], "after": after}
@@ -583,7 +618,7 @@ def test_comparison_has_the_baseline_first_and_the_teacher_once(tmp_path):
         (folder / "run.json").write_text(json.dumps(info))
         (folder / "history.jsonl").write_text('{"step": 1, "eval_top1": 91.25}\n{"step": 2, "eval_top1": 91.5}\n')
         if teachers:
-            own = {"accuracy": 0.9, "ece": 0.01, "nll": 0.5, "confidence": 0.9}
+            own = {"accuracy": 0.9, "ece": 0.01, "nll": 0.5, "confidence": 0.9, "examples": 200}
             predictions = {"student": own | {"agreement": 0.875}, "teacher": own | {"accuracy": 0.96}}
             rewrite(folder, after={"compared": "teacher", "predictions": predictions})
         return folder
@@ -593,14 +628,39 @@ def test_comparison_has_the_baseline_first_and_the_teacher_once(tmp_path):
         return [re.findall(r"<td[^>]*>([^<]*)", row) for row in table.split("<tr>")[1:]]
 
     runs = [write("big", "", "large"), write("kd", "kd", "small.", ["large"]), write("plain", "", "small.")]
-    assert [(row[0], row[1]) for row in rows(runs)] == [("plain", "91.50"), ("kd", "91.50"), ("big (teacher)", "91.50")]
+    assert [(row[0], row[2]) for row in rows(runs)] == [("plain", "91.50"), ("kd", "91.50"), ("big (teacher)", "91.50")]
     again = write("nst", "nst", "small.", ["large"])
     found = rows([runs[1], again, runs[2]])
     assert [row[0] for row in found] == ["plain", "kd", "nst", "teacher: large"]
-    assert found[3][1:6] == ["–", "96.00 %", "–", "1.0 %", "0.500"]
+    # Name, runs, result, against alone, accuracy, examples, agreement, ECE, NLL.
+    assert found[3] == ["teacher: large", "1", "–", "–", "96.00 %", "200", "–", "1.0 %", "0.500"]
+    assert found[1][1:7] == ["1", "91.50", "+0.00", "90.00 %", "200", "87.5 %"]
     # A network that teaches its own kind: its training alone is the baseline.
     twin = write("twin", "kd", "large", ["large"])
     assert [row[0] for row in rows([twin, runs[0]])] == ["big", "twin", "teacher: large"]
+
+
+def test_differences_are_paired_by_seed(tmp_path):
+    """By hand: of 1, 2 and 6 the mean is 3, the standard deviation 2.646, and t of two degrees of freedom 4.303."""
+    alone, kd = {0: 90.0, 1: 92.0, 2: 91.0}, {0: 91.0, 1: 94.0, 2: 97.0, 7: 50.0}
+    for method, results in (("", alone), ("kd", kd)):
+        for seed, value in results.items():
+            folder = tmp_path / "deep" / f"{method or 'alone'}-{seed}"
+            folder.mkdir(parents=True)
+            info = {"student": {"name": "small"}, "settings": {"seed": seed, "lr": 1}, "status": "finished"}
+            (folder / "run.json").write_text(json.dumps(info | {"method": {"name": method} if method else None}))
+            (folder / "history.jsonl").write_text(json.dumps({"step": 1, "eval_top1": value}))
+    page = Page(render([tmp_path]))
+    assert "+3.00 [−3.57, +9.57]" in page.words  # 3 ± 4.303 * 2.646 / 3 ** 0.5
+    assert page.text.count("kd-7") == 1
+
+
+def test_a_folder_above_stands_for_its_runs(tmp_path, capsys):
+    for name in ("a/one", "b", "a/two"):
+        RunRecord(tmp_path / "all" / name, host="loop", nets=nn.Linear(4, 2), command=["x"]).finish({})
+    assert main([str(tmp_path / "all")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "all" / "comparison.html")
+    assert [str(path.relative_to(tmp_path)) for path in find_runs([tmp_path])] == ["all/a/one", "all/a/two", "all/b"]
 
 
 def test_command(tmp_path, capsys):
@@ -624,7 +684,7 @@ def test_a_run_without_an_end_has_a_page(tmp_path):
     with (tmp_path / "history.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')
     page = Page(render([tmp_path]))
-    assert "(unfinished)" in page.words
+    assert re.search(r"\(unfinished, last written [0-9-]{10} [0-9:]{5} UTC\)", page.words)
     assert "curves" in page.ids
 
 

@@ -95,6 +95,16 @@ def test_one_score_alone_is_the_logit_of_a_sigmoid():
     assert kd(Batch.of(torch.zeros(8, 2), torch.ones(8, 1)), s, t) == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_scores_of_a_regression_are_numbers():
+    s, t = logits(8, 1)
+    batch = Batch.of(torch.zeros(8, 2), torch.ones(8), task="regression")
+    assert kd(batch, s, t) == pytest.approx((s - t).double().square().mean().item(), rel=1e-6)
+    rows = class_scores(View(s), View(t), batch)
+    assert rows.labels is None
+    with pytest.raises(DistillError, match=r"\[8, 1, 1\] of a regression: use kd"):
+        rows.exclusive("dkd")
+
+
 def test_labels_tell_where_the_classes_are_and_doubt_is_refused():
     s, t = logits(2, 4, 6)
     batch = Batch.of(torch.zeros(2, 3), torch.zeros(2, 4, dtype=torch.long), criterion=lambda view, labels: s.sum())

@@ -115,7 +115,7 @@ class _Signals:
 signals = _Signals()
 
 
-def with_file(parser: ArgumentParser, argv: Sequence[str] | None, refused: Mapping[str, Any]) -> list[str]:
+def with_file(parser: ArgumentParser, argv: Sequence[str] | None, refused: Mapping[str, tuple[Any, str]]) -> list[str]:
     """The words of a command line behind those of the file of arguments that its `--config` names, if any.
 
     An entry of the file becomes what would be written on the command line, so that both are read and checked alike; a
@@ -124,7 +124,7 @@ def with_file(parser: ArgumentParser, argv: Sequence[str] | None, refused: Mappi
     Args:
         parser: The parser, which has `--config`.
         argv: Arguments; None takes those of the process.
-        refused: Arguments that a file may name where they have these values, and no others.
+        refused: Arguments that a file may name at a default alone: that, and the reason.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     files = ArgumentParser(prog=parser.prog, add_help=False, allow_abbrev=False)
@@ -158,7 +158,9 @@ def flags(parser: ArgumentParser) -> dict[str, Action]:
     return parser._option_string_actions
 
 
-def _from_file(parser: ArgumentParser, path: str, words: Sequence[str], refused: Mapping[str, Any]) -> list[str]:
+def _from_file(
+    parser: ArgumentParser, path: str, words: Sequence[str], refused: Mapping[str, tuple[Any, str]]
+) -> list[str]:
     """The entries of a file that no flag overrides, as words of the command line."""
     with told(f"{path} cannot be read as arguments", OSError, ValueError, yaml.YAMLError):
         text = Path(path).read_text(encoding="utf-8")
@@ -175,8 +177,9 @@ def _from_file(parser: ArgumentParser, path: str, words: Sequence[str], refused:
             parser.set_defaults(**{name: value})
         elif name in refused:
             # A file that timm's own script wrote names every flag; one at its default asks for nothing.
-            if value != refused[name]:
-                raise DistillError(f"{path}: {key} is a flag of timm's that is not supported yet: leave it out.")
+            default, reason = refused[name]
+            if value is not None and value != default:
+                raise DistillError(f"{path}: {key}: {reason}.")
         elif flag is None or name == "help":
             raise DistillError(f"{path}: unknown argument {key!r}.{did_you_mean(name, [f[2:] for f in known])}")
         elif value is not None and name != "config" and known[flag].dest not in overridden:
@@ -188,8 +191,8 @@ def _as_words(flag: str, value: Any, action: Action) -> list[str]:
     """An entry of a file as it would be written on the command line."""
     if action.nargs in (0, "*", "+") and value == action.default:
         return []
-    if action.nargs == 0 and value is True:
-        return [flag]
+    if action.nargs == 0 and isinstance(value, bool) and (value or action.default):
+        return [flag if value else f"--no-{flag[2:]}"]
     several = action.nargs in ("*", "+") or isinstance(action.nargs, int) and action.nargs > 0
     if isinstance(value, list) and (any(isinstance(v, Mapping) for v in value) if several else action.default == []):
         # A flag that is written once for each item.

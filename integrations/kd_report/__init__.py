@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from kd_plugins.errors import DistillError
-from kd_report.runs import Run, load_run
+from kd_report.runs import Run, find_runs, load_run
 
 __all__ = ["Run", "check_pages", "load_run", "main", "page_hint", "render"]
 
@@ -34,12 +34,12 @@ def render(folders: Sequence[str | Path]) -> str:
     """The page of a run, or the comparison of several, as HTML that needs no other file.
 
     Args:
-        folders: Output folders of runs.
+        folders: Output folders of runs; one that is no run itself stands for all runs below it.
     """
     check_pages()
     from kd_report.pages import page
 
-    return page([load_run(folder) for folder in folders])
+    return page([load_run(folder) for folder in find_runs(folders)])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,12 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="kd-plugins report", description="One HTML page of a run; of several runs, a comparison."
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="output folder of a run of either training script")
-    where = "where to write the page (default: report.html in the run's folder; comparison.html beside the first run)"
+    what = "output folder of a run, or a folder above several"
+    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help=what)
+    where = "where to write the page (default: report.html in the run's folder; comparison.html in the folder above)"
     parser.add_argument("-o", "--output", metavar="FILE", help=where)
     options = parser.parse_args(argv)
-    folders = [Path(folder) for folder in options.runs]
-    default = folders[0] / "report.html" if len(folders) == 1 else folders[0].resolve().parent / "comparison.html"
+    folders = find_runs(options.runs)
+    above = Path(options.runs[0])
+    above = above if folders[0] != above else above.resolve().parent
+    default = folders[0] / "report.html" if len(folders) == 1 else above / "comparison.html"
     output = Path(options.output) if options.output else default
     page = render(folders)
     output.parent.mkdir(parents=True, exist_ok=True)

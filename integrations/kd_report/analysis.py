@@ -1,6 +1,6 @@
-"""What a student has in common with its teacher: predictions, calibration, layer similarity, features and attention.
+"""What a student has in common with its teacher: layer similarity, features and attention, and what both predict.
 
-Reads a few evaluation batches and leaves no trace: evaluation mode, no gradient, no random number, no hook remains.
+Reads evaluation batches and leaves no trace: evaluation mode, no gradient, no random number, no hook remains.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd_plugins import Batch, DistillError, Net, Nets, Reads
+from kd_plugins import Batch, Distiller, DistillError, Net, Nets, Reads
 from kd_plugins import functional as KF
 from kd_plugins.binding import untouched
 from kd_plugins.reading.network import adapt
 from kd_plugins.reading.trunk import find_trunk
 from kd_plugins.reading.view import View
-from kd_report.measures import Predictions, Similarity, common_maps, decisions, mean_decisions, project_channels
+from kd_report.measures import Similarity, common_maps, decisions, project_channels
+from kd_report.uncertainty import Answers, dirichlet_offset
 
-__all__ = ["Analysis", "analyse", "as_nets"]
+__all__ = ["Analysis", "analyse", "as_nets", "predict"]
 
 Decode = Callable[[list[int]], Sequence[str]]
 
@@ -40,9 +41,8 @@ class Analysis:
     Attributes:
         summary: Numbers and names, ready for JSON.
         arrays: Tensors by name: `cka` `[Ls, Lt]`, `images` `[n, 3, H, W]`, `student/map/0` `[n, h, w]`,
-            `student/attention` `[layers, n, L, L]` or `[layers, n, h, w]`, `student/confusion` `[K, K]` (true class,
-            predicted class), `student/reliability` `[bins, 3]` (examples, confidence, accuracy), `student/channels`
-            `[n, C, 2]` (points, see `project_channels`).
+            `student/attention` `[layers, n, L, L]` or `[layers, n, h, w]`, `student/channels` `[n, C, 2]` (points, see
+            `project_channels`).
     """
 
     summary: dict[str, Any] = field(default_factory=dict)
@@ -58,16 +58,15 @@ def analyse(
     nets: Nets | nn.Module,
     batches: Iterable[Batch],
     *,
-    examples: int = 1000,
     shown: int = 4,
     seconds: float = 20.0,
     decode: Decode | None = None,
-    misfits: Collection[int] = (),
+    attentions: Mapping[str, Sequence[int]] | None = None,
 ) -> Analysis:
     """Compares the student with its teacher (or with the first of its peers) on evaluation batches.
 
-    Of all networks that were trained together it tells accuracy, agreement with the student, and the similarity of
-    their last layers, each with each (`peers/similarity` `[P, P]`, the student first).
+    Of all networks that were trained together it tells the similarity of their last layers, each with each
+    (`peers/similarity` `[P, P]`, the student first).
 
     Layer similarity is linear CKA (Kornblith et al., "Similarity of Neural Network Representations Revisited", ICML
     2019, arXiv 1905.00414) with the unbiased estimator summed over minibatches (Nguyen et al., "Do Wide and Deep
@@ -80,48 +79,36 @@ def analyse(
         nets: The networks, unwrapped; a bare student where there is no distiller.
         batches: Evaluation batches in a fixed order, of few examples each, as all layers' activations are held at once;
             made lazily they are drawn outside the training's random state.
-        examples: No batch is begun after so many examples.
         shown: Examples whose maps and attention are kept.
         seconds: No batch is begun after this time; at least one is read.
         decode: Turns a sentence's token ids into the tokens' texts.
-        misfits: Numbers of the teachers whose classes are not the student's: their predictions are left out.
+        attentions: Layers whose attention is kept, by network (`"student"`, `"teacher"`): those that learn from each
+            other; by default a few over the depth.
     """
     nets = as_nets(nets)
     began, found, count = time.monotonic(), Analysis(), 0
     peers = [f"peer{i}" for i in range(1, len(nets.peers))]
     compared = "teacher" if nets.teachers else peers[0] if peers else "student"
     named = dict(zip(["student", *peers, "teacher"], [*nets.peers, *nets.teachers], strict=False))
-    fitting = [i for i in range(len(nets.teachers)) if i not in misfits]
-    others = [_fresh(nets.teachers[i]) for i in fitting if i > 0]
-    device = next((p.device for p in nets.student.module.parameters()), torch.device("cpu"))
     with _without_trace(nets):
-        for batch in (batch.to(device) for batch in batches):
-            if not batch.size:
-                raise DistillError("The analysis needs batches of examples, got one whose size is unknown.")
+        for batch in _sized(nets, batches):
             if not count:
                 first, pick = batch, _pick(batch, shown)
                 readers = {name: _Reader(net, batch) for name, net in named.items()}
                 found.summary |= {name: {"layers": list(reader.places)} for name, reader in readers.items()}
-                predictions, similarity = Predictions(compared), Similarity([len(r.places) for r in readers.values()])
-            views = {name: reader(batch) for name, reader in readers.items()}
-            seen = {name: readers[name].activations(view) for name, view in views.items()}
+                similarity = Similarity([len(r.places) for r in readers.values()])
+            seen = {name: reader.activations(batch) for name, reader in readers.items()}
             if not count and _is_image(batch):
                 for name in dict.fromkeys(("student", compared)):
                     _keep_maps(found, name, readers[name], {layer: x[pick].float() for layer, x in seen[name].items()})
                 if "teacher" in seen:
                     _keep_channels(found, seen["student"], seen["teacher"], pick)
-            taught = [views.pop("teacher")][: 0 in fitting] if "teacher" in views else []
-            taught += [other(batch, reads=Reads()) for other in others]
-            made = {name: decisions(view, batch) for name, view in views.items()}
-            predictions.add(made | {"teacher": mean_decisions([decisions(view, batch) for view in taught])})
             similarity.add([_vectors(x, batch) for layers in seen.values() for x in layers.values()])
             count += batch.size
-            if count >= examples or time.monotonic() - began >= seconds:
+            if time.monotonic() - began >= seconds:
                 break
-        if not count:
-            raise DistillError("The analysis got no evaluation batches: give at least one.")
         for name in dict.fromkeys(("student", compared)):
-            _keep_attention(found, name, readers[name], first, pick)
+            _keep_attention(found, name, readers[name], first, pick, (attentions or {}).get(name))
         _keep_examples(found, _part(first, pick), decode)
     if similarity.sum is not None:
         found.arrays["cka"] = similarity.between(0, list(readers).index(compared))
@@ -129,11 +116,58 @@ def analyse(
         if peers and all(readers[name].places for name in ("student", *peers)):
             rows = [[similarity.between(a, b)[-1, -1] for b in trained] for a in trained]
             found.arrays["peers/similarity"] = torch.tensor(rows)
-    found.summary["predictions"], arrays = predictions.result()
-    found.arrays |= arrays
-    found.summary |= {"peers": peers, "examples": count, "compared": compared, "teachers": len(fitting)}
+    found.summary |= {"peers": peers, "examples": count, "compared": compared}
     found.summary["seconds"] = round(time.monotonic() - began, 3)
     return found
+
+
+def predict(
+    nets: Nets | nn.Module,
+    batches: Iterable[Batch],
+    *,
+    distiller: Distiller | None = None,
+    seconds: float | None = None,
+) -> Answers:
+    """What student, teachers and peers say of evaluation batches; nothing for a task without classes.
+
+    Args:
+        nets: The networks, unwrapped.
+        batches: Evaluation batches, in an order that has nothing to do with their classes where `seconds` may end them.
+        distiller: The method, which says what the student's scores are.
+        seconds: No batch is begun after this time; at least one is read.
+    """
+    nets, answers, began = as_nets(nets), Answers(), time.monotonic()
+    named = {f"peer{i}" if i else "student": _fresh(net) for i, net in enumerate(nets.peers)}
+    teachers = [_fresh(net) for net in nets.teachers]
+    with _without_trace(nets):
+        for batch in _sized(nets, batches):
+            asked = [decisions(net(batch, reads=Reads()), batch) for net in (*named.values(), *teachers)]
+            ours = asked[0]
+            if ours is None:
+                break
+            answers.offset = dirichlet_offset(distiller, ours.logits.shape[-1])
+            # Networks of other classes cannot be compared.
+            known = [x.logits if x is not None and x.logits.shape == ours.logits.shape else None for x in asked]
+            answers.add("student", *ours)
+            for name, logits in zip(list(named)[1:], known[1:], strict=False):
+                if logits is not None:
+                    answers.add(name, logits, ours.labels, student=ours.logits)
+            told = [logits for logits in known[len(named) :] if logits is not None]
+            answers.ensemble(told, ours.labels, ours.logits)
+            if seconds is not None and time.monotonic() - began >= seconds:
+                break
+    return answers
+
+
+def _sized(nets: Nets, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches, at least one, on the student's device."""
+    device, batch = next((p.device for p in nets.student.module.parameters()), torch.device("cpu")), None
+    for batch in batches:
+        if not batch.size:
+            raise DistillError("The analysis needs batches of examples, got one whose size is unknown.")
+        yield batch.to(device)
+    if batch is None:
+        raise DistillError("The analysis got no evaluation batches: give at least one.")
 
 
 # Reading without a trace
@@ -194,11 +228,9 @@ class _Reader:
         if not self._readable(self.places.values(), two):
             self.places = {name: place for name, place in self.places.items() if self._readable([place], two)}
 
-    def __call__(self, batch: Batch) -> View:
-        return self.net(batch, reads=_reads(self.places.values(), logits=True))
-
-    def activations(self, view: View) -> dict[str, Tensor]:
-        """What a view saw of the layers."""
+    def activations(self, batch: Batch) -> dict[str, Tensor]:
+        """What the layers say of a batch."""
+        view = self.net(batch, reads=_reads(self.places.values()))
         return {name: _activation(view, place) for name, place in self.places.items()}
 
     def strength(self, x: Tensor) -> Tensor | None:
@@ -244,9 +276,9 @@ class _Reader:
         return all(x.is_floating_point() and x.dim() > 1 and len(x) == batch.size for x in found)
 
 
-def _reads(places: Collection[str | int], logits: bool = False) -> Reads:
+def _reads(places: Collection[str | int]) -> Reads:
     paths = tuple(place for place in places if isinstance(place, str))
-    return Reads(logits, paths, tuple(place for place in places if isinstance(place, int)))
+    return Reads(False, paths, tuple(place for place in places if isinstance(place, int)))
 
 
 def _activation(view: View, place: str | int) -> Tensor:
@@ -322,11 +354,13 @@ def _shrink(x: Tensor, side: int) -> Tensor:
     return x if scale >= 1 else F.adaptive_avg_pool2d(x, [max(round(n * scale), 1) for n in x.shape[-2:]])
 
 
-def _keep_attention(found: Analysis, name: str, reader: _Reader, batch: Batch, pick: Tensor) -> None:
+def _keep_attention(
+    found: Analysis, name: str, reader: _Reader, batch: Batch, pick: Tensor, asked: Sequence[int] | None
+) -> None:
     """Keeps attention distributions, averaged over heads, of a few layers."""
     if not reader.attention:
         return
-    layers, kept = _spread(range(1, reader.attention + 1), _SHOWN_LAYERS), []
+    layers, kept = _spread(asked or range(1, reader.attention + 1), _SHOWN_LAYERS), []
     try:
         attentions = reader.net(_part(batch, pick), reads=Reads(logits=False, attentions=tuple(layers))).attentions
     except DistillError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,9 +14,10 @@ from kd_plugins import Batch
 from kd_plugins.reading.scores import class_scores
 from kd_plugins.reading.view import View
 
-__all__ = ["Predictions", "Similarity", "calibration", "common_maps", "decisions", "mean_decisions", "project_channels"]
+__all__ = ["Similarity", "calibration", "common_maps", "decisions", "difference", "predictions", "project_channels"]
 
 _ROWS, _CLASSES, _BINS, _POINTS = 2048, 100, 15, 256
+_MEANS = ("nll", "kl", "agreement")
 
 
 class Decisions(NamedTuple):
@@ -28,13 +30,13 @@ class Decisions(NamedTuple):
 def decisions(view: View, batch: Batch) -> Decisions | None:
     """The decisions in the scores of a batch; None for a task without classes.
 
-    Tokens and pixels count one by one, at most 2,048 of a batch, evenly spaced; a score under a sigmoid is a decision
-    between yes and no.
+    Tokens and pixels count one by one, at most 2,048 of a batch (or as many as it has examples), evenly spaced; a score
+    under a sigmoid is a decision between yes and no.
     """
-    if batch.task == "regression":
+    if batch.task in ("regression", "depth", "detection", "other"):
         return None
     rows = class_scores(view, view, batch)
-    logits, labels = rows.student.detach().float().flatten(0, 1), rows.labels
+    logits, labels = rows.student.detach().flatten(0, 1), rows.labels
     if rows.binary:
         logits = torch.stack([torch.zeros_like(logits), logits], -1).flatten(0, 1)
         given = batch.labels
@@ -45,17 +47,10 @@ def decisions(view: View, batch: Batch) -> Decisions | None:
         index = index[(labels >= 0) & (labels < logits.shape[1])]
     elif rows.mask is not None and len(logits) == rows.mask.numel():
         index = index[rows.mask.flatten()]
-    if len(index) > _ROWS:
-        index = index[torch.linspace(0, len(index) - 1, _ROWS, device=index.device).round().long()]
-    return Decisions(logits[index], None if labels is None else labels[index])
-
-
-def mean_decisions(several: Sequence[Decisions | None]) -> Decisions | None:
-    """The decisions of several networks together, by the mean of their probabilities; None where nobody decides."""
-    known = [one for one in several if one is not None]
-    if len(known) < 2:
-        return known[0] if known else None
-    return Decisions(torch.stack([one.logits.softmax(-1) for one in known]).mean(0).log(), known[0].labels)
+    most = max(_ROWS, batch.size or 0)
+    if len(index) > most:
+        index = index[torch.linspace(0, len(index) - 1, most, device=index.device).round().long()]
+    return Decisions(logits[index].float(), None if labels is None else labels[index])
 
 
 def calibration(confidence: Tensor, correct: Tensor, bins: int = _BINS) -> tuple[float, Tensor]:
@@ -84,59 +79,57 @@ def calibration(confidence: Tensor, correct: Tensor, bins: int = _BINS) -> tuple
     return error, torch.cat([sums[:, :1], means], 1).float()
 
 
-class Predictions:
-    """Collects the decisions of networks, batch by batch; `compared` is what the student is compared with."""
+def predictions(found: Mapping[str, Mapping[str, Tensor]], classes: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `kd_report.uncertainty.Answers` has collected, in numbers.
 
-    def __init__(self, compared: str) -> None:
-        self.compared, self.classes = compared, 0
-        self._rows: dict[str, dict[str, list[Tensor]]] = {}
+    Args:
+        found: Values of examples by network.
+        classes: Number of classes.
 
-    def add(self, asked: Mapping[str, Decisions | None]) -> None:
-        """Adds one batch; networks with other numbers of classes are not compared with the student."""
-        known = {name: d for name, d in asked.items() if d is not None and len(d.logits)}
-        student = known.get("student")
-        if student is None:
-            return
-        self.classes, own = student.logits.shape[1], student.logits.log_softmax(-1)
-        choices = own.argmax(-1)
-        for name, (logits, labels) in known.items():
-            logs = logits.log_softmax(-1)
-            confidence, predicted = logs.exp().max(-1)
-            values = {"confidence": confidence, "predicted": predicted}
-            if labels is not None:
-                values["label"] = labels
-                values["nll"] = F.nll_loss(logs, labels.clamp_max(logs.shape[1] - 1), reduction="none")
-            if name != "student" and logits.shape == student.logits.shape:
-                values["kl"] = (logs.exp() * (logs - own)).nan_to_num().sum(-1)
-                values["agreement"] = (choices == predicted).float()
-            for key, value in values.items():
-                self._rows.setdefault(name, {}).setdefault(key, []).append(value.cpu())
+    Returns:
+        Means by network for JSON (agreement and KL are with the student; the student's own are with the teacher, and
+        `peers` its mean agreement with them), and arrays: reliability diagrams and confusion matrices by network.
+    """
+    summary: dict[str, Any] = {"classes": classes}
+    arrays: dict[str, Tensor] = {}
+    for name, values in found.items():
+        means: dict[str, float] = {k: float(values[k].double().mean()) for k in _MEANS if k in values}
+        predicted, labels = values["predicted"], values.get("label")
+        means["examples"] = len(predicted)
+        if "confidence" in values:
+            means["confidence"] = 1 - float(values["confidence"].mean())
+        if labels is not None:
+            correct = predicted == labels
+            means["accuracy"] = float(correct.double().mean())
+            if "confidence" in values:
+                means["ece"], arrays[f"{name}/reliability"] = calibration(1 - values["confidence"], correct)
+            if classes <= _CLASSES and predicted.max() < classes:
+                cells = torch.bincount(labels * classes + predicted, minlength=classes**2)
+                arrays[f"{name}/confusion"] = cells.view(classes, classes).int()
+        summary[name] = means
+    student, teacher = summary.get("student", {}), summary.get("teacher", {})
+    student |= {key: teacher[key] for key in ("agreement", "kl") if key in teacher}
+    shares = [x["agreement"] for name, x in summary.items() if name.startswith("peer") and "agreement" in x]
+    student |= {"peers": sum(shares) / len(shares)} if shares else {}
+    return summary, arrays
 
-    def result(self) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
-        """Numbers for JSON, and arrays: reliability diagrams and confusion matrices by network.
 
-        Agreement and KL are with the student; the student's own are with the compared network.
-        """
-        summary: dict[str, Any] = {"classes": self.classes}
-        arrays: dict[str, Tensor] = {}
-        for name, parts in self._rows.items():
-            found = {key: torch.cat(values) for key, values in parts.items()}
-            means: dict[str, float] = {
-                k: float(found[k].mean()) for k in ("confidence", "nll", "kl", "agreement") if k in found
-            }
-            predicted, labels = found["predicted"], found.get("label")
-            if labels is not None:
-                correct = predicted == labels
-                means["ece"], arrays[f"{name}/reliability"] = calibration(found["confidence"], correct)
-                means["accuracy"] = float(correct.float().mean())
-                if self.classes <= _CLASSES and predicted.max() < self.classes:
-                    cells = torch.bincount(labels * self.classes + predicted, minlength=self.classes**2)
-                    arrays[f"{name}/confusion"] = cells.view(self.classes, self.classes).int()
-            summary[name] = means
-        compared = summary.get(self.compared, {})
-        if self._rows:
-            summary["student"] |= {key: compared[key] for key in ("agreement", "kl") if key in compared}
-        return summary if self._rows else None, arrays
+def difference(ours: Mapping[Any, float], theirs: Mapping[Any, float], form: str = "+.2f") -> str:
+    """The mean difference of values with the same key, with the 95 % interval of Student's t of two pairs or more.
+
+    >>> difference({0: 91.0, 1: 94.0, 2: 97.0}, {0: 90.0, 1: 92.0, 2: 91.0})
+    '+3.00 [−3.57, +9.57]'
+    """
+    from scipy.stats import t
+
+    found = [ours[key] - theirs[key] for key in ours if key in theirs]
+    if not found:
+        return "–"
+    mean, text = statistics.fmean(found), f"{statistics.fmean(found):{form}}"
+    if len(found) > 1:
+        half = float(t.ppf(0.975, len(found) - 1)) * statistics.stdev(found) / len(found) ** 0.5
+        text += f" [{mean - half:{form}}, {mean + half:{form}}]"
+    return text.replace("-", "−")
 
 
 class Similarity:

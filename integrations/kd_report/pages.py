@@ -19,6 +19,7 @@ from torch import Tensor
 from kd_plugins.picture import png
 from kd_report import charts, curves
 from kd_report.charts import number
+from kd_report.measures import difference
 from kd_report.runs import Run
 
 __all__ = ["page"]
@@ -30,9 +31,11 @@ _SENTENCES, _CHANNEL_EXAMPLES, _CHANGES = 3, 2, 8
 _PNG = re.compile(r"data:image/png;base64,[A-Za-z0-9+/]+={0,2}")
 # What is told of a network's predictions, and how: the format, the factor, the unit.
 _MEASURES: dict[str, tuple[Any, ...]] = {
-    **{"accuracy": (".2f", 100, " %"), "agreement": (".1f", 100, " %"), "KL": (".3f",), "ECE": (".1f", 100, " %")},
-    **{"NLL": (".3f",), "confidence": (".1f", 100, " %")},
+    **{"accuracy": (".2f", 100, " %"), "agreement": (".1f", 100, " %")},
+    **{"with peers": (".1f", 100, " %"), "KL": (".3f",), "ECE": (".1f", 100, " %"), "NLL": (".3f",)},
+    "confidence": (".1f", 100, " %"),
 }
+_KEYS = {"with peers": "peers"}
 # What differs between the seeds of one experiment, or says nothing about it.
 _INCIDENTAL = {"seed", "experiment", "output", "output_dir", "resume", "log_interval", "run_name", "logging_dir"}
 
@@ -45,7 +48,7 @@ class Subject:
         one: The only run; None where several are compared.
         groups: Runs by experiment, those that differ in their seed alone together: first what was trained alone, last
             those whose student is a teacher of others.
-        networks: What is told of: a name, the runs that show it, before or after the training, and its key there.
+        networks: What is told of: a name, the runs that show it, and its key there.
         axis: What curves run over.
     """
 
@@ -59,18 +62,22 @@ class Subject:
         above = {name for name in found if found[name][0].method == "alone" and own[name] in teachers - taught}
         order = sorted(found, key=lambda name: (name in above, found[name][0].method != "alone"))
         self.groups = {f"{n} (teacher)" if n in above and n != "teacher" else n: found[n] for n in order}
-        self.networks = [(name, group, "after", "student") for name, group in self.groups.items()]
-        if self.one:
-            self.networks.insert(0, ("student before the training", [runs[0]], "before", "student"))
+        self.networks = [(name, group, "student") for name, group in self.groups.items()]
         shown = {group[0].student for name, group in found.items() if name in above}
         for run in runs:
-            phase = "after" if run.part("after", "predictions") else "before"
             peers = {f"peer{i}": str(peer["name"]) for i, peer in enumerate(run.info.get("peers") or [], 1)}
             others = {"teacher": run.teacher} if run.info.get("teachers") else {}
             for key, name in (others | peers if self.one else others).items():
                 if name not in shown:
-                    self.networks.append((f"{key}: {name}", [run], phase, key))
+                    self.networks.append((f"{key}: {name}", [run], key))
             shown |= set(others.values())
+
+    def baseline(self, name: str) -> str | None:
+        """The first experiment that trained the same student alone; None for itself, and where there is none."""
+        own = _identity(self.groups[name][0].info.get("student"))
+        alone = [n for n, (run, *_) in self.groups.items() if run.method == "alone"]
+        found = next((n for n in alone if _identity(self.groups[n][0].info.get("student")) == own), None)
+        return None if found == name else found
 
 
 def page(runs: Sequence[Run]) -> str:
@@ -78,9 +85,9 @@ def page(runs: Sequence[Run]) -> str:
     about, run = Subject(runs), runs[0]
     if about.one:
         title = f"{run.method}: {run.student}" + (f" from {run.teacher}" if run.teacher else "")
-        started, status = str(run.info.get("started") or "")[:16].replace("T", " "), run.info.get("status")
+        started = str(run.info.get("started") or "")[:16].replace("T", " ")
         lead = [*(run.info.get(key) for key in ("host", "data", "device")), started and f"{started} UTC"]
-        lead += [f"({status})" if status != "finished" else None]
+        lead += [f"({run.status})" if run.status != "finished" else None]
     else:
         title, data = "Comparison of runs", [run.info.get("data") for run in runs]
         lead = [f"{len(runs)} runs", f"{len(about.groups)} experiments", *dict.fromkeys(data)]
@@ -131,6 +138,18 @@ def _mean(values: Iterable[float | None], form: str = ".0f", factor: float = 1, 
     return f"{statistics.fmean(known):{form}}{spread}{unit}" if known else "–"
 
 
+def _paired(runs: Sequence[Run], others: Sequence[Run]) -> str:
+    """The mean difference of the results of runs of one seed."""
+    found = [
+        {r.part("settings", "seed"): m for r in group if (m := curves.final_metric(r))} for group in (runs, others)
+    ]
+    metrics = {metric for known in found for metric, _ in known.values()}
+    if len(metrics) != 1 or len(found[0]) < len(runs) or len(found[1]) < len(others):
+        return "–"  # Results of different metrics, or runs without a seed of their own, make no pairs.
+    ours, theirs = ({seed: value for seed, (_, value) in known.items()} for known in found)
+    return difference(ours, theirs, "+.2f" if max(map(abs, ours.values())) > 1.5 else "+.4f")
+
+
 def _label(run: Run, i: int) -> str:
     labels, names = run.part("after", "labels") or run.part("before", "labels") or [], run.info.get("classes") or []
     if i >= len(labels):
@@ -163,19 +182,29 @@ def _results(about: Subject) -> Parts:
     metric = names.pop() if len(names) == 1 else ""
     values = {name: [value for _, value in found] for name, found in metrics.items() if found}
     rows: list[list[str]] = []
-    for name, runs, phase, key in about.networks:
-        own = [run.part(phase, "predictions", key) or {} for run in runs]
-        # In a comparison a teacher stands once, not beside one of its students.
-        known = [k for k in _MEASURES if about.one or key == "student" or k not in ("agreement", "KL")]
-        cells = [_mean((x.get(k.lower()) for x in own if k in known), *form) for k, form in _MEASURES.items()]
-        result = values.get(name, []) if phase == "after" else []
+    for name, runs, key in about.networks:
+        own = [dict(run.part("after", "predictions", key) or {}) for run in runs]
+        if key != "student":
+            # A peer's agreement is with the student, and a teacher's stands beside the student that agrees with it.
+            for found in own:
+                agreement, found["kl"] = found.pop("agreement", None), None
+                found["peers"] = agreement if key.startswith("peer") else None
+        # What a comparison has no room for stands on the page of each run.
+        shown = {k: form for k, form in _MEASURES.items() if about.one or k != "confidence"}
+        cells = [_mean((x.get(_KEYS.get(k, k.lower())) for x in own), *form) for k, form in shown.items()]
+        counts = sorted({int(x["examples"]) for x in own if "examples" in x})
+        seen = " to ".join(f"{n:,}" for n in dict.fromkeys([*counts[:1], *counts[-1:]]))
+        result, base = values.get(name, []) if key == "student" else [], key == "student" and about.baseline(name)
         form = ".2f" if result and abs(result[0]) > 1.5 else ".4f"
-        rows.append([name, _mean(result, form), *cells, str(len(runs)) if len(runs) > 1 else "–"])
-    columns = ["", metric or "result", *_MEASURES, "runs"]
-    table = _table(columns, [row for row in rows if set(row[1:]) != {"–"}])
+        beside = _paired(runs, about.groups[base]) if base else "–"
+        number_of_runs = "–" if about.one else str(len(runs))
+        rows.append([name, number_of_runs, _mean(result, form), beside, cells[0], seen or "–", *cells[1:]])
+    measures = list(shown)
+    columns = ["", "runs", metric or "result", "against alone", measures[0], "examples", *measures[1:]]
+    table = _table(columns, [row for row in rows if set(row[2:]) != {"–"}])
     if not about.one:
         return [table, ("charts", [charts.dots(values, title=metric)] if metric else [])]
-    tiles = [(cell, name) for name, cell in zip(columns[1:], rows[1][1:], strict=True) if cell != "–"]
+    tiles = [(cell, name) for name, cell in zip(columns[1:], rows[0][1:], strict=True) if cell != "–"]
     written = _flat(about.one.info.get("results") or {})
     return [("tiles", tiles[:6]), table, ("heading", written and "As the script wrote them"), ("facts", written)]
 
@@ -196,9 +225,9 @@ def _curves(about: Subject) -> Parts:
 
 def _calibration(about: Subject) -> Parts:
     drawn = []
-    for name, (run, *_), phase, key in about.networks:
-        diagram, ece = run.array(phase, f"{key}/reliability"), run.part(phase, "predictions", key, "ece")
-        if phase == "after" and diagram is not None and ece is not None:
+    for name, (run, *_), key in about.networks:
+        diagram, ece = run.array("after", f"{key}/reliability"), run.part("after", "predictions", key, "ece")
+        if diagram is not None and ece is not None:
             title = f"{name}\nECE {100 * ece:.1f} %"
             drawn.append(charts.reliability(diagram.tolist(), title=title, colour=0 if key == "student" else 5))
     return [("charts", drawn)]
@@ -238,7 +267,7 @@ def _runs(about: Subject) -> Parts:
     def row(run: Run) -> list[str]:
         metric, seed = curves.final_metric(run), run.part("settings", "seed")
         words = [run.name, run.method, run.student, run.teacher or "–", "–" if seed is None else str(seed)]
-        return [*words, number(metric[1], 4) if metric else "–", str(run.info.get("status") or "–")]
+        return [*words, number(metric[1], 4) if metric else "–", run.status or "–"]
 
     columns = ["folder", "method", "student", "teacher or peers", "seed", "result", "status"]
     return [] if about.one else [_table(columns, [row(run) for run in about.all])]

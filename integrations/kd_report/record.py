@@ -24,24 +24,29 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import IterableDataset, Subset
 
 from kd_plugins import Batch, Distiller, DistillError, Nets
+from kd_plugins.binding import needs_of_stages
 from kd_plugins.catalog.registry import config_of
 from kd_plugins.picture import Picture
 from kd_plugins.reading.nets import describe
 from kd_plugins.states import replacing, write_text
-from kd_report.analysis import Decode, analyse, as_nets
+from kd_report.analysis import Decode, analyse, as_nets, predict
+from kd_report.measures import predictions
 from kd_report.runs import FORMAT, read_json, read_rows
 from kd_report.timing import StepTimer
+from kd_report.uncertainty import Doubts
 
 _logger = logging.getLogger(__name__)
 
-__all__ = ["MOST_AT_ONCE", "RunRecord", "some_rows"]
+__all__ = ["MOST_AT_ONCE", "SHARE", "RunRecord", "rows_to_analyse", "some_rows"]
 
-# Rows to analyse, and how many of them in one batch: the activations of all layers are held at once.
-_EXAMPLES, MOST_AT_ONCE = 1000, 64
+# How many rows are analysed in one batch: the activations of all layers are held at once.
+MOST_AT_ONCE = 64
+SHARE = 0.01
+"""The share of a training's time that predictions may take which no evaluation has made."""
 _PACKAGES = ("kd-plugins", "torch", "accelerate", "timm", "transformers", "datasets")
 
 
@@ -169,7 +174,6 @@ class RunRecord:
             self.run["notes"].append(f"What was recorded before the run was resumed cannot be read: {error}")
         self._begin(rows)
 
-    @_optional
     def analyse(self, phase: str, nets: Nets | nn.Module, batches: Iterable[Batch], **options: Any) -> None:
         """Analyses the networks; the same batches before and after the training make the two comparable.
 
@@ -182,17 +186,50 @@ class RunRecord:
         if not self.enabled:
             return
         try:
-            found = analyse(as_nets(nets), batches, decode=self.decode, **options)
+            found = analyse(nets, batches, decode=self.decode, attentions=_attentions(self.distiller), **options)
         except Exception as error:  # noqa: BLE001
             self._failed(f"The networks could not be analysed {phase} the training", f"No analysis {phase}", error)
+        else:
+            self._keep(phase, found.summary, found.arrays)
+
+    def predict(self, nets: Nets | nn.Module, batches: Iterable[Batch], **options: Any) -> None:
+        """Asks the networks for their predictions on the evaluation set, where no evaluation has done it.
+
+        Args:
+            nets: The networks, unwrapped.
+            batches: Evaluation batches; made lazily, outside of the training's random state.
+            **options: Of `kd_report.analysis.predict`.
+        """
+        if not self.enabled:
             return
-        arrays = self.folder / "analysis.safetensors"
-        tensors = load_file(arrays) if arrays.is_file() else {}
-        tensors = {key: value for key, value in tensors.items() if not key.startswith(f"{phase}/")}
-        tensors |= {f"{phase}/{key}": value.clone() for key, value in found.arrays.items()}
-        with replacing(arrays) as partial:
+        try:
+            answers = predict(nets, batches, distiller=self.distiller, **options)
+        except Exception as error:  # noqa: BLE001
+            self._failed("The networks could not be asked for their predictions", "No predictions", error)
+        else:
+            self.predictions(answers.found(), answers.classes)
+
+    def predictions(self, found: Mapping[str, Doubts], classes: int) -> None:
+        """Tells what the trained networks predict, as `kd_report.uncertainty.Answers` has collected it.
+
+        Args:
+            found: Values of examples for `student`, `teacher`, `peer1`, ...
+            classes: Number of classes.
+        """
+        if self.enabled and found:
+            summary, arrays = predictions(found, classes)
+            self._keep("after", {"predictions": summary}, arrays)
+
+    @_optional
+    def _keep(self, phase: str, summary: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> None:
+        file = self.folder / "analysis.safetensors"
+        tensors = load_file(file) if file.is_file() else {}
+        # What an earlier process has found of this phase goes with the first that this one finds.
+        tensors = {k: x for k, x in tensors.items() if phase in self.run or not k.startswith(f"{phase}/")}
+        tensors |= {f"{phase}/{key}": value.clone() for key, value in arrays.items()}
+        with replacing(file) as partial:
             save_file(tensors, partial)
-        self.run[phase] = found.summary
+        self.run[phase] = self.run.get(phase, {}) | summary
         self._write()
 
     @_optional
@@ -261,15 +298,33 @@ class RunRecord:
 
     def _failed(self, note: str, warning: str, error: Exception) -> None:
         self.note(f"{note}: {error}")
-        warnings.warn(f"{warning}: {type(error).__name__}: {error}", stacklevel=5)
+        warnings.warn(f"{warning}: {type(error).__name__}: {error}", stacklevel=4)
 
 
-def some_rows(dataset: Any) -> Any:
-    """The evaluation rows to analyse, drawn by a fixed seed: the first of sorted folders are of a few classes."""
+def rows_to_analyse(trained: int) -> int:
+    """How many rows to read before and after a training that reads so many: each time below a hundredth of its cost.
+
+    A short training is analysed at its end alone, where this is 0: on 8 rows.
+    """
+    rows = min(trained // 125 - 8, 256)
+    return rows if rows >= 8 else 0
+
+
+def some_rows(dataset: Any, count: int | None = None) -> Any:
+    """Rows of the evaluation set, by default all, as a fixed seed draws them: sorted folders begin with one class."""
     if isinstance(dataset, IterableDataset):
         return dataset
     generator = torch.Generator().manual_seed(0)
-    return Subset(dataset, torch.randperm(len(dataset), generator=generator)[:_EXAMPLES].tolist())
+    return Subset(dataset, torch.randperm(len(dataset), generator=generator)[:count].tolist())
+
+
+def _attentions(distiller: Distiller | None) -> dict[str, list[int]]:
+    """The layers of student and teacher whose attention the method reads, over all its stages."""
+    if distiller is None or not distiller.ready:
+        return {}
+    needs = needs_of_stages(distiller)
+    read = {"student": [n.student for n in needs], "teacher": [n.of_teacher(0) for n in needs]}
+    return {name: sorted({i for reads in found for i in reads.attentions}) for name, found in read.items()}
 
 
 def _plain(value: Any) -> Any:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from torch import Tensor
 from kd_plugins import states
 from kd_plugins.errors import DistillError
 
-__all__ = ["FORMAT", "Run", "load_run", "read_json", "read_rows"]
+__all__ = ["FORMAT", "Run", "find_runs", "load_run", "read_json", "read_rows"]
 
 FORMAT = 2
+_FILES = ("run.json", "history.jsonl")
 
 
 @dataclass
@@ -44,6 +46,15 @@ class Run:
     def method(self) -> str:
         """The distiller's name, or "alone"."""
         return self.part("method", "name") or "alone"
+
+    @property
+    def status(self) -> str:
+        """`"finished"`, `"interrupted"`, or since when nothing more was written: it runs, or it was killed."""
+        status, files = str(self.info.get("status") or ""), [self.folder / name for name in _FILES]
+        if status != "unfinished":
+            return status
+        last = max(file.stat().st_mtime for file in files if file.is_file())
+        return f"unfinished, last written {datetime.fromtimestamp(last, timezone.utc):%Y-%m-%d %H:%M} UTC"
 
     @property
     def student(self) -> str:
@@ -99,6 +110,19 @@ def load_run(folder: str | Path) -> Run:
     numbers = [{k: float(x) for k, x in row.items() if type(x) in (int, float)} for row in history]
     arrays = load_file(tensors) if tensors.is_file() else {}
     return Run(folder, info, numbers, {key: x for key, x in arrays.items() if key.partition("/")[0] in info})
+
+
+def find_runs(folders: Iterable[str | Path]) -> list[Path]:
+    """The folders of runs: each that is given, or all below it where it is none itself."""
+    found: list[Path] = []
+    for folder in map(Path, folders):
+        below = [] if _is_run(folder) else sorted({path.parent for name in _FILES for path in folder.rglob(name)})
+        found += below or [folder]
+    return list(dict.fromkeys(found))
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _FILES)
 
 
 def read_json(path: Path) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from kd_plugins.functional.dirichlet import log_expected
 from kd_plugins.methods.endd import ENDD
 from kd_report.measures import calibration
 
-__all__ = ["dirichlet_offset", "doubts", "uncertainty_metrics"]
+__all__ = ["Answers", "dirichlet_offset", "doubts", "uncertainty_metrics"]
 
 Doubts = dict[str, Tensor]
 
@@ -41,11 +41,7 @@ def doubts(
         `knowledge` (see `kd_plugins.uncertainty`); with labels also `label`, `predicted`, `nll`; on the CPU.
     """
     logits = logits.double()
-    found = uncertainty(logits, members=members, offset=offset or 0.0)
-    if members:
-        logs = logits.log_softmax(-1).logsumexp(1) - math.log(logits.shape[1])
-    else:
-        logs = log_expected(logits, offset or 0.0)
+    found, logs = uncertainty(logits, members=members, offset=offset or 0.0), _logs(logits, offset, members)
     top, predicted = logs.max(-1)
     measures = {"confidence": -top.expm1(), "total": found.total}
     if members or offset is not None:
@@ -54,6 +50,65 @@ def doubts(
         nll = F.nll_loss(logs, labels, reduction="none")
         measures |= {"label": labels, "predicted": predicted, "nll": nll}
     return {name: x.cpu() for name, x in measures.items()}
+
+
+def _logs(logits: Tensor, offset: float | None, members: bool = False) -> Tensor:
+    """Log-probabilities `[B, K]` of a network, or of an ensemble `[B, M, K]` by the mean of its probabilities."""
+    logits = logits.double()
+    if members:
+        return logits.log_softmax(-1).logsumexp(1) - math.log(logits.shape[1])
+    return log_expected(logits, offset or 0.0)
+
+
+class Answers:
+    """Collects what networks say of the same examples, batch by batch: `doubts`, and how far each is from the student.
+
+    Args:
+        offset: What the concentrations of the student have beside `exp(z)`; None for a softmax.
+
+    Attributes:
+        classes: Number of classes of the student.
+    """
+
+    def __init__(self, offset: float | None = None) -> None:
+        self.offset, self.classes = offset, 0
+        self.parts: dict[str, list[Doubts]] = {}
+
+    def add(
+        self,
+        name: str,
+        logits: Tensor,
+        labels: Tensor | None = None,
+        *,
+        student: Tensor | None = None,
+        members: bool = False,
+    ) -> None:
+        """Adds a batch of one network: scores `[B, K]`, or of an ensemble `[B, M, K]`, and the labels `[B]`.
+
+        With the student's scores `[B, K]` of the same examples, `kl` (from the network to the student, in nats) and
+        `agreement` are known.
+        """
+        offset = self.offset if name == "student" else None
+        found = doubts(logits, labels, offset=offset, members=members)
+        if name == "student":
+            self.classes = logits.shape[-1]
+        if student is not None:
+            ours, theirs = _logs(student, self.offset), _logs(logits, None, members)
+            found["kl"] = (theirs.exp() * (theirs - ours)).nan_to_num().sum(-1).cpu()
+            found["agreement"] = (ours.argmax(-1) == theirs.argmax(-1)).cpu()
+        self.parts.setdefault(name, []).append(found)
+
+    def ensemble(self, told: Sequence[Tensor], labels: Tensor | None, student: Tensor) -> None:
+        """Adds what the teachers say, `[B, K]` each: one, or several as an ensemble."""
+        if told:
+            scores = torch.stack(list(told), 1) if len(told) > 1 else told[0]
+            self.add("teacher", scores, labels, student=student, members=len(told) > 1)
+
+    def found(self) -> dict[str, Doubts]:
+        """All examples by network."""
+        return {
+            name: {key: torch.cat([p[key] for p in parts]) for key in parts[0]} for name, parts in self.parts.items()
+        }
 
 
 def uncertainty_metrics(known: Mapping[str, Tensor], other: Mapping[str, Tensor] | None = None) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """The command line: timm's flags with timm's names, types and defaults, and the flags of distillation.
 
-The flags stand in `flags.yaml`; one of timm's that nothing reads is refused with a clear error.
+The flags stand in `flags.yaml`, with those that need others, that `--distill` refuses, or that cannot be.
 """
 
 from __future__ import annotations
@@ -9,22 +9,20 @@ import argparse
 import ast
 import copy
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from kd_accelerate.command import explain, with_file
+from kd_accelerate.command import explain, flags, with_file
 
-_FLAGS, _refused = yaml.safe_load_all(Path(__file__).with_name("flags.yaml").read_text(encoding="utf-8"))
+_FLAGS, _RULES = yaml.safe_load_all(Path(__file__).with_name("flags.yaml").read_text(encoding="utf-8"))
+_OURS = ("Tracker parameters", "Uncertainty parameters", "Distillation parameters")
 
-UNSUPPORTED: dict[str, Any] = {
-    **dict.fromkeys(_refused["unset"]),
-    **dict.fromkeys(_refused["switches"], False),
-    **_refused["others"],
-}
-"""The flags of timm's train.py that kd-timm-train does not read, by argparse name, with timm's default."""
+REFUSED: dict[str, str] = {name: reason for name, (_, reason) in _RULES["refused"].items()}
+"""The flags of timm's train.py that kd-timm-train refuses, by argparse name, and why."""
 
 
 class KeyValues(argparse.Action):
@@ -64,25 +62,38 @@ def _finite(text: str) -> float:
     return number
 
 
+def _share(text: str) -> float:
+    try:
+        if 0 <= (value := float(text)) <= 1:
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text}")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser: every flag of timm's script that is implemented, and those of distillation."""
     parser = argparse.ArgumentParser(
         prog="kd-timm-train",
+        # What is said of a typo should not follow sixty lines of flags.
+        usage="kd-timm-train --data-dir DIR --model MODEL [--distill NAME --teacher MODEL] ... (--help for all flags)",
         description="Train an image classifier of timm, alone or with knowledge distillation.",
-        # A prefix of a flag of timm's must not end up as another of ours (--distill).
+        # What timm's users abbreviate is written out before, so that no flag of ours makes it ambiguous.
         allow_abbrev=False,
     )
     parser.add_argument("-c", "--config", default="", type=str, metavar="FILE", help="YAML file with default arguments")
     parser.add_argument("data", nargs="?", metavar="DIR", help="path to dataset (positional is deprecated)")
-    types: dict[str, Any] = {"int": int, "float": _finite, "str": str, "count": _count}
+    types: dict[str, Any] = {"int": int, "float": _finite, "str": str, "count": _count, "share": _share}
     actions = {"KeyValues": KeyValues, "AppendKeyValues": AppendKeyValues}
-    for title, flags in copy.deepcopy(_FLAGS).items():
+    for title, group_flags in copy.deepcopy(_FLAGS).items():
         group = parser.add_argument_group(title)
-        for names, options in flags.items():
+        for names, options in group_flags.items():
             if "action" in options:
                 options["action"] = actions.get(options["action"], options["action"])
             elif (kind := options.get("type", type(options.get("default")).__name__)) in types:
                 options["type"] = types[kind]
+            if options.get("default") not in (None, "", [], {}, True) and "default" not in options["help"]:
+                options["help"] += " (default: %(default)s)"
             group.add_argument(*names.split(", "), **options)
     return parser
 
@@ -94,15 +105,66 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         argv: Arguments; None takes those of the process.
     """
     parser = build_parser()
-    args, unknown = parser.parse_known_args(with_file(parser, argv, UNSUPPORTED))
+    words = [_in_full(parser, word) for word in (sys.argv[1:] if argv is None else argv)]
+    args, unknown = parser.parse_known_args(with_file(parser, words, _RULES["refused"]))
     if unknown:
-        flag = unknown[0].partition("=")[0]
-        if flag.startswith("--") and flag[2:].replace("-", "_") in UNSUPPORTED:
-            parser.error(f"{flag} is a flag of timm's train.py that kd-timm-train does not support yet: leave it out")
+        name = unknown[0].partition("=")[0].removeprefix("--").replace("-", "_")
+        if name in REFUSED:
+            parser.error(f"{_flag(name)}: {REFUSED[name]}")
         parser.error(explain(parser, unknown[0]))
     for name in ("teacher_checkpoint", "teacher_kwargs", "peer_kwargs"):
         owner = name.partition("_")[0]
         if len(getattr(args, name)) > len(getattr(args, owner)):
-            flag = f"--{name.replace('_', '-')}"
-            parser.error(f"{flag}: the i-th belongs to the i-th --{owner}, and there are more of them")
+            parser.error(f"{_flag(name)}: the i-th belongs to the i-th --{owner}, and there are more of them")
+    _resolve(parser, args)
+    _check(parser, args)
     return args
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _in_full(parser: argparse.ArgumentParser, word: str) -> str:
+    """A word of the command line; what abbreviates one flag of timm's is written out."""
+    name, equals, value = word.partition("=")
+    if len(name) < 3 or not name.startswith("--") or name in flags(parser):
+        return word
+    timms = [names.split(", ") for title, group in _FLAGS.items() if title not in _OURS for names in group]
+    meant = [flag for names in timms for flag in names if flag.startswith(name)]
+    if len(meant) > 1:
+        parser.error(f"{name} is short for {', '.join(meant)}: write out which")
+    return meant[0] + equals + value if meant else word
+
+
+def _resolve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Fills in what follows from other flags: the loss, and the defaults of the task."""
+    for given, loss in (("bce_loss", "bce"), ("jsd_loss", "jsd")):
+        if getattr(args, given):
+            if args.loss not in (None, loss):
+                parser.error(f"{_flag(given)} and --loss {args.loss} are two losses: name one")
+            args.loss = loss
+    if args.bce_pos_weight is not None:
+        if args.loss_pos_weight not in (None, str(args.bce_pos_weight)):
+            parser.error("--bce-pos-weight and --loss-pos-weight are two weights of the same: give one")
+        args.loss_pos_weight = str(args.bce_pos_weight)
+    several = args.task == "multilabel"
+    if args.smoothing is None:
+        args.smoothing = 0.0 if several else 0.1
+    args.eval_metric = args.eval_metric or ("map" if several else "top1")
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuses flags that would do nothing, or that do not go together."""
+    changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    for flag, dependent in _RULES["needs"].items():
+        name, _, value = flag[2:].replace("-", "_").partition(" ")
+        idle = sorted(changed & set(dependent))
+        if idle and (getattr(args, name) != value if value else name not in changed):
+            parser.error(f"{_flag(idle[0])} does nothing without {flag}")
+    alone = sorted(changed & set(_RULES["alone"])) if args.distill else []
+    if alone:
+        parser.error(f"{_flag(alone[0])} does not go with --distill: {_RULES['alone'][alone[0]]}")
+    for one, other in _RULES["exclude"]:
+        if {one, other} <= changed:
+            parser.error(f"{_flag(one)} and {_flag(other)} exclude each other")

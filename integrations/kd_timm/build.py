@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import logging
 import math
 import os
@@ -13,14 +14,17 @@ from typing import Any
 import timm
 import torch
 from timm.data import resolve_input_data_config
-from timm.loss import create_classification_loss
+from timm.layers import convert_splitbn_model, set_fast_norm
+from timm.loss import create_classification_loss, load_class_stats, resolve_class_weights
 from timm.models import parse_model_name, resolve_model_input_args
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.utils import set_jit_fuser
 from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError, did_you_mean, told
-from kd_timm.data import uses_mixup
+from kd_timm.compat import FeatureDistillationTask, LogitDistillationTask, TokenDistillationTask, TrainingTask
+from kd_timm.data import model_dtype, uses_mixup
 
 _logger = logging.getLogger(__name__)
 
@@ -28,6 +32,27 @@ _logger = logging.getLogger(__name__)
 MODEL_ARGUMENTS = {
     **dict(drop_rate="drop", drop_path_rate="drop_path", drop_block_rate="drop_block", global_pool="gp"),
     **{name: name for name in ("num_classes", "bn_momentum", "bn_eps")},
+    **dict(scriptable="torchscript"),
+}
+# Further arguments of each loss.
+LOSS_ARGUMENTS = {
+    "asl": ("asl_gamma_pos", "asl_gamma_neg", "asl_clip", "asl_reduction"),
+    "poly": ("poly_epsilon", "poly_gamma", "poly_alpha"),
+    "twoway": ("twoway_tp", "twoway_tn"),
+    "db": ("db_neg_scale", "db_init_bias", "db_focal_gamma"),
+}
+# Those of timm's own distillation, by what its tasks call them.
+_WEIGHTS = {"distill_loss_weight": "distill_loss_weight", "task_loss_weight": "task_loss_weight"}
+TASK_ARGUMENTS: dict[str, tuple[Any, dict[str, str]]] = {
+    "logit": (LogitDistillationTask, _WEIGHTS | {"loss_type": "kd_loss_type", "temperature": "kd_temperature"}),
+    "feature": (
+        FeatureDistillationTask,
+        _WEIGHTS | {"student_feature_dim": "kd_student_feature_dim", "teacher_feature_dim": "kd_teacher_feature_dim"},
+    ),
+    "token": (
+        TokenDistillationTask,
+        _WEIGHTS | {"distill_type": "kd_token_distill_type", "temperature": "kd_temperature"},
+    ),
 }
 
 
@@ -67,12 +92,18 @@ def create_student(args: argparse.Namespace, flag: str = "--model") -> tuple[nn.
     for option, path in files.items():
         if path and not os.path.exists(path):
             raise DistillError(f"{option} {path} does not exist: mend the path.")
-    overlay = dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else None
+    overlay = dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else {}
+    overlay |= args.pretrained_cfg_overlay
+    if args.fuser:
+        set_jit_fuser(args.fuser)
+    if args.fast_norm:
+        set_fast_norm()
     channels = args.in_chans if args.in_chans is not None else (args.input_size or (None,))[0]
     wanted = {name: getattr(args, flag) for name, flag in MODEL_ARGUMENTS.items()} | {"in_chans": channels}
-    with told(f"{flag} {args.model} cannot be made with these arguments", ValueError, TypeError):
+    errors = (ValueError, TypeError, AssertionError, RuntimeError, OSError, KeyError)
+    with told(f"{flag} {args.model} cannot be made with these arguments", *errors):
         resolved = resolve_model_input_args(
-            args.model, vars(args), pretrained_cfg_overlay=overlay, **{**wanted, **args.model_kwargs}
+            args.model, vars(args), pretrained_cfg_overlay=overlay or None, **{**wanted, **args.model_kwargs}
         )
         model = timm.create_model(
             pretrained=args.pretrained or bool(args.pretrained_path),
@@ -81,6 +112,8 @@ def create_student(args: argparse.Namespace, flag: str = "--model") -> tuple[nn.
         )
         config = resolve_input_data_config(model, vars(args))
     check_normalisation(config, f"{flag} {args.model}")
+    if args.naflex_loader and "patch_coord" not in inspect.signature(model.forward).parameters:
+        raise DistillError(f"--naflex-loader gives patches, and {args.model} takes images: choose a NaFlex model.")
     with torch.no_grad():
         if args.head_init_scale is not None:
             for parameter in model.get_classifier().parameters():
@@ -90,29 +123,67 @@ def create_student(args: argparse.Namespace, flag: str = "--model") -> tuple[nn.
     args.num_classes = model.num_classes
     if args.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)
-    return model, config
+    if args.split_bn:
+        if args.aug_splits < 2 and not args.resplit:
+            raise DistillError("--split-bn keeps statistics for each augmentation split: add --aug-splits N.")
+        model = convert_splitbn_model(model, max(args.aug_splits, 2))
+    return model.to(model_dtype(args)), config
 
 
 def create_criterion(args: argparse.Namespace) -> nn.Module:
     """The training loss that timm's script selects for these arguments.
 
-    Departures: `--bce-loss --smoothing 0` without Mixup is the binary loss, where timm's script falls back to softmax
-    cross entropy; one logit (`--num-classes 1`), which timm's losses do not take, is the score of class 1 of two.
+    Departure: one logit (`--num-classes 1`), which timm's losses do not take without `--task multilabel`, is the score
+    of class 1 of two.
     """
-    one_logit = args.num_classes == 1
-    if one_logit and not args.bce_loss:
-        raise DistillError("--num-classes 1: the softmax of one class is always 1, so nothing would learn: --bce-loss.")
-    binary: dict[str, Any] = dict(
-        bce_target_thresh=args.bce_target_thresh, bce_sum=args.bce_sum, pos_weight=args.bce_pos_weight
-    )
-    criterion = create_classification_loss(
-        "bce" if args.bce_loss else "ce",
-        multi_label=one_logit,
-        smoothing=args.smoothing,
-        soft_targets=uses_mixup(args),
-        **binary if args.bce_loss else {},
-    )
+    several = args.task == "multilabel"
+    one_logit = args.num_classes == 1 and not several
+    if one_logit and args.loss != "bce":
+        raise DistillError("--num-classes 1: the softmax of one class is always 1, so nothing would learn: --loss bce.")
+    if args.aug_splits == 1:
+        raise DistillError("--aug-splits: expected 0 or at least 2, got 1.")
+    with told("The loss cannot be made with these arguments", ValueError, OSError):
+        stats = load_class_stats(args.class_stats)
+        weighting: dict[str, Any] = dict(
+            class_stats=stats, power=args.loss_weight_power, beta=args.loss_weight_beta, max_weight=args.loss_weight_max
+        )
+        weights = {
+            kind: resolve_class_weights(getattr(args, f"loss_{kind}"), kind, **weighting)
+            for kind in ("class_weight", "pos_weight")
+        }
+        options: dict[str, Any] = {name: getattr(args, name) for name in LOSS_ARGUMENTS.get(args.loss, ())}
+        if args.loss == "jsd":
+            options["jsd_splits"] = args.aug_splits
+        if args.loss == "db" and stats is not None:
+            options["class_counts"], options["num_samples"] = stats
+        criterion = create_classification_loss(
+            args.loss,
+            multi_label=several or one_logit,
+            smoothing=args.smoothing,
+            soft_targets=uses_mixup(args),
+            bce_target_thresh=args.bce_target_thresh,
+            bce_sum=args.bce_sum,
+            **weights,
+            **options,
+        )
+    for weight in (*weights.values(), options.get("class_counts")):
+        if isinstance(weight, Tensor) and len(weight) != args.num_classes:
+            raise DistillError(f"Expected {args.num_classes} weights or counts, one for each class, got {len(weight)}.")
     return OneLogit(criterion) if one_logit else criterion
+
+
+def create_task(args: argparse.Namespace, student: nn.Module, device: torch.device) -> TrainingTask | None:
+    """timm's own distillation, as `--kd-model-name` and its like describe it; None without them."""
+    if args.kd_model_name is None:
+        return None
+    if args.task == "multilabel":
+        raise DistillError("--kd-model-name: timm's distillation is for one label an image: drop --task multilabel.")
+    check_model_name(args.kd_model_name, "--kd-model-name")
+    kind, names = TASK_ARGUMENTS[args.kd_distill_type]
+    options = {name: getattr(args, flag) for name, flag in names.items()}
+    common: dict[str, Any] = dict(criterion=create_criterion(args), device=device, dtype=model_dtype(args))
+    with told(f"--kd-model-name {args.kd_model_name} does not fit", ValueError, RuntimeError, OSError):
+        return kind(student_model=student, teacher_model=args.kd_model_name, **options, **common)
 
 
 class OneLogit(nn.Module):
@@ -135,11 +206,11 @@ class OneLogit(nn.Module):
         return self.loss(scores, targets.to(scores.dtype))
 
 
-def resolve_learning_rate(args: argparse.Namespace, processes: int) -> None:
+def resolve_learning_rate(args: argparse.Namespace, processes: int, mean_batch: float) -> None:
     """Derives `args.lr` from `--lr-base` and the global batch size where no rate is given."""
     if args.lr:
         return
-    batch = args.batch_size * processes * args.grad_accum_steps
+    batch = mean_batch * processes * args.grad_accum_steps
     if not args.lr_base_scale:
         args.lr_base_scale = "sqrt" if any(o in args.opt.lower() for o in ("ada", "lamb")) else "linear"
     ratio = batch / args.lr_base_size
@@ -154,8 +225,10 @@ def create_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.
     """timm's optimizer for the model's parameters."""
     with told(f"--opt {args.opt} cannot be made with these arguments", ValueError, TypeError, AssertionError):
         optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
-    if getattr(optimizer, "is_second_order", False):
-        raise DistillError(f"--opt {args.opt} needs second-order gradients, which are not supported: choose another.")
+    if getattr(optimizer, "is_second_order", False) and args.distill:
+        raise DistillError(
+            f"--opt {args.opt} differentiates the gradients of one loss, and a method has several terms."
+        )
     return optimizer
 
 
@@ -192,7 +265,10 @@ def create_stage_scheduler(
     part, share = copy.copy(args), epochs / of
     for name in ("warmup_epochs", "cooldown_epochs", "patience_epochs"):
         setattr(part, name, int(getattr(args, name) * share))
-    part.decay_epochs = args.decay_epochs * share if args.decay_epochs >= 1 else args.decay_epochs
+    if args.decay_epochs is None and args.sched == "step":
+        part.decay_epochs = 90 * share
+    elif args.decay_epochs is not None and args.decay_epochs >= 1:
+        part.decay_epochs = args.decay_epochs * share
     part.decay_milestones = [round(milestone * share) for milestone in args.decay_milestones]
     part.epochs = epochs - part.cooldown_epochs - (part.warmup_epochs if args.warmup_prefix else 0)
     return create_scheduler(part, optimizer, updates_per_epoch)[0]

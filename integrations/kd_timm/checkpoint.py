@@ -7,7 +7,7 @@ import csv
 import logging
 import random
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -195,11 +195,17 @@ class Summary:
 
     Args:
         path: The file.
-        rows: Of the epochs so far, which a resume state holds.
     """
 
-    def __init__(self, path: Path, rows: Sequence[Mapping[str, Any]] = ()) -> None:
-        self.path, self.rows = path, list(rows)
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[Mapping[str, Any]] = []
+
+    def read(self) -> None:
+        """Takes up the rows of the file, where no state holds them."""
+        if self.path.is_file():
+            with self.path.open(newline="", encoding="utf-8", errors="replace") as file:
+                self.rows = [row for row in csv.DictReader(file) if (row["epoch"] or "").isdigit()]
 
     def add(
         self, epoch: int, train: Mapping[str, float], evaluation: Mapping[str, float], lr: float

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,27 +11,49 @@ from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 import torch
-from timm.data import FastCollateMixup, create_dataset, create_loader
+from accelerate import PartialState
+from timm.data import (
+    AugMixDataset,
+    FastCollateMixup,
+    Mixup,
+    MultiLabelTarget,
+    NaFlexMixup,
+    create_dataset,
+    create_loader,
+    create_naflex_loader,
+)
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from kd_accelerate.streams import StagedDataset, split
 from kd_plugins import Distiller, DistillError
 from kd_plugins.binding import needs_of_stages
+from kd_plugins.errors import told
 from kd_timm.arguments import parse_args
 from kd_timm.compat import fast_collate
 from kd_timm.digits import DIGITS_DEFAULTS, Digits
 
+_logger = logging.getLogger("kd_timm.train")
+
 # Arguments of the data sets, by what timm's factory calls them.
 DATASET_ARGUMENTS = {
     **dict(root="data_dir", download="dataset_download", trust_remote_code="dataset_trust_remote_code"),
-    **{name: name for name in ("class_map", "batch_size", "input_key", "target_key")},
+    **{name: name for name in ("class_map", "batch_size", "input_key", "target_key", "target_format")},
 }
 # Those of the training loader.
 LOADER_ARGUMENTS = {
-    **dict(re_prob="reprob", re_mode="remode", re_count="recount", auto_augment="aa"),
+    **dict(re_prob="reprob", re_mode="remode", re_count="recount", re_split="resplit", auto_augment="aa"),
     **{name: name for name in ("no_aug", "train_crop_mode", "scale", "ratio", "hflip", "vflip", "color_jitter")},
     **{name: name for name in ("color_jitter_prob", "grayscale_prob", "gaussian_blur_prob", "worker_seeding")},
+    **dict(num_aug_repeats="aug_repeats", num_aug_splits="aug_splits"),
+}
+# Those of a loader of images of several sizes.
+SIZES_ARGUMENTS = {
+    **dict(input_size_choices="train_img_sizes", batch_size_choices="train_batch_sizes"),
+    **dict(batch_choice_weights="train_size_probs", batch_choice_schedule="train_size_schedule"),
+    **dict(batch_schedule_spread="train_size_schedule_spread", batch_schedule_random_mix="train_size_random_mix"),
+    **dict(num_batches="train_batches_per_epoch", batch_choice_seed="seed"),
+    **dict(use_multi_epochs_loader="use_multi_epochs_loader"),
 }
 # Those of Mixup.
 MIXUP_ARGUMENTS = {
@@ -110,7 +133,8 @@ class Data:
         config: timm's resolved data configuration (input size, mean, std, interpolation, crop).
         classes: Class names by label, where the data set has them.
         streams: Loaders of training rows that are held out for a distiller, by stream name.
-        mixup: The Mixup collate function, when mixup or cutmix is on.
+        mixup: What mixes, when mixup or cutmix is on and the loader can be told to end it.
+        mean_batch: Rows of a batch, on average.
         staged: The training set of a distillation that wants row numbers or streams; its `epoch_steps`, the updates in
             an epoch, must be set before training.
         other: Loader of the images of another kind; None without them.
@@ -121,16 +145,19 @@ class Data:
     config: dict[str, Any]
     classes: tuple[str, ...] | None = None
     streams: dict[str, Any] = field(default_factory=dict)
-    mixup: FastCollateMixup | None = None
+    mixup: Mixup | None = None
+    mean_batch: float = 0.0
     staged: StagedRows | None = None
     other: Any = None
 
     def set_epoch(self, epoch: int, mixup_off_epoch: int = 0) -> None:
         """Reshuffles distributed samplers and ends mixup when its time has come."""
         for loader in (self.train, *self.streams.values()):
-            for part in ("dataset", "sampler"):
-                if hasattr(getattr(loader, part, None), "set_epoch"):
-                    getattr(loader, part).set_epoch(epoch)
+            parts = [getattr(loader, name, None) for name in ("dataset", "batch_sampler", "sampler")]
+            found: list[Any] = [part for part in parts if hasattr(part, "set_epoch")]
+            # One of the samplers is enough, as in timm's script.
+            for part in found[: 2 if hasattr(parts[0], "set_epoch") else 1]:
+                part.set_epoch(epoch)
         if self.mixup is not None:
             self.mixup.mixup_enabled = not (mixup_off_epoch and epoch >= mixup_off_epoch)
 
@@ -153,6 +180,7 @@ def apply_data_defaults(args: argparse.Namespace, data_free: bool = False) -> No
     if data_free:
         args.epoch_updates = args.epoch_updates or 120
     elif not named:
+        _logger.warning("No data is named: training on 1,297 handwritten digits of scikit-learn. Yours: --data-dir.")
         args.dataset = "digits"
     if args.dataset != "digits":
         return
@@ -163,7 +191,7 @@ def apply_data_defaults(args: argparse.Namespace, data_free: bool = False) -> No
 
 
 # What does nothing where no image is read for the training.
-_OF_DATA = (*LOADER_ARGUMENTS.values(), *MIXUP_ARGUMENTS.values(), "train_split", "train_interpolation", "bce_loss")
+_OF_DATA = (*LOADER_ARGUMENTS.values(), *MIXUP_ARGUMENTS.values(), "train_split", "train_interpolation", "loss")
 
 
 def check_data_free(args: argparse.Namespace) -> None:
@@ -195,17 +223,31 @@ def create_datasets(
     """
     if data_free and not (args.dataset or args.data_dir):
         return None, None, None
+    if channels not in (1, 3) and not args.input_img_mode:
+        raise DistillError(
+            f"The model takes {channels} channels, and images are read in colour or grey: name how, --input-img-mode."
+        )
     mode = args.input_img_mode or ("RGB" if channels == 3 else "L")
     if args.dataset == "digits":
+        if args.task == "multilabel":
+            raise DistillError("--task multilabel: a digit has one label; name a data set with several, --dataset.")
         train: Any = Digits(args.train_split, mode)
-        return None if data_free else train, Digits(args.val_split, mode) if args.val_split else None, train.classes
+        evaluation: Any = Digits(args.val_split, mode) if args.val_split else None
+        _check_lengths(args, train, evaluation)
+        return None if data_free else train, evaluation, train.classes
     if not args.dataset and not os.path.exists(args.data_dir):
         raise DistillError(f"Expected a folder or tar of images, but {args.data_dir} does not exist: mend --data-dir.")
     common = _named(args, DATASET_ARGUMENTS) | {"input_img_mode": mode}
-    evaluation = create_dataset(args.dataset, split=args.val_split, **common) if args.val_split else None
+    if args.task == "multilabel":
+        common["target_transform"] = MultiLabelTarget(args.num_classes, dense=args.target_format == "multihot")
+    evaluation = None
+    if args.val_split:
+        evaluation = _read(args, split=args.val_split, num_samples=args.val_num_samples, **common)
     if data_free:
         return None, evaluation, None if evaluation is None else _class_names(evaluation, args.target_key)
-    train = create_dataset(args.dataset, split=args.train_split, is_training=True, seed=args.seed, **common)
+    of_training = dict(seed=args.seed, repeats=args.epoch_repeats, num_samples=args.train_num_samples)
+    train = _read(args, split=args.train_split, is_training=True, **of_training, **common)
+    _check_lengths(args, train, evaluation)
     classes = _class_names(train, args.target_key)
     if evaluation is not None and classes is not None:
         theirs = _class_names(evaluation, args.target_key)
@@ -215,6 +257,23 @@ def create_datasets(
                 " folders, in the same order, must be in both (--class-map fixes the order)."
             )
     return train, evaluation, classes
+
+
+def _read(args: argparse.Namespace, **options: Any) -> Any:
+    """A data set of timm's factory."""
+    named = f"{args.dataset or args.data_dir} ({options['split']})"
+    errors = (AssertionError, RuntimeError, OSError, ValueError, TypeError, KeyError, ImportError)
+    with told(f"{named} cannot be read", *errors, remedy="mend the flags of the data set"):
+        return create_dataset(args.dataset, **options)
+
+
+def _check_lengths(args: argparse.Namespace, train: Any, evaluation: Any) -> None:
+    """Refuses flags of streamed data sets for others, where they do nothing."""
+    given = {"train_num_samples": train, "val_num_samples": evaluation, "epoch_repeats": train}
+    for name, dataset in given.items():
+        if getattr(args, name) and not isinstance(dataset, IterableDataset):
+            flag = "--" + name.replace("_", "-")
+            raise DistillError(f"{flag} is for streamed data sets, and this one knows its length: leave it out.")
 
 
 def _other_kind(args: argparse.Namespace, channels: int) -> Any:
@@ -262,11 +321,12 @@ def create_data(
     *,
     distributed: bool = False,
     distiller: Distiller | None = None,
+    patch_size: tuple[int, int] = (16, 16),
 ) -> Data:
     """Makes the loaders as timm's script makes them.
 
-    Departures: worker processes start anew in each epoch, because the random state of one that lives on cannot be saved
-    (timm keeps them: with workers, later epochs draw other augmentations than timm's script at the same seed).
+    Departure: with `--mixup-off-epoch` worker processes start anew in each epoch, because those that live on would not
+    hear that Mixup has ended.
 
     Args:
         args: Parsed arguments.
@@ -276,13 +336,9 @@ def create_data(
         distributed: Whether several processes share the data.
         distiller: A distiller whose stages may want row numbers or streams of held-out rows. Epochs keep their length:
             where rows are held out, the others come more than once.
+        patch_size: Of a model that `--naflex-loader` feeds.
     """
     train, evaluation, classes = datasets
-    mixup = None
-    if uses_mixup(args):
-        # One logit decides between two classes.
-        mixup = FastCollateMixup(**_named(args, MIXUP_ARGUMENTS), num_classes=max(args.num_classes, 2))
-    collate: Any = mixup or fast_collate
     needs = [] if distiller is None else needs_of_stages(distiller)
     index = any(n.index for n in needs)
     streams: dict[str, Any] = {}
@@ -292,42 +348,111 @@ def create_data(
     if distiller is not None and (index or streams):
         if isinstance(train, IterableDataset):
             raise DistillError(f"{distiller.name} needs rows by number, which this kind of data set does not have.")
+        if index and args.aug_splits:
+            raise DistillError(f"--aug-splits shows a row several times at once, and {distiller.name} counts rows.")
         whole = train
         train = staged = StagedRows(whole, distiller, 1, args.seed, _numbered if index else None)
         streams = {name: Rows(whole, rows, index) for name, rows in streams.items() if name}
+    mixup = _mixup(args)
+    collate: Any = None
+    if mixup is not None and not args.no_prefetcher:
+        collate = mixup
+    if index:
+        collate = CollateIndex(collate or (default_collate if args.no_prefetcher else fast_collate))
     machine: dict[str, Any] = dict(
-        num_workers=args.workers, pin_memory=args.pin_mem, device=device, distributed=distributed
+        num_workers=args.workers,
+        pin_memory=args.pin_mem,
+        device=device,
+        distributed=distributed,
+        img_dtype=model_dtype(args),
+        use_prefetcher=not args.no_prefetcher,
+        persistent_workers=args.persistent_workers and not args.mixup_off_epoch,
     )
+    patches = dict(patchify_channels_last=not args.naflex_patchify_channels_first)
 
     def loader(dataset: Any) -> Any:
-        made = plain_loader(
-            dataset,
-            {**config, "interpolation": (not args.no_aug and args.train_interpolation) or config["interpolation"]},
-            args.batch_size,
-            is_training=True,
-            collate_fn=CollateIndex(collate) if index else collate,
-            **_named(args, LOADER_ARGUMENTS),
-            **machine,
-        )
+        interpolation = (not args.no_aug and args.train_interpolation) or config["interpolation"]
+        options = {**_named(args, LOADER_ARGUMENTS), **machine, "interpolation": interpolation, "is_training": True}
+        with told("These flags of the training images do not go together", AssertionError, ValueError, TypeError):
+            if args.naflex_loader:
+                options |= patches | _patch_sizes(args, patch_size) | {"mean": config["mean"], "std": config["std"]}
+                ranks = dict(rank=PartialState().process_index, world_size=PartialState().num_processes)
+                options |= ranks | {"train_seq_lens": args.naflex_train_seq_lens, "mixup_fn": mixup}
+                made = create_naflex_loader(dataset, batch_size=args.batch_size, **options)
+            else:
+                progressive = args.train_size_schedule == "progressive"
+                options |= _named(args, SIZES_ARGUMENTS) | {
+                    "batch_schedule_epochs": args.epochs if progressive else None
+                }
+                dataset = AugMixDataset(dataset, num_splits=args.aug_splits) if args.aug_splits else dataset
+                made = plain_loader(dataset, config, args.batch_size, collate_fn=collate, **options)
         if len(made) == 0:
             raise DistillError(
                 f"The {len(dataset)} training rows do not fill one batch of {args.batch_size}: lower --batch-size."
             )
         return made
 
-    empty = torch.empty(args.batch_size, 0, device=device)
     size = args.validation_batch_size or args.batch_size
-    other = _other_kind(args, config["input_size"][0])
+    reading = dict(machine)
+    if distributed and any(kind in args.dataset for kind in ("tfds", "wds")):
+        reading["num_workers"] = min(2, args.workers)
+
+    def plainly(dataset: Any) -> Any:
+        if dataset is None or not args.naflex_loader:
+            return None if dataset is None else plain_loader(dataset, config, size, **reading)
+        keys = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+        options = reading | patches | {key: config[key] for key in keys}
+        length = args.naflex_max_seq_len
+        return create_naflex_loader(dataset, patch_size=patch_size, max_seq_len=length, batch_size=size, **options)
+
+    empty = torch.empty(args.batch_size, 0, device=device)
+    training = loader(train) if train is not None else [(empty, empty)] * args.epoch_updates * args.grad_accum_steps
+    mean_batch = training.batch_sampler.average_batch_size if args.train_img_sizes else args.batch_size
     return Data(
-        train=loader(train) if train is not None else [(empty, empty)] * args.epoch_updates * args.grad_accum_steps,
-        evaluation=None if evaluation is None else plain_loader(evaluation, config, size, **machine),
+        train=training,
+        evaluation=plainly(evaluation),
         config=config,
         classes=classes,
         streams={name: loader(rows) for name, rows in streams.items()},
-        mixup=mixup,
+        mixup=None if args.naflex_loader else mixup,
+        mean_batch=float(mean_batch),
         staged=staged,
-        other=None if other is None else plain_loader(other, config, size, **machine),
+        other=plainly(_other_kind(args, config["input_size"][0])),
     )
+
+
+def _mixup(args: argparse.Namespace) -> Any:
+    """What mixes images and labels: while a batch is collated, on the device, or patch by patch; None without it."""
+    if not uses_mixup(args):
+        return None
+    if args.batch_size % 2:
+        raise DistillError(f"--batch-size {args.batch_size}: Mixup mixes pairs, so give an even number.")
+    if args.aug_splits and not args.no_prefetcher:
+        raise DistillError("Mixup is collated with the batch, which --aug-splits splits: add --no-prefetcher.")
+    options = _named(args, MIXUP_ARGUMENTS) | {"multi_label": args.task == "multilabel"}
+    # One logit decides between two classes.
+    options["num_classes"] = args.num_classes if args.task == "multilabel" else max(args.num_classes, 2)
+    if not args.naflex_loader:
+        return Mixup(**options) if args.no_prefetcher else FastCollateMixup(**options)
+    if args.mixup_mode != "batch" or args.cutmix_minmax is not None:
+        raise DistillError("--naflex-loader mixes whole batches: leave --mixup-mode and --cutmix-minmax out.")
+    del options["mode"], options["cutmix_minmax"]
+    return NaFlexMixup(**options, mixup_off_epoch=args.mixup_off_epoch)
+
+
+def _patch_sizes(args: argparse.Namespace, patch_size: tuple[int, int]) -> dict[str, Any]:
+    """The patch sizes that `--naflex-patch-sizes` draws from, or that of the model."""
+    sizes, shares = args.naflex_patch_sizes, args.naflex_patch_size_probs
+    if not sizes:
+        return {"patch_size": patch_size}
+    if shares and len(shares) != len(sizes):
+        raise DistillError(f"--naflex-patch-size-probs: expected {len(sizes)}, one for each size, got {len(shares)}.")
+    return {"patch_size_choices": sizes, "patch_size_choice_probs": shares}
+
+
+def model_dtype(args: argparse.Namespace) -> torch.dtype:
+    """The type of the student's weights, and of its images."""
+    return getattr(torch, args.model_dtype or "float32")
 
 
 def _named(args: argparse.Namespace, names: Mapping[str, str]) -> dict[str, Any]:
@@ -337,9 +462,8 @@ def _named(args: argparse.Namespace, names: Mapping[str, str]) -> dict[str, Any]
 def plain_loader(dataset: Any, config: Mapping[str, Any], batch_size: int, **options: Any) -> Any:
     """A loader of a data set in its order, without augmentation, but for what the options of timm's factory say."""
     keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
-    return create_loader(
-        dataset, batch_size=batch_size, persistent_workers=False, **{key: config[key] for key in keys}, **options
-    )
+    made = dict(batch_size=batch_size, persistent_workers=False) | {key: config[key] for key in keys}
+    return create_loader(dataset, **made | options)
 
 
 def uses_mixup(args: argparse.Namespace) -> bool:

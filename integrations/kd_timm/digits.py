@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from kd_plugins.errors import DistillError
+from kd_plugins.errors import DistillError, told
 
 # What timm's flags default to for this data set; timm itself would take the size and the classes of ImageNet.
 DIGITS_DEFAULTS: dict[str, Any] = {"num_classes": 10, "img_size": 32, "crop_pct": 1.0}
@@ -25,7 +25,8 @@ class Digits(Dataset[tuple[Any, int]]):
     and timm's random crops have something to work on.
 
     Args:
-        split: `"train"` or `"validation"` (`"val"`, `"test"`).
+        split: `"train"` or `"validation"` (`"val"`, `"test"`), or a part as `datasets` writes one: `"train[:100]"`,
+            `"train[10%:]"`; rows are in a fixed mixed order.
         mode: PIL mode of the images, `"RGB"` or `"L"`.
         transform: Applied to the PIL image; timm's loader sets it.
     """
@@ -33,14 +34,16 @@ class Digits(Dataset[tuple[Any, int]]):
     classes: tuple[str, ...] = tuple(str(digit) for digit in range(10))
 
     def __init__(self, split: str = "train", mode: str = "RGB", transform: Callable[[Any], Any] | None = None) -> None:
-        if split not in _SPLITS:
+        name, _, part = split.partition("[")
+        if name not in _SPLITS:
             raise DistillError(f"Expected the digits' split train or validation, got {split!r}: name one of the two.")
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 
         images, targets = load_digits(return_X_y=True)
         train, held_out = train_test_split(np.arange(len(targets)), test_size=500, stratify=targets, random_state=0)
-        rows = train if _SPLITS[split] == "train" else held_out
+        rows = train if _SPLITS[name] == "train" else held_out
+        rows = rows[_part(split, len(rows))] if part else rows
         grey = (images[rows].reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
         self.images = [Image.fromarray(i).resize((32, 32), Image.Resampling.BICUBIC).convert(mode) for i in grey]
         self.targets = targets[rows].tolist()
@@ -54,3 +57,14 @@ class Digits(Dataset[tuple[Any, int]]):
 
     def __len__(self) -> int:
         return len(self.targets)
+
+
+def _part(split: str, rows: int) -> slice:
+    """The rows that `name[a:b]` means of so many."""
+    from datasets import ReadInstruction
+
+    with told(f"Expected a part of the digits such as train[:100] or train[10%:], got {split!r}", Exception):
+        (found,) = ReadInstruction.from_spec(split).to_absolute({split.partition("[")[0]: rows})
+    if found.from_ >= found.to:
+        raise DistillError(f"Expected a part of the digits with images in it, got {split!r}: there are {rows}.")
+    return slice(found.from_, found.to)

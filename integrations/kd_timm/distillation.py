@@ -138,6 +138,16 @@ class Distillation:
                 f" from {epochs} to at least {len(table.starts)}."
             )
 
+    def stretch(self, updates: int) -> None:
+        """Gives a method that goes on with a saved table another number of updates."""
+        progress = self.distiller.progress
+        if len(self.table.stages) > 1:
+            raise DistillError(
+                f"--resume: {self.distiller.name} has cut the epochs of the run into stages; leave --epochs as it was."
+            )
+        self.table.total = updates
+        progress.at(progress.step, progress.epoch)
+
     def begin(self, run: TrainingRun) -> None:
         """Connects the method with the wrapped student; the player makes the optimizers of the method's groups."""
         self.nets.student.forward = run.model
@@ -197,5 +207,5 @@ class DistillStep(PlainStep):
         distillation = self.distillation
         distillation.player.accumulation = accumulate
         drawn = {name: next(self._streams[name]) for name in distillation.distiller.needs().streams}
-        streams = {name: distillation.batch(self.run.images(x), y) for name, (x, y) in drawn.items()}
+        streams = {name: distillation.batch(*self.run.batch(x, y)) for name, (x, y) in drawn.items()}
         return distillation.player.forward(distillation.batch(inputs, targets, streams))

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torchvision
 from accelerate import Accelerator
-from timm.utils import ModelEmaV3, dispatch_clip_grad
+from timm.utils import AverageMeter, ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
 from kd_accelerate import TurnPlayer
 from kd_accelerate.command import signals
+from kd_plugins import DistillError
 from kd_plugins.finite import Watch, check_weights
-from kd_timm.compat import ClassificationEvaluator, evaluation_sample_limit, set_sync_gradients
-from kd_timm.data import Data
+from kd_timm.compat import (
+    ClassificationEvaluator,
+    MultiLabelClassificationEvaluator,
+    TrainingTask,
+    evaluation_sample_limit,
+    set_sync_gradients,
+)
+from kd_timm.data import Data, Targets, model_dtype
 from kd_timm.network import one_head
 from kd_timm.progress import Reporter
 
@@ -35,6 +44,7 @@ class TrainingRun:
         accelerator: Device, precision, processes.
         student: The bare student.
         model: The student as Accelerate wrapped it.
+        task: timm's own distillation around the wrapped student; None without it.
         optimizer: The prepared optimizer.
         scheduler: timm's learning-rate schedule; None for none.
         criterion: Training loss of scores and targets.
@@ -42,17 +52,22 @@ class TrainingRun:
         ema: Moving average of the student.
         step: How a batch is played.
         updates_per_epoch: Optimizer steps in one epoch.
+        folder: Output folder.
+        reporter: Where progress goes.
     """
 
     args: argparse.Namespace
     accelerator: Accelerator
     student: nn.Module
     model: Any
+    task: TrainingTask | None
     optimizer: Any
     scheduler: Any
     criterion: nn.Module
     data: Data
     updates_per_epoch: int
+    folder: Path
+    reporter: Reporter
     ema: ModelEmaV3 | None
     step: PlainStep
 
@@ -62,17 +77,48 @@ class TrainingRun:
         rates = [group["lr"] for group in self.optimizer.param_groups]
         return sum(rates) / len(rates)
 
-    def images(self, inputs: Tensor) -> Tensor:
-        """Images as `--channels-last` lays them out; anything else as it is."""
+    def autocast(self) -> torch.autocast:
+        """The precision that `--amp` and `--amp-dtype` say."""
+        dtype = getattr(torch, self.args.amp_dtype)
+        return torch.autocast(self.accelerator.device.type, dtype=dtype, enabled=self.args.amp)
+
+    def images(self, inputs: Any, dtype: torch.dtype | None = None) -> Any:
+        """Images on the device as `--channels-last` lays them out; patches of `--naflex-loader` as they are.
+
+        Args:
+            inputs: A loader's.
+            dtype: Of the network that sees them, by default the student's.
+        """
+        if isinstance(inputs, dict):
+            moved = {k: v.to(self.accelerator.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+            return moved | {"patches": moved["patches"].to(dtype or model_dtype(self.args))}
+        inputs = inputs.to(self.accelerator.device, dtype or model_dtype(self.args))
         last = self.args.channels_last and inputs.dim() == 4
         return inputs.contiguous(memory_format=torch.channels_last) if last else inputs
+
+    def batch(self, inputs: Any, targets: Any) -> tuple[Any, Any]:
+        """A batch of a training loader on the device, and mixed, where the loader has not done so."""
+        inputs, mixup = self.images(inputs), self.data.mixup
+        if not self.args.no_prefetcher:
+            return inputs, targets
+        targets = targets.to(self.accelerator.device)
+        if mixup is None or isinstance(inputs, dict):
+            return inputs, targets
+        if isinstance(targets, Targets):
+            inputs, labels = mixup(inputs, targets.labels)
+            return inputs, targets._replace(labels=labels)
+        return mixup(inputs, targets)
 
     def clip(self, others: Sequence[nn.Parameter] = ()) -> None:
         """Clips the student's gradients as `--clip-grad` and `--clip-mode` say, jointly with those of others."""
         if self.args.clip_grad is None:
             return
         self.accelerator.unscale_gradients(self.optimizer)
-        self.clip_network(list(self.model.parameters()), others)
+        if self.task is None:
+            self.clip_network(list(self.model.parameters()), others)
+        else:
+            found = self.task.get_clip_parameters(exclude_head=self.args.clip_mode == "agc")
+            dispatch_clip_grad(found, value=self.args.clip_grad, mode=self.args.clip_mode)
 
     def clip_network(self, parameters: Sequence[nn.Parameter], others: Sequence[nn.Parameter] = ()) -> None:
         """Clips the gradients of one network, which are not scaled, as `--clip-grad` and `--clip-mode` say."""
@@ -83,9 +129,12 @@ class TrainingRun:
         parameters = parameters[:-2] if args.clip_mode == "agc" else parameters
         dispatch_clip_grad([*parameters, *others], value=args.clip_grad, mode=args.clip_mode)
 
+    def recover(self, epoch: int, update: int) -> None:
+        """Called after every update of an epoch; writes what `--recovery-interval` asks for."""
+
 
 class PlainStep:
-    """A micro-step of training; without a player of turns what timm's ClassificationTask and loop do.
+    """A micro-step of training; without a player of turns what timm's tasks and loop do.
 
     Args:
         run: The run.
@@ -96,6 +145,7 @@ class PlainStep:
         self.run, self.player = run, player
         self.watch = Watch() if player is None else player.watch
         self.watch.stops = not run.args.allow_nonfinite
+        self.second_order: bool = getattr(run.optimizer.optimizer, "is_second_order", False)
 
     def __call__(self, inputs: Tensor, targets: Any, accumulate: int, update: bool) -> Tensor:
         """Plays one batch, forward, backward and update, and returns its unscaled loss.
@@ -110,7 +160,8 @@ class PlainStep:
         set_sync_gradients(run.accelerator, update)
         with nullcontext() if update else run.accelerator.no_sync(run.model):
             loss = self.loss(inputs, targets, accumulate)
-            run.accelerator.backward(loss / accumulate if accumulate > 1 else loss)
+            scaled, scale = loss / accumulate if accumulate > 1 else loss, self.scale(inputs)
+            run.accelerator.backward(scaled if scale == 1 else scaled * scale, create_graph=self.second_order)
         if player is None:
             self.watch.see({"loss": loss})
         else:
@@ -125,9 +176,24 @@ class PlainStep:
 
     def loss(self, inputs: Tensor, targets: Any, accumulate: int) -> Tensor:
         """The loss of a batch, with its graph."""
-        output = one_head(self.run.model(inputs), self.run.student)
-        with self.run.accelerator.autocast():
-            return self.run.criterion(output, targets)
+        run = self.run
+        with run.autocast():
+            if run.task is not None:
+                return run.task(inputs, targets)["loss"]
+            return run.criterion(one_head(run.model(inputs), run.student), targets)
+
+    def scale(self, inputs: Any) -> float:
+        """How much a batch counts, where `--naflex-loader` or `--train-img-sizes` make some larger than others."""
+        run, args = self.run, self.run.args
+        mode = args.naflex_loss_scale if args.naflex_loader else args.variable_batch_loss_scale
+        rows, scale = _rows(inputs), 1.0
+        if mode != "none":
+            share = rows / run.data.mean_batch
+            scale = share if mode == "linear" else share**0.5
+        if args.naflex_loader and run.accelerator.num_processes > 1:
+            everywhere = run.accelerator.reduce(torch.tensor(float(rows), device=run.accelerator.device))
+            scale *= run.accelerator.num_processes * rows / float(everywhere)
+        return scale
 
     def logs(self) -> dict[str, float]:
         """Mean loss terms since the last call, by name; must be called on every process."""
@@ -142,52 +208,60 @@ class PlainStep:
             self.player.end_epoch(epoch, unit=self.run.updates_per_epoch)
 
 
-def train_one_epoch(run: TrainingRun, epoch: int, reporter: Reporter, *, first_update: int) -> dict[str, float]:
+def train_one_epoch(run: TrainingRun, epoch: int, *, first_update: int) -> dict[str, float]:
     """Trains for one epoch.
 
     Args:
         run: The run.
         epoch: Number of the epoch.
-        reporter: Where progress goes.
         first_update: Update number, in the current learning-rate schedule, that the epoch begins with.
 
     Returns:
         Mean loss and loss terms over the epoch and all processes.
     """
-    args, loader = run.args, run.data.train
+    args, loader, reporter = run.args, run.data.train, run.reporter
     run.data.set_epoch(epoch, args.mixup_off_epoch)
     run.model.train()
     run.step.begin_epoch()
     run.optimizer.zero_grad()
     total = torch.zeros((), device=run.accelerator.device)
-    count, updates, started = 0, 0, time.monotonic()
+    count, updates = 0, 0
+    waited, taken = AverageMeter(), AverageMeter()
+    asked = begun = time.monotonic()
+    images = 0
     terms: dict[str, tuple[float, int]] = {}
     accumulate, batches = args.grad_accum_steps, len(loader)
     remainder = batches % accumulate
     window = 0
-    reporter.begin(f"epoch {epoch}", run.updates_per_epoch)
+    reporter.begin(epoch, run.updates_per_epoch)
     for number, (inputs, targets) in enumerate(loader):
         last = number == batches - 1
         update = last or (number + 1) % accumulate == 0
         # The last update of an epoch may hold fewer micro-batches; each counts for more then.
         current = remainder if remainder and number >= batches - remainder else accumulate
-        loss = run.step(run.images(inputs), targets, current, update)
+        inputs, targets = run.batch(inputs, targets)
+        waited.update(current * (time.monotonic() - asked))
+        loss = run.step(inputs, targets, current, update)
         # The sum stays on the device: reading it would wait for the step.
-        total += loss * len(inputs)
-        count += len(inputs)
+        total += loss.float() * _rows(inputs)
+        count += _rows(inputs)
+        images += _rows(inputs) * run.accelerator.num_processes
         if not update:
+            asked = time.monotonic()
             continue
         updates += 1
         window += 1
         signals.check()
         reporter.advance(updates)
+        taken.update(max(time.monotonic() - begun, 1e-9))
+        begun = time.monotonic()
         if run.ema is not None:
             run.ema.update(run.student, step=first_update + updates)
-        if run.scheduler is not None:
-            run.scheduler.step_update(num_updates=first_update + updates)
         if run.step.player is None:
             done = epoch * run.updates_per_epoch + updates
             run.step.watch.update(done, done / run.updates_per_epoch)
+        if args.synchronize_step and run.accelerator.device.type != "cpu":
+            torch.accelerator.synchronize()
         if (updates - 1) % args.log_interval == 0 or last:
             run.step.watch.look()
             means = run.step.logs()
@@ -196,8 +270,20 @@ def train_one_epoch(run: TrainingRun, epoch: int, reporter: Reporter, *, first_u
                 terms[name] = (sum_ + value * window, weight + window)
             window = 0
             shown = {"loss": (_mean(run, total) / count)} | means | {"lr": run.rate}
-            speed = count * run.accelerator.num_processes / max(time.monotonic() - started, 1e-9)
-            reporter.update(updates, shown, speed)
+            line = (
+                f"Loss: {_mean(run, loss.float()):#.3g} ({shown['loss']:#.3g})"
+                f"  Time: {taken.val:.3f}s, {images / taken.val:>7.2f}/s"
+                f"  ({taken.avg:.3f}s, {images / taken.avg:>7.2f}/s)"
+                f"  LR: {run.rate:.3e}  Data: {waited.val:.3f} ({waited.avg:.3f})"
+            )
+            reporter.update(updates, shown, line)
+            if args.save_images and run.accelerator.is_main_process and not isinstance(inputs, dict):
+                image = run.folder / f"train-batch-{number}.jpg"
+                torchvision.utils.save_image(inputs, image, padding=0, normalize=True)
+        run.recover(epoch, updates)
+        if run.scheduler is not None:
+            run.scheduler.step_update(num_updates=first_update + updates)
+        images, asked = 0, time.monotonic()
     optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
     if hasattr(optimizer, "sync_lookahead"):
         optimizer.sync_lookahead()
@@ -208,6 +294,11 @@ def train_one_epoch(run: TrainingRun, epoch: int, reporter: Reporter, *, first_u
         remedy = f"epoch {epoch} broke it, and the states before are good; lower the learning rate, or clip gradients."
         check_weights({"The student": run.student}, remedy)
     return {"loss": _mean(run, total) / max(count, 1)} | {name: s / w for name, (s, w) in terms.items()}
+
+
+def _rows(inputs: Any) -> int:
+    """The images of a batch."""
+    return len(inputs["patches"] if isinstance(inputs, dict) else inputs)
 
 
 def _mean(run: TrainingRun, value: Tensor) -> float:
@@ -227,16 +318,37 @@ def answers(
 
     The rows that come last may fill up this process's share.
     """
-    limit, done = evaluation_sample_limit(loader), 0
+    limit, done, average = evaluation_sample_limit(loader), 0, run.args.tta
+    dtype = next((p.dtype for p in model.parameters()), None)
     model.eval()
     for inputs, targets in loader:
-        inputs = run.images(inputs)
-        with run.accelerator.autocast():
-            output = _two_classes(one_head(model(inputs), model))
-            told = [_two_classes(other(inputs)) for other in others]
+        inputs, targets = run.images(inputs, dtype), targets.to(run.accelerator.device)
+        with run.autocast():
+            found = [one_head(model(inputs), model), *(other(inputs) for other in others)]
+            if average > 1:
+                if len(targets) % average:
+                    raise DistillError(
+                        f"--tta {average} averages the scores of {average} rows, and a batch has {len(targets)}: let"
+                        " --validation-batch-size and the evaluation split be multiples."
+                    )
+                found = [scores.unfold(0, average, average).mean(dim=2) for scores in found]
+                targets = targets[: len(targets) : average]
+            output, *told = found if run.args.task == "multilabel" else map(_two_classes, found)
         rows = len(output) if limit is None else max(0, min(limit - done, len(output)))
         done += len(output)
         yield output, targets, told, rows
+
+
+def listed(metrics: Mapping[str, float]) -> str:
+    """Metrics as a log line has them."""
+    return "  ".join(f"{name}: {value:.4f}" for name, value in metrics.items())
+
+
+def evaluator(args: argparse.Namespace, **options: Any) -> ClassificationEvaluator:
+    """What counts and measures the answers of a network, by the task."""
+    if args.task == "multilabel":
+        return MultiLabelClassificationEvaluator(threshold=args.multilabel_threshold, **options)
+    return ClassificationEvaluator(**options)
 
 
 @torch.inference_mode()
@@ -246,6 +358,7 @@ def evaluate(
     *,
     others: Sequence[Callable[[Tensor], Tensor]] = (),
     seen: Seen | None = None,
+    label: str = "",
 ) -> dict[str, float]:
     """Evaluates a model on the evaluation split.
 
@@ -255,22 +368,32 @@ def evaluate(
         others: Teachers; the share of images on which the model and the i-th of them choose the same class is reported
             as `agreement` (`agreement1`, ... from the second on).
         seen: What is to see the scores as well.
+        label: What the log lines of timm's script begin with; empty for none.
 
     Returns:
-        Loss, top-1 and top-5 accuracy in percent over all processes, and the agreements.
+        Loss, top-1 and top-5 accuracy in percent over all processes, and the agreements; of several labels an image
+        loss, mean average precision and F1.
     """
     accelerator, loader = run.accelerator, run.data.evaluation
-    evaluator = ClassificationEvaluator(device=accelerator.device, max_samples=evaluation_sample_limit(loader))
+    judge = evaluator(run.args, device=accelerator.device, max_samples=evaluation_sample_limit(loader))
     agree = torch.zeros(len(others) + 1, dtype=torch.float64, device=accelerator.device)
-    for output, targets, told, rows in answers(run, model, loader, others):
+    taken, last, begun = AverageMeter(), len(loader) - 1, time.monotonic()
+    for number, (output, targets, told, rows) in enumerate(answers(run, model, loader, others)):
         for i, scores in enumerate(told):
             agree[i] += (scores.argmax(-1) == output.argmax(-1))[:rows].sum()
         agree[-1] += rows
-        evaluator.update(output, targets)
+        judge.update(output, targets)
         if seen is not None:
             seen(output[:rows], targets[:rows], [scores[:rows] for scores in told])
+        taken.update(time.monotonic() - begun)
+        begun = time.monotonic()
+        if label and (number % run.args.log_interval == 0 or number == last):
+            time_ = f"Time: {taken.val:.3f} ({taken.avg:.3f})"
+            run.reporter.line(f"{label}: [{number:>4d}/{last}]  {time_}  {listed(judge.summary())}")
     distributed = accelerator.num_processes > 1
-    metrics = dict(evaluator.compute(distributed=distributed))
+    metrics = dict(judge.compute(distributed=distributed))
+    if label:
+        run.reporter.line(f"{label}: {listed(metrics)}")
     if others:
         if distributed:
             dist.all_reduce(agree)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import logging
+import os
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,12 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from timm.layers import convert_sync_batchnorm
 from timm.models import safe_model_name
-from timm.utils import ModelEmaV3, random_seed
+from timm.utils import CheckpointSaver, ModelEmaV3, random_seed
 from torch import nn
 
 from kd_accelerate import broadcast
 from kd_plugins import DistillError
+from kd_plugins.errors import told
 from kd_plugins.states import slots, write_text
 from kd_timm.build import (
     create_criterion,
@@ -27,12 +30,14 @@ from kd_timm.build import (
     create_scheduler,
     create_stage_scheduler,
     create_student,
+    create_task,
     resolve_learning_rate,
 )
 from kd_timm.checkpoint import Checkpoints, Summary, find_state, forked_random_state, output_folder
-from kd_timm.data import apply_data_defaults, check_data_free, create_data, create_datasets
+from kd_timm.compat import ClassificationTask, TrainingTask, native_scaler
+from kd_timm.data import apply_data_defaults, check_data_free, create_data, create_datasets, model_dtype
 from kd_timm.distillation import Distillation, make_distiller
-from kd_timm.engine import PlainStep, TrainingRun
+from kd_timm.engine import PlainStep, TrainingRun, evaluator
 from kd_timm.peers import Peers
 from kd_timm.progress import Reporter
 from kd_timm.trackers import start_trackers, tracker_names
@@ -55,13 +60,19 @@ class Parts(TrainingRun):
                 raise DistillError(f"{flag} does nothing without --distill NAME: name a distiller.")
         if args.ood_dataset and not args.val_split:
             raise DistillError("--ood-dataset is compared with the evaluation split: name one, --val-split.")
-        if args.ood_dataset and args.bce_loss:
-            raise DistillError(
-                "--ood-dataset reads the uncertainty of a softmax, and --bce-loss trains none: drop one."
-            )
+        if args.ood_dataset and not softmax(args):
+            flag = "--task multilabel" if args.task == "multilabel" else "--loss bce"
+            raise DistillError(f"--ood-dataset reads the uncertainty of a softmax, and {flag} trains none: drop one.")
         self.accelerator = accelerator = create_accelerator(args)
         self.primary, self.processes = accelerator.is_main_process, accelerator.num_processes
-        self.state = find_state(args)
+        # A file is a checkpoint of timm's script, a folder what this one leaves.
+        self.checkpoint = args.resume if os.path.isfile(args.resume) else None
+        if self.checkpoint and args.distill:
+            raise DistillError(
+                f"--resume {args.resume} is a checkpoint of timm's, which holds no state of a method: begin with its"
+                " weights, --initial-checkpoint, or name the output folder of a run."
+            )
+        self.state = None if self.checkpoint else find_state(args)
         # As it comes back from a file: JSON has no tuples.
         self.given = json.loads(json.dumps(vars(args)))
         with forked_random_state():
@@ -87,10 +98,8 @@ class Parts(TrainingRun):
                 f"The data set has {len(classes)} classes and the model {args.num_classes}: add --num-classes"
                 f" {len(classes)}."
             )
-        resolve_learning_rate(args, self.processes)
         # Before any hook is set, so that the copy has none.
-        decay: dict[str, Any] = dict(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
-        self.ema = ModelEmaV3(self.student, **decay) if args.model_ema else None
+        self.ema = create_average(args, self.student) if args.model_ema else None
         self.distillation: Distillation | None = None
         if args.distill:
             with forked_random_state():
@@ -101,15 +110,18 @@ class Parts(TrainingRun):
             named = f"{args.dataset or args.data_dir} ({args.val_split})"
             self.reporter.line(f"{args.distill} trains without data: {named} is for the evaluation alone.")
         self.seconds, self.updates = 0.0, 0
-        self._begin(create_optimizer(args, self.student), datasets, config)
+        self._begin(datasets, config)
         # A training without data keeps its last student, whatever an evaluation set says of it.
         judged = self.data.evaluation is not None and (not data_free or args.best_on_eval)
         self.metric = args.eval_metric if judged else "epoch" if data_free else "loss"
+        if judged and self.metric not in evaluator(args).metric_names:
+            names = ", ".join(evaluator(args).metric_names)
+            raise DistillError(f"--eval-metric {self.metric} is not measured here: expected one of {names}.")
         self._open_output()
         if self.accelerator.log_with:
             start_trackers(self.accelerator, args, self.folder, self.given)
 
-    def _begin(self, optimizer: torch.optim.Optimizer, datasets: tuple[Any, Any, Any], config: dict[str, Any]) -> None:
+    def _begin(self, datasets: tuple[Any, Any, Any], config: dict[str, Any]) -> None:
         """Builds what the training loop works with."""
         args, accelerator, distillation = self.args, self.accelerator, self.distillation
         self.data = create_data(
@@ -119,18 +131,55 @@ class Parts(TrainingRun):
             accelerator.device,
             distributed=self.processes > 1,
             distiller=None if distillation is None else distillation.distiller,
+            patch_size=getattr(self.student, "get_patch_size", lambda: (16, 16))(),
         )
+        resolve_learning_rate(args, self.processes, self.data.mean_batch)
+        if (
+            args.kd_distill_type == "feature"
+            and args.model_ema
+            and (args.recovery_interval or self.checkpoint or args.checkpoint_format == "both")
+        ):
+            raise DistillError(
+                "--model-ema follows the student alone, and timm's checkpoints of --kd-distill-type feature hold the"
+                " average of its projection too: leave --recovery-interval and --checkpoint-format out, and name an"
+                " output folder to --resume."
+            )
+        self.task = create_task(args, self.student, accelerator.device)
+        model: Any = self.student if self.task is None else self.task.get_trainable_module()
+        optimizer = create_optimizer(args, model)
+        defaults = ", ".join(
+            f"{key}: {v}" for key, v in (optimizer.defaults | {"weight_decay": args.weight_decay}).items()
+        )
+        self.reporter.line(f"Created {type(optimizer).__name__} ({args.opt}) optimizer: {defaults}")
         self.updates_per_epoch = -(-len(self.data.train) // args.grad_accum_steps)
         self.scheduler, self.epochs = create_scheduler(args, optimizer, self.updates_per_epoch)
-        model: Any = self.student
+        stepped = (
+            "Constant LR"
+            if self.scheduler is None
+            else f"LR stepped per {'update' if args.sched_on_updates else 'epoch'}"
+        )
+        self.reporter.line(f"Scheduled epochs: {self.epochs} of {self.updates_per_epoch} updates. {stepped}.")
+        if args.stop_epoch and args.stop_epoch > self.epochs:
+            raise DistillError(
+                f"--stop-epoch: expected at most the {self.epochs} epochs of the run, got {args.stop_epoch}."
+            )
         if distillation is not None:
             model = distillation.network.staged
             distillation.schedule(self.epochs, self.updates_per_epoch)
             if self.data.staged is not None:
                 self.data.staged.epoch_steps = self.updates_per_epoch
+        if args.torchscript:
+            # The script shares the student's weights; Accelerate wraps the forward of a module that is none.
+            model = nn.Sequential(torch.jit.script(model))
         if args.torchcompile:
-            model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
+            with told("--torchcompile", RuntimeError):
+                model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        if distillation is None:
+            # The loss is computed in the precision of the scores, as in timm's script.
+            accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        if self.task is not None:
+            self.task.trainable_module = self.model
         self.criterion = create_criterion(args).to(accelerator.device)
         self.step = PlainStep(self)
         if distillation is not None:
@@ -170,8 +219,15 @@ class Parts(TrainingRun):
 
     @property
     def evaluated(self) -> nn.Module:
-        """The bare model that is evaluated and exported: the moving average where there is one."""
-        return self.student if self.ema is None else self.ema.module
+        """The bare model that is exported, on whose evaluation the best epoch is chosen: the moving average if any."""
+        return self.student if self.ema is None or self.args.model_ema_force_cpu else self.ema.module
+
+    def saved_task(self) -> TrainingTask:
+        """The student, its moving average and timm's distillation, as timm's checkpoints hold them."""
+        task = self.task or ClassificationTask(self.student, self.criterion, verbose=False)
+        if self.ema is not None:
+            task.trainable_module_ema = self.ema
+        return task
 
     def _open_output(self) -> None:
         args, folder = self.args, None
@@ -186,12 +242,27 @@ class Parts(TrainingRun):
                     folder /= f"{stamp}-{safe_model_name(args.model)}-{size}"
             if (folder / "run.json").is_file() and self.state is None:
                 _logger.warning(f"{folder} holds an earlier run, whose files this one replaces.")
-            folder.mkdir(parents=True, exist_ok=True)
+            with told(f"--output: {folder} cannot be made", OSError, remedy="name a folder that can be written"):
+                folder.mkdir(parents=True, exist_ok=True)
         self.folder: Path = broadcast_object_list([folder])[0]
         self.checkpoints = Checkpoints(self.folder, args.checkpoint_hist, self.metric == "loss")
         peers = [] if self.distillation is None else self.distillation.peers
         self.summary = Summary(self.folder / "summary.csv")
         self.peers = Peers(args.peer, peers, self.folder, self.metric)
+        self.saver: CheckpointSaver | None = None
+        if args.recovery_interval or args.checkpoint_format == "both":
+            scaler = self.accelerator.scaler
+            self.saver = CheckpointSaver(
+                self.student,
+                self.optimizer.optimizer,
+                argparse.Namespace(**self.given),
+                amp_scaler=None if scaler is None else native_scaler(scaler),
+                checkpoint_dir=str(self.folder),
+                recovery_dir=str(self.folder),
+                decreasing=self.metric == "loss",
+                max_history=args.checkpoint_hist,
+                task=self.saved_task(),
+            )
         if self.primary:
             if not slots(self.folder)[1].is_dir():
                 self.write_arguments()
@@ -204,11 +275,32 @@ class Parts(TrainingRun):
         write_text(self.folder / "args.yaml", yaml.safe_dump({**self.given, "config": "", "resume": ""}))
 
 
+def softmax(args: argparse.Namespace) -> bool:
+    """Whether the classes of an image exclude each other in the loss, so that its softmax says something."""
+    return args.task == "classification" and args.loss != "bce"
+
+
+def create_average(args: argparse.Namespace, student: nn.Module) -> ModelEmaV3:
+    """The moving average of a student's weights, where and in the precision that `--model-ema` and its like say."""
+    half = model_dtype(args) == torch.float16 or (args.model_ema_force_fp32 and args.model_dtype == "bfloat16")
+    return ModelEmaV3(
+        student,
+        decay=args.model_ema_decay,
+        use_warmup=args.model_ema_warmup,
+        device=torch.device("cpu") if args.model_ema_force_cpu else None,
+        dtype=torch.float32 if half else None,
+        stochastic_rounding_seed=args.seed,
+    )
+
+
 def create_accelerator(args: argparse.Namespace) -> Accelerator:
-    """Device, precision and processes, from `--device`, `--amp`, `--amp-dtype` and the launcher's environment."""
+    """Device, precision and processes, from the flags of the device and the launcher's environment."""
+    for module in args.device_modules:
+        with told(f"--device-modules {module} cannot be imported", ImportError):
+            importlib.import_module(module)
+    if "WORLD_SIZE" in os.environ:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     kind, _, index = args.device.partition(":")
-    if kind not in ("cuda", "cpu"):
-        raise DistillError(f"--device: expected cuda, cuda:N or cpu, got {args.device}.")
     if kind == "cuda" and not torch.cuda.is_available():
         _logger.info("No GPU is available: training on the CPU (say so with --device cpu).")
         kind = "cpu"
@@ -224,7 +316,10 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
             raise DistillError(f"--amp-dtype: expected float16 or bfloat16, got {args.amp_dtype}.")
         precision = names[args.amp_dtype]
         if precision == "fp16" and kind == "cpu":
-            raise DistillError("--amp in float16 needs a GPU to scale the loss on: add --amp-dtype bfloat16.")
+            if args.distill:
+                raise DistillError("--amp in float16 needs a GPU to scale the loss on: add --amp-dtype bfloat16.")
+            # Accelerate has no such thing; the loss is not scaled, as in timm's script.
+            precision = "no"
     accelerator = Accelerator(
         cpu=kind == "cpu",
         mixed_precision=precision,
@@ -233,6 +328,10 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
         project_dir=".",
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=not args.no_ddp_bb)],
     )
+    if accelerator.device.type != kind:
+        raise DistillError(
+            f"--device: expected cuda, cuda:N, cpu or {accelerator.device.type}, which is here, got {args.device}."
+        )
     if args.sync_bn and kind == "cpu" and accelerator.num_processes > 1:
         raise DistillError("--sync-bn needs GPUs: leave it out, --dist-bn averages the statistics after each epoch.")
     return accelerator

@@ -8,10 +8,12 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from timm.models import safe_model_name
-from torch import nn
+from torch import Tensor, nn
 
+from kd_report.uncertainty import Answers, Doubts
 from kd_timm.checkpoint import load_weights, save_weights
 from kd_timm.engine import TrainingRun, evaluate
+from kd_timm.uncertainty import gathered
 
 
 class Peers:
@@ -64,13 +66,22 @@ class Peers:
         """The file of a peer."""
         return self.folder / f"{label}.safetensors"
 
-    def finish(self, run: TrainingRun, student: nn.Module) -> list[dict[str, Any]]:
-        """Evaluates what was exported, beside the exported student, and leaves the peers with these weights."""
-        best = broadcast_object_list([self.best])[0]
+    def finish(self, run: TrainingRun, student: nn.Module) -> tuple[list[dict[str, Any]], dict[str, Doubts]]:
+        """Evaluates what was exported, beside the exported student, and leaves the peers with these weights.
+
+        Returns:
+            Results, and what `peer1`, ... say of each image.
+        """
+        best, answers = broadcast_object_list([self.best])[0], Answers()
         results = []
-        for name, label, peer in zip(self.names, self.labels, self.modules, strict=True):
+        for i, (name, label, peer) in enumerate(zip(self.names, self.labels, self.modules, strict=True), 1):
+
+            def seen(output: Tensor, labels: Tensor, told: list[Tensor], key: str = f"peer{i}") -> None:
+                answers.add(key, output, labels, student=told[0])
+
             load_weights(peer, self.path(label))
-            metrics = {} if run.data.evaluation is None else evaluate(run, peer, others=[student])
+            told = None if run.args.task == "multilabel" else seen
+            metrics = {} if run.data.evaluation is None else evaluate(run, peer, others=[student], seen=told)
             parameters = sum(p.numel() for p in peer.parameters())
             results.append(
                 {
@@ -81,4 +92,4 @@ class Peers:
                     "parameters": parameters,
                 }
             )
-        return results
+        return results, gathered(answers)

@@ -1,4 +1,4 @@
-"""Progress of a run: a bar on a terminal, plain log lines elsewhere."""
+"""Progress of a run: a bar on a terminal, the log lines of timm's script elsewhere."""
 
 from __future__ import annotations
 
@@ -26,32 +26,34 @@ class Reporter:
         self.terminal = primary and console.is_terminal
         self.bar = Progress(*shown, *left, console=console, transient=True, disable=not self.terminal)
         self.task = self.bar.add_task("", values="")
-        self.title, self.total = "", 0
+        self.epoch, self.total = 0, 0
 
-    def begin(self, title: str, total: int) -> None:
+    def begin(self, epoch: int, total: int) -> None:
         """Starts an epoch of `total` updates."""
-        self.title, self.total = title, total
-        self.bar.reset(self.task, description=title, total=total, values="")
+        self.epoch, self.total = epoch, total
+        self.bar.reset(self.task, description=f"epoch {epoch}", total=total, values="")
         self.bar.start()
 
     def advance(self, updates: int) -> None:
         """Moves the bar to a number of updates."""
         self.bar.update(self.task, completed=updates)
 
-    def update(self, updates: int, values: Mapping[str, float], speed: float) -> None:
+    def update(self, updates: int, values: Mapping[str, float], line: str) -> None:
         """Reports running means.
 
         Args:
             updates: Updates of this epoch so far.
-            values: Numbers by name.
-            speed: Images a second.
+            values: Numbers by name: the loss, its terms, the rate.
+            line: What timm's script tells of them, and of time.
         """
         if not self.primary:
             return
+        terms = [f"  {name}: {value:.4g}" for name, value in values.items() if name not in ("loss", "lr")]
         text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         self.bar.update(self.task, completed=updates, values=text)
         if not self.terminal:
-            _logger.info(f"{self.title} [{updates}/{self.total}]  {text}  {speed:.0f} images/s")
+            place = f"[{updates - 1:>4d}/{self.total} ({100.0 * updates / self.total:>3.0f}%)]"
+            _logger.info(f"Train: {self.epoch} {place}  {line}{''.join(terms)}")
 
     def end(self) -> None:
         """Ends an epoch."""

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kd_plugins import Batch, Net, Nets, Reads
 from kd_report import page_hint
-from kd_report.record import MOST_AT_ONCE, RunRecord, some_rows
+from kd_report.record import MOST_AT_ONCE, RunRecord, rows_to_analyse, some_rows
+from kd_report.uncertainty import Doubts
 from kd_timm.arguments import parse_args
 from kd_timm.checkpoint import epoch_row
 from kd_timm.data import plain_loader
 from kd_timm.network import TimmNetwork, image_batch
-
-if TYPE_CHECKING:
-    from kd_timm.parts import Parts
+from kd_timm.parts import Parts, softmax
 
 __all__ = ["Recorder"]
 
@@ -43,10 +42,12 @@ class Recorder:
             metric=f"eval_{session.metric}",
             classes=session.data.classes,
             settings=settings | {"processes": session.processes, "precision": accelerator.mixed_precision},
-            enabled=session.primary,
+            enabled=session.primary and not args.no_record,
             resume=start * session.updates_per_epoch if session.state is not None else None,
         )
-        if start == 0:
+        rows = session.updates_per_epoch * session.epochs * args.grad_accum_steps * args.batch_size
+        self.rows = rows_to_analyse(rows * session.processes)
+        if start == 0 and self.rows:
             self._analyse("before")
         if distillation is not None:
             self.record.time_steps(distillation.player)
@@ -56,9 +57,15 @@ class Recorder:
         place = {"epoch": epoch + 1, "step": (epoch + 1) * self.session.updates_per_epoch}
         self.record.log(place | epoch_row(training, evaluation, rate))
 
-    def finish(self, results: Mapping[str, Any]) -> None:
-        """Analyses the best student and writes the results."""
+    def finish(self, results: Mapping[str, Any], found: Mapping[str, Doubts]) -> None:
+        """Analyses the best student and writes the results, and what the networks have said of each image."""
+        if not self.record.enabled:
+            return
         self._analyse("after")
+        # With --loss bce each class has a sigmoid of its own, and the classes no distribution.
+        kept = None if softmax(self.session.args) else ("predicted", "label", "agreement")
+        found = {name: {k: x for k, x in values.items() if not kept or k in kept} for name, values in found.items()}
+        self.record.predictions(found, max(self.session.args.num_classes, 2))
         self.record.finish(results, seconds_per_step=results["seconds_per_step"])
         self.session.reporter.line(page_hint(self.session.folder))
 
@@ -75,19 +82,21 @@ class Recorder:
         return Nets(student, distillation.nets.teachers, distillation.nets.peers[1:])
 
     def _analyse(self, phase: str) -> None:
-        if not self.session.primary or self.session.data.evaluation is None:
+        args = self.session.args
+        if not self.record.enabled or self.session.data.evaluation is None:
             return
-        distillation = self.session.distillation
-        teachers = () if distillation is None else distillation.teachers
-        misfits = [number for number, teacher in enumerate(teachers) if teacher.misfit]
-        with self.session.accelerator.autocast():
-            self.record.analyse(phase, self._nets(), self._batches(), misfits=misfits)
+        # What is analysed are scores of exclusive classes, of images.
+        if args.task == "multilabel" or args.naflex_loader:
+            return
+        with self.session.autocast():
+            self.record.analyse(phase, self._nets(), self._batches())
 
     def _batches(self) -> Iterator[Batch]:
         args, data = self.session.args, self.session.data
         size, config = min(args.validation_batch_size or args.batch_size, MOST_AT_ONCE), data.config
-        device = self.session.accelerator.device
-        loader = plain_loader(some_rows(data.evaluation.dataset), config, size, device=device, num_workers=args.workers)
+        device, dtype = self.session.accelerator.device, next(self.session.evaluated.parameters()).dtype
+        options: dict[str, Any] = dict(device=device, num_workers=args.workers, img_dtype=dtype)
+        loader = plain_loader(some_rows(data.evaluation.dataset, self.rows or 8), config, size, **options)
         for inputs, labels in loader:
             yield image_batch(config, inputs, labels)
 

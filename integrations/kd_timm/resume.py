@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,24 @@ import torch
 from accelerate.utils import gather_object
 
 from kd_plugins import DistillError, states
+from kd_plugins.errors import told
 from kd_timm.checkpoint import copy_file, load_random_state, load_weights, random_state, save_weights
+from kd_timm.compat import load_task_ema_checkpoint, native_scaler, resume_task_checkpoint
+from kd_timm.data import LOADER_ARGUMENTS, MIXUP_ARGUMENTS
 from kd_timm.parts import Parts
+
+_logger = logging.getLogger("kd_timm.train")
 
 # Arguments that may change on resume without changing the numbers.
 _FREE = {"resume", "config", "output", "experiment", "log_interval", "device", "checkpoint_hist", "pin_mem"}
-_FREE |= {"report_to", "log_wandb", "wandb_project", "wandb_tags", "wandb_resume_id"}
+_FREE |= {"checkpoint_format", "no_record"}
+_FREE |= {"no_resume_opt", "start_epoch", "stop_epoch", "save_epochs", "recovery_interval", "save_images", "local_rank"}
+_FREE |= {"report_to", "log_wandb", "wandb_project", "wandb_tags", "wandb_resume_id", "validation_batch_size"}
+# Those that may change, so that the run goes on otherwise than it would have.
+_WARNED = {"epochs", "cooldown_epochs", "workers", "persistent_workers", "val_interval", "clip_grad", "clip_mode"}
+# And those that may where no method counts its steps and rows.
+_WARNED_ALONE = {"batch_size", "grad_accum_steps", "mixup_off_epoch", "train_interpolation", "no_prefetcher"}
+_WARNED_ALONE |= {*LOADER_ARGUMENTS.values(), *MIXUP_ARGUMENTS.values(), "use_multi_epochs_loader"}
 
 
 def save_state(session: Parts, epoch: int) -> None:
@@ -33,6 +47,7 @@ def save_state(session: Parts, epoch: int) -> None:
                 "optimizer": session.optimizer.state_dict(),
                 "scaler": session.accelerator.scaler.state_dict() if session.accelerator.scaler else None,
                 "scheduler": _plateau_state(session.scheduler),
+                "task": session.task.get_task_state() if session.task is not None else {},
             },
             folder / "optimizer.pt",
         )
@@ -56,8 +71,8 @@ def save_state(session: Parts, epoch: int) -> None:
     session.accelerator.wait_for_everyone()
 
 
-def load_state(session: Parts) -> int:
-    """Takes up the state of `--resume`; returns the epoch to go on with."""
+def load_state(session: Parts) -> tuple[int, bool]:
+    """Takes up the state of `--resume`; returns the epoch to go on with, and whether it goes on as it would have."""
     folder = session.state
     assert folder is not None
     saved = states.read_json(folder / "state.json")
@@ -65,21 +80,21 @@ def load_state(session: Parts) -> int:
         raise DistillError(
             f"--resume: the run had {saved['processes']} processes, this one has {session.processes}: start as many."
         )
-    changed = [k for k, v in saved["arguments"].items() if k not in _FREE and session.given.get(k) != v]
-    if changed:
-        raise DistillError(
-            f"--resume continues a run exactly, but these arguments differ from it: {', '.join(changed)}. Give"
-            f" those of {folder.parent / 'args.yaml'} (--config reads that file)."
-        )
+    changed = _changed(session, saved["arguments"], folder)
     if session.distillation is not None:
         session.distillation.player.load(folder / "distiller")
+        if "epochs" in changed:
+            session.distillation.stretch(session.epochs * session.updates_per_epoch)
         session.new_schedule()
     load_weights(session.student, folder / "model.safetensors")
     if session.ema is not None:
         load_weights(session.ema.module, folder / "ema.safetensors")
     state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-    session.optimizer.load_state_dict(state["optimizer"])
-    if session.accelerator.scaler is not None:
+    if session.task is not None:
+        session.task.load_task_state(state["task"])
+    if not session.args.no_resume_opt:
+        session.optimizer.load_state_dict(state["optimizer"])
+    if session.accelerator.scaler is not None and not session.args.no_resume_opt:
         session.accelerator.scaler.load_state_dict(state["scaler"])
     if state["scheduler"] is not None:
         session.scheduler.lr_scheduler.load_state_dict(state["scheduler"]["inner"])
@@ -88,12 +103,56 @@ def load_state(session: Parts) -> int:
     session.summary.rows = list(saved["summary"])
     session.checkpoints.kept = [(metric, epoch) for metric, epoch in saved["kept"]]
     session.peers.best = saved["peers"]
+    timms = session.folder / "last.pth.tar"
+    if session.saver is not None and timms.is_file():
+        session.saver.load_state_dict_from_checkpoint(timms)
     if session.primary:
         _bring_along(folder.parent, session.folder)
     random = torch.load(folder / f"random-{session.accelerator.process_index}.pt", weights_only=True)
     load_random_state(random)
     session.reporter.line(f"Continuing with epoch {saved['epoch']} from {folder}")
-    return saved["epoch"]
+    if session.args.workers and session.args.persistent_workers:
+        changed.append("persistent_workers")
+    if changed and session.primary:
+        flags = ", ".join("--" + name.replace("_", "-") for name in changed)
+        _logger.warning(f"The run goes on otherwise than it would have, because of {flags}.")
+    return saved["epoch"], not changed and not session.args.no_resume_opt
+
+
+def _changed(session: Parts, before: dict[str, Any], folder: Path) -> list[str]:
+    """The arguments that differ from those of a state so that the run changes; raises where that cannot be."""
+    given, before = _one_spelling(session.given), _one_spelling(before)
+    changed = [k for k, v in before.items() if k not in _FREE and given.get(k) != v]
+    allowed = _WARNED if session.distillation is not None else _WARNED | _WARNED_ALONE
+    fixed = [name for name in changed if name not in allowed]
+    if fixed:
+        raise DistillError(
+            f"--resume continues a run, and these arguments of it cannot change: {', '.join(fixed)}. Give those of"
+            f" {folder.parent / 'args.yaml'} (--config reads that file), or begin anew with the run's weights,"
+            f" --initial-checkpoint {folder.parent / 'last.safetensors'}."
+        )
+    return changed
+
+
+def _one_spelling(given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments with the data in one spelling: the same folder may be named in several ways."""
+    data = given.get("data_dir") or given.get("data")
+    return given | {"data": None, "data_dir": data and os.path.realpath(data)}
+
+
+def load_checkpoint(session: Parts, path: str) -> int:
+    """Takes up a checkpoint of timm's script; returns the epoch to go on with."""
+    scaler = None if session.accelerator.scaler is None else native_scaler(session.accelerator.scaler)
+    task = session.saved_task()
+    with told(
+        f"--resume {path} does not fit this run", Exception, remedy="name the model and flags that it was made with"
+    ):
+        optimizer = None if session.args.no_resume_opt else session.optimizer.optimizer
+        epoch = resume_task_checkpoint(task, path, optimizer, None if optimizer is None else scaler)
+        if session.ema is not None:
+            load_task_ema_checkpoint(task, path)
+    session.reporter.line(f"Continuing with epoch {epoch or 0} from {path}")
+    return epoch or 0
 
 
 def _plateau_state(scheduler: Any) -> dict[str, Any] | None:

@@ -20,6 +20,7 @@ from kd_timm.compat import TrainingTask, resolve_classification_loss
 from kd_timm.network import TimmNetwork, image_batch
 from kd_timm.teachers import InputTransform, Teacher, check_classes, create_teacher, other_classes
 
+_DISTANCE = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
 _SOFTMAX = (nn.CrossEntropyLoss, JsdCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy)
 
 
@@ -160,11 +161,13 @@ class DistillationTask(TrainingTask):
         return made
 
     def _batch(self, inputs: Tensor, target: Tensor) -> Batch:
+        classes = getattr(self._nets[1].module, "num_classes", 0)
         return image_batch(
             self.config,
             inputs,
             target,
-            classes=getattr(self._nets[1].module, "num_classes", 0),
+            classes=classes,
+            task="regression" if classes == 1 and isinstance(self.criterion, _DISTANCE) else "classification",
             criterion=lambda view, labels: self.criterion(view.logits, labels),
         )
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+import shutil
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -14,14 +16,14 @@ from timm.utils import distribute_bn, setup_default_logging
 from kd_accelerate.command import Stopped, run_command
 from kd_plugins import DistillError
 from kd_plugins.states import slots, write_json
-from kd_report.uncertainty import dirichlet_offset
+from kd_report.uncertainty import Doubts, dirichlet_offset
 from kd_timm.arguments import parse_args
 from kd_timm.checkpoint import load_weights
-from kd_timm.engine import evaluate, train_one_epoch
+from kd_timm.engine import evaluate, listed, train_one_epoch
 from kd_timm.layers import list_layers
-from kd_timm.parts import Parts
+from kd_timm.parts import Parts, softmax
 from kd_timm.recording import Recorder
-from kd_timm.resume import load_state, save_state
+from kd_timm.resume import load_checkpoint, load_state, save_state
 from kd_timm.uncertainty import judge
 
 
@@ -57,14 +59,15 @@ class Session(Parts):
 
     def fit(self) -> dict[str, Any]:
         """Trains to the end, or to an interrupt, and evaluates the best student."""
-        start = load_state(self) if self.state is not None else 0
+        self.told: list[dict[str, Any]] = []
+        start = self._start()
         self.reporter.line(
             f"{self.args.model}: {sum(p.numel() for p in self.student.parameters()):,} parameters,"
             f" {self.epochs} epochs of {self.updates_per_epoch} updates, output in {self.folder}"
         )
         self.recorder = Recorder(self, start)
         try:
-            for epoch in range(start, self.epochs):
+            for epoch in range(start, self.last):
                 self._epoch(epoch)
             results = self._finish()
         except KeyboardInterrupt as stop:
@@ -73,6 +76,7 @@ class Session(Parts):
             says = "the first epoch had not ended, so there is nothing to continue."
             if slots(self.folder)[1].is_dir():
                 says = f"continue after the last epoch that was evaluated, with --resume {self.folder}"
+            self._tell()
             if isinstance(stop, Stopped):
                 stop.says = says
                 raise
@@ -84,12 +88,41 @@ class Session(Parts):
         self.accelerator.wait_for_everyone()
         return results
 
+    @property
+    def last(self) -> int:
+        """The epoch after the last one of this session."""
+        return self.args.stop_epoch or self.epochs
+
+    def _start(self) -> int:
+        """Takes up what `--resume` names; returns the epoch to begin with."""
+        args, start, exact = self.args, 0, False
+        if self.state is not None:
+            start, exact = load_state(self)
+        elif self.checkpoint:
+            start = load_checkpoint(self, self.checkpoint)
+            self.summary.read()
+        if args.start_epoch is not None:
+            start, exact = args.start_epoch, False
+        self.summary.rows = [row for row in self.summary.rows if int(row["epoch"]) < start]
+        # The plateau schedule alone is no function of the epoch.
+        if self.scheduler is not None and start > 0 and not exact and args.sched != "plateau":
+            if args.sched_on_updates:
+                self.scheduler.step_update(start * self.updates_per_epoch)
+            else:
+                self.scheduler.step(start)
+        return start
+
+    def recover(self, epoch: int, update: int) -> None:
+        every = self.args.recovery_interval
+        if every and update % every == 0 and self.primary and self.saver is not None:
+            self.saver.save_recovery(epoch, batch_idx=update - 1)
+
     def _epoch(self, epoch: int) -> None:
         args = self.args
         self.enter_stage()
         done = epoch - self.stage_start
         began = time.monotonic()
-        training = train_one_epoch(self, epoch, self.reporter, first_update=done * self.updates_per_epoch)
+        training = train_one_epoch(self, epoch, first_update=done * self.updates_per_epoch)
         self.seconds += time.monotonic() - began
         self.updates += self.updates_per_epoch
         rate = self.rate
@@ -98,13 +131,13 @@ class Session(Parts):
                 distribute_bn(model, self.processes, args.dist_bn == "reduce")
             if self.distillation is not None:
                 self.distillation.player.average_buffers()
-        if (epoch + 1) % args.val_interval and epoch + 1 != self.epochs:
+        if (epoch + 1) % args.val_interval and epoch + 1 not in (self.epochs, self.last, *args.save_epochs):
             if self.primary:
                 self.recorder.epoch(epoch, training, {}, rate)
             if self.scheduler is not None:
                 self.scheduler.step(done + 1, None)
             return
-        evaluation = {} if self.data.evaluation is None else self._evaluate()
+        evaluation = self._evaluate()
         metric = epoch if self.metric == "epoch" else (evaluation or training)[self.metric]
         evaluation |= self.peers.evaluate(self, self.evaluated, epoch)
         if self.scheduler is not None:
@@ -113,19 +146,32 @@ class Session(Parts):
             self.accelerator.log(self.summary.add(epoch, training, evaluation, rate), step=epoch)
             self.recorder.epoch(epoch, training, evaluation, rate)
             self.checkpoints.save(self.evaluated, epoch, metric)
-        shown = "  ".join(f"{key} {value:.4g}" for key, value in evaluation.items())
-        self.reporter.line(f"epoch {epoch}: train loss {training['loss']:.4g}  {shown}")
+            if self.args.checkpoint_format == "both" and self.saver is not None:
+                self.saver.save_checkpoint(epoch, metric)
+        self.told.append({"epoch": epoch, "train": training} | ({"validation": evaluation} if evaluation else {}))
         save_state(self, epoch + 1)
+        if epoch + 1 in args.save_epochs and self.primary:
+            shutil.copytree(self.folder / "state", self.folder / f"milestone-{epoch + 1}", dirs_exist_ok=True)
 
     def _evaluate(self) -> dict[str, float]:
-        """Evaluates what is exported, through the compiled model where there is one."""
-        if self.ema is not None:
-            return evaluate(self, self.ema.module)
-        return evaluate(self, self.accelerator.unwrap_model(self.model, keep_torch_compile=True))
+        """Evaluates the student, through the compiled model where there is one, and its moving average.
+
+        Returns:
+            The metrics of what is exported; where that is the average, the student's own under `raw_...` as well.
+        """
+        if self.data.evaluation is None:
+            return {}
+        wrapped = self.task is None and self.distillation is None
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=True) if wrapped else self.student
+        raw = evaluate(self, model, label="Test")
+        if self.evaluated is self.student:
+            return raw
+        return evaluate(self, self.evaluated, label="Test (EMA)") | {f"raw_{key}": value for key, value in raw.items()}
 
     def _finish(self) -> dict[str, Any]:
         args = self.args
-        results: dict[str, Any] = {"model": args.model, "epochs": self.epochs}
+        results: dict[str, Any] = {"model": args.model, "epochs": self.last}
+        found: dict[str, Doubts] = {}
         best = broadcast_object_list([self.checkpoints.best])[0]
         if best is None:
             raise DistillError(f"--epochs {self.epochs} leaves nothing to train: raise it.")
@@ -134,17 +180,20 @@ class Session(Parts):
         if self.data.evaluation is not None:
             if args.best_on_eval:
                 results["last_evaluation"] = evaluate(self, self.evaluated)
-                last = "  ".join(f"{key} {value:.4g}" for key, value in results["last_evaluation"].items())
-                self.reporter.line(f"last epoch  {last}")
+                self.reporter.line(f"last epoch  {listed(results['last_evaluation'])}")
             load_weights(self.evaluated, exported)
             others = [] if self.distillation is None else self.distillation.asked()
             distiller = None if self.distillation is None else self.distillation.distiller
             offset = dirichlet_offset(distiller, args.num_classes)
-            results["evaluation"], uncertain = judge(self, self.evaluated, others, offset)
-            # With --bce-loss each class has a sigmoid of its own, and the classes no distribution.
-            results |= {} if args.bce_loss else {"uncertainty": uncertain}
+            if args.task == "multilabel":
+                results["evaluation"] = evaluate(self, self.evaluated)
+            else:
+                results["evaluation"], uncertain, found = judge(self, self.evaluated, others, offset)
+                # With --loss bce each class has a sigmoid of its own, and the classes no distribution.
+                results |= {"uncertainty": uncertain} if softmax(args) else {}
         if self.peers.names:
-            results["peers"] = self.peers.finish(self, self.evaluated)
+            results["peers"], theirs = self.peers.finish(self, self.evaluated)
+            found |= theirs
         results |= {
             "parameters": sum(p.numel() for p in self.student.parameters()),
             "bytes": exported.stat().st_size,
@@ -154,10 +203,20 @@ class Session(Parts):
             write_json(self.folder / "results.json", results)
             if self.distillation is not None:
                 self.distillation.distiller.export(self.folder)
-            self.recorder.finish(results)
-        final = "  ".join(f"{key} {value:.4g}" for key, value in results.get("evaluation", {}).items())
-        self.reporter.line(f"best {self.metric} {best[0]:.4g} (epoch {best[1]})  {final}  {exported}")
+            self.recorder.finish(results, found)
+        self.reporter.line(f"*** Best metric: {best[0]} (epoch {best[1]})")
+        self.reporter.line(f"{exported}  {listed(results.get('evaluation', {}))}")
+        self._tell()
         return results
+
+    def _tell(self) -> None:
+        """Prints the best ten epochs of the session, the best one last, as those expect who read timm's output."""
+        if not self.primary:
+            return
+        worst = float("inf") if self.checkpoints.decreasing else float("-inf")
+        found = [(row.get("validation", row["train"]).get(self.metric, worst), row) for row in self.told]
+        ranked = sorted(found, key=lambda pair: pair[0], reverse=not self.checkpoints.decreasing)[:10]
+        print(f"--result\n{json.dumps([row for _, row in reversed(ranked)], indent=4)}")
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ class DataArguments:
         " teachers tells them from the evaluation split goes to all_results.json"
     )
     ood_split: str = _field("validation", help="split of --ood_dataset, or a slice of one")
+    record: bool = _field(True, help="leave a record for kd-plugins report")
     metric: list[str] = _list(
         "metric shipped with this package (accuracy, f1, matthews_correlation, pearsonr, spearmanr), name on the hub,"
         " or path; repeatable (default: those of the task)",
@@ -141,6 +142,8 @@ def build_parser() -> HfArgumentParser:
     parser = HfArgumentParser(
         [DataArguments, ModelArguments, DistillationArguments, TrainingArguments],
         prog="kd-transformers-train",
+        # Else an error stands below a page of flags.
+        usage="%(prog)s [--FLAG ...]",
         description="Train a text classifier or regressor of transformers, alone or with knowledge distillation.",
         epilog=f"Without a data set: docstrings of Python's standard library, with other defaults: {defaults}. Without"
         " --do_train and --do_eval: both.",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
@@ -19,7 +20,7 @@ from kd_transformers.compat import Hooks
 if TYPE_CHECKING:
     from kd_transformers.arguments import Arguments
 
-__all__ = ["Resumable", "check_same_run", "checkpoints", "find_checkpoint", "identity"]
+__all__ = ["Resumable", "asked_for", "check_same_run", "checkpoints", "find_checkpoint", "identity"]
 
 logger = logging.get_logger(__name__)
 
@@ -108,6 +109,33 @@ def check_same_run(checkpoint: Path, ours: Mapping[str, Any], *, named: bool) ->
             f"{checkpoint} is of a run with {'; '.join(changed)}: give the arguments of that run, or name the"
             f" checkpoint to go on with others on purpose, --resume_from_checkpoint {checkpoint}."
         )
+
+
+def asked_for(training: TrainingArguments, ours: Mapping[str, Any]) -> str | None:
+    """The checkpoint of `--resume_from_checkpoint`: a path, or the newest whole one of the output folder.
+
+    `true` expects one; `auto` begins anew where no checkpoint has been finished yet.
+
+    Args:
+        training: The training arguments.
+        ours: What `identity` tells of this run.
+    """
+    asked = str(training.resume_from_checkpoint or "false")
+    if asked.lower() == "false":
+        return None
+    newest = asked.lower() in ("true", "last", "auto")
+    needs = ["trainer_state.json"]
+    if not (training.fsdp or training.deepspeed):
+        world, rank = training.world_size, training.process_index
+        needs += ["optimizer.pt", "scheduler.pt", f"rng_state_{rank}.pth" if world > 1 else "rng_state.pth"]
+    output = str(training.output_dir)
+    found = find_checkpoint(True if newest else asked, output, needs)
+    if found is None:
+        if asked.lower() == "auto":
+            return None
+        raise DistillError(f"--resume_from_checkpoint {asked}: there is no checkpoint in {output} that is whole.")
+    check_same_run(found, ours, named=not newest)
+    return str(found)
 
 
 class Resumable(Hooks):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -17,9 +17,10 @@ from kd_transformers.compat import is_reentrant
 # The kinds of models: the task of their scores, and transformers' names for them. The choices of multiple choice are
 # classes; the start and the end of an answer are two rows of positions.
 _CLASSIFIERS = [f"{what}_CLASSIFICATION" for what in ("SEQUENCE", "IMAGE", "AUDIO", "VIDEO")]
+_TOKENS = ["TOKEN_CLASSIFICATION", "AUDIO_FRAME_CLASSIFICATION"]
 _KINDS = {
     "classification": ("classification", _CLASSIFIERS),
-    "token classification": ("token", ["TOKEN_CLASSIFICATION"]),
+    "token classification": ("token", _TOKENS),
     "sequence to sequence": ("token", ["SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ"]),
     "masked language modelling": ("token", ["MASKED_LM"]),
     "causal-lm": ("causal-lm", ["CAUSAL_LM"]),
@@ -27,11 +28,12 @@ _KINDS = {
     "multiple choice": ("classification", ["MULTIPLE_CHOICE"]),
     "segmentation": ("segmentation", ["SEMANTIC_SEGMENTATION"]),
     "depth": ("depth", ["DEPTH_ESTIMATION"]),
+    "detection": ("detection", ["OBJECT_DETECTION"]),
     "ctc": ("ctc", ["CTC"]),
     "other": ("other", []),
 }
-_VOCABULARY = ("sequence to sequence", "masked language modelling", "causal-lm")
-TASKS = ("classification", "multilabel", "regression", "token", "causal-lm", "segmentation", "depth")
+_VOCABULARY = ("sequence to sequence", "masked language modelling", "causal-lm", "ctc")
+TASKS = ("classification", "multilabel", "regression", "token", "causal-lm", "segmentation", "depth", "detection")
 
 
 def base(model: nn.Module) -> nn.Module:
@@ -124,13 +126,28 @@ def check_fit(distiller: Distiller, task: str, model: nn.Module) -> None:
         return
     kind = kind_of(model)
     meant = kind if _KINDS[kind][0] == task else task
-    reason = {
-        "other": f"the class {{}} does not tell what its scores are: say it with task=..., one of {', '.join(TASKS)}.",
-        "ctc": "{} scores frames of sound, whose labels (CTC) are not aligned with them, so that no frame has a label"
-        " or is known to be padding: distill a classifier or a sequence-to-sequence model of speech.",
-    }.get(task, f"{{}} is a model for {meant}: choose a method that fits (kd-plugins list).")
     name = type(base(model)).__name__
-    raise DistillError(f"{distiller.name} fits {', '.join(distiller.tasks)}, and {reason.format(name)}")
+    reason = f"{name} is a model for {meant}: choose a method that fits (kd-plugins list)."
+    if task == "other":
+        reason = f"the class {name} does not tell what its scores are: say it with task=..., one of {', '.join(TASKS)}."
+    raise DistillError(f"{distiller.name} fits {', '.join(distiller.tasks)}, and {reason}")
+
+
+_SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
+
+
+def special_tokens(model: nn.Module) -> dict[str, Any]:
+    """The special tokens that a model's configuration names."""
+    config = getattr(base(model), "config", None)
+    return {name: getattr(config, name, None) for name in _SPECIAL}
+
+
+def follow_tokens(models: Sequence[nn.Module], student: nn.Module, before: Mapping[str, Any]) -> None:
+    """Gives models the special tokens that the student has come to have, where they had those it had before."""
+    for name, token in special_tokens(student).items():
+        for model in models:
+            if token != before[name] == special_tokens(model)[name] and hasattr(base(model), "config"):
+                setattr(base(model).config, name, token)
 
 
 def check_vocabulary(student: nn.Module, teacher: nn.Module) -> None:

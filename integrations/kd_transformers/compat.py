@@ -13,12 +13,15 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PretrainedConfig, Trainer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from kd_plugins.errors import DistillError
 
 __all__ = [
     "ALWAYS_DIVIDES",
@@ -27,6 +30,7 @@ __all__ = [
     "averages",
     "chosen_attention",
     "chosen_mask",
+    "frames_of",
     "is_reentrant",
     "rates_are",
     "rows_id",
@@ -35,6 +39,10 @@ __all__ = [
 
 # Before 5.19 Trainer takes every compute_loss_func for one that counts the accumulated items itself.
 ALWAYS_DIVIDES = hasattr(Trainer, "loss_is_scaled_for_ga")
+
+
+# What the options of a distiller are called in a hyperparameter search.
+_OPTION = "distiller."
 
 
 class Hooks(Trainer):
@@ -73,6 +81,9 @@ class Hooks(Trainer):
 
     def training_begins(self) -> None:
         """Called before the first step, also where none is left; the state of a checkpoint has been read."""
+
+    def search_options(self, found: Mapping[str, Any]) -> None:
+        """Takes what a trial of a hyperparameter search found under names of the form `distiller.<option>`."""
 
     # Helpers
 
@@ -127,6 +138,27 @@ class Hooks(Trainer):
         super()._set_signature_columns_if_needed()
         if not known:
             self._signature_columns = [*self._signature_columns, *self.further_columns(list(self._signature_columns))]
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        found: dict[str, Any] = {}
+
+        def without_ours(params: Mapping[str, Any]) -> dict[str, Any]:
+            found.update({k.removeprefix(_OPTION): v for k, v in params.items() if k.startswith(_OPTION)})
+            return {k: v for k, v in params.items() if not k.startswith(_OPTION)}
+
+        if isinstance(trial, dict):
+            super()._hp_search_setup(without_ours(trial))
+        else:
+            space = getattr(self, "hp_space", None)
+            if space is not None:
+                self.hp_space = lambda trial: without_ours(space(trial))
+            try:
+                super()._hp_search_setup(trial)
+            finally:
+                if space is not None:
+                    self.hp_space = space
+        if found:
+            self.search_options(found)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         beside = self.clipped_beside()
@@ -226,6 +258,21 @@ def is_reentrant(module: nn.Module) -> bool:
     return bool(
         getattr(module, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant")
     )
+
+
+# Speech
+
+
+def frames_of(model: Any, mask: Tensor) -> Tensor:
+    """Which frames of the scores of a speech model `[B, frames]` come of the samples that count `[B, samples]`."""
+    length = getattr(model, "_get_feat_extract_output_lengths", None)
+    if length is None:
+        raise DistillError(
+            f"{type(model).__name__} does not tell how many samples make a frame of its scores, so that the padding"
+            " among them is not known: pad no batch (leave attention_mask out), or distill its layers."
+        )
+    frames = int(length(torch.tensor(mask.shape[1])))
+    return torch.arange(frames, device=mask.device) < length(mask.sum(1)).unsqueeze(1)
 
 
 # evaluate, datasets, torch

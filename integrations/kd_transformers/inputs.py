@@ -10,32 +10,35 @@ from torch import Tensor, nn
 
 from kd_plugins import DistillError
 from kd_transformers.checks import base, kind_of
+from kd_transformers.compat import frames_of
 
 _POSITIONS = ("start_positions", "end_positions")
 
 
-def labels_of(model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Tensor | None]:
+def labels_of(model: nn.Module, inputs: dict[str, Any], name: str = "labels") -> tuple[Any, Tensor | None]:
     """Takes the labels out of a model's inputs; with them the mask of what is scored, where it is not the inputs' own.
 
     Of question answering they are the positions of start and end `[B, 2]`, -100 where the answer is not in the text.
     """
-    kind, labels, mask = kind_of(model), inputs.pop("labels", None), inputs.get("attention_mask")
+    kind, labels, mask = kind_of(model), inputs.pop(name, None), inputs.get("attention_mask")
     if kind == "question answering" and all(name in inputs for name in _POSITIONS):
         labels = torch.stack([inputs.pop(name).reshape(-1) for name in _POSITIONS], 1).clamp_min(0)
         return labels.masked_fill(labels >= _length(inputs), -100), torch.ones_like(labels)
     if kind == "sequence to sequence" and isinstance(labels, Tensor):
         return labels, inputs.get("decoder_attention_mask", torch.ones_like(labels))
+    if kind == "ctc" and isinstance(mask, Tensor):
+        return labels, frames_of(base(model), mask)
     if kind == "multiple choice" and isinstance(mask, Tensor):
         return labels, mask.flatten(0, 1)  # A model reads every choice as a row of its own.
     return labels, None
 
 
-def with_labels(model: nn.Module, inputs: Mapping[str, Any], labels: Any) -> dict[str, Any]:
+def with_labels(model: nn.Module, inputs: Mapping[str, Any], labels: Any, name: str = "labels") -> dict[str, Any]:
     """A model's inputs with labels as `labels_of` gave them, under the names that the model has for them."""
     if labels is None:
         return dict(inputs)
     if kind_of(model) != "question answering":
-        return {**inputs, "labels": labels}
+        return {**inputs, name: labels}
     # A position beyond the text is what transformers leaves out.
     positions = labels.masked_fill(labels < 0, _length(inputs)).unbind(1)
     return {**inputs, **dict(zip(_POSITIONS, positions, strict=True))}

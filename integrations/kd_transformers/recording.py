@@ -14,9 +14,10 @@ from kd_plugins import Batch, Net, Nets, Reads
 from kd_plugins.picture import Picture
 from kd_plugins.reading.network import adapt
 from kd_report.predictions import predicted_maps
-from kd_report.record import MOST_AT_ONCE, RunRecord, some_rows
+from kd_report.record import MOST_AT_ONCE, SHARE, RunRecord, rows_to_analyse, some_rows
+from kd_report.uncertainty import Doubts
+from kd_transformers.cache import Absent
 from kd_transformers.checks import class_order, task_of
-from kd_transformers.trainer import DistillationTrainer
 
 __all__ = ["RecordCallback"]
 
@@ -24,9 +25,11 @@ __all__ = ["RecordCallback"]
 class RecordCallback(TrainerCallback):
     """Records a training in its output folder: what was run, every log, the networks before and after, cost by part.
 
-    Add it once the trainer is made, `trainer.add_callback(RecordCallback(trainer))`; `kd-plugins report OUTPUT_DIR`
-    then makes the page. The training itself is not changed by a bit. Sharded networks (FSDP, DeepSpeed) are not
-    analysed.
+    A `DistillationTrainer` has it by itself (`record=False` is without); to a `Trainer` it is added once that is made,
+    `trainer.add_callback(RecordCallback(trainer))`. `kd-plugins report OUTPUT_DIR` then makes the page. The training
+    itself is not changed by a bit. What the networks predict is asked at the end, of rows of the evaluation set drawn
+    at random, all of them where that takes no more than a hundredth of the training's time. Sharded networks (FSDP,
+    DeepSpeed) are not analysed.
 
     Args:
         trainer: A `DistillationTrainer`, or a `Trainer`.
@@ -35,6 +38,8 @@ class RecordCallback(TrainerCallback):
         data: The data set in words.
         teachers: Teachers to compare the student of a plain `Trainer` with.
         settings: What else the report shows; by default the training arguments that differ from their defaults.
+        predicts: Whether to ask the networks for their predictions; a script that has asked them gives `finish` what
+            they said.
     """
 
     def __init__(
@@ -46,13 +51,15 @@ class RecordCallback(TrainerCallback):
         data: str = "",
         teachers: Sequence[nn.Module] = (),
         settings: Mapping[str, Any] | None = None,
+        predicts: bool = True,
     ) -> None:
-        self.trainer, self.teachers = trainer, tuple(teachers)
+        self.trainer, self.teachers, self.predicts = trainer, tuple(teachers), predicts
         self.host, self.names, self.data, self.settings = host, names, data, settings
         self.record: RunRecord | None = None
         self.stopped = False
         self.results: dict[str, Any] = {}
         self._seconds, self._steps, self._start = 0.0, 0, 0.0
+        self._began, self._rows = 0.0, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
@@ -75,7 +82,11 @@ class RecordCallback(TrainerCallback):
             resume=state.global_step or None,
             rows=[{"step": row["step"], **row} for row in state.log_history],
         )
-        if not state.global_step:
+        self._began = time.perf_counter()
+        self._rows = rows_to_analyse(
+            state.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        )
+        if self._rows and not state.global_step:
             self._analyse("before")
         player = getattr(trainer, "player", None)
         if player is not None:
@@ -108,16 +119,23 @@ class RecordCallback(TrainerCallback):
         if self.record is not None:
             self.record.finish({}, status="interrupted")
 
-    def finish(self, results: Mapping[str, Any]) -> None:
-        """Writes other results than those of the last evaluation in the training."""
+    def finish(self, results: Mapping[str, Any], found: Mapping[str, Doubts] | None = None, classes: int = 0) -> None:
+        """Writes other results than those of the last evaluation in the training.
+
+        Args:
+            results: Numbers by name.
+            found: What the networks say of the evaluation set, as `kd_report.uncertainty.Answers` has collected it.
+            classes: Number of classes.
+        """
         if self.record is not None:
+            self.record.predictions(found or {}, classes)
             seconds = self._seconds / self._steps if self._steps else None
             self.record.finish(results, seconds_per_step=seconds, pictures=self._pictures())
 
     def _pictures(self) -> Iterator[Picture]:
         """What is shown of the networks' predictions."""
         if self.trainer.eval_dataset is not None and task_of(self.trainer.model) == "segmentation":
-            shown = predicted_maps(self._nets(), next(self._batches()))
+            shown = predicted_maps(self._nets(), next(self._batches(self._rows or 8)))
             yield from [] if shown is None else [shown]
 
     @property
@@ -127,7 +145,8 @@ class RecordCallback(TrainerCallback):
     def _nets(self) -> Nets:
         nets = getattr(self.trainer, "_nets", None)
         if nets is not None:
-            return nets
+            loaded = [net for net in nets.teachers if not isinstance(net.module, Absent)]
+            return Nets(nets.student, loaded, nets.peers[1:])
         student = self.trainer.model
         taught = [
             Net(adapt(teacher), Reads, frozen=True, order=class_order(student, teacher)) for teacher in self.teachers
@@ -146,9 +165,12 @@ class RecordCallback(TrainerCallback):
         for net in nets.teachers:
             net.module.to(trainer.args.device)
         with trainer.accelerator.autocast():
-            self.record.analyse(phase, nets, self._batches())
+            self.record.analyse(phase, nets, self._batches(self._rows or 8))
+            if phase == "after" and self.predicts:
+                spent = time.perf_counter() - self._began
+                self.record.predict(nets, self._batches(), seconds=SHARE * spent)
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self, count: int | None = None) -> Iterator[Batch]:
         trainer, dataset, collate = self.trainer, self.trainer.eval_dataset, self.trainer.data_collator
         if isinstance(dataset, dict):
             dataset = next(iter(dataset.values()))
@@ -156,11 +178,11 @@ class RecordCallback(TrainerCallback):
             dataset = trainer._remove_unused_columns(dataset, description="evaluation")
         else:
             collate = trainer._get_collator_with_removed_columns(collate, description="evaluation")
-        rows, size = some_rows(dataset), min(trainer.args.per_device_eval_batch_size, MOST_AT_ONCE)
+        rows, size = some_rows(dataset, count), min(trainer.args.per_device_eval_batch_size, MOST_AT_ONCE)
         for inputs in DataLoader(rows, batch_size=size, collate_fn=collate):
             prepared = trainer._prepare_inputs(inputs)
-            if isinstance(trainer, DistillationTrainer) and trainer.distiller is not None:
-                yield trainer._batch(prepared)
+            if self._distiller is not None:
+                yield trainer._batch(prepared)  # type: ignore[attr-defined]
             else:
                 name = getattr(trainer.model, "main_input_name", None)
                 yield Batch.of(dict(prepared), name=name, task=task_of(trainer.model))

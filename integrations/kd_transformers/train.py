@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,15 +29,17 @@ from transformers import (
 from transformers.utils import logging
 
 from kd_accelerate.command import Stopped, run_command, signals
+from kd_plugins import Batch, View
 from kd_plugins.catalog.registry import distiller_classes, from_json, options_from_strings
 from kd_plugins.errors import DistillError
 from kd_plugins.states import MANIFEST, damage, read_json, seal, write_json
 from kd_report import page_hint
-from kd_report.uncertainty import Doubts, dirichlet_offset, doubts, uncertainty_metrics
+from kd_report.measures import decisions
+from kd_report.uncertainty import Answers, Doubts, dirichlet_offset, uncertainty_metrics
 from kd_transformers import DistillationTrainer
 from kd_transformers.arguments import Arguments, parse_args
 from kd_transformers.cache import cache_teacher
-from kd_transformers.checkpoints import Resumable, check_same_run, checkpoints, find_checkpoint, identity
+from kd_transformers.checkpoints import Resumable, asked_for, checkpoints, identity
 from kd_transformers.checks import class_order
 from kd_transformers.data import Labels, fingerprint, load_other, load_text
 from kd_transformers.metrics import agreement, build_metrics, default_metrics, logits_of
@@ -142,7 +144,7 @@ class Session:
         names = data.metric or default_metrics(self.labels.problem, data.task_name)
         self.compute_metrics = build_metrics(names, self.labels.problem, self.labels.count)
         self.timer = _StepTimer()
-        self.checkpoint = self._checkpoint()
+        self.checkpoint = asked_for(training, self._fingerprint)
         self.trainer = self._trainer()
         self.trainer.facts = {"arguments": self._fingerprint} if training.do_train else {}
         self.trainer.allow_nonfinite = self.arguments.model.allow_nonfinite
@@ -156,8 +158,10 @@ class Session:
             },
             data=self.data.source,
             teachers=[] if distillation.distill else self.teachers,
+            predicts=not training.do_eval,
         )
-        self.trainer.add_callback(self.recorder)
+        if data.record:
+            self.trainer.add_callback(self.recorder)
         record = self.output / "run.json"
         if training.do_train and self.checkpoint is None and record.is_file():
             logger.warning(f"{self.output} holds an earlier run, whose files this one replaces.")
@@ -340,6 +344,7 @@ class Session:
             peer_models=self.peers,
             distiller=distillation.distill,
             distiller_args=self.options,
+            record=False,
         )
 
     # The teacher
@@ -444,30 +449,6 @@ class Session:
             facts["seconds_per_step"] = self.timer.total / self.timer.steps
         trainer.save_metrics("student", facts)
 
-    def _checkpoint(self) -> str | None:
-        """The checkpoint of `--resume_from_checkpoint`: a path, or the newest whole one of the output folder.
-
-        `true` expects one; `auto` begins anew where no checkpoint has been finished yet.
-        """
-        training = self.arguments.training
-        asked = str(training.resume_from_checkpoint or "false")
-        if asked.lower() == "false":
-            return None
-        newest = asked.lower() in ("true", "last", "auto")
-        needs = ["trainer_state.json"]
-        if not (training.fsdp or training.deepspeed):
-            world, rank = training.world_size, training.process_index
-            needs += ["optimizer.pt", "scheduler.pt", f"rng_state_{rank}.pth" if world > 1 else "rng_state.pth"]
-        found = find_checkpoint(True if newest else asked, self.output, needs)
-        if found is None and asked.lower() != "auto":
-            raise DistillError(
-                f"--resume_from_checkpoint {asked}: there is no checkpoint in {self.output} that is whole."
-            )
-        if found is None:
-            return None
-        check_same_run(found, self._fingerprint, named=not newest)
-        return str(found)
-
     @cached_property
     def _fingerprint(self) -> dict[str, Any]:
         """What changes the numbers of a run, by argument, as JSON has it; its length may be changed on the way."""
@@ -485,35 +466,44 @@ class Session:
             metrics |= {f"eval_teacher_{name}": value for name, value in scores.items()}
             metrics["eval_teacher_agreement"] = agreement(logits_of(predicted.predictions), taught, problem)
         shown = {name.removeprefix("eval_"): value for name, value in metrics.items() if isinstance(value, float)}
+        answers = self._answers(logits_of(predicted.predictions), told, predicted.label_ids)
         if problem == "single_label_classification":
-            metrics |= self._uncertainty(logits_of(predicted.predictions), told, np.squeeze(predicted.label_ids))
+            metrics |= self._uncertainty(answers.found())
         trainer.log(metrics)
         trainer.save_metrics("eval", metrics)
-        self.recorder.finish(metrics)
+        self.recorder.finish(metrics, answers.found(), answers.classes)
         hidden = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
         self._say("  ".join(f"{name} {value:.4f}" for name, value in shown.items() if name not in hidden))
 
-    def _uncertainty(self, logits: np.ndarray, told: list[np.ndarray], labels: np.ndarray) -> dict[str, float]:
-        """How uncertain student and teachers are of the evaluation set, and of texts of another kind."""
+    def _answers(self, logits: np.ndarray, told: list[np.ndarray], labels: np.ndarray | None) -> Answers:
+        """What student and teachers decide, by their logits of some rows; with labels or without."""
         distiller, saved = getattr(self.trainer, "distiller", None), self._saved_distiller()
         offset = dirichlet_offset(distiller or (from_json(saved) if saved else None), self.labels.count)
+        answers = Answers(offset)
+        for rows in np.array_split(np.arange(len(logits)), -(-len(logits) // 512)):
+            truth = None if labels is None else torch.as_tensor(labels[rows])
+            if truth is not None and self.labels.problem == "single_label_classification":
+                truth = truth.flatten()
+            batch = Batch(labels=truth, size=len(rows), task=_TASKS[self.labels.problem])
+            ours, *theirs = (decisions(View(torch.as_tensor(x[rows])), batch) for x in (logits, *told))
+            if ours is None:
+                break
+            answers.add("student", *ours)
+            answers.ensemble([x.logits for x in theirs if x is not None], ours.labels, ours.logits)
+        return answers
 
-        def ours(scores: np.ndarray, truth: Any) -> Doubts:
-            return doubts(torch.as_tensor(scores), truth, offset=offset)
-
-        def theirs(scores: list[np.ndarray], truth: Any) -> Doubts:
-            several = len(scores) > 1
-            return doubts(torch.as_tensor(np.stack(scores, 1) if several else scores[0]), truth, members=several)
-
-        truth, other, others = torch.as_tensor(labels).long(), None, None
+    def _uncertainty(self, found: Mapping[str, Doubts]) -> dict[str, float]:
+        """How uncertain student and teachers are of the evaluation set, and of texts of another kind."""
+        other: Mapping[str, Doubts] = {}
         if self.other_set is not None:
-            other = ours(logits_of(self.trainer.predict(self.other_set).predictions), None)
-            others = theirs(self._told(self.other_set), None) if told else None
-        metrics = {f"eval_{name}": value for name, value in uncertainty_metrics(ours(logits, truth), other).items()}
-        if told:
-            found = uncertainty_metrics(theirs(told, truth), others)
-            metrics |= {f"eval_teacher_{name}": value for name, value in found.items()}
-        return metrics
+            told = self._told(self.other_set) if self.teachers else []
+            other = self._answers(logits_of(self.trainer.predict(self.other_set).predictions), told, None).found()
+        prefixes = {"student": "eval_", "teacher": "eval_teacher_"}
+        return {
+            f"{prefixes[who]}{name}": value
+            for who, doubts in found.items()
+            for name, value in uncertainty_metrics(doubts, other.get(who)).items()
+        }
 
     def _saved_distiller(self) -> Path | None:
         """What a student that is only evaluated was distilled with, where its folder tells."""

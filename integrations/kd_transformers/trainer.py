@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from kd_accelerate import TurnPlayer
 from kd_accelerate.streams import StagedDataset, Streams
-from kd_plugins import Batch, Distiller, DistillError, Net, Nets, Reads, View, create_distiller
+from kd_plugins import Batch, Distiller, DistillError, Nets, Reads, create_distiller
 from kd_plugins.binding import connect, needs_in, needs_of_stages, needs_pass, prepare, schedule, set_up
 from kd_plugins.catalog.registry import to_json
 from kd_plugins.reading.network import adapt
-from kd_transformers.cache import check_cache
+from kd_transformers.cache import Absent, AbsentNetwork, absent_teachers, check_cache
+from kd_transformers.card import Gain, add_to_card, check_gain, section
 from kd_transformers.checkpoints import Resumable
 from kd_transformers.checks import (
     TASKS,
@@ -33,14 +33,19 @@ from kd_transformers.checks import (
     check_host,
     check_vocabulary,
     class_order,
+    follow_tokens,
     inputs_of,
     same_class_order,
+    special_tokens,
     task_of,
 )
 from kd_transformers.columns import INDEX, TEACHER, TEACHER_LOGITS, Indexed, with_index, with_padding
 from kd_transformers.compat import ALWAYS_DIVIDES
-from kd_transformers.inputs import decoder_inputs, labels_of, with_labels
+from kd_transformers.inputs import decoder_inputs, labels_of
+from kd_transformers.playing import Trained, Updates, export, ignored_label, listed, save_weights
+from kd_transformers.recording import RecordCallback
 from kd_transformers.schedule import refresh, staged_scheduler
+from kd_transformers.streams import Peeked, check_anew, undisturbed
 
 logger = logging.get_logger(__name__)
 
@@ -48,7 +53,7 @@ logger = logging.get_logger(__name__)
 class DistillationTrainer(Resumable):
     """A drop-in for `Trainer` that distils.
 
-    It takes everything that `Trainer` takes, in the same places, and five keyword arguments more. Without them it is
+    It takes everything that `Trainer` takes, in the same places, and six keyword arguments more. Without them it is
     `Trainer`, to the last bit.
 
     With a distiller, the update is the same however it is split into micro-batches. A task loss that divides by
@@ -68,13 +73,15 @@ class DistillationTrainer(Resumable):
 
     Args:
         *args: As for `Trainer`.
-        teacher_model: The frozen network, or several.
+        teacher_model: The frozen network, or several; none where the data hold what `cache_teacher` has asked it.
         peer_models: Networks that are trained together with the student (online methods).
         distiller: A distiller, or the name of one (`"kd"`, `"kd+nst"`, `"module:Class"`).
         distiller_args: Its options, where it is given by name: `{"schedule": "stacked"}`.
         task: What the model's scores are, where its class does not tell: `"classification"`, `"multilabel"`,
             `"regression"`, `"token"` (labels per token), `"causal-lm"` (labels one token ahead), `"segmentation"`,
-            `"depth"`.
+            `"depth"`, `"detection"`.
+        record: Whether a run with a distiller leaves a record in its output folder, from which `kd-plugins report`
+            makes a page (see `kd_transformers.recording.RecordCallback`).
         **kwargs: As for `Trainer`.
 
     Raises:
@@ -93,25 +100,30 @@ class DistillationTrainer(Resumable):
         distiller: Distiller | str | None = None,
         distiller_args: Mapping[str, Any] | None = None,
         task: str | None = None,
+        record: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        teachers = [] if teacher_model is None else teacher_model
-        self.teachers = [teachers] if isinstance(teachers, nn.Module) else list(teachers)
-        self.peer_models = list(peer_models or ())
+        self.teachers = listed("teacher", teacher_model)
+        self.peer_models = listed("peer", peer_models)
         self.distiller = self._distiller(distiller, distiller_args)
         self.task = task
         self.player: TurnPlayer | None = None
         self._nets: Nets | None = None
         self._bound_to: nn.Module | None = None
-        self._playing = self._played = self._drawn = self._resuming = False
+        self._playing = self._played = self._stepped = self._drawn = self._resuming = False
         self._items: Any = None
+        self._outputs: Any = None
         self._epoch_steps: int | None = None
         self._resumed_from: str | None = None
         self._staged: StagedDataset | None = None
+        self._peeked: Peeked | None = None
+        self._built: DataLoader | None = None
         self._streams: Streams | None = None
         if self.distiller is None:
             return
+        if not (self.teachers or self.peer_models) and self.distiller.teachers:
+            self.teachers = list(absent_teachers(self.train_dataset))
         check_host(self.args, fsdp=self.is_fsdp_enabled, deepspeed=self.is_deepspeed_enabled)
         if not self.distiller.data:
             raise DistillError(
@@ -128,11 +140,15 @@ class DistillationTrainer(Resumable):
         self._takes_items = self.model_accepts_loss_kwargs
         self.model_accepts_loss_kwargs = False
         self._unused = copy.deepcopy(self.distiller)
-        self._teacher_networks = [adapt(t) for t in self.teachers]
+        self._named = (distiller, dict(distiller_args or {})) if isinstance(distiller, str) else None
+        self._teacher_networks = [AbsentNetwork(t) if isinstance(t, Absent) else adapt(t) for t in self.teachers]
         self._nets = self._connect(self.distiller)
+        self._tokens = special_tokens(self.model)
         # model_init makes a new student in every run; its peers begin anew with it.
         self._peers_at_first = [copy.deepcopy(p.state_dict()) for p in self.peer_models] if self.model_init else []
-        self.add_callback(_Updates(self))
+        self.add_callback(Updates(self))
+        if record:
+            self.add_callback(RecordCallback(self))
 
     def _distiller(self, distiller: Distiller | str | None, options: Mapping[str, Any] | None) -> Distiller | None:
         if isinstance(distiller, str):
@@ -167,7 +183,7 @@ class DistillationTrainer(Resumable):
         columns = getattr(self.train_dataset, "column_names", None)
         if columns is not None:
             self._check_vocabularies(columns)
-        student, *peers = (_Trained(self, net, student=net is nets.student) for net in nets.peers)
+        student, *peers = (Trained(self, net, student=net is nets.student) for net in nets.peers)
         return Nets(student, nets.teachers, peers)
 
     def _check_vocabularies(self, columns: Iterable[Any]) -> None:
@@ -176,17 +192,24 @@ class DistillationTrainer(Resumable):
         for network in [*([] if own else self.teachers), *self.peer_models]:
             check_vocabulary(self.model, network)
 
-    def _set_up(self, distiller: Distiller) -> None:
+    def _set_up(self, distiller: Distiller, loader: Any) -> None:
         """Binds the distiller to the model that is about to be trained; model_init makes a new one in every run."""
         if self._bound_to is self.model:
             return
         nets = self._nets = self._connect(distiller)
+        # Trainer has aligned the student with the tokenizer; those that were like it stay so.
+        follow_tokens([*self.teachers, *self.peer_models], self.model, self._tokens)
         for module in [*self.teachers, *self.peer_models]:
             if getattr(module, "hf_device_map", None) is None:
                 module.to(self.args.device)
-        batch = next(self._pass(), None)
+        batch = next(self._pass(loader), None)
         if batch is None:
             raise DistillError("Expected at least one training example, got an empty train_dataset.")
+        if loader is not self._built and any(n.index or n.streams for n in needs_of_stages(distiller)):
+            raise DistillError(
+                f"{distiller.name} reads row numbers or further streams of batches, which a loader of your own does not"
+                " give: give train_dataset, and leave get_train_dataloader as it is."
+            )
         check_fit(distiller, batch.task, self.model)
         self._check_vocabularies(TEACHER + name for name in batch.teacher_kwargs)
         self._check_aligned(distiller, batch)
@@ -198,19 +221,18 @@ class DistillationTrainer(Resumable):
         if any(needs.student.taps for needs in needs_of_stages(distiller)):
             check_checkpointing(self.model)
         if needs_pass(distiller) and not self._resuming and self.args.process_index == 0:
-            prepare(distiller, nets, self._pass(self.args.dataloader_num_workers))
+            prepare(distiller, nets, self._pass(loader, whole=True))
         self.model_accepts_loss_kwargs = self._takes_items
-        trained = [net for net in nets.peers if isinstance(net, _Trained)]
+        trained = [net for net in nets.peers if isinstance(net, Trained)]
         for net in trained:
-            net.counts = self._counts_items(net, batch)
-        self.model_accepts_loss_kwargs = self._takes_items and any(net.counts for net in trained)
+            net.counts = self._counts_items(net, batch, loader)
         self._bound_to = self.model
 
     def _check_aligned(self, distiller: Distiller, batch: Batch) -> None:
         """Refuses scores per token of a teacher that reads other tokens."""
         theirs = batch.teacher_kwargs.get(batch.name or "")
         aligned = theirs is None or (isinstance(batch.inputs, Tensor) and torch.equal(theirs, batch.inputs))
-        if not aligned and batch.task in ("token", "causal-lm") and _reads_scores(distiller):
+        if not aligned and batch.task in ("token", "causal-lm", "ctc") and _reads_scores(distiller):
             raise DistillError(
                 f"{distiller.name} compares scores token by token, and the column {TEACHER}{batch.name} holds other"
                 " tokens than the student's: use a teacher with the student's tokenizer."
@@ -227,16 +249,16 @@ class DistillationTrainer(Resumable):
                 " anew, cache_teacher(dataset, teachers), or remove it."
             )
         uncached = dataclasses.replace(batch, teacher_logits=None)
-        for teacher in nets.teachers:
+        for teacher in (net for net in nets.teachers if not isinstance(net.module, Absent)):
             check_cache(*(teacher(asked, reads=Reads()).logits for asked in (batch, uncached)))
 
-    def _counts_items(self, net: _Trained, batch: Batch) -> bool:
+    def _counts_items(self, net: Trained, batch: Batch, loader: Any) -> bool:
         """Whether a network's task loss divides by the number of items it is given; BERT's classifiers ignore it."""
         if not (self._takes_items or self.compute_loss_func is not None):
             return False
         if self.args.gradient_accumulation_steps * self.args.world_size == 1:
             return True  # The number is that of the batch, and both are the same.
-        for asked in itertools.chain([batch], self._pass()):
+        for asked in itertools.chain([batch], () if self._peeked else self._pass(loader)):
             one, two = (net.task_loss(asked, items) for items in (1, 2))
             if one is None or two is None:
                 return False
@@ -246,19 +268,30 @@ class DistillationTrainer(Resumable):
 
     # Data
 
-    def _pass(self, workers: int = 0) -> Iterator[Batch]:
+    def _pass(self, loader: Any, *, whole: bool = False) -> Iterator[Batch]:
         """Batches of the training set in its order, outside of the training's random state.
 
-        Of a data set without a length, which may be endless, no more than the training reads.
+        Of a data set without a length, which may be endless, no more than the training reads. A loader of the user's
+        own is read as it is.
+
+        Args:
+            loader: What the training reads.
+            whole: Whether it is a pass over everything, and not the first batches alone, which are not worth workers.
         """
-        dataset, collate = self.used_columns(
-            self.train_dataset, with_padding(self.data_collator, self.teachers), "Training"
-        )
-        loader = DataLoader(dataset, self.train_batch, collate_fn=collate, num_workers=workers)
+        peeked = self._peeked
+        if loader is self._built:
+            rows = self.train_dataset if peeked is None or whole else peeked.peek(self.train_batch)
+            check_anew(rows)
+            dataset, collate = self.used_columns(rows, with_padding(self.data_collator, self.teachers), "Training")
+            workers = self.args.dataloader_num_workers if whole else 0
+            loader = DataLoader(dataset, self.train_batch, collate_fn=collate, num_workers=workers)
+        else:
+            dataset = loader = getattr(loader, "base_dataloader", loader)
+            check_anew(getattr(loader, "dataset", loader))
         reads = self.args.max_steps * self.args.gradient_accumulation_steps * self.args.world_size
         iterator = None
         for _ in itertools.count() if has_length(dataset) else range(max(reads, 1)):
-            with torch.random.fork_rng(devices=[]):
+            with undisturbed():
                 iterator = iter(loader) if iterator is None else iterator
                 inputs = next(iterator, None)
             if inputs is None:
@@ -271,13 +304,13 @@ class DistillationTrainer(Resumable):
         theirs |= {k.removeprefix(TEACHER): v for k, v in inputs.items() if k.startswith(TEACHER)}
         cached = theirs.pop(TEACHER_LOGITS.removeprefix(TEACHER), None)
         student = base(self.model)
-        labels, mask = labels_of(student, own)
+        labels, mask = labels_of(student, own, self._label)
         return Batch.of(
             own | decoder_inputs(student, own, labels),
             labels,
             name=getattr(student, "main_input_name", None),
             task=self.task or task_of(student, labels),
-            ignore_index=_ignored(getattr(student, "config", None)),
+            ignore_index=ignored_label(getattr(student, "config", None)),
             mask=mask,
             teacher_kwargs=theirs,
             teacher_logits=cached,
@@ -285,6 +318,11 @@ class DistillationTrainer(Resumable):
             rows=len(self.train_dataset) if has_length(self.train_dataset) else 0,
             **self._normalisation(),
         )
+
+    @property
+    def _label(self) -> str:
+        """The name of the model's labels."""
+        return self.label_names[0] if len(self.label_names) == 1 else "labels"
 
     def _normalisation(self) -> dict[str, Any]:
         """The mean and std of the images, where an image processor tells."""
@@ -329,11 +367,16 @@ class DistillationTrainer(Resumable):
             steps, seed = self._epoch_steps or 1, self.args.seed
             dataset = self._staged = StagedDataset(dataset, self.distiller, steps, seed, with_index)
             collate = Indexed(collate)
+        if training and isinstance(dataset, IterableDataset) and not hasattr(dataset, "column_names"):
+            dataset = self._peeked = Peeked(dataset, self.args.dataloader_num_workers)
         self.data_collator = collate
         try:
-            return super().loader(dataset, build, training=training)
+            loader = super().loader(dataset, build, training=training)
         finally:
             self.data_collator = collator
+        if training:
+            self._built = loader
+        return loader
 
     def further_columns(self, columns: list[str]) -> list[str]:
         if self.distiller is None:
@@ -345,38 +388,46 @@ class DistillationTrainer(Resumable):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         self._resuming = bool(resume_from_checkpoint)
-        self._streams, self._resumed_from = None, None
+        self._streams, self._resumed_from, self._peeked, self._built = None, None, None, None
         if self._bound_to is not None and (self.model_init is not None or self._bound_to is not self.model):
             self.distiller, self._bound_to = copy.deepcopy(self._unused), None
             for peer, state in zip(self.peer_models, self._peers_at_first, strict=False):
                 peer.load_state_dict(state)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def search_options(self, found: Mapping[str, Any]) -> None:
+        if self.distiller is None or self._named is None:
+            raise DistillError(
+                f"A search over options of the distiller ({', '.join(found)}) makes a new one in every trial: give"
+                " distiller by its name, and distiller_args."
+            )
+        name, options = self._named
+        self.distiller = create_distiller(name, **{**options, **found})
+
     def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> Any:
+        # The first thing in a training that knows its loader and its length, and that nobody overrides.
         values = super().set_initial_training_values(args, dataloader)
-        self._epoch_steps = values[1]
+        self._epoch_steps, self.player = values[1], None
         if self._staged is not None:
             self._staged.epoch_steps = values[1]
+        if self.distiller is not None:
+            self._set_up(self.distiller, dataloader)
+            schedule(self.distiller, values[-1], epoch=values[1])
         return values
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.distiller is not None:
-            self._set_up(self.distiller)
-        return super().create_optimizer(model) if model is not None else super().create_optimizer()
-
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        distiller = self.distiller
-        if distiller is None or self._nets is None:
+        table = self.distiller.progress.table if self.distiller is not None else None
+        if table is None or len(table.stages) < 2 or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
-        table, optimizer = schedule(distiller, num_training_steps, epoch=self._epoch_steps), optimizer or self.optimizer
-        if len(table.stages) > 1 and self.lr_scheduler is None:
-            self.own_scheduler(staged_scheduler(self.args, optimizer, table))
-        else:
-            super().create_scheduler(num_training_steps, optimizer)
-        norm = self.args.max_grad_norm if self.args.max_grad_norm and self.args.max_grad_norm > 0 else None
-        self.player = TurnPlayer(self.accelerator, distiller, self._nets, optimizer, max_grad_norm=norm)
-        self.player.watch.stops = not self.allow_nonfinite
+        self.own_scheduler(staged_scheduler(self.args, optimizer or self.optimizer, table))
         return self.lr_scheduler
+
+    def start_player(self) -> None:
+        """Makes the player, once Trainer has prepared student and optimizer."""
+        if self.player is None and self.distiller is not None and self._nets is not None:
+            norm = self.args.max_grad_norm if self.args.max_grad_norm and self.args.max_grad_norm > 0 else None
+            self.player = TurnPlayer(self.accelerator, self.distiller, self._nets, self.optimizer, max_grad_norm=norm)
+            self.player.watch.stops = not self.allow_nonfinite
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         if self.player is None:
@@ -384,7 +435,8 @@ class DistillationTrainer(Resumable):
         self.model_wrapped = self.player.model = model
         self._playing, self._played, self._items = True, False, num_items_in_batch
         try:
-            loss = super().training_step(model, inputs)
+            # Before 5.19 Trainer would take a loss that gets the number for one that divides by it.
+            loss = super().training_step(model, inputs, num_items_in_batch if ALWAYS_DIVIDES else None)
         finally:
             self._playing = False
         if not self._played:
@@ -393,12 +445,25 @@ class DistillationTrainer(Resumable):
                 " the class that changes the task loss after DistillationTrainer in the bases."
             )
         self.player.after_backward()
+        self._stepped = True
         return loss
+
+    def before_update(self) -> None:
+        """Refuses an update without the distillation."""
+        if self.player is not None and not self._stepped:
+            raise DistillError(
+                f"{type(self).__name__}.training_step hides the distillation: call super().training_step in it, or"
+                " override compute_loss."
+            )
+        self._stepped = False
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The distillation's loss in training, and `Trainer`'s own in evaluation."""
+        """The distillation's loss in training, and `Trainer`'s own in evaluation.
+
+        The outputs in training are the student's; None in a phase whose forward ends before its scores.
+        """
         if not self._playing or self.player is None or self._nets is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._played = True
@@ -408,9 +473,10 @@ class DistillationTrainer(Resumable):
         batch = self._with_streams(self.player.distiller, self._batch(inputs))
         self._drawn = bool(batch.streams)
         loss = self.player.forward(batch)
+        outputs, self._outputs = self._outputs, None
         if self.compute_loss_func is not None and not ALWAYS_DIVIDES:
             loss = loss / self.current_gradient_accumulation_steps
-        return (loss, None) if return_outputs else loss
+        return (loss, outputs) if return_outputs else loss
 
     def host_loss(self, model: nn.Module, inputs: dict[str, Any], items: Any) -> tuple[Tensor, Any]:
         """The task loss of what follows in the bases, Trainer or a class that changes it, and the model's output."""
@@ -442,6 +508,7 @@ class DistillationTrainer(Resumable):
                 self._streams.save(folder)
 
     def optimizer_loaded(self, folder: str) -> None:
+        self.start_player()
         if self.player is None:
             return
         progress = self.player.distiller.progress
@@ -460,106 +527,48 @@ class DistillationTrainer(Resumable):
         if self.distiller is not None and self.distiller.ready and self.args.should_save and not _internal_call:
             folder = Path(output_dir or self.args.output_dir)
             to_json(self.distiller, folder / "distiller.json")
-            _save(self.distiller, folder / "distiller.safetensors")
+            save_weights(self.distiller, folder / "distiller.safetensors")
             self.distiller.export(folder)
             for i, peer in enumerate(self.peer_models, 1):
-                _export(peer, folder / f"peer{i}")
+                export(peer, folder / f"peer{i}")
+
+    def create_model_card(self, *args: Any, gain: Gain | None = None, **kwargs: Any) -> None:
+        """Trainer's card, with method, paper, options, teachers and data of the distillation.
+
+        Args:
+            *args: As for `Trainer`.
+            gain: What was measured of the gain over the student trained alone: of each metric, where more is better,
+                the mean and the ends of its 95 % interval, `{"accuracy": (0.8, 0.3, 1.3)}`. The card says "improves"
+                only of an interval above 0. `push_to_hub` passes it on.
+            **kwargs: As for `Trainer`.
+        """
+        check_gain(gain or {})
+        if self.distiller is None:
+            if gain:
+                raise DistillError("gain is that of a distillation, and there is no distiller: leave it out.")
+            super().create_model_card(*args, **kwargs)
+            return
+        given = inspect.signature(super().create_model_card).bind(*args, **kwargs).arguments
+        tags = given.get("tags") or []
+        given["tags"] = list(dict.fromkeys([*([tags] if isinstance(tags, str) else tags), "knowledge-distillation"]))
+        super().create_model_card(**given)
+        if self.is_world_process_zero():
+            data = given.get("dataset") or getattr(self.train_dataset, "builder_name", None) or ""
+            data = data if isinstance(data, str) else ", ".join(data)
+            text = section(self.distiller, self.teachers, data, gain)
+            add_to_card(Path(self.args.output_dir) / "README.md", text)
 
 
-class _Trained(Net):
-    """The student, or a peer, under Trainer: its view holds the task loss that Trainer computes in its forward.
-
-    Attributes:
-        counts: Whether that loss divides by the number of items it is given.
-    """
-
-    def __init__(self, trainer: DistillationTrainer, net: Net, *, student: bool) -> None:
-        super().__init__(net.network, lambda: net.reads, forward=self._call)
-        self.trainer = trainer
-        self.student = student
-        self.counts = False
-        self._batch = Batch()
-        self._asks_loss = False
-        self._loss: Tensor | None = None
-
-    def __call__(self, batch: Batch, **options: Any) -> View:
-        self._batch, self._loss = batch, None
-        self._asks_loss = (options.get("reads") or self.reads).logits
-        view = super().__call__(batch, **options)
-        view.loss = self._loss
-        return view
-
-    def task_loss(self, batch: Batch, items: int) -> Tensor | None:
-        """The task loss of a batch that has so many items, in evaluation mode; None without labels."""
-        _, inputs = self.network.arguments(batch)
-        if batch.labels is None and not any(name in inputs for name in self.trainer.label_names):
-            return None
-        self.module.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            return self.trainer.host_loss(self.module, with_labels(self.module, inputs, batch.labels), items)[0]
-
-    def _call(self, **inputs: Any) -> Any:
-        trainer, labels = self.trainer, self._batch.labels if self._asks_loss else None
-        if not trainer._playing:
-            return (trainer.model if self.student else self.module)(**inputs)
-        model = trainer.model_wrapped if self.student else self.module
-        if labels is None and not any(name in inputs for name in trainer.label_names):
-            return model(**inputs)
-        inputs = with_labels(self.module, inputs, labels)
-        # Another stream's batch is no part of the accumulated one, whose items were counted.
-        whole = not trainer._drawn or bool(self._batch.streams)
-        items = (trainer._items if whole else trainer.count_items(inputs)) if self.counts else None
-        self._loss, outputs = trainer.host_loss(model, inputs, items)
-        if items is not None and whole:
-            # Everything is divided by the accumulation steps afterwards, which this loss is already.
-            self._loss = self._loss * trainer.current_gradient_accumulation_steps
-        return outputs
+def _shown_signature() -> inspect.Signature:
+    """Trainer's parameters with ours behind them."""
+    own = inspect.signature(DistillationTrainer.__init__).parameters.values()
+    keywords = [p for p in own if p.kind is p.KEYWORD_ONLY]
+    return inspect.Signature([*inspect.signature(Resumable.__init__).parameters.values(), *keywords])
 
 
-class _Updates(TrainerCallback):
-    """Steps the distiller's own parts with the student's optimizer, and tells it of the end of an epoch."""
-
-    def __init__(self, trainer: DistillationTrainer) -> None:
-        self.trainer = trainer
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.player is not None:
-            self.trainer.player.after_update()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Here, and not in on_epoch_end, which follows the checkpoint of an epoch's last step.
-        if state.global_step % self.trainer._epoch_steps == 0:
-            self.trainer.end_epoch(state.epoch)
-        if control.should_evaluate or control.should_save:
-            self.average_buffers()
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.average_buffers()
-
-    def average_buffers(self) -> None:
-        if self.trainer.player is not None:
-            self.trainer.player.average_buffers()
+setattr(DistillationTrainer.__init__, "__signature__", _shown_signature())  # noqa: B010
 
 
 def _reads_scores(distiller: Distiller, teacher: int = 0) -> bool:
     """Whether a method reads the scores of a teacher in any of its stages."""
     return any(needs.of_teacher(teacher).logits for needs in needs_of_stages(distiller))
-
-
-def _ignored(config: Any) -> int:
-    """The label that a model's loss leaves out; UperNet has another name for it."""
-    names = ("semantic_loss_ignore_index", "loss_ignore_index")
-    return next((int(getattr(config, name)) for name in names if hasattr(config, name)), -100)
-
-
-def _export(peer: nn.Module, folder: Path) -> None:
-    """Writes a peer as `from_pretrained` loads it."""
-    if hasattr(peer, "save_pretrained"):
-        peer.save_pretrained(folder)
-        return
-    folder.mkdir(exist_ok=True)
-    _save(peer, folder / "model.safetensors")
-
-
-def _save(module: nn.Module, path: Path) -> None:
-    save_file({k: v.detach().clone().contiguous() for k, v in module.state_dict().items()}, path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 from collections.abc import Iterable
@@ -10,9 +11,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from kd_plugins.catalog.installed import Source, distribution_of, entries_by_name, list_distillers
 from kd_plugins.catalog.options import OptimSpec, Option, options_of
 from kd_plugins.catalog.paper import Paper
-from kd_plugins.catalog.registry import Source, distribution_of, get_distiller, list_distillers
+from kd_plugins.catalog.registry import get_distiller
 from kd_plugins.distiller import Distiller, overrides
 from kd_plugins.errors import DistillError
 
@@ -99,6 +101,14 @@ def describe(name: str) -> Description:
     )
 
 
+def list_row(name: str) -> list[str]:
+    """What `kd-plugins list` says of a method: year, kind, tasks, hosts, paper."""
+    about = describe(name)
+    paper = about.paper
+    cited = f"{paper}: {paper.title}" if paper else about.summary
+    return [str(paper.year) if paper else "", about.kind, ", ".join(about.tasks), ", ".join(about.hosts), cited]
+
+
 def refusals(distiller: Distiller) -> dict[str, str]:
     """Why a host cannot train with a method, by host; the first reason, as what follows the method's name.
 
@@ -177,11 +187,15 @@ def _cells(about: Description, page: str) -> dict[str, str]:
 def filled(file: Path) -> str:
     """The text of a file with the tables between its markers, of all distillers that have a page.
 
-    The pages are `docs/methods/NAME.md`, in the file's folder or the nearest one above it.
+    The pages are `docs/methods/NAME.md`, in the file's folder or the nearest one above it. Of a file named `.json` the
+    text is what `kd-plugins list` reads of this distribution's own methods.
 
     Raises:
         DistillError: The file has no markers, or no folder of pages is near.
     """
+    if file.suffix == ".json":
+        own = {name: e.value for name, (e, *_) in entries_by_name().items() if e.value.startswith("kd_plugins.")}
+        return json.dumps({own[name]: list_row(name) for name in sorted(own)}, indent=2, ensure_ascii=False) + "\n"
     text = file.read_text(encoding="utf-8")
     pages = next((p for up in file.resolve().parents if (p := up / "docs" / "methods").is_dir()), None)
     if pages is None or not _MARKED.search(text):

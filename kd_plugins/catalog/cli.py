@@ -9,13 +9,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kd_plugins.catalog.about import Description, describe, filled, markdown
-from kd_plugins.catalog.options import options_table
-from kd_plugins.catalog.registry import distribution_of, kd_version, list_distillers
+from kd_plugins.catalog.installed import entries_by_name, kd_version, known_rows, source_of
 from kd_plugins.errors import DistillError
 
+# What is imported in a function brings torch, which a list of this distribution's methods can do without.
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from kd_plugins.catalog.about import Description
 
 
 # Commands with a command line of their own, imported only when asked for.
@@ -50,7 +51,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     listing = commands.add_parser("list", help="all installed distillers (the default)")
     listing.add_argument(
-        "--markdown", nargs="*", type=Path, metavar="FILE", help="as a table in Markdown; in the FILEs, between markers"
+        "--markdown",
+        nargs="*",
+        type=Path,
+        metavar="FILE",
+        help="as a table in Markdown; in the FILEs, between markers; a FILE named .json gets what this list reads",
     )
     info = commands.add_parser("info", help="a distiller's paper, options, parameter groups and BibTeX")
     info.add_argument("names", nargs="+", metavar="NAME", help='such as nst; "kd+nst" shows both')
@@ -63,43 +68,42 @@ def _list(files: Sequence[Path] | None) -> None:
     from rich import box
     from rich.table import Table
 
-    names = list_distillers()
-    if not names:
+    found, known = entries_by_name(), known_rows()
+    if not found:
         raise DistillError("expected installed distillers, got none — run `pip install -e .` in a source checkout")
     if files is not None:
+        from kd_plugins.catalog.about import filled, markdown
+
         for file in files:
             file.write_text(filled(file), encoding="utf-8")
         if not files:
-            print(markdown(names), end="")
+            print(markdown(sorted(found)), end="")
         return
     console = _console()
     table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, pad_edge=False)
     for column in ("name", "year", "kind", "tasks", "hosts", "distribution", "paper"):
         table.add_column(column, overflow="fold")
-    for name in names:
-        table.add_row(*_row(name))
+    for name in sorted(found):
+        entries = found[name]
+        *cells, cited = (known.get(entries[0].value) if len(entries) == 1 else None) or _imported(name)
+        source = str(source_of(entries[0]) or "") if len(entries) == 1 else "several"
+        table.add_row(name, *cells, source, cited)
     _print(console, table)
 
 
-def _row(name: str) -> tuple[str, ...]:
+def _imported(name: str) -> list[str]:
+    """The cells of a method that is known only once it is imported."""
+    from kd_plugins.catalog.about import list_row
+
     try:
-        about = describe(name)
+        return list_row(name)
     except DistillError as error:
-        return name, "", "", "", "", _distribution(name), f"broken: {str(error).splitlines()[0]}"
-    paper = about.paper
-    cited = f"{paper}: {paper.title}" if paper else about.summary
-    year, tasks, hosts = str(paper.year) if paper else "", ", ".join(about.tasks), ", ".join(about.hosts)
-    return name, year, about.kind, tasks, hosts, _distribution(name), cited
-
-
-def _distribution(name: str) -> str:
-    try:
-        return str(distribution_of(name) or "")
-    except DistillError:
-        return "several"
+        return ["", "", "", "", f"broken: {str(error).splitlines()[0]}"]
 
 
 def _info(names: Sequence[str]) -> None:
+    from kd_plugins.catalog.about import describe
+
     parts = [part.strip() for name in names for part in name.split("+")]
     composed = any("+" in name for name in names)
     texts = [_about(about, f"{about.name}." if composed else "") for about in map(describe, parts)]
@@ -107,6 +111,8 @@ def _info(names: Sequence[str]) -> None:
 
 
 def _about(about: Description, prefix: str) -> str:
+    from kd_plugins.catalog.options import options_table
+
     paper = about.paper
     facts = {
         "paper": f"{paper.title} ({paper})" if paper else "",

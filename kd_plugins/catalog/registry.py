@@ -8,36 +8,26 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from collections.abc import Iterable, Mapping
-from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
+from importlib.metadata import EntryPoint
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from kd_plugins.catalog.installed import (
+    GROUP,
+    distribution_of,
+    entries_by_name,
+    kd_version,
+    only_entry,
+    source_of,
+)
 from kd_plugins.catalog.options import Resolved, resolve, split
 from kd_plugins.compose import Composite
 from kd_plugins.distiller import Distiller
 from kd_plugins.errors import DistillError, did_you_mean, told
-
-GROUP = "kd_plugins.distillers"
-
-
-class Source(NamedTuple):
-    """The installed distribution that a distiller comes from."""
-
-    name: str
-    version: str
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.version}"
-
-
-def list_distillers() -> list[str]:
-    """The names of all installed distillers, sorted. Imports none of them."""
-    return sorted(_entries())
 
 
 def get_distiller(name: str) -> type[Distiller]:
@@ -50,7 +40,7 @@ def get_distiller(name: str) -> type[Distiller]:
         raise DistillError(f"expected the name of one distiller, got {name!r} — create_distiller() makes compositions")
     if ":" in name:
         return _import(EntryPoint(name=name, value=name, group=GROUP))
-    entries = _entries()
+    entries = entries_by_name()
     if name not in entries:
         known = f"Installed: {', '.join(sorted(entries))} — or give module:Class"
         nothing = "No distiller is installed — run `pip install -e .` in a source checkout, or install kd-plugins"
@@ -58,7 +48,7 @@ def get_distiller(name: str) -> type[Distiller]:
             f"expected an installed distiller, got {name!r}.{did_you_mean(name, entries)}"
             f" {known if entries else nothing}"
         )
-    return _import(_only(entries[name]))
+    return _import(only_entry(entries[name]))
 
 
 def create_distiller(name: str, /, **options: Any) -> Distiller:
@@ -93,15 +83,9 @@ def distiller_classes(name: str) -> dict[str, type[Distiller]]:
     return classes
 
 
-def distribution_of(name: str) -> Source | None:
-    """The distribution that a distiller comes from; None for module:Class."""
-    entries = _entries().get(name)
-    return _source(_only(entries)) if entries else None
-
-
 def name_of(cls: type) -> str:
     """The name that makes this class: of its entry point if it has one, or module:Class."""
-    for name, entries in sorted(_entries().items()):
+    for name, entries in sorted(entries_by_name().items()):
         for entry in entries:
             try:
                 # A class that exists has been imported; nothing else needs to be for its name.
@@ -154,14 +138,6 @@ def config_of(distiller: Distiller) -> dict[str, Any]:
         ) from error
 
 
-def kd_version() -> str:
-    """The version of kd-plugins that is installed."""
-    try:
-        return version("kd-plugins")
-    except PackageNotFoundError:
-        return "unknown (not installed)"
-
-
 def to_json(distiller: Distiller, path: str | Path | None = None) -> str:
     """`config_of` as JSON text, also written to `path` if there is one."""
     text = json.dumps(config_of(distiller), indent=2) + "\n"
@@ -188,27 +164,8 @@ def from_json(source: str | Path | Mapping[str, Any]) -> Distiller:
         raise DistillError(f"{error}\n(The config was written by {made}.)") from error
 
 
-def _entries() -> dict[str, list[EntryPoint]]:
-    """Entry points by name; one each distribution, however often sys.path leads to it."""
-    found: dict[str, dict[str, EntryPoint]] = {}
-    for entry in entry_points(group=GROUP):
-        distribution = re.sub(r"[-_.]+", "-", entry.dist.name).lower() if entry.dist else ""
-        found.setdefault(entry.name, {}).setdefault(distribution, entry)
-    return {name: list(entries.values()) for name, entries in found.items()}
-
-
-def _only(entries: list[EntryPoint]) -> EntryPoint:
-    if len(entries) > 1:
-        sources = " and ".join(f"{_source(entry)} ({entry.value})" for entry in entries)
-        raise DistillError(
-            f"expected one distiller named {entries[0].name!r}, got several, from {sources} — uninstall one of them, "
-            "or give module:Class"
-        )
-    return entries[0]
-
-
 def _import(entry: EntryPoint) -> type[Distiller]:
-    source = _source(entry)
+    source = source_of(entry)
     what = f"distiller {entry.name!r} of {source} ({entry.value})" if source else f"distiller {entry.value!r}"
     if source is None and os.getcwd() not in sys.path:
         # A loose file beside the command: a console script, unlike `python -m`, does not look there.
@@ -219,7 +176,3 @@ def _import(entry: EntryPoint) -> type[Distiller]:
     if not (isinstance(cls, type) and issubclass(cls, Distiller)):
         raise DistillError(f"expected {what} to be a subclass of kd_plugins.Distiller, got {cls!r}")
     return cls
-
-
-def _source(entry: EntryPoint) -> Source | None:
-    return Source(entry.dist.name, entry.dist.version) if entry.dist else None

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kd_plugins.functional._common import (
     Reduction,
@@ -17,7 +22,7 @@ from kd_plugins.functional._common import (
     unit,
 )
 
-__all__ = ["kd", "kd_multilabel", "standardize"]
+__all__ = ["kd", "kd_multilabel", "kd_regression", "standardize"]
 
 
 def kd(
@@ -36,6 +41,9 @@ def kd(
 
     Per token, the value of an example is the mean over its own tokens, and every example counts the same however long
     it is; so batches may be split over processes in any way. An example without any token that counts is 0.
+
+    Logits beyond 8 million numbers (a vocabulary at every token) are taken chunk by chunk, forward and backward, so
+    that no copy of them all in float32 is made; the values are the same.
 
     Args:
         student_logits: `[B, K]`, or `[B, L, K]` per token (any number of position axes).
@@ -57,9 +65,52 @@ def kd(
     """
     _check(student_logits, teacher_logits, temperature, reduction)
     with no_autocast(student_logits):
-        student, teacher = exact(student_logits, teacher_logits)
-        rows = softmax_kl(student / temperature, teacher / temperature)
+        if student_logits.numel() > _CHUNK:
+            rows = _ChunkedKL.apply(student_logits, teacher_logits.detach(), temperature)
+        else:
+            rows = _softened_kl(student_logits, teacher_logits, temperature)
         return temperature**2 * reduce(per_example(rows, mask), reduction)
+
+
+_CHUNK = 2**23
+
+
+def _softened_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """The divergence of each row."""
+    student, teacher = exact(student, teacher)
+    return softmax_kl(student / temperature, teacher / temperature)
+
+
+class _ChunkedKL(torch.autograd.Function):
+    """The divergence of each row, of which nothing is kept for the backward pass: that asks every chunk again."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        ctx.save_for_backward(student, teacher)
+        ctx.temperature = temperature
+        rows = [_softened_kl(student[at], teacher[at], temperature) for at in _chunks(student)]
+        return torch.cat([chunk.flatten() for chunk in rows]).view(student.shape[:-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        student, teacher = ctx.saved_tensors
+        gradient = torch.empty_like(student)
+        for at in _chunks(student):
+            s, t = (x.div(ctx.temperature) for x in exact(student[at], teacher[at]))
+            nothing = (t.amax(-1, keepdim=True) == -torch.inf).expand_as(t)
+            chunk = s.softmax(-1).sub_(t.softmax(-1)).masked_fill_(nothing, 0)
+            gradient[at] = chunk.mul_(grad[at].unsqueeze(-1) / ctx.temperature)
+        return gradient, None, None
+
+
+def _chunks(logits: Tensor) -> Iterator[tuple[int | slice, ...]]:
+    """Parts of logits `[B, ..., K]` in their order, of `_CHUNK` numbers or less: examples, or positions of one."""
+    axis = next((i for i in range(logits.dim() - 1) if logits.shape[i + 1 :].numel() <= _CHUNK), logits.dim() - 2)
+    step = max(_CHUNK // logits.shape[axis + 1 :].numel(), 1)
+    for outer in itertools.product(*map(range, logits.shape[:axis])):
+        for start in range(0, logits.shape[axis], step):
+            yield (*outer, slice(start, start + step))
 
 
 def kd_multilabel(
@@ -96,6 +147,33 @@ def kd_multilabel(
         log_not = torch.nn.functional.logsigmoid
         labels = teacher.sigmoid() * (teacher - student) + log_not(-teacher) - log_not(-student)
         return temperature**2 * reduce(per_example(labels.sum(-1), mask), reduction)
+
+
+def kd_regression(
+    student_scores: Tensor, teacher_scores: Tensor, *, mask: Tensor | None = None, reduction: Reduction = "mean"
+) -> Tensor:
+    """Squared distance of the student's predictions from the teacher's, the soft target of a regression.
+
+    `mean_k (z_s_k - z_t_k)^2`, as the loss of the labels in transformers. A number has no distribution that a
+    temperature could soften: this is what the divergence of `kd` is, up to a factor, between two Gaussians of one
+    variance, and between softmaxes at high temperatures (Hinton, Vinyals, Dean, 2014, arXiv 1503.02531, section 2.1).
+
+    Args:
+        student_scores: `[B, K]`, K numbers for each example, or `[B, N, K]`.
+        teacher_scores: The same shape; gets no gradient.
+        mask: `[B, N]` (`[B]` for scores `[B, K]`), boolean or integer: the positions that count.
+        reduction: `"mean"` over the batch, `"sum"`, or `"none"`.
+
+    Returns:
+        A scalar, or `[B]` for `"none"`.
+
+    >>> kd_regression(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [4.0]]))
+    tensor(2.)
+    """
+    _check(student_scores, teacher_scores, 1.0, reduction)
+    with no_autocast(student_scores):
+        student, teacher = exact(student_scores, teacher_scores.detach())
+        return reduce(per_example((student - teacher).square().mean(-1), mask), reduction)
 
 
 def standardize(logits: Tensor) -> Tensor:

@@ -73,16 +73,18 @@ def nst(
     """
     _check(student_map, teacher_map, kernel, d, sigma2, reduction)
     with no_autocast(student_map):
-        student, teacher = (unit(x, eps=eps) for x in exact(student_map.flatten(2), teacher_map.detach().flatten(2)))
+        student, teacher = exact(student_map.flatten(2), teacher_map.detach().flatten(2))
         (c_s, n), c_t = student.shape[1:], teacher.shape[1]
         channel_entries, spatial_entries = c_s**2 + c_t**2 + c_s * c_t, n**2
+        if kernel == "poly" and not (d == 2 and c == 0 and spatial_entries < channel_entries):
+            return reduce(_in_pieces(_poly(c, d, eps), student, teacher, teacher_term, channel_entries), reduction)
+        student, teacher = unit(student, eps=eps), unit(teacher, eps=eps)
         if kernel == "linear":
             values = _linear(student, teacher, teacher_term)
-        elif kernel == "poly" and d == 2 and c == 0 and spatial_entries < channel_entries:
+        elif kernel == "poly":
             values = _in_pieces(_spatial, student, teacher, teacher_term, 2 * spatial_entries)
         else:
-            form = _poly(c, d) if kernel == "poly" else _gaussian(sigma2)
-            values = _in_pieces(form, student, teacher, teacher_term, channel_entries)
+            values = _in_pieces(_gaussian(sigma2), student, teacher, teacher_term, channel_entries)
         return reduce(values, reduction)
 
 
@@ -166,11 +168,21 @@ def _spatial(student: Tensor, teacher: Tensor, teacher_term: bool) -> Tensor:
     return (g_s - g_t).square().sum((1, 2)) if teacher_term else (g_s * (g_s - 2 * g_t)).sum((1, 2))
 
 
-def _poly(c: float, d: int) -> _Form:
-    def mean(x: Tensor, y: Tensor) -> Tensor:
-        return (x @ y.mT + c).pow(d).mean((1, 2))
+def _poly(c: float, d: int, eps: float) -> _Form:
+    """Of maps as they are: their inner products are divided by the norms, which stand on the diagonals, and no map."""
 
-    return lambda student, teacher, teacher_term: _mmd(mean, student, teacher, teacher_term)
+    def mean(products: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        return (products * left.unsqueeze(2) * right.unsqueeze(1) + c).pow(d).mean((1, 2))
+
+    def form(student: Tensor, teacher: Tensor, teacher_term: bool) -> Tensor:
+        own, norms = student @ student.mT, teacher.norm(dim=2)
+        squares = own.diagonal(dim1=1, dim2=2)
+        i_s = squares.clamp_min(eps**2).rsqrt() * (squares > eps**2)
+        i_t = norms.clamp_min(eps).reciprocal() * (norms > eps)
+        value = mean(own, i_s, i_s) - 2 * mean(student @ teacher.mT, i_s, i_t)
+        return value + mean(teacher @ teacher.mT, i_t, i_t) if teacher_term else value
+
+    return form
 
 
 def _gaussian(sigma2: float | None) -> _Form:

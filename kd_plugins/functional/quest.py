@@ -14,7 +14,7 @@ __all__ = ["match_sharpness", "quest", "soft_assignment"]
 
 # Scores that live at a time, 16 MiB in float32; larger batches go in pieces.
 _SCORES = 2**22
-_DOUBLINGS = 60
+_DOUBLINGS, _LEAST = 60, -80.0
 
 
 def quest(
@@ -118,7 +118,7 @@ def match_sharpness(vectors: Tensor, codebook: Tensor, sharpness: float) -> floa
         typical = -behind.mean().item()
 
         def sharp(temperature: float) -> float:
-            return float((1 / (behind * temperature).exp_().sum(1)).mean())
+            return float((1 / (behind * temperature).clamp_min_(_LEAST).exp_().sum(1)).mean())
 
         low = high = 1 / typical if typical > 0 else 1.0
         while sharp(low) > sharpness:
@@ -155,7 +155,8 @@ class _WordKL(torch.autograd.Function):
         step = max(1, _SCORES // len(w))
         for start in range(0, len(x), step):
             piece = slice(start, start + step)
-            log_t = _target_scores(y[piece], words, temperature).log_softmax(1)
+            # exp() of what underflows takes ten times as long as of what is as good as 0.
+            log_t = _target_scores(y[piece], words, temperature).log_softmax(1).clamp_min_(_LEAST)
             log_s = (x[piece] @ w.mT).log_softmax(1)
             p_t = log_t.exp()
             total += log_t.sub_(log_s).mul_(p_t).sum()

@@ -76,7 +76,7 @@ class AFD(Distiller):
         2020,
         arxiv="2002.01775",
     )
-    tasks = ("classification", "multilabel")
+    tasks = ("classification", "multilabel", "regression")
     teachers = "or peers"
     peers = True
 

@@ -71,7 +71,7 @@ class CWD(LayerDistiller):
     def setup(self, nets: Nets, batch: Batch) -> None:
         super().setup(nets, batch)
         if self.logit_weight:
-            score_maps(nets.student(batch), nets.teacher(batch), self.name)
+            score_maps(nets.student(batch), nets.teacher(batch), batch, self.name)
 
     def connect(self, student: Tensor, teacher: Tensor) -> nn.Module | None:
         ours, theirs = student.shape[1], teacher.shape[1]
@@ -83,5 +83,6 @@ class CWD(LayerDistiller):
     def loss(self, student: View, teacher: View, batch: Batch) -> Terms:
         terms = super().loss(student, teacher, batch) if self.layers else {}
         if self.logit_weight:
-            terms["cwd_logits"] = self.logit_weight * KF.cwd(*score_maps(student, teacher, self.name), self.temperature)
+            maps = score_maps(student, teacher, batch, self.name)
+            terms["cwd_logits"] = self.logit_weight * KF.cwd(*maps, self.temperature)
         return terms

@@ -62,7 +62,7 @@ class Internal(Distiller):
         2020,
         arxiv="1910.03723",
     )
-    tasks = ("classification", "multilabel")
+    tasks = ("classification", "multilabel", "regression")
     networks = "transformer"
 
     def __init__(

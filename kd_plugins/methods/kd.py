@@ -15,16 +15,18 @@ __all__ = ["KD", "soft_labels"]
 
 
 def soft_labels(student: View, teacher: View, batch: Batch, temperature: float, standardize: bool = False) -> Tensor:
-    """The soft-label term of a batch: per example, per label, or per token or pixel that counts.
+    """The soft-label term of a batch: per example, per label, or per token or pixel that counts; of numbers the MSE.
 
     Args:
         student: Student scores, as `class_scores` reads them.
         teacher: Teacher scores of the same classes.
         batch: Its task tells what the scores are; ignored labels and padding leave a token or pixel out.
-        temperature: Softens both sides; the term is multiplied by its square.
+        temperature: Softens both sides, but of a regression; the term is multiplied by its square.
         standardize: Standardise both sides over the classes first.
     """
     rows = class_scores(student, teacher, batch)
+    if rows.numbers and not standardize:
+        return KF.kd_regression(rows.student, rows.teacher, mask=rows.mask)
     if rows.binary and not standardize:
         return KF.kd_multilabel(rows.student, rows.teacher, temperature, mask=rows.mask)
     s, t = rows.exclusive("standardize=true")[:2] if standardize else (rows.student, rows.teacher)
@@ -39,8 +41,10 @@ class KD(Distiller):
     1503.02531, section 2: `(1 - alpha) * task + alpha * T^2 * KL(softmax(z_t / T) || softmax(z_s / T))`.
 
     Logits are `[B, K]` (classification; a sigmoid for each class where the task is multi-label or K is 1), `[B, L, K]`
-    per token or `[B, K, H, W]` per pixel, where ignored labels and padding are left out and every example counts the
-    same. With several teachers the terms are averaged, whose gradient is that of their mean probabilities.
+    per token or frame of sound, or `[B, K, H, W]` per pixel, where ignored labels and padding are left out and every
+    example counts the same. The numbers of a regression are pulled to the teacher's by their squared distance, which no
+    temperature softens. With several teachers the terms are averaged, whose gradient is that of their mean
+    probabilities.
 
     Args:
         temperature: Softens both distributions; 4 is what the field's benchmarks use, the paper tried 1 to 20.
@@ -56,7 +60,7 @@ class KD(Distiller):
         2014,
         arxiv="1503.02531",
     )
-    tasks = ("classification", "multilabel", "token", "causal-lm", "segmentation")
+    tasks = ("classification", "multilabel", "regression", "token", "causal-lm", "ctc", "segmentation")
     teachers: int | str = "many"
 
     def __init__(self, *, temperature: Positive = 4.0, alpha: Share = 0.9, standardize: bool = False) -> None:

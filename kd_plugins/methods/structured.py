@@ -101,7 +101,7 @@ class Structured(LayerDistiller):
             super().setup(nets, batch)
         if not (self.pixel or self.holistic):
             return
-        fake, _ = self._judged(nets.student(batch), nets.teacher(batch))
+        fake, _ = self._judged(nets.student(batch), nets.teacher(batch), batch)
         if self.pixel and fake.shape[1] == 1:
             raise DistillError(
                 f"The pixel-wise term of {self.name} compares class probabilities, and these maps have one number at"
@@ -138,7 +138,7 @@ class Structured(LayerDistiller):
         if not self.holistic:
             yield {"student": terms}
             return
-        fake, real = self._judged(student, teacher)
+        fake, real = self._judged(student, teacher, batch)
         image = batch.inputs if self.conditional else None
         # Uniform, and the same for an example however many processes share the batch.
         u = torch.special.ndtr(self.randn(len(fake), device=fake.device))
@@ -158,9 +158,9 @@ class Structured(LayerDistiller):
             terms["pair"] = self.pair * torch.stack(apart).sum()
         return terms
 
-    def _judged(self, student: View, teacher: View) -> tuple[Tensor, Tensor]:
+    def _judged(self, student: View, teacher: View, batch: Batch) -> tuple[Tensor, Tensor]:
         """What the critic tells apart, fake and real: class probabilities, or maps as they are, `[B, K, H, W]`."""
-        fake, real = (x.float() for x in score_maps(student, teacher, self.name))
+        fake, real = (x.float() for x in score_maps(student, teacher, batch, self.name))
         if self.conditional and fake.shape[1] > 1:
             fake, real = fake.softmax(1), real.softmax(1)
         longest = max(fake.shape[2:])

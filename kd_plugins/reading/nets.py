@@ -106,7 +106,7 @@ class Net:
                 view = self.network.read(self._translate(batch), reads, forward=self.forward, replace=replace)
         if self.order is not None and view._logits is not None:
             # As in `class_scores`: of tokens the classes are the last axis, of images and maps the second.
-            axis = -1 if batch.task in ("token", "causal-lm") else 1
+            axis = -1 if batch.task in ("token", "causal-lm", "ctc") else 1
             view._logits = view._logits.index_select(axis, torch.tensor(self.order, device=view._logits.device))
         return view
 

@@ -21,6 +21,7 @@ class Rows(NamedTuple):
         mask: `[B, N]`, the rows that count; None when all do.
         labels: Class numbers `[B, N]`; None where the labels are none (soft targets, or no labels).
         binary: Whether each score is a class of its own under a sigmoid, rather than all under one softmax.
+        numbers: Whether each score is a number, that of a regression, and no class at all.
     """
 
     student: Tensor
@@ -28,13 +29,15 @@ class Rows(NamedTuple):
     mask: Tensor | None
     labels: Tensor | None
     binary: bool
+    numbers: bool = False
 
     def exclusive(self, method: str) -> Rows:
         """These rows; raises where the scores are not of classes that exclude each other."""
-        if self.binary:
+        if self.binary or self.numbers:
+            got = "of a regression" if self.numbers else "under sigmoids"
             raise DistillError(
                 f"{method} compares classes that exclude each other (a softmax over at least two), got scores"
-                f" {list(self.student.shape)} under sigmoids: use kd, or a method that reads features."
+                f" {list(self.student.shape)} {got}: use kd, or a method that reads features."
             )
         return self
 
@@ -51,12 +54,12 @@ class Rows(NamedTuple):
 def class_scores(student: View, teacher: View, batch: Batch) -> Rows:
     """The class scores of two networks for one batch.
 
-    Classes are the last axis of scores per token (`batch.task` is `"token"` or `"causal-lm"`) and the second axis of
-    score maps `[B, K, H, W]`, as in `torch.nn.functional.cross_entropy`; of `[B, K, L]` or `[B, L, K]` the labels tell
-    which. A teacher's map of another size is resized to the student's (bilinear), labels of another size are read at
-    the centre of each position. Left out are tokens that are padding, tokens and pixels whose label is
+    Classes are the last axis of scores per token (`batch.task` is `"token"`, `"causal-lm"` or `"ctc"`) and the second
+    axis of score maps `[B, K, H, W]`, as in `torch.nn.functional.cross_entropy`; of `[B, K, L]` or `[B, L, K]` the
+    labels tell which. A teacher's map of another size is resized to the student's (bilinear), labels of another size
+    are read at the centre of each position. Left out are tokens that are padding, tokens and pixels whose label is
     `batch.ignore_index`, and for a causal model the last position, which has no next token. One score alone is the
-    logit of a sigmoid.
+    logit of a sigmoid, but where `batch.task` is `"regression"`.
 
     Args:
         student: Scores `[B, K]`, `[B, L, K]`, `[B, K, L]` or `[B, K, H, W]`.
@@ -67,7 +70,8 @@ def class_scores(student: View, teacher: View, batch: Batch) -> Rows:
         DistillError: Scores of different classes or positions.
     """
     s, t = student.logits, teacher.logits
-    labels = batch.labels if isinstance(batch.labels, Tensor) else None
+    # The labels of CTC are not aligned with the frames.
+    labels = batch.labels if isinstance(batch.labels, Tensor) and batch.task != "ctc" else None
     last = _classes_last(s, labels, batch)
     if not last and s.dim() == 4 and t.dim() == 4:
         t = _resized(t, s)
@@ -77,10 +81,11 @@ def class_scores(student: View, teacher: View, batch: Batch) -> Rows:
             f" {list(s.shape)} and {list(t.shape)}: both networks need the same classes, in the same order, and the"
             " same tokens or pixels."
         )
-    binary = batch.task == "multilabel" or s.shape[-1 if last else 1] == 1
+    numbers = batch.task == "regression"
+    binary = not numbers and (batch.task == "multilabel" or s.shape[-1 if last else 1] == 1)
     if s.dim() == 2:
         hard = labels if labels is not None and labels.dim() == 1 and not labels.is_floating_point() else None
-        return Rows(s.unsqueeze(1), t.unsqueeze(1), None, None if hard is None else hard.unsqueeze(1), binary)
+        return Rows(s.unsqueeze(1), t.unsqueeze(1), None, None if hard is None else hard.unsqueeze(1), binary, numbers)
     if not last:
         size, s, t = s.shape[2:], s.movedim(1, -1), t.movedim(1, -1)
         labels = None if labels is None or labels.dim() != s.dim() - 1 else _at(labels, size)
@@ -94,21 +99,23 @@ def class_scores(student: View, teacher: View, batch: Batch) -> Rows:
         s, t = s[:, :-1], t[:, :-1]
         mask, labels = (None if x is None else x[:, 1:] for x in (mask, labels))
     mask, labels = (None if x is None else x.flatten(1) for x in (mask, labels))
-    return Rows(s.flatten(1, -2), t.flatten(1, -2), mask, labels, binary)
+    return Rows(s.flatten(1, -2), t.flatten(1, -2), mask, labels, binary, numbers)
 
 
-def score_maps(student: View, teacher: View, method: str) -> tuple[Tensor, Tensor]:
+def score_maps(student: View, teacher: View, batch: Batch, method: str) -> tuple[Tensor, Tensor]:
     """The score maps of two networks in one shape `[B, K, H, W]`, all positions of them; the teacher's is resized.
 
     Args:
         student: Scores `[B, K, H, W]`, or of a depth `[B, H, W]`.
         teacher: The same, of any height and width.
+        batch: Its task: the scores of a detector's boxes `[B, N, K]` are no map.
         method: Who asks.
 
     Raises:
         DistillError: Scores that are no maps, or of different classes.
     """
-    s, t = (x.unsqueeze(1) if x.dim() == 3 else x for x in (student.logits, teacher.logits))
+    flat = batch.task != "detection"
+    s, t = (x.unsqueeze(1) if x.dim() == 3 and flat else x for x in (student.logits, teacher.logits))
     if s.dim() != 4 or t.dim() != 4 or s.shape[:2] != t.shape[:2]:
         raise DistillError(
             f"{method} compares maps of scores [B, K, H, W] of the same classes, or of depth [B, H, W], got"
@@ -126,7 +133,7 @@ def _resized(scores: Tensor, like: Tensor) -> Tensor:
 
 
 def _classes_last(scores: Tensor, labels: Tensor | None, batch: Batch) -> bool:
-    if scores.dim() == 2 or batch.task in ("token", "causal-lm"):
+    if scores.dim() == 2 or batch.task in ("token", "causal-lm", "ctc"):
         return True
     if scores.dim() > 3 or batch.task == "segmentation":
         return False

@@ -142,7 +142,8 @@ class Batch:
         shape: Shape of one input `[C, H, W]`, for methods that make their own.
         classes: Number of classes, for methods that make their own data.
         task: What the logits are: `"classification"`, `"multilabel"`, `"token"` (labels per token), `"causal-lm"`
-            (labels one token ahead), `"regression"`, `"segmentation"`.
+            (labels one token ahead), `"ctc"` (labels not aligned), `"regression"`, `"segmentation"`, `"depth"`,
+            `"detection"`.
         ignore_index: The label that the host's task loss leaves out.
         criterion: The host's task loss of a view and the labels.
         streams: Batches of the other streams that the method asked for.

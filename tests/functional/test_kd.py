@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kd_plugins import functional as KF
+
+kd_module = sys.modules["kd_plugins.functional.kd"]
 
 
 def oracle(student: Tensor, teacher: Tensor, temperature: float, mask: Tensor | None = None) -> float:
@@ -191,6 +194,54 @@ def test_multilabel_written_out() -> None:
         p_s, p_t = 1 / (1 + math.exp(-a / 3)), 1 / (1 + math.exp(-b / 3))
         total += p_t * math.log(p_t / p_s) + (1 - p_t) * math.log((1 - p_t) / (1 - p_s))
     assert KF.kd_multilabel(s, t, 3.0).item() == pytest.approx(9 * total / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (3, 4, 5), (2, 3, 4, 5)])
+@pytest.mark.parametrize("chunk", [1, 13, 45])
+def test_chunks_change_nothing(shape: tuple[int, ...], chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients, of views too; no chunk is larger than it may be but for one row of classes."""
+    sizes: list[int] = []
+    one = kd_module._softened_kl
+
+    def watched(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        sizes.append(student.numel())
+        return one(student, teacher, temperature)
+
+    s, t = randn(*shape).float(), randn(*shape, seed=1).float()
+    s[..., 0] = t[..., 0] = -torch.inf
+    t[1] = -torch.inf
+    mask = randn(*shape[:-1], seed=2) > -1
+    found = []
+    for size in (2**23, chunk):
+        monkeypatch.setattr(kd_module, "_CHUNK", size)
+        monkeypatch.setattr(kd_module, "_softened_kl", watched)
+        student = s.clone().movedim(0, -2).contiguous().movedim(-2, 0).requires_grad_()
+        value = KF.kd(student, t, 3.0, mask=mask)
+        value.backward()
+        found.append((value.detach(), student.grad))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-7)
+    assert len(sizes) > 2 or s.numel() <= chunk
+    assert max(sizes[1:]) <= max(chunk, shape[-1])
+    half = s.bfloat16().requires_grad_()
+    KF.kd(half, t, 3.0, mask=mask).backward()
+    assert half.grad.dtype == torch.bfloat16
+
+
+def test_regression_written_out() -> None:
+    s, t = randn(3, 4, 2).requires_grad_(), randn(3, 4, 2, seed=1).requires_grad_()
+    mask = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
+    squares = ((s - t).detach() ** 2).mean(-1)
+    expected = [squares[0, :2].mean(), torch.tensor(0.0), squares[2].mean()]
+    values = KF.kd_regression(s, t, mask=mask, reduction="none")
+    torch.testing.assert_close(values, torch.stack([x.double() for x in expected]))
+    assert KF.kd_regression(s, t, mask=mask).item() == pytest.approx(values.sum().item() / 3)
+    KF.kd_regression(s[:, 0], t[:, 0]).backward()
+    torch.testing.assert_close(s.grad[:, 0], (s - t).detach()[:, 0] / 3)
+    assert t.grad is None
+    half = KF.kd_regression(s.detach().bfloat16(), t.detach().bfloat16())
+    assert half.dtype == torch.float32
+    with pytest.raises(ValueError, match="one shape"):
+        KF.kd_regression(s[:, 0], t[:, 0, :1])
 
 
 class TestStandardize:

@@ -256,9 +256,9 @@ def test_what_the_critic_sees() -> None:
         create_distiller("structured", **options)
         for options in ({}, {"conditional": False}, {"critic_size": 5, "conditional": False})
     )
-    assert torch.equal(conditional._judged(scores, scores)[0], scores.logits.softmax(1))
-    assert torch.equal(released._judged(scores, scores)[1], scores.logits)
-    torch.testing.assert_close(small._judged(scores, scores)[0], F.avg_pool2d(scores.logits, (4, 5)))
+    assert torch.equal(conditional._judged(scores, scores, Batch())[0], scores.logits.softmax(1))
+    assert torch.equal(released._judged(scores, scores, Batch())[1], scores.logits)
+    torch.testing.assert_close(small._judged(scores, scores, Batch())[0], F.avg_pool2d(scores.logits, (4, 5)))
     distiller, _, _ = train(conditional=False)
     assert isinstance(distiller.critic.norm, nn.BatchNorm2d)
     assert distiller.critic.layers[0].in_channels == 4

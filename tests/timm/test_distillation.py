@@ -111,7 +111,8 @@ def test_equals_a_bare_loop(run, teacher, name):
     "flags",
     [
         "--distill kd+nst --distill-args nst.weight=10 layers=2 --grad-accum-steps 3 --model-ema --model-ema-decay 0.9",
-        "--distill timm_distillers:Adversary --distill-args critic.lr=0.02 --clip-grad 1 --opt adamw --workers 1",
+        "--distill timm_distillers:Adversary --distill-args critic.lr=0.02 --clip-grad 1 --opt adamw --workers 1"
+        " --no-persistent-workers",
         "--distill timm_distillers:Search --epochs 4",
     ],
 )
@@ -464,7 +465,7 @@ def test_an_ensemble_teaches_and_uncertainty_is_told(run, teacher, tmp_path):
 def test_images_of_another_kind_must_be_there(tiny, few_digits, tmp_path, capsys):
     for flags, words in (
         (["--ood-dataset", "nowhere"], "--ood-dataset: expected <type>/<name> or a folder"),
-        (["--ood-dataset", str(tmp_path), "--bce-loss"], "--bce-loss trains none"),
+        (["--ood-dataset", str(tmp_path), "--bce-loss"], "--loss bce trains none"),
         (["--ood-dataset", str(tmp_path), "--val-split", ""], "--val-split"),
     ):
         assert train.main([*tiny, "--output", str(tmp_path / "o"), *flags]) == 2

@@ -20,7 +20,9 @@ def test_a_run_has_a_page(run):
     assert found.info["results"]["best_metric"] == session.results["best_metric"]
     assert [row["step"] for row in found.history] == [4, 8]
     assert {"train_distill/kd", "train_distill/nst", "eval_top1", "lr"} <= set(found.history[-1])
-    assert found.part("after", "examples") == 100
+    # The whole evaluation set for the numbers, and a few rows of it for the layers of so short a training.
+    assert found.part("after", "predictions", "teacher", "examples") == 100
+    assert (found.part("after", "examples"), found.part("before")) == (8, None)
     accuracy = found.part("after", "predictions", "student", "accuracy")
     assert abs(100 * accuracy - session.results["evaluation"]["top1"]) < 1e-3
     agreement = found.part("after", "predictions", "student", "agreement")
@@ -31,7 +33,14 @@ def test_a_run_has_a_page(run):
         assert f'id="{key}"' in page
 
 
+def test_a_record_can_be_left_out(run):
+    session = run("--epochs", "1", "--no-record")
+    assert (session.folder / "results.json").exists()
+    assert not any((session.folder / name).exists() for name in ("run.json", "history.jsonl", "analysis.safetensors"))
+
+
 def test_every_peer_is_compared_with_the_student(run, monkeypatch):
+    monkeypatch.setattr("kd_timm.recording.rows_to_analyse", lambda trained: 96)
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     session = run("--distill", "timm_distillers:Ring", "--peer", "resnet10t", "--peer", "resnet10t")
     found = load_run(session.folder)

@@ -223,6 +223,16 @@ def test_one_logit_of_a_softmax_is_refused(criterion):
     torch.testing.assert_close(result["task"], 0.1 * loss(result["output"], torch.zeros(8, 1)))
 
 
+def test_one_output_under_a_distance_is_a_number():
+    student, teacher = (timm.create_model("resnet10t", **{**SMALL, "num_classes": 1}) for _ in range(2))
+    task = DistillationTask(student, "kd", teacher, criterion=nn.MSELoss(), verbose=False)
+    images = batches(1)[0][0]
+    with torch.no_grad():
+        target = teacher.eval()(images)
+        result = task(images, torch.zeros(8, 1))
+    torch.testing.assert_close(result["kd"], 0.9 * (result["output"] - target).square().mean())
+
+
 def test_two_heads_are_refused():
     small = dict(img_size=32, patch_size=16, embed_dim=16, depth=1, num_heads=2, num_classes=10)
     model = timm.create_model("deit_tiny_distilled_patch16_224", **small)

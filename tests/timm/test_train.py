@@ -13,12 +13,7 @@ import timm
 import torch
 from distributed_kit import on_two_processes
 from safetensors.torch import load_file
-from timm.data import FastCollateMixup, create_loader
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from timm.task import ClassificationTask
-from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
+from timm.data import create_loader
 
 from kd_plugins import DistillError, states
 from kd_timm import build, data, engine, train
@@ -26,105 +21,18 @@ from kd_timm.arguments import parse_args
 from kd_timm.digits import Digits
 
 MODEL = dict(num_classes=10, channels=(8, 8, 16, 16), stem_width=8)
+MODEL_FLAGS = ("channels=(8,8,16,16)", "stem_width=8")
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def timm_loop(
-    *, accumulate=1, clip=None, mixup=False, ema=False, amp=False, opt="sgd", epochs=2, on_updates=False, size=16
-):
-    """What timm's train.py does with its ClassificationTask, written out."""
-    random_seed(42, 0)
-    device = torch.device("cpu")
-    model = timm.create_model("resnet10t", **MODEL)
-    collate = None
-    if mixup:
-        collate = FastCollateMixup(mixup_alpha=0.3, cutmix_alpha=0.0, label_smoothing=0.1, num_classes=10)
-    loader = create_loader(
-        data.Digits("train"),
-        input_size=(3, size, size),
-        batch_size=64,
-        is_training=True,
-        scale=(0.8, 1.0),
-        ratio=(3 / 4, 4 / 3),
-        hflip=0.0,
-        color_jitter=0.0,
-        interpolation="random",
-        num_workers=0,
-        collate_fn=collate,
-        device=device,
-    )
-    evaluation = create_loader(data.Digits("val"), (3, size, size), 64, num_workers=0, device=device)
-    criterion = SoftTargetCrossEntropy() if mixup else LabelSmoothingCrossEntropy(0.1)
-    task = ClassificationTask(model, criterion, verbose=False)
-    optimizer = create_optimizer_v2(model, opt=opt, lr=0.02, weight_decay=2e-5, momentum=0.9)
-    average = ModelEmaV3(model, decay=0.9) if ema else None
-    updates = -(-len(loader) // accumulate)
-    scheduler, total = create_scheduler_v2(
-        optimizer,
-        "cosine",
-        num_epochs=epochs,
-        warmup_epochs=0,
-        step_on_epochs=not on_updates,
-        updates_per_epoch=updates,
-    )
-    assert total == epochs
-    step = 0
-    for epoch in range(epochs):
-        task.get_trainable_module().train()
-        remainder = len(loader) % accumulate
-        for i, (inputs, targets) in enumerate(loader):
-            need = i == len(loader) - 1 or (i + 1) % accumulate == 0
-            share = remainder if remainder and i >= len(loader) - remainder else accumulate
-            with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-                if amp:
-                    # Accelerate hands the loss float32 scores; timm's loss works in bfloat16 on the CPU alone.
-                    loss = criterion(model(inputs).float(), targets) / share
-                else:
-                    loss = task(inputs, targets)["loss"] / share
-            loss.backward()
-            if need:
-                if clip is not None:
-                    dispatch_clip_grad(task.get_clip_parameters(), value=clip, mode="norm")
-                optimizer.step()
-                optimizer.zero_grad()
-                step += 1
-                if average is not None:
-                    average.update(model, step=step)
-                scheduler.step_update(num_updates=step)
-        # Starting to read a loader takes a number from the random stream.
-        next(iter(evaluation))
-        scheduler.step(epoch + 1)
-    return model, average
-
-
-@pytest.mark.parametrize(
-    ("flags", "options"),
-    [
-        ("", {}),
-        ("--grad-accum-steps 3 --clip-grad 0.5", {"accumulate": 3, "clip": 0.5}),
-        ("--mixup 0.3 --opt adamw --model-ema --model-ema-decay 0.9", {"mixup": True, "opt": "adamw", "ema": True}),
-        ("--sched-on-updates", {"on_updates": True}),
-        # At 16 pixels torch's bfloat16 convolution on the CPU gives a gradient that does not repeat.
-        ("--amp --amp-dtype bfloat16 --img-size 32", {"amp": True, "size": 32}),
-    ],
-)
-def test_equals_a_loop_around_timms_task(run, flags, options):
-    session = run(*flags.split())
-    model, average = timm_loop(**options)
-    trained = load_file(session.folder / "state" / "model.safetensors")
-    assert same(trained, model.state_dict())
-    exported = load_file(session.folder / "last.safetensors")
-    assert same(exported, (average.module if average else model).state_dict())
-
-
 @pytest.mark.parametrize(
     "flags",
     [
         "--epochs 4",
-        "--epochs 4 --mixup 0.2 --reprob 0.3 --opt adamw --model-ema --drop 0.2 --workers 1",
+        "--epochs 4 --mixup 0.2 --reprob 0.3 --opt adamw --model-ema --drop 0.2 --workers 1 --no-persistent-workers",
         "--epochs 4 --sched plateau --patience-epochs 0 --lr-noise 0.1 1",
     ],
 )
@@ -177,6 +85,8 @@ def test_resume_refuses_other_settings(run):
     with pytest.raises(DistillError, match="lr"):
         run("--lr", "0.5", "--resume", str(first.folder))
     assert "lr: 0.02" in (first.folder / "args.yaml").read_text()
+    with pytest.raises(DistillError, match=r"cannot change: drop.*--initial-checkpoint .*last.safetensors"):
+        run("--drop", "0.5", "--resume", str(first.folder))
     with pytest.raises(DistillError, match="no whole state to continue from"):
         run("--resume", str(first.folder.parent / "nothing"))
 
@@ -217,6 +127,24 @@ def test_a_loss_that_stays_nan_stops_the_run(run, flags):
     ):
         run("--lr", "1e30", *words)
     assert run("--lr", "1e30", "--allow-nonfinite", *words, name="on").results["best_epoch"] >= 0
+
+
+@pytest.mark.parametrize("method", [[], ["--distill", "kd", "--teacher", "resnet10t"]])
+def test_a_run_is_made_longer(run, method, caplog):
+    """The schedule is that of the longer run from there on; other evaluation batches change nothing."""
+    if method:
+        teacher = run(name="teacher").folder / "model_best.safetensors"
+        method = [*method, "--teacher-checkpoint", str(teacher), "--teacher-kwargs", *MODEL_FLAGS]
+    short = run(*method, "--opt", "adamw", name="short")
+    caplog.clear()
+    longer = run(*method, "--opt", "adamw", "--epochs", "4", "-vb", "50", "--resume", str(short.folder), name="longer")
+    assert "otherwise than it would have, because of --epochs." in caplog.text
+    rates = [float(row["lr"]) for row in csv.DictReader((longer.folder / "summary.csv").open())]
+    whole = run(*method, "--opt", "adamw", "--epochs", "4", name="whole")
+    expected = [float(row["lr"]) for row in csv.DictReader((whole.folder / "summary.csv").open())]
+    assert rates[2:] == pytest.approx(expected[2:])
+    if method:
+        assert longer.distillation.distiller.progress.total == 4 * longer.updates_per_epoch
 
 
 def test_the_export_is_a_timm_checkpoint(run):
@@ -260,8 +188,22 @@ def test_digits_are_split_once_and_for_all():
     [
         ("--model resnet81", "Did you mean"),
         ("--num-classes 4", "--num-classes 10"),
-        ("--amp", "--amp-dtype bfloat16"),
+        ("--amp --distill kd --teacher resnet14t", "--amp-dtype bfloat16"),
         ("--device tpu", "--device"),
+        ("--aug-splits 1", "at least 2"),
+        ("--split-bn", "--aug-splits N"),
+        ("--aug-repeats 3", "RepeatAugment"),
+        ("--loss db", "multi-label"),
+        ("--loss bce --loss-pos-weight 1,2", "Expected 10 weights"),
+        ("--train-num-samples 5", "streamed"),
+        ("--epoch-repeats 2", "streamed"),
+        ("--stop-epoch 3", "at most the 2 epochs"),
+        ("--task multilabel", "a digit has one label"),
+        ("--gp nothing", "Invalid pool type"),
+        ("-b 63 --mixup 0.3", "give an even number"),
+        ("--in-chans 5", "--input-img-mode"),
+        ("--naflex-loader", "choose a NaFlex model"),
+        ("--std 0 1 1", "deviations above 0"),
         ("--opt nothing", "--opt nothing"),
         ("--sched nothing", "--sched nothing"),
         ("-b 4096", "--batch-size"),
@@ -351,7 +293,7 @@ def test_the_loss_of_one_logit():
     torch.testing.assert_close(mixed(scores, torch.tensor([[0.05, 0.95], [0.95, 0.05]])), expected)
     with pytest.raises(DistillError, match="got the label 3"):
         build.create_criterion(parse_args(["--num-classes", "1", "--bce-loss"]))(scores, torch.tensor([0, 3]))
-    with pytest.raises(DistillError, match="--bce-loss"):
+    with pytest.raises(DistillError, match="--loss bce"):
         build.create_criterion(parse_args(["--num-classes", "1"]))
 
 
@@ -372,3 +314,13 @@ def test_compiled_training_equals_eager(run):
     for key, value in load_file(plain.folder / "state" / "model.safetensors").items():
         torch.testing.assert_close(load_file(compiled.folder / "state" / "model.safetensors")[key], value)
     assert compiled.results["evaluation"] == pytest.approx(plain.results["evaluation"])
+
+
+def test_parts_of_the_digits_are_named_as_those_of_datasets():
+    whole, few, rest = (Digits(split, "L") for split in ("train", "train[:100]", "train[100:]"))
+    assert few.targets + rest.targets == whole.targets
+    assert len(set(few.targets)) == 10
+    assert len(Digits("validation[:10%]", "L")) == 50
+    for split in ("train[:x]", "train[5:5]", "tests[:3]"):
+        with pytest.raises(DistillError, match="Expected (a part of )?the digits"):
+            Digits(split, "L")

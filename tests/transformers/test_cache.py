@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 from kd_plugins import Batch, Distiller, DistillError
 from kd_transformers import DistillationTrainer, cache_teacher
 from kd_transformers.columns import TEACHER_LOGITS
+from kd_transformers.recording import RecordCallback
 
 
 @pytest.fixture
@@ -67,6 +69,77 @@ def test_the_same_teacher_is_asked_once_and_another_anew(rows):
     assert again[TEACHER_LOGITS] == first[TEACHER_LOGITS]
     assert other[TEACHER_LOGITS] != first[TEACHER_LOGITS]
     assert cache_teacher(other, teacher)[TEACHER_LOGITS] == other[TEACHER_LOGITS]
+
+
+def test_the_teacher_need_not_be_loaded(rows, tmp_path):
+    """Its classes are noted in the data set, which may be written and read; more than its logits is refused."""
+    names = {i: "cab"[i] for i in range(3)}
+    teacher, student = kit.teacher(id2label=names), kit.bert(id2label={i: "abc"[i] for i in range(3)})
+    cached = cache_teacher(cache_teacher(rows, kit.teacher()), teacher)
+    cached.save_to_disk(tmp_path / "cached")
+    again = Dataset.load_from_disk(str(tmp_path / "cached"))
+
+    def trained(data: Any, **given: Any) -> DistillationTrainer:
+        run = DistillationTrainer(copy.deepcopy(student), kit.arguments(tmp_path), train_dataset=data, **given)
+        run.add_callback(RecordCallback(run))
+        run.train()
+        return run
+
+    plain, quick = trained(cached, teacher_model=teacher, distiller="kd"), trained(again, distiller="kd")
+    assert kit.difference(kit.weights(plain.model), kit.weights(quick.model)) == 0.0
+    quick.create_model_card()
+    assert "- teacher: BertForSequenceClassification" in (tmp_path / "README.md").read_text()
+    with pytest.raises(DistillError, match="the BertForSequenceClassification that wrote it is not loaded"):
+        trained(again, distiller="internal")
+    student.config.id2label = {0: "a", 1: "b", 2: "d"}
+    with pytest.raises(DistillError, match="name their 3 classes differently"):
+        trained(again, distiller="kd")
+    again.info.description = ""
+    with pytest.raises(DistillError, match="does not say which teacher wrote its column"):
+        trained(again, distiller="kd")
+    with pytest.raises(DistillError, match="kd needs at least one teacher, got 0"):
+        trained(rows, distiller="kd")
+
+
+def test_an_interrupted_pass_goes_on_and_a_damaged_file_is_made_anew(rows, monkeypatch):
+    """Blocks of rows that are there are not asked about again."""
+    monkeypatch.setattr("kd_transformers.cache._BLOCK", 4)
+    teacher, seen = kit.teacher(), []
+
+    def interrupt(module: Any, args: Any, kwargs: Any) -> None:
+        seen.append(len(kwargs["input_ids"]))
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+
+    handle = teacher.register_forward_pre_hook(interrupt, with_kwargs=True)
+    with pytest.raises(KeyboardInterrupt):
+        cache_teacher(rows, teacher)
+    cached = cache_teacher(rows, teacher)
+    # The first rows of a pass are asked about twice.
+    assert seen == [4, 4, 4, 4, *[4, 4, 4]]
+    handle.remove()
+    with torch.no_grad():
+        expected = teacher.eval()(**kit.Texts().batch()).logits
+    torch.testing.assert_close(torch.tensor(cached[TEACHER_LOGITS][:]), expected, rtol=1e-5, atol=1e-5)
+    files = sorted(Path(rows.cache_files[0]["filename"]).parent.glob("teacher-*.arrow"))
+    assert len(files) == 4
+    del cached
+    files[1].write_bytes(files[1].read_bytes()[:-8])
+    with kit.calls({"teacher": teacher}) as count:
+        again = cache_teacher(rows, teacher)
+    assert count["teacher"] == 2
+    torch.testing.assert_close(torch.tensor(again[TEACHER_LOGITS][:]), expected, rtol=1e-5, atol=1e-5)
+    mixed = rows.shuffle(seed=0)
+    order = torch.tensor([mixed[i]["input_ids"] == rows[j]["input_ids"] for i in range(16) for j in range(16)])
+    found = torch.tensor(cache_teacher(mixed, teacher)[TEACHER_LOGITS][:])
+    torch.testing.assert_close(found, expected[order.view(16, 16).int().argmax(1)], rtol=1e-5, atol=1e-5)
+
+
+def test_a_teacher_that_draws_random_numbers_is_refused(rows):
+    teacher = kit.teacher()
+    teacher.classifier.register_forward_hook(lambda module, args, out: out + torch.randn_like(out))
+    with pytest.raises(DistillError, match="one whose two forwards differ"):
+        cache_teacher(rows, teacher)
 
 
 def test_a_column_of_another_teacher_is_refused(rows, tmp_path):

@@ -25,6 +25,7 @@ METHODS = {
     "_get_dataloader": ["dataset", "is_training"],
     "_set_signature_columns_if_needed": [],
     "_clip_grad_norm": ["model"],
+    "_hp_search_setup": ["trial"],
     "_save_optimizer_and_scheduler": ["output_dir"],
     "_load_optimizer_and_scheduler": ["checkpoint"],
     "_save_checkpoint": ["model", "trial"],

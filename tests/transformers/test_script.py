@@ -621,8 +621,8 @@ def test_a_method_that_does_not_fit_the_task_is_refused_before_the_teacher_is_tr
     rows.to_csv(tmp_path / "rows.csv")
     file = str(tmp_path / "rows.csv")
     words = [*TINY, *TEACHER, "--output_dir", str(tmp_path / "o"), "--train_file", file, "--validation_file", file]
-    error = fails(capsys, [*words, "--cache_dir", str(tmp_path / "cache"), "--distill", "internal"])
-    assert "internal fits classification, multilabel" in error
+    error = fails(capsys, [*words, "--cache_dir", str(tmp_path / "cache"), "--distill", "dkd"])
+    assert "dkd fits classification, token" in error
     assert not (tmp_path / "o" / "teacher").exists()
 
 

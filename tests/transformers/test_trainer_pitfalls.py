@@ -467,7 +467,10 @@ def test_p19_sharding_is_refused(tmp_path: Path, name: str, flag: str) -> None:
 
 
 def test_p20_no_step_waits_for_a_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A log call in compute_loss waits for the device at every micro-step and floods the history."""
+    """A log call in compute_loss waits for the device at every micro-step and floods the history.
+
+    One step in ten does: whether the loss is still finite is looked at there.
+    """
     counts: dict[str, int] = {}
     for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
         original = getattr(Tensor, name)
@@ -488,7 +491,7 @@ def test_p20_no_step_waits_for_a_value(tmp_path: Path, monkeypatch: pytest.Monke
             found.append(sum(counts.values()))
             assert len(run.state.log_history) == 1
         per_step.append((found[1] - found[0]) / 8)
-    assert per_step[1] == per_step[0]
+    assert per_step[1] == per_step[0] + 1 / 8
 
 
 def test_p20_terms_are_means_since_the_last_log(tmp_path: Path) -> None:

@@ -183,6 +183,25 @@ def test_padding_in_the_labels_is_left_out(tmp_path: Path) -> None:
     assert float(found.mean()) != pytest.approx(float(expected), rel=1e-2)
 
 
+@pytest.mark.parametrize("numbers", [1, 3])
+def test_regression(tmp_path: Path, numbers: int) -> None:
+    """The soft target is the teacher's number, as the label is: mean squared errors, of one number or several."""
+    options = {"num_labels": numbers, "problem_type": None if numbers == 1 else "regression"}
+    student, of, texts = bert(**options), teacher(**options), Texts(4)
+    inputs = {"input_ids": texts.ids, "attention_mask": texts.mask}
+    labels = torch.randn(4, numbers, generator=torch.Generator().manual_seed(0)).squeeze(1)
+    with torch.no_grad():
+        s, t = (net(**inputs).logits.double() for net in (student, of))
+    data = rows_of({**inputs, "labels": labels})
+    for method, options in (("kd", {"alpha": 0.25}), ("internal", {"schedule": "all", "gold": 0.75})):
+        run = trainer(tmp_path, method, options, student=copy.deepcopy(student), of=of, data=data, **SGD)
+        run.train()
+        soft, weight = ("kd", 0.25) if method == "kd" else ("soft_labels", 1.0)
+        assert logged(run, f"distill/{soft}")[0] == pytest.approx(weight * float((s - t).square().mean()), rel=1e-5)
+        task = (s - labels.view(4, numbers)).square().mean()
+        assert logged(run, "distill/task")[0] == pytest.approx(0.75 * float(task), rel=1e-5)
+
+
 def test_question_answering(tmp_path: Path) -> None:
     """Start and end are two rows of scores over the positions; an answer that is not in the text does not count."""
     student, of = pair(lambda: hf.BertForQuestionAnswering(hf.BertConfig(**{**BERT, "num_labels": 2})))
@@ -202,20 +221,50 @@ def test_question_answering(tmp_path: Path) -> None:
     assert logged(run, "distill/kd")[0] == pytest.approx(0.9 * float(found.mean(1).mean()), rel=1e-4)
 
 
+def test_frames_of_sound(tmp_path: Path) -> None:
+    """CTC: the frames that come of samples that count, in the mean of each row; the task loss is the model's."""
+    from test_matrix import SOUND, SPOKEN, speech
+
+    student, of = pair(lambda: speech(hf.Wav2Vec2ForCTC, 1))
+    inputs = {"input_values": SOUND[2:6], "attention_mask": SPOKEN[2:6]}
+    labels = torch.randint(1, 8, (4, 5), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        s, t = (net(**inputs).logits for net in (student, of))
+        task = student(**inputs, labels=labels).loss
+    found = kl(s, t)
+    assert found.shape == (4, 14)
+    # Two convolutions of 4 samples at stride 2: 40 samples make 19 and then 8 frames.
+    expected = torch.cat([found[:2, :8].mean(1), found[2:].mean(1)]).mean()
+    run = trainer(tmp_path, student=student, of=of, data=rows_of({**inputs, "labels": labels}), **SGD)
+    run.train()
+    assert logged(run, "distill/kd")[0] == pytest.approx(0.9 * float(expected), rel=1e-4)
+    assert logged(run, "distill/task")[0] == pytest.approx(0.1 * float(task), rel=1e-4)
+
+
+def bart() -> Any:
+    parts = {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in BART.items()}
+    return hf.BartForConditionalGeneration(hf.BartConfig(vocab_size=64, d_model=16, dropout=0.0, **parts))
+
+
+BART = {"layers": 1, "attention_heads": 2, "ffn_dim": 16}
+
+
 def t5() -> Any:
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
     return hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=64, decoder_start_token_id=0, **sizes))
 
 
-def test_sequence_to_sequence(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("make", "start"), [(t5, 0), (bart, 2)])
+def test_sequence_to_sequence(tmp_path: Path, make: Any, start: int) -> None:
     """The teacher's decoder reads what the student's does: the labels, one token later."""
-    student, of = pair(t5)
+    student, of = pair(make)
     generator = torch.Generator().manual_seed(0)
     ids, labels = (torch.randint(5, 64, (4, 6), generator=generator) for _ in range(2))
     labels[0, 3:] = -100
     mask = torch.ones_like(ids)
     mask[1, 2:] = 0  # Of the encoder, and as long as the labels: it must not be taken for theirs.
-    later = torch.cat([torch.zeros(4, 1, dtype=torch.long), labels[:, :-1]], 1).clamp_min(0)
+    later = torch.cat([torch.full((4, 1), start), labels[:, :-1]], 1)
+    later = later.masked_fill(later < 0, student.config.pad_token_id)
     inputs = {"input_ids": ids, "attention_mask": mask}
     with torch.no_grad():
         s, t = (net(**inputs, decoder_input_ids=later).logits for net in (student, of))

@@ -120,6 +120,7 @@ def trainer(
         given["model"] = bert() if student is None else student
     if distiller is not None:
         given |= {"teacher_model": teacher() if of is None else of, "distiller": distiller, "distiller_args": options}
+        given.setdefault("record", False)
     given = {"train_dataset": Texts() if data is None else data, **given}
     return cls(args=arguments(folder, **args), **given)
 

@@ -1,0 +1,62 @@
+"""What a model card says of a distillation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import nn
+
+from kd_plugins import Distiller, DistillError
+from kd_transformers.checks import base
+
+__all__ = ["add_to_card", "check_gain", "section"]
+
+Gain = Mapping[str, Sequence[float]]
+
+
+def check_gain(gain: Gain) -> None:
+    """Refuses what is no gain: of each metric the mean, and the ends of its interval."""
+    for metric, numbers in gain.items():
+        if len(numbers) != 3 or not numbers[1] <= numbers[0] <= numbers[2]:
+            raise DistillError(
+                f"Expected of {metric} the mean gain and the ends of its interval, (0.8, 0.3, 1.3), got {numbers}."
+            )
+
+
+def section(distiller: Distiller, teachers: Sequence[nn.Module], data: str, gain: Gain | None) -> str:
+    """The section of a card: methods with papers and options, teachers, data, and what was measured of the gain."""
+    lines = ["## Distillation", "", "Trained with kd-plugins:", ""]
+    for name, part in distiller.methods.items():
+        paper = part.paper
+        where = "" if paper is None else f": [{paper.title}]({paper.url})" if paper.url else f": {paper.title}"
+        lines.append(f"- method `{name}`{where}" + ("" if paper is None else f" ({paper})"))
+        lines += [f"  - `{option}`: {value}" for option, value in part.config.items()]
+    lines += [f"- teacher: {_name(teacher)}" for teacher in teachers]
+    lines.append(f"- data: {data or 'not named'}")
+    told = [_told(metric, *numbers) for metric, numbers in (gain or {}).items()]
+    return "\n".join([*lines, "", *(told or ["No gain over the student trained alone was measured."]), ""])
+
+
+def _told(metric: str, mean: float, low: float, high: float) -> str:
+    interval = f"{mean:+g} (95 % interval {low:+g} to {high:+g})"
+    if low > 0:
+        return f"The distillation improves {metric} over the student trained alone by {interval}."
+    if high < 0:
+        return f"The distillation lowers {metric} against the student trained alone, by {interval}."
+    return f"The difference in {metric} to the student trained alone, {interval}, tells no gain."
+
+
+def _name(network: nn.Module) -> str:
+    module = base(network)
+    path = str(getattr(getattr(module, "config", None), "_name_or_path", "") or "")
+    # A folder of this machine means nothing to others.
+    kind = getattr(module, "stands_for", type(module).__name__)
+    hub = path and not Path(path).exists() and not Path(path).is_absolute()
+    return f"`{path}`, {kind}" if hub else kind
+
+
+def add_to_card(path: Path, text: str) -> None:
+    """Puts a section before that of the training procedure."""
+    head, mark, rest = path.read_text(encoding="utf-8").partition("## Training procedure\n")
+    path.write_text(f"{head}{text}\n{mark}{rest}", encoding="utf-8")

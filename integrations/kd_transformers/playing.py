@@ -1,0 +1,137 @@
+"""What DistillationTrainer plays with: networks whose views hold its task loss, and the callback that updates them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from kd_plugins import Batch, DistillError, Net, View
+from kd_transformers.inputs import with_labels
+
+
+class Trained(Net):
+    """The student, or a peer, under Trainer: its view holds the task loss that Trainer computes in its forward.
+
+    Attributes:
+        counts: Whether that loss divides by the number of items it is given.
+    """
+
+    def __init__(self, trainer: Any, net: Net, *, student: bool) -> None:
+        super().__init__(net.network, lambda: net.reads, forward=self._call)
+        self.trainer = trainer
+        self.student = student
+        self.counts = False
+        self._batch = Batch()
+        self._asks_loss = False
+        self._loss: Tensor | None = None
+
+    def __call__(self, batch: Batch, **options: Any) -> View:
+        self._batch, self._loss = batch, None
+        self._asks_loss = (options.get("reads") or self.reads).logits
+        view = super().__call__(batch, **options)
+        view.loss = self._loss
+        return view
+
+    def task_loss(self, batch: Batch, items: int) -> Tensor | None:
+        """The task loss of a batch that has so many items, in evaluation mode; None without labels."""
+        _, inputs = self.network.arguments(batch)
+        if batch.labels is None and not any(name in inputs for name in self.trainer.label_names):
+            return None
+        self.module.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            return self.trainer.host_loss(self.module, self._with_labels(inputs, batch.labels), items)[0]
+
+    def _with_labels(self, inputs: Mapping[str, Any], labels: Any) -> dict[str, Any]:
+        return with_labels(self.module, inputs, labels, self.trainer._label)
+
+    def _call(self, **inputs: Any) -> Any:
+        trainer, labels = self.trainer, self._batch.labels if self._asks_loss else None
+        if not trainer._playing:
+            return (trainer.model if self.student else self.module)(**inputs)
+        outputs = self._outputs(trainer.model_wrapped if self.student else self.module, inputs, labels)
+        if self.student:
+            trainer._outputs = outputs
+        return outputs
+
+    def _outputs(self, model: nn.Module, inputs: dict[str, Any], labels: Any) -> Any:
+        """What the network returns in a step; the task loss, where there are labels, is kept."""
+        trainer = self.trainer
+        if labels is None and not any(name in inputs for name in trainer.label_names):
+            return model(**inputs)
+        inputs = self._with_labels(inputs, labels)
+        # Another stream's batch is no part of the accumulated one, whose items were counted.
+        whole = not trainer._drawn or bool(self._batch.streams)
+        items = (trainer._items if whole else trainer.count_items(inputs)) if self.counts else None
+        self._loss, outputs = trainer.host_loss(model, inputs, items)
+        if items is not None and whole:
+            # Everything is divided by the accumulation steps afterwards, which this loss is already.
+            self._loss = self._loss * trainer.current_gradient_accumulation_steps
+        return outputs
+
+
+class Updates(TrainerCallback):
+    """Steps the distiller's own parts with the student's optimizer, and tells it of the end of an epoch."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.start_player()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.before_update()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.player is not None:
+            self.trainer.player.after_update()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Here, and not in on_epoch_end, which follows the checkpoint of an epoch's last step.
+        if state.global_step % self.trainer._epoch_steps == 0:
+            self.trainer.end_epoch(state.epoch)
+        if control.should_evaluate or control.should_save:
+            self.average_buffers()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.average_buffers()
+
+    def average_buffers(self) -> None:
+        if self.trainer.player is not None:
+            self.trainer.player.average_buffers()
+
+
+def listed(kind: str, given: Any) -> list[nn.Module]:
+    """The teachers, or the peers; refuses what is none."""
+    networks = [given] if isinstance(given, (nn.Module, str)) else list(given or ())
+    for network in networks:
+        if not isinstance(network, nn.Module):
+            raise DistillError(
+                f"Expected a model as {kind}, got {network!r}: load it first, with the from_pretrained of the class"
+                " that fits the task, such as AutoModelForSequenceClassification."
+            )
+    return networks
+
+
+def ignored_label(config: Any) -> int:
+    """The label that a model's loss leaves out; UperNet has another name for it."""
+    names = ("semantic_loss_ignore_index", "loss_ignore_index")
+    return next((int(getattr(config, name)) for name in names if hasattr(config, name)), -100)
+
+
+def export(peer: nn.Module, folder: Path) -> None:
+    """Writes a peer as `from_pretrained` loads it."""
+    if hasattr(peer, "save_pretrained"):
+        peer.save_pretrained(folder)
+        return
+    folder.mkdir(exist_ok=True)
+    save_weights(peer, folder / "model.safetensors")
+
+
+def save_weights(module: nn.Module, path: Path) -> None:
+    save_file({k: v.detach().clone().contiguous() for k, v in module.state_dict().items()}, path)

@@ -1,0 +1,89 @@
+"""Streams that are looked at before the training, and the random state of a training."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset
+
+from kd_plugins import DistillError
+
+
+def _state() -> tuple[Any, ...]:
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+
+def _restore(state: tuple[Any, ...]) -> None:
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Leaves the random states of Python, NumPy and torch (of the CPU) as they were."""
+    state = _state()
+    try:
+        yield
+    finally:
+        _restore(state)
+
+
+def check_anew(stream: Any) -> None:
+    """Refuses what can be read only once, where it is read before the training as well."""
+    if isinstance(stream, Iterator):
+        raise DistillError(
+            f"Expected training data that may be read before the training too, got {type(stream).__name__}, which can"
+            " be read only once: give a data set whose every iter() begins anew, as train_dataset."
+        )
+
+
+class Peeked(IterableDataset):
+    """A stream whose first rows may be read before the training; its first pass then begins with them.
+
+    Nothing is lost of a stream that can be read once only. Read without workers, rows and collator get the random
+    numbers that they would have got without the look.
+
+    Args:
+        rows: The stream. With workers, each of which reads it anew, it is read twice at its beginning, unless it is its
+            own iterator.
+        workers: Of the loader.
+    """
+
+    def __init__(self, rows: Any, workers: int) -> None:
+        self.rows, self.workers = rows, workers
+        self._first: list[Any] = []
+        self._rest: Iterator[Any] | None = None
+        self._drawn: tuple[Any, ...] = ()
+
+    def peek(self, number: int) -> list[Any]:
+        """The first rows."""
+        with undisturbed():
+            torch.empty((), dtype=torch.int64).random_()  # A loader that begins draws a seed.
+            rest = iter(self.rows)
+            first = list(itertools.islice(rest, number))
+            if not self.workers or rest is self.rows:
+                self._first, self._rest, self._drawn = first, rest, _state()
+        return first
+
+    def __iter__(self) -> Iterator[Any]:
+        first, rest, self._first, self._rest = self._first, self._rest, [], None
+        if rest is None:
+            yield from self.rows
+            return
+        for left, row in zip(range(len(first) - 1, -1, -1), first, strict=True):
+            if left == 0:
+                _restore(self._drawn)
+            yield row
+        yield from rest
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "rows":
+            raise AttributeError(name)
+        return getattr(self.rows, name)
