@@ -53,6 +53,8 @@ class RecordCallback(TrainerCallback):
         settings: Mapping[str, Any] | None = None,
         predicts: bool = True,
     ) -> None:
+        # One of the user's own takes the place of that which a DistillationTrainer has by itself.
+        trainer.remove_callback(RecordCallback)
         self.trainer, self.teachers, self.predicts = trainer, tuple(teachers), predicts
         self.host, self.names, self.data, self.settings = host, names, data, settings
         self.record: RunRecord | None = None
