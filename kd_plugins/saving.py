@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from kd_plugins import states
 from kd_plugins.catalog.registry import config_of
 from kd_plugins.distiller import Distiller
-from kd_plugins.errors import DistillError
+from kd_plugins.errors import DistillError, told
 from kd_plugins.finite import Watch, check_weights
 from kd_plugins.groups import Group
 from kd_plugins.host import world
@@ -79,7 +79,8 @@ class Saving:
         from safetensors.torch import save_file
 
         rank = world()[0]
-        folder.mkdir(parents=True, exist_ok=True)
+        with told(f"{folder} cannot be written", OSError, remedy="make room, or mend the rights of its folder."):
+            folder.mkdir(parents=True, exist_ok=True)
         streams = {
             f"{name}|{key}": value
             for name, part in parts(self.distiller).items()

@@ -185,8 +185,9 @@ def open_state(folder: str | Path) -> Path:
     if new.is_dir() and not damage(new):
         # A kill came between the two steps of close_state: this one may be the only whole one.
         _shift(folder)
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
+    with told(f"{folder} cannot be written", OSError, remedy="make room, or mend the rights; it is as it was."):
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
     return new
 
 

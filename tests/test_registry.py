@@ -246,7 +246,7 @@ def test_a_dotted_option_overrides_a_group_of_a_single_distiller(install):
     assert distiller.optim_overrides == {"critic": {"lr": 1e-5, "options": {"betas": [0, 0.9]}}}
     with pytest.raises(DistillError, match=r"'critic\.lrr' .* Did you mean lr\?"):
         create_distiller("mine", **{"critic.lrr": 1e-5})
-    with pytest.raises(DistillError, match=r"expected critic\.lr to be float, got 'fast'"):
+    with pytest.raises(DistillError, match=r"expected critic\.lr to be float from 0, got 'fast'"):
         create_distiller("mine", **{"critic.lr": "fast"})
 
 
