@@ -34,6 +34,7 @@ TEXT = [
     *"--use_cpu --save_steps 2 --save_total_limit 2 --logging_steps 1 --resume_from_checkpoint auto".split(),
 ]
 POOLED = "layers=bert.pooler teacher_layers=bert.pooler".split()
+TOKENS = "layers=bert.encoder.layer.0.output teacher_layers=bert.encoder.layer.1.output".split()
 TAUGHT = "--train_teacher --teacher_layers 4 --teacher_hidden_size 16 --teacher_heads 2".split()
 # What each shape of method is shown by, in each script.
 SHAPES: dict[str, dict[str, list[str]]] = {
@@ -58,7 +59,7 @@ SHAPES: dict[str, dict[str, list[str]]] = {
     },
     "transformers": {
         "stages": [*TEXT, *TAUGHT, "--distill", "internal"],
-        "search": [*TEXT, *TAUGHT, "--distill", "ksanc", "--distill_args", *POOLED],
+        "search": [*TEXT, *TAUGHT, "--distill", "ksanc", "--distill_args", *TOKENS],
         "bank": [*TEXT, *TAUGHT, "--distill", "crd", "--distill_args", *POOLED],
         "noisy": [*TEXT, *TAUGHT, "--distill", "noisy"],
         "cached": [*TEXT, *TAUGHT, "--distill", "kd", "--cache_teacher"],

@@ -129,7 +129,7 @@ def only_entry(entries: list[EntryPoint]) -> EntryPoint:
         sources = " and ".join(f"{source_of(entry)} ({entry.value})" for entry in entries)
         networks = entries[0].group == NETWORKS
         raise DistillError(
-            f"expected one {'adapter of networks' if networks else 'distiller'} named {entries[0].name!r}, got several, "
+            f"expected one {'adapter' if networks else 'distiller'} named {entries[0].name!r}, got several, "
             f"from {sources} — uninstall one of them{'' if networks else ', or give module:Class'}"
         )
     return entries[0]
