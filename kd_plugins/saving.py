@@ -120,13 +120,19 @@ class Saving:
         Raises:
             DistillError: The folder holds no distiller, or another one; no state is whole; the method is not set up.
         """
-        from safetensors.torch import load_file
-
         if not self.distiller.ready:
             raise DistillError(
                 f"{self.distiller.name} has no parts to load before it is set up: bind(..., batch=one batch) first."
             )
-        folder, rank = self._found(Path(folder)), world()[0]
+        found, rank = self._found(Path(folder)), world()[0]
+        with told(
+            f"The state {found} cannot be read", Exception, remedy="it is damaged, was edited, or is of another run."
+        ):
+            return self._load(found, rank, *others)
+
+    def _load(self, folder: Path, rank: int, *others: Any) -> bool:
+        from safetensors.torch import load_file
+
         state = self._checked_state(folder)
         saved = torch.load(folder / "distiller_optimizers.pt", map_location="cpu", weights_only=True)
         for group in self:

@@ -50,6 +50,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
     try:
         # Every library has errors of its own for a full disk.
         with told(f"{path} cannot be written", Exception, remedy="make room, or mend the rights of its folder."):
+            if partial.is_symlink():
+                # Somebody's link, which would lead the writing elsewhere.
+                partial.unlink()
             # Safetensors lets a file's owner alone read it; others may, as the umask says.
             partial.touch()
             mode = partial.stat().st_mode
@@ -77,7 +80,7 @@ def write_json(path: str | Path, content: Any) -> None:
 
 def read_json(path: str | Path) -> Any:
     """Reads a JSON file; a DistillError names one that is damaged."""
-    with told(f"{path} cannot be read", OSError, ValueError, remedy="it is damaged, or was edited."):
+    with told(f"{path} cannot be read", OSError, ValueError, RecursionError, remedy="it is damaged, or was edited."):
         return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
