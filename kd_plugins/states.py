@@ -29,6 +29,7 @@ __all__ = [
     "read_json",
     "replacing",
     "seal",
+    "settle",
     "slots",
     "write_json",
     "write_text",
@@ -184,14 +185,19 @@ def slots(folder: str | Path) -> list[Path]:
 
 def open_state(folder: str | Path) -> Path:
     """An empty folder for a new state of a run, which `close_state` makes the newest one."""
+    settle(folder)
     new = slots(folder)[0]
-    if new.is_dir() and not damage(new):
-        # A kill came between the two steps of close_state: this one may be the only whole one.
-        _shift(folder)
     with told(f"{folder} cannot be written", OSError, remedy="make room, or mend the rights; it is as it was."):
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
     return new
+
+
+def settle(folder: str | Path) -> None:
+    """Ends what a kill between the two steps of `close_state` has left: the new state may be the only whole one."""
+    new = slots(folder)[0]
+    if new.is_dir() and not damage(new):
+        _shift(folder)
 
 
 def close_state(folder: str | Path, **facts: Any) -> None:

@@ -249,6 +249,14 @@ def create_scheduler(
     """
     options = scheduler_kwargs(args, decreasing_metric=args.eval_metric == "loss")
     with told(f"--sched {args.sched} cannot be made with these arguments", Exception):
+        # On a small optimizer first, to the end: some flags are wrong in the course of the training alone.
+        small = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=optimizer.param_groups[0]["lr"])
+        trial, epochs = create_scheduler_v2(small, **options, updates_per_epoch=updates_per_epoch)
+        for epoch in range(epochs + 1) if trial is not None else ():
+            trial.step(epoch, 0.0)
+            trial.step_update(epoch * updates_per_epoch)
+            if not math.isfinite(rate := small.param_groups[0]["lr"]):
+                raise ValueError(f"the learning rate of epoch {epoch} would be {rate}")
         return create_scheduler_v2(optimizer, **options, updates_per_epoch=updates_per_epoch)
 
 

@@ -111,10 +111,12 @@ def _load_state(session: Parts, folder: Path) -> tuple[int, bool]:
     timms = session.folder / "last.pth.tar"
     if session.saver is not None and timms.is_file():
         session.saver.load_state_dict_from_checkpoint(timms)
-    if session.primary:
-        _bring_along(folder.parent, session.folder)
     random = torch.load(folder / f"random-{session.accelerator.process_index}.pt", weights_only=True)
     load_random_state(random)
+    session.accelerator.wait_for_everyone()
+    if session.primary:
+        _bring_along(folder.parent, session.folder)
+        states.settle(session.folder)
     session.reporter.line(f"Continuing with epoch {saved['epoch']} from {folder}")
     if session.args.workers and session.args.persistent_workers:
         changed.append("persistent_workers")

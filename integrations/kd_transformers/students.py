@@ -34,12 +34,12 @@ def from_checkpoint(name: str, labels: Labels, *, fresh_head: bool, **hub: Any) 
     """
     settings = labels.config if fresh_head else {"problem_type": labels.problem}
     unfit = f"The checkpoint {name} cannot be loaded as a sequence classifier"
-    with told(unfit, OSError, ValueError):
+    with told(unfit, Exception):
         config = AutoConfig.from_pretrained(name, **hub)
     if not fresh_head:
         _check_classes(name, config, labels)
     config.update(settings)
-    with told(unfit, OSError, ValueError, RuntimeError):
+    with told(unfit, Exception):
         model, info = AutoModelForSequenceClassification.from_pretrained(
             name, config=config, output_loading_info=True, ignore_mismatched_sizes=fresh_head, **hub
         )
@@ -62,7 +62,7 @@ def load_teacher(name: str, checkpoint: str | None, labels: Labels, **hub: Any) 
     if (folder / "config.json").is_file():
         return from_checkpoint(checkpoint, labels, fresh_head=False, **{**hub, "revision": "main"})
     model = from_configuration(name, labels, hub)
-    with told(f"The weights {checkpoint} do not fit the teacher {name}", RuntimeError):
+    with told(f"The weights {checkpoint} do not fit the teacher {name}", Exception):
         outcome = model.load_state_dict(_read_weights(folder), strict=False)
     _check_weights(checkpoint, set(outcome.missing_keys), False)
     return model.eval()
@@ -70,7 +70,7 @@ def load_teacher(name: str, checkpoint: str | None, labels: Labels, **hub: Any) 
 
 def from_configuration(name: str, labels: Labels, hub: Mapping[str, Any], **options: Any) -> Any:
     """A sequence classifier of a checkpoint's kind and size, with random weights."""
-    with told(f"The configuration {name} cannot be loaded", OSError, ValueError):
+    with told(f"The configuration {name} cannot be loaded", Exception):
         config = AutoConfig.from_pretrained(name, **hub)
     config.update(labels.config)
     return AutoModelForSequenceClassification.from_config(config, **options)
