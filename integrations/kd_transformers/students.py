@@ -262,10 +262,11 @@ def load_tokenizer(name: str, **hub: Any) -> Any:
     if path.suffix == ".txt":
         if not path.is_file():
             raise DistillError(f"--tokenizer_name: there is no file {name}.")
-        lines = path.read_text(encoding="utf-8").split("\n")
+        with told(f"--tokenizer_name {name} cannot be read", OSError, ValueError):
+            lines = path.read_text(encoding="utf-8").split("\n")
         words = lines[:-1] if lines[-1] == "" else lines
         return BertTokenizer(vocab={word: i for i, word in enumerate(words)}, model_max_length=512)
-    with told(f"The tokenizer of {name} cannot be loaded", OSError, ValueError, KeyError):
+    with told(f"The tokenizer of {name} cannot be loaded", Exception):
         return AutoTokenizer.from_pretrained(name, **hub)
 
 
