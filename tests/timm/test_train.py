@@ -203,7 +203,7 @@ def test_digits_are_split_once_and_for_all():
         ("-b 63 --mixup 0.3", "give an even number"),
         ("--in-chans 5", "--input-img-mode"),
         ("--naflex-loader", "choose a NaFlex model"),
-        ("--std 0 1 1", "deviations above 0"),
+        ("--std 0 1 1", "a positive std"),
         ("--opt nothing", "--opt nothing"),
         ("--sched nothing", "--sched nothing"),
         ("-b 4096", "--batch-size"),
