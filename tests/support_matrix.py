@@ -33,7 +33,7 @@ TWO_PROCESSES = {
     "quest": "methods/test_quest.py::test_two_processes_have_the_words_of_the_first",
     "structured": "methods/test_structured.py::test_two_processes",
 }
-"""The tests that start two processes with a method; for the others those of tests/shapes do, with one of their shape."""
+"""The tests that start two processes with a method; for others those of tests/shapes do, with one of their shape."""
 
 
 def names() -> list[str]:
