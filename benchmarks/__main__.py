@@ -11,6 +11,7 @@ NAMES = {
     "quest": "QuEST's loss in pieces, and all at once",
     "vocabulary": "soft labels over a vocabulary in chunks, and all at once",
     "detector": "NST on Faster R-CNN",
+    "recording": "what a record for the report adds to a run",
     "camvid": "segmentation of CamVid",
     "quality": "lists of training runs",
     "robustness": "students of a list of runs on corrupted and attacked images",

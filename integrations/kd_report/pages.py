@@ -200,7 +200,8 @@ def _results(about: Subject) -> Parts:
         number_of_runs = "–" if about.one else str(len(runs))
         rows.append([name, number_of_runs, _mean(result, form), beside, cells[0], seen or "–", *cells[1:]])
     measures = list(shown)
-    columns = ["", "runs", metric or "result", "against alone", measures[0], "examples", *measures[1:]]
+    named = f"{metric}, as logged" if metric in shown else metric or "result"
+    columns = ["", "runs", named, "against alone", measures[0], "examples", *measures[1:]]
     table = _table(columns, [row for row in rows if set(row[2:]) != {"–"}])
     if not about.one:
         return [table, ("charts", [charts.dots(values, title=metric)] if metric else [])]

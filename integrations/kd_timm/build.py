@@ -16,7 +16,7 @@ import torch
 from timm.data import resolve_input_data_config
 from timm.layers import convert_splitbn_model, set_fast_norm
 from timm.loss import create_classification_loss, load_class_stats, resolve_class_weights
-from timm.models import parse_model_name, resolve_model_input_args
+from timm.models import get_model_input_config, parse_model_name, resolve_model_input_args
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import set_jit_fuser
@@ -77,6 +77,21 @@ def check_normalisation(config: Mapping[str, Any], who: str) -> None:
         raise DistillError(f"{who}: expected a finite mean and a positive std of the images, got {mean} and {std}.")
 
 
+def data_config(model: nn.Module, args: Mapping[str, Any] | None = None, cfg: Any = None) -> dict[str, Any]:
+    """timm's data configuration of a model, without its warning where grey images have one mean for three colours.
+
+    Args:
+        model: A model of timm.
+        args: Arguments that override the configuration.
+        cfg: Its pretrained configuration; by default the model's own.
+    """
+    cfg = dict(getattr(model, "pretrained_cfg", None) or {}) if cfg is None else dict(cfg)
+    if get_model_input_config(model)["input_size"][0] == 1:
+        several = {key: cfg[key] for key in ("mean", "std") if isinstance(cfg.get(key), (tuple, list))}
+        cfg |= {key: (sum(values) / len(values),) for key, values in several.items()}
+    return resolve_input_data_config(model, args, pretrained_cfg=cfg)
+
+
 def create_student(args: argparse.Namespace, flag: str = "--model") -> tuple[nn.Module, dict[str, Any]]:
     """Makes the model to train and resolves its data configuration; fills in `args.num_classes`.
 
@@ -110,7 +125,7 @@ def create_student(args: argparse.Namespace, flag: str = "--model") -> tuple[nn.
             checkpoint_path=args.initial_checkpoint,
             **resolved,
         )
-        config = resolve_input_data_config(model, vars(args))
+        config = data_config(model, vars(args))
     check_normalisation(config, f"{flag} {args.model}")
     if args.naflex_loader and "patch_coord" not in inspect.signature(model.forward).parameters:
         raise DistillError(f"--naflex-loader gives patches, and {args.model} takes images: choose a NaFlex model.")

@@ -232,14 +232,13 @@ class Parts(TrainingRun):
     def _open_output(self) -> None:
         args, folder = self.args, None
         if self.primary:
-            if args.resume and not args.output and not args.experiment and self.state is not None:
-                folder = self.state.parent
-            else:
-                folder = output_folder(args)
-                if not args.experiment:
-                    size = self.data.config["input_size"][-1]
-                    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-                    folder /= f"{stamp}-{safe_model_name(args.model)}-{size}"
+            folder, before = output_folder(args), None if self.state is None else self.state.parent
+            if before and not args.experiment and (not args.output or before.resolve().parent == folder.resolve()):
+                folder = before
+            elif not args.experiment:
+                size = self.data.config["input_size"][-1]
+                stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+                folder /= f"{stamp}-{safe_model_name(args.model)}-{size}"
             if (folder / "run.json").is_file() and self.state is None:
                 _logger.warning(f"{folder} holds an earlier run, whose files this one replaces.")
             with told(f"--output: {folder} cannot be made", OSError, remedy="name a folder that can be written"):
@@ -265,14 +264,14 @@ class Parts(TrainingRun):
             )
         if self.primary:
             if not slots(self.folder)[1].is_dir():
-                self.write_arguments()
-            self.checkpoints.describe(self.student, self.data.config, self.data.classes)
-            for label, peer in zip(self.peers.labels, peers, strict=True):
-                self.checkpoints.describe(peer, self.data.config, self.data.classes, name=label)
+                self.describe()
 
-    def write_arguments(self) -> None:
-        """Writes `args.yaml`; beside the state of an earlier run, only once there is one of this run."""
+    def describe(self) -> None:
+        """Writes `args.yaml` and `config.json`; beside the state of a run before, only once there is one of this."""
         write_text(self.folder / "args.yaml", yaml.safe_dump({**self.given, "config": "", "resume": ""}))
+        networks = {"config": self.student} | dict(zip(self.peers.labels, self.peers.modules, strict=True))
+        for name, network in networks.items():
+            self.checkpoints.describe(network, self.data.config, self.data.classes, name)
 
 
 def softmax(args: argparse.Namespace) -> bool:

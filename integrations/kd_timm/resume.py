@@ -67,7 +67,7 @@ def save_state(session: Parts, epoch: int) -> None:
     session.accelerator.wait_for_everyone()
     if session.primary:
         states.close_state(session.folder)
-        session.write_arguments()
+        session.describe()
     session.accelerator.wait_for_everyone()
 
 

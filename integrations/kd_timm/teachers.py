@@ -13,18 +13,21 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from timm.data import resolve_input_data_config
 from timm.models import load_state_dict, parse_model_name
 from torch import Tensor, nn
 
 from kd_plugins import Distiller, DistillError
 from kd_plugins.binding import needs_of_stages
 from kd_plugins.errors import told
-from kd_timm.build import check_model_name, check_normalisation
+from kd_timm.build import check_model_name, check_normalisation, data_config
+
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as images are read in grey
 
 
 class InputTransform:
-    """Turns the student's normalised images into a teacher's: other mean and std, other size.
+    """Turns the student's normalised images into a teacher's: other mean and std, other size, grey or colour.
+
+    A teacher of colours gets a grey image in each channel; a teacher of grey images the luminance of colours.
 
     Args:
         student: The student's data configuration (`mean`, `std`, `input_size`).
@@ -36,18 +39,22 @@ class InputTransform:
         mean, std, own_mean, own_std = (
             torch.tensor(config[key], dtype=torch.float64) for config in (student, teacher) for key in ("mean", "std")
         )
-        self.scale = (std / own_std).float().view(1, -1, 1, 1)
-        self.shift = ((mean - own_mean) / own_std).float().view(1, -1, 1, 1)
+        self.grey = (len(mean), len(own_mean)) == (3, 1)
+        share = torch.tensor(_LUMA if self.grey else 1.0, dtype=torch.float64)
+        black = (share * mean).sum(0, keepdim=True) if self.grey else mean
+        self.scale = (share * std / own_std).float().view(1, -1, 1, 1)
+        self.shift = ((black - own_mean) / own_std).float().view(1, -1, 1, 1)
         self.same = torch.equal(mean, own_mean) and torch.equal(std, own_std)
         self.size = tuple(teacher["input_size"][1:]) if fixed_size else None
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images `[B, C, H, W]` in the teacher's terms."""
+        """Images `[B, C, H, W]` in the teacher's terms, with its number of channels."""
         if self.size is not None and tuple(images.shape[2:]) != self.size:
             images = F.interpolate(images, size=self.size, mode="bicubic", align_corners=False, antialias=True)
         if self.same:
             return images
-        return images * self.scale.to(images) + self.shift.to(images)
+        scaled = images * self.scale.to(images)
+        return (scaled.sum(1, keepdim=True) if self.grey else scaled) + self.shift.to(images)
 
 
 @dataclass
@@ -122,12 +129,13 @@ def create_teacher(
         module = _published(name, kwargs)
     theirs: Any = module
     cfg = {**theirs.pretrained_cfg, **saved.get("pretrained_cfg", {})}
-    own = resolve_input_data_config(module, {}, pretrained_cfg=cfg)
+    own = data_config(module, cfg=cfg)
     check_normalisation(own, f"The teacher {name}")
-    if own["input_size"][0] != config["input_size"][0]:
+    channels = own["input_size"][0], config["input_size"][0]
+    if channels[0] != channels[1] and {*channels} != {1, 3}:
         raise DistillError(
-            f"The teacher {name} takes {own['input_size'][0]} image channels and the student {config['input_size'][0]}:"
-            " give both the same, --in-chans for the student or --teacher-kwargs in_chans=... for the teacher."
+            f"The teacher {name} takes {channels[0]} image channels and the student {channels[1]}: give both the same,"
+            " --in-chans for the student or --teacher-kwargs in_chans=... for the teacher."
         )
     order, misfit = None, other_classes(name, theirs.num_classes, num_classes)
     try:

@@ -80,8 +80,33 @@ def test_a_signal_ends_the_run_with_a_state(few_digits, tiny, tmp_path, monkeypa
     assert train.main(words) == 0
 
 
+def test_epochs_between_evaluations_are_saved(run, monkeypatch):
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0.0)
+    flags = "--epochs", "3", "--val-interval", "3"
+    whole, begin = run(*flags, name="whole"), train.train_one_epoch
+
+    def interrupted(session, epoch, **options):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return begin(session, epoch, **options)
+
+    monkeypatch.setattr(train, "train_one_epoch", interrupted)
+    assert run(*flags, name="parts").results == {}
+    monkeypatch.setattr(train, "train_one_epoch", begin)
+    # Without --experiment: in the folder of the run.
+    folder = whole.folder.parent / "parts"
+    parts = run(*flags, "--resume", str(folder), "--experiment", "")
+    assert parts.folder.samefile(folder)
+    assert same(load_file(whole.folder / "last.safetensors"), load_file(folder / "last.safetensors"))
+    assert (whole.folder / "summary.csv").read_text() == (folder / "summary.csv").read_text()
+
+
 def test_resume_refuses_other_settings(run):
     first = run()
+    config = (first.folder / "config.json").read_text()
+    with pytest.raises(DistillError, match="img_size"):
+        run("--img-size", "24", "--resume", str(first.folder))
+    assert (first.folder / "config.json").read_text() == config
     with pytest.raises(DistillError, match="lr"):
         run("--lr", "0.5", "--resume", str(first.folder))
     assert "lr: 0.02" in (first.folder / "args.yaml").read_text()
@@ -321,6 +346,7 @@ def test_parts_of_the_digits_are_named_as_those_of_datasets():
     assert few.targets + rest.targets == whole.targets
     assert len(set(few.targets)) == 10
     assert len(Digits("validation[:10%]", "L")) == 50
-    for split in ("train[:x]", "train[5:5]", "tests[:3]"):
+    assert len(Digits("validation[-10:500]", "L")) == 10
+    for split in ("train[:x]", "train[5:5]", "tests[:3]", "train[:2000]"):
         with pytest.raises(DistillError, match="Expected (a part of )?the digits"):
             Digits(split, "L")
