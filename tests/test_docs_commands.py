@@ -29,7 +29,7 @@ from kd_transformers.train import main as transformers_main
 
 ROOT = Path(__file__).parents[1]
 CLASSES = 10
-TIMM = "--device cpu -j 0 -b 4 --log-interval 100".split()
+TIMM = "--device cpu -j 0 -b 4 --log-interval 100 --val-interval 100".split()
 TRANSFORMERS = (
     "--use_cpu --max_train_samples 32 --max_eval_samples 8 --max_seq_length 16 --per_device_train_batch_size 8"
     " --disable_tqdm True --save_strategy no"
