@@ -696,7 +696,8 @@ def test_curves_of_any_range(values):
 
 
 def test_ticks_of_a_constant_differ() -> None:
-    drawn = charts.lines({"": [[(1, 5e-4), (2, 5e-4), (3, 5e-4)]]}, [""], title="learning rate")
+    with charts.style():
+        drawn = charts.lines({"": [[(1, 5e-4), (2, 5e-4), (3, 5e-4)]]}, [""], title="learning rate")
     ticks = re.findall(r">(0\.0[0-9]+)<", drawn)
     assert len(ticks) >= 3
     assert len(set(ticks)) == len(ticks)

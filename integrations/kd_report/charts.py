@@ -102,7 +102,7 @@ def lines(
         axes.set_ylim(bottom=0)
     elif high - low < 0.01 * abs(high):
         # Of a constant the ticks would be closer than their labels tell.
-        axes.set_ylim(sorted((0.95 * low, 1.05 * high)) if low > 0 else sorted((1.05 * low, 0.95 * high)))
+        axes.set_ylim(low - 0.05 * abs(low), high + 0.05 * abs(high))
     for i, (name, start, end) in enumerate(stages):
         axes.axvspan(start, end, color=_SOFT, alpha=1 - i % 2, linewidth=0, zorder=0)
         axes.text(start, 1.03, name, size=9, color=_MUTED, transform=axes.get_xaxis_transform())
