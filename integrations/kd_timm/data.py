@@ -409,7 +409,7 @@ def create_data(
     def plainly(dataset: Any) -> Any:
         if dataset is None or not args.naflex_loader:
             return None if dataset is None else plain_loader(dataset, config, size, **reading)
-        keys = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+        keys = ("mean", "std", "interpolation", "crop_pct")
         options = reading | patches | {key: config[key] for key in keys}
         length = args.naflex_max_seq_len
         return create_naflex_loader(dataset, patch_size=patch_size, max_seq_len=length, batch_size=size, **options)
@@ -469,8 +469,11 @@ def _named(args: argparse.Namespace, names: Mapping[str, str]) -> dict[str, Any]
 
 
 def plain_loader(dataset: Any, config: Mapping[str, Any], batch_size: int, **options: Any) -> Any:
-    """A loader of a data set in its order, without augmentation, but for what the options of timm's factory say."""
-    keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+    """A loader of a data set in its order, without augmentation, but for what the options of timm's factory say.
+
+    As in timm's script the centre is cropped, whatever `crop_mode` the model's configuration names.
+    """
+    keys = ("input_size", "interpolation", "mean", "std", "crop_pct")
     made = dict(batch_size=batch_size, persistent_workers=False) | {key: config[key] for key in keys}
     return create_loader(dataset, **made | options)
 

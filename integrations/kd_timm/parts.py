@@ -110,6 +110,7 @@ class Parts(TrainingRun):
             named = f"{args.dataset or args.data_dir} ({args.val_split})"
             self.reporter.line(f"{args.distill} trains without data: {named} is for the evaluation alone.")
         self.seconds, self.updates = 0.0, 0
+        self.told: list[dict[str, Any]] = []
         self._begin(datasets, config)
         # A training without data keeps its last student, whatever an evaluation set says of it.
         judged = self.data.evaluation is not None and (not data_free or args.best_on_eval)
@@ -214,6 +215,7 @@ class Parts(TrainingRun):
         self.new_schedule()
         if stage.fresh_student:
             self.checkpoints.restart()
+            self.told.clear()
             if self.ema is not None:
                 self.ema.set(self.student)
 
