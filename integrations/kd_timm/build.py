@@ -210,8 +210,6 @@ def resolve_learning_rate(args: argparse.Namespace, processes: int, mean_batch: 
     """Derives `args.lr` from `--lr-base` and the global batch size where no rate is given."""
     if args.lr:
         return
-    if args.lr_base_size < 1:
-        raise DistillError(f"--lr-base-size: expected a batch size, at least 1, got {args.lr_base_size}.")
     batch = mean_batch * processes * args.grad_accum_steps
     if not args.lr_base_scale:
         args.lr_base_scale = "sqrt" if any(o in args.opt.lower() for o in ("ada", "lamb")) else "linear"

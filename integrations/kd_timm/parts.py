@@ -24,6 +24,7 @@ from kd_accelerate import broadcast
 from kd_plugins import DistillError
 from kd_plugins.errors import told
 from kd_plugins.states import slots, write_text
+from kd_timm.arguments import as_flag
 from kd_timm.build import (
     create_criterion,
     create_optimizer,
@@ -56,8 +57,7 @@ class Parts(TrainingRun):
         self.args = args
         for name in ("teacher", "peer", "distill_args"):
             if getattr(args, name) and not args.distill:
-                flag = f"--{name.replace('_', '-')}"
-                raise DistillError(f"{flag} does nothing without --distill NAME: name a distiller.")
+                raise DistillError(f"{as_flag(name)} does nothing without --distill NAME: name a distiller.")
         if args.ood_dataset and not args.val_split:
             raise DistillError("--ood-dataset is compared with the evaluation split: name one, --val-split.")
         if args.ood_dataset and not softmax(args):
@@ -160,10 +160,9 @@ class Parts(TrainingRun):
             else f"LR stepped per {'update' if args.sched_on_updates else 'epoch'}"
         )
         self.reporter.line(f"Scheduled epochs: {self.epochs} of {self.updates_per_epoch} updates. {stepped}.")
-        if args.stop_epoch and args.stop_epoch > self.epochs:
-            raise DistillError(
-                f"--stop-epoch: expected at most the {self.epochs} epochs of the run, got {args.stop_epoch}."
-            )
+        for flag, asked in (("--stop-epoch", [args.stop_epoch or 1]), ("--save-epochs", args.save_epochs)):
+            if max(asked, default=1) > self.epochs:
+                raise DistillError(f"{flag}: expected at most the {self.epochs} epochs of the run, got {max(asked)}.")
         if distillation is not None:
             model = distillation.network.staged
             distillation.schedule(self.epochs, self.updates_per_epoch)
@@ -315,10 +314,7 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
             torch.cuda.set_device(int(index))
     precision = "no"
     if args.amp:
-        names = {"float16": "fp16", "bfloat16": "bf16"}
-        if args.amp_dtype not in names:
-            raise DistillError(f"--amp-dtype: expected float16 or bfloat16, got {args.amp_dtype}.")
-        precision = names[args.amp_dtype]
+        precision = {"float16": "fp16", "bfloat16": "bf16"}[args.amp_dtype]
         if precision == "fp16" and kind == "cpu":
             if args.distill:
                 raise DistillError("--amp in float16 needs a GPU to scale the loss on: add --amp-dtype bfloat16.")

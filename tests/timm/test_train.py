@@ -197,6 +197,8 @@ def test_digits_are_split_once_and_for_all():
         ("--loss bce --loss-pos-weight 1,2", "Expected 10 weights"),
         ("--train-num-samples 5", "streamed"),
         ("--epoch-repeats 2", "streamed"),
+        ("--save-epochs 9", "at most the 2 epochs"),
+        ("--class-map x", "Digits are read from scikit-learn, where --class-map would do nothing"),
         ("--stop-epoch 3", "at most the 2 epochs"),
         ("--task multilabel", "a digit has one label"),
         ("--gp nothing", "Invalid pool type"),
