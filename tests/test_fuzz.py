@@ -21,7 +21,7 @@ from PIL import Image
 from kd_accelerate.command import flags
 from kd_plugins import DistillError, create_distiller
 from kd_plugins.catalog.installed import entries_by_name, ours
-from kd_plugins.catalog.options import options_of
+from kd_plugins.catalog.options import options_of, parse
 from kd_plugins.catalog.registry import get_distiller, options_from_strings
 from kd_plugins.catalog.values import choices_of
 from kd_plugins.reading.network import adapt
@@ -97,10 +97,11 @@ def test_options(given):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_option_takes_a_word_or_refuses_it(name):
-    for option in options_of(get_distiller(name)):
+    cls = get_distiller(name)
+    for option in options_of(cls):
         for word in WORDS:
             try:
-                (value,) = options_from_strings(name, [f"{option}={word}"]).values()
+                (value,) = parse(cls, [f"{option}={word}"]).values()
             except DistillError:
                 continue
             assert finite(value), (option, word)
