@@ -105,12 +105,15 @@ def create_student(args: argparse.Namespace, flag: str = "--model") -> tuple[nn.
         resolved = resolve_model_input_args(
             args.model, vars(args), pretrained_cfg_overlay=overlay or None, **{**wanted, **args.model_kwargs}
         )
+        begun = torch.get_rng_state()
         model = timm.create_model(
             pretrained=args.pretrained or bool(args.pretrained_path),
             checkpoint_path=args.initial_checkpoint,
             **resolved,
         )
         config = resolve_input_data_config(model, vars(args))
+    if args.pretrained_path:
+        _check_filled(model, resolved, args.pretrained_path, begun)
     check_normalisation(config, f"{flag} {args.model}")
     if args.naflex_loader and "patch_coord" not in inspect.signature(model.forward).parameters:
         raise DistillError(f"--naflex-loader gives patches, and {args.model} takes images: choose a NaFlex model.")
@@ -128,6 +131,27 @@ def create_student(args: argparse.Namespace, flag: str = "--model") -> tuple[nn.
             raise DistillError("--split-bn keeps statistics for each augmentation split: add --aug-splits N.")
         model = convert_splitbn_model(model, max(args.aug_splits, 2))
     return model.to(model_dtype(args)), config
+
+
+def _check_filled(model: nn.Module, arguments: Mapping[str, Any], path: str, begun: Tensor) -> None:
+    """Refuses a file of weights that left the most of a model as it is initialised: timm takes what has a place.
+
+    Args:
+        model: The model with the file's weights.
+        arguments: What it was made with.
+        path: The file.
+        begun: The state of torch's random stream when it was made.
+    """
+    ended = torch.get_rng_state()
+    torch.set_rng_state(begun)
+    fresh = dict(timm.create_model(**arguments).named_parameters())
+    torch.set_rng_state(ended)
+    drawn = {name: p for name, p in model.named_parameters() if p.dim() > 1 and fresh[name].any()}
+    left = sum(p.numel() for name, p in drawn.items() if torch.equal(p, fresh[name]))
+    if (share := left / max(sum(p.numel() for p in drawn.values()), 1)) > 0.5:
+        raise DistillError(
+            f"--pretrained-path {path} leaves {share:.0%} of the weights as they were: it is of another model."
+        )
 
 
 def create_criterion(args: argparse.Namespace) -> nn.Module:

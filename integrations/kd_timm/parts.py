@@ -330,7 +330,7 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
     )
     if accelerator.device.type != kind:
         raise DistillError(
-            f"--device: expected cuda, cuda:N, cpu or {accelerator.device.type}, which is here, got {args.device}."
+            f"--device: expected cuda, cuda:N or cpu, or {accelerator.device.type}, which is here, got {args.device}."
         )
     if args.sync_bn and kind == "cpu" and accelerator.num_processes > 1:
         raise DistillError("--sync-bn needs GPUs: leave it out, --dist-bn averages the statistics after each epoch.")
