@@ -16,7 +16,7 @@ import torch
 from timm.data import resolve_input_data_config
 from timm.layers import convert_splitbn_model, set_fast_norm
 from timm.loss import create_classification_loss, load_class_stats, resolve_class_weights
-from timm.models import parse_model_name, resolve_model_input_args
+from timm.models import load_checkpoint, load_state_dict, parse_model_name, resolve_model_input_args
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import set_jit_fuser
@@ -77,12 +77,15 @@ def check_normalisation(config: Mapping[str, Any], who: str) -> None:
         raise DistillError(f"{who}: expected a finite mean and a positive std of the images, got {mean} and {std}.")
 
 
-def create_student(args: argparse.Namespace, flag: str = "--model") -> tuple[nn.Module, dict[str, Any]]:
+def create_student(
+    args: argparse.Namespace, flag: str = "--model", verbose: bool = False
+) -> tuple[nn.Module, dict[str, Any]]:
     """Makes the model to train and resolves its data configuration; fills in `args.num_classes`.
 
     Args:
         args: Parsed arguments, after `apply_data_defaults`.
         flag: Where the model was named.
+        verbose: Whether timm logs the data configuration, as for its own script.
 
     Returns:
         The model, on the CPU, and the data configuration (input size, mean, std, interpolation, crop).
@@ -92,6 +95,9 @@ def create_student(args: argparse.Namespace, flag: str = "--model") -> tuple[nn.
     for option, path in files.items():
         if path and not os.path.exists(path):
             raise DistillError(f"{option} {path} does not exist: mend the path.")
+        if path:
+            with told(f"{option} {path} cannot be read", Exception, remedy="name a file of weights."):
+                load_state_dict(path)
     overlay = dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else {}
     overlay |= args.pretrained_cfg_overlay
     if args.fuser:
@@ -106,12 +112,14 @@ def create_student(args: argparse.Namespace, flag: str = "--model") -> tuple[nn.
             args.model, vars(args), pretrained_cfg_overlay=overlay or None, **{**wanted, **args.model_kwargs}
         )
         begun = torch.get_rng_state()
-        model = timm.create_model(
-            pretrained=args.pretrained or bool(args.pretrained_path),
-            checkpoint_path=args.initial_checkpoint,
-            **resolved,
-        )
-        config = resolve_input_data_config(model, vars(args))
+        model = timm.create_model(pretrained=args.pretrained or bool(args.pretrained_path), **resolved)
+        config = resolve_input_data_config(model, vars(args), verbose=verbose)
+    if args.initial_checkpoint:
+        remedy = "name a checkpoint of that model."
+        with told(
+            f"--initial-checkpoint {args.initial_checkpoint} does not fit {args.model}", Exception, remedy=remedy
+        ):
+            load_checkpoint(model, args.initial_checkpoint)
     if args.pretrained_path:
         _check_filled(model, resolved, args.pretrained_path, begun)
     check_normalisation(config, f"{flag} {args.model}")

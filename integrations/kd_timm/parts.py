@@ -82,7 +82,7 @@ class Parts(TrainingRun):
             check_data_free(args)
         apply_data_defaults(args, data_free)
         random_seed(args.seed, accelerator.process_index)
-        self.student, config = create_student(args)
+        self.student, config = create_student(args, verbose=self.primary)
         self.student.to(accelerator.device)
         # The processes draw from streams of their own; the moving average is copied before DDP would make them agree.
         broadcast(self.student.state_dict().values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from contextlib import suppress
 
 import pytest
 import timm
@@ -14,13 +14,15 @@ from kd_plugins import Batch, DistillError
 from kd_plugins.binding import connect, schedule, set_up
 from kd_timm.network import TimmNetwork
 
-SMALL = "test atto femto pico nano micro 050 xxs xxt zero tiny mini xs xt t0 n0 s0 b0 a0 m0 18 s small 26 b base".split()
+SMALL = (
+    "test atto femto pico nano micro 050 xxs xxt zero tiny mini xs xt t0 n0 s0 b0 a0 m0 18 s small 26 b base".split()
+)
 QUICK = ["byobnet", "convnext", "efficientnet", "mambaout", "mlp_mixer", "nfnet", "resnet", "swin_transformer"]
 QUICK += ["vision_transformer"]
 # What makes the models of the quick families small that are not so by name.
 SIZES = {
-    "swin_tiny_patch4_window7_224": dict(embed_dim=16, depths=(1, 1), num_heads=(1, 2), window_size=4, img_size=64),
-    "mixer_s32_224": dict(img_size=64),
+    "swin_tiny_patch4_window7_224": dict(embed_dim=32, depths=(1, 1), num_heads=(1, 2), window_size=4),
+    "mixer_s32_224": {},
 }
 FAMILIES = [name for name in timm.list_modules() if timm.list_models(module=name)]
 
@@ -37,22 +39,23 @@ def smallest(family: str) -> str:
     return next((name for name in names if name in SIZES), min(names, key=rank))
 
 
-def make(name: str, **sizes) -> tuple[nn.Module, int]:
-    """The model, and the side of the images that it takes: 128 where it leaves that open."""
+def make(name: str) -> tuple[nn.Module, int]:
+    """The model, of two layers where it can be, and the side of the smallest images that it takes."""
     cfg = timm.get_pretrained_cfg(name)
-    if "img_size" in sizes:
-        return timm.create_model(name, num_classes=10, **sizes), sizes["img_size"]
-    if cfg is None or not cfg.fixed_input_size:
-        return timm.create_model(name, num_classes=10), max(128, (cfg and cfg.min_input_size or (3, 0, 0))[1])
-    try:
-        return timm.create_model(name, num_classes=10, img_size=128), 128
-    except (TypeError, AssertionError, ValueError, RuntimeError):
-        return timm.create_model(name, num_classes=10), cfg.input_size[-1]
+    default = cfg.input_size[-1] if cfg else 224
+    for side in (64, 128, default):
+        for given in (SIZES.get(name, {}) | {"img_size": side}, {"depth": 2, "img_size": side}, {"img_size": side}, {}):
+            with suppress(Exception):
+                model = timm.create_model(name, num_classes=10, **given)
+                with torch.no_grad():
+                    model.eval()(torch.zeros(1, model.pretrained_cfg.get("input_size", (3,))[0], side, side))
+                return model.train(), side
+    raise AssertionError(f"{name} takes no images of {default}")
 
 
-def step(method: str, student: nn.Module, teacher: nn.Module | None, peers: list, batch: Batch, **options) -> str:
-    """Plays one step; what the method says against the networks, or "fits"."""
-    distiller = kd_plugins.create_distiller(method, **options)
+def step(method: str, student: nn.Module, teacher: nn.Module | None, peers: list, batch: Batch) -> str:
+    """Sets a method up and plays one step, if it reads scores alone; what it says against the networks, or "fits"."""
+    distiller = kd_plugins.create_distiller(method)
     before = [p.detach().clone() for p in student.parameters()]
     try:
         teachers = [] if teacher is None else [TimmNetwork(teacher)]
@@ -61,13 +64,14 @@ def step(method: str, student: nn.Module, teacher: nn.Module | None, peers: list
         schedule(distiller, 10, epoch=1)
     except DistillError as error:
         return str(error)
+    if method in ("nst", "dfa"):
+        return "fits"
     optimizers = kd_plugins.make_optimizers(distiller, torch.optim.SGD(student.parameters(), lr=1e-3), nets=nets)
-    batch = dataclasses.replace(batch, streams={"search": batch})
     for turn in distiller.turns(nets, batch):
         kd_plugins.play(turn, optimizers)
     trained = list(student.parameters())
     assert all(p.isfinite().all() for p in trained)
-    assert method == "dfa" or any(not torch.equal(a, b) for a, b in zip(before, trained, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(before, trained, strict=True))
     return "fits"
 
 
@@ -75,7 +79,7 @@ def walk(family: str) -> tuple[str, dict[str, str]]:
     """The model of a family, and what each method says of it."""
     torch.manual_seed(0)
     name = smallest(family)
-    (student, side), (other, _) = (make(name, **SIZES.get(name, {})) for _ in range(2))
+    (student, side), (other, _) = (make(name) for _ in range(2))
     channels = student.pretrained_cfg.get("input_size", (3,))[0]
     batch = Batch.of(torch.randn(2, channels, side, side), torch.tensor([1, 2]))
     found = {"kd": step("kd", student, other, [], batch), "nst": step("nst", student, other, [], batch)}
