@@ -234,8 +234,7 @@ class _Reader:
         """What the layers say of a batch."""
         view = self.net(batch, reads=_reads(self.places.values()))
         found = {name: _activation(view, place) for name, place in self.places.items()}
-        # Swin and its like give maps [B, H, W, C].
-        last = getattr(self.net.module, "output_fmt", None) == "NHWC"
+        last = self.net.network.channels_last
         return {name: x.movedim(-1, 1) if last and x.dim() == 4 else x for name, x in found.items()}
 
     @property

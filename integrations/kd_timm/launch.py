@@ -93,8 +93,9 @@ def launch(args: argparse.Namespace, rest: list[str]) -> None:
         for each in tasks if updates else ():
             schedule(each.distiller, updates * made[1])
 
+    tasks_of_script: dict[str, Any] = {"ClassificationTask": task, **dict.fromkeys(_TIMMS_OWN, refuse)}
     with (
-        mock.patch.multiple(timm.task, ClassificationTask=task, **dict.fromkeys(_TIMMS_OWN, refuse)),
+        mock.patch.multiple(timm.task, **tasks_of_script),
         _observed(timm.data, "resolve_data_config", keep),
         _observed(timm.scheduler, "create_scheduler_v2", length),
         mock.patch.object(sys, "argv", [str(args.script), *rest]),

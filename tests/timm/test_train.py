@@ -224,10 +224,13 @@ def test_bad_input_is_refused_before_training(tiny, few_digits, tmp_path, flags,
 
 
 def test_files_of_other_models_are_refused(tiny, few_digits, tmp_path, capsys, caplog):
+    caplog.set_level("INFO")
     own, other, junk, listed = (tmp_path / name for name in ("own/w.safetensors", "w.safetensors", "w.pth", "l/w.pth"))
     for path, model in ((own, timm.create_model("resnet10t", **MODEL)), (other, timm.create_model("cifar_resnet8"))):
         path.parent.mkdir(exist_ok=True)
         save_file(model.state_dict(), path)
+    third = tmp_path / "third.safetensors"
+    save_file(timm.create_model("test_vit").state_dict(), third)
     for path in (junk, listed):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"e")
@@ -236,10 +239,10 @@ def test_files_of_other_models_are_refused(tiny, few_digits, tmp_path, capsys, c
     refused = {
         f"--initial-checkpoint {other}": " ...",
         f"--initial-checkpoint {junk}": f"--initial-checkpoint {junk} cannot be read",
-        f"--pretrained-path {other}": "of the weights as they were: it is of another model",
+        f"--pretrained-path {third}": "100% of the weights as they were: it is of another model",
         f"--distill kd {teacher} {junk}": "does not fill the teacher resnet10t",
         f"--distill kd {teacher} {listed}": "got list",
-        f"--distill kd --num-classes 7 {teacher} {own}": "(--num-classes 10)",
+        f"--distill kd --num-classes 12 {teacher} {own}": "(--num-classes 10)",
         f"--distill dfa --epochs 1 {teacher} {own}": "raise --epochs from 1 to at least 2",
     }
     for flags, words in refused.items():
