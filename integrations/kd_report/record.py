@@ -276,7 +276,7 @@ class RunRecord:
         if self.timer is not None:
             self.timer.stop()
             if self.timer.steps:
-                cost |= {"parts": self.timer.medians(), "timed_steps": self.timer.steps}
+                cost["parts"] = self.timer.medians()
         cost |= _peak_memory(self._cuda)
         self.run |= {"results": dict(results), "status": status}
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -113,10 +114,17 @@ def load_run(folder: str | Path) -> Run:
             " version of kd-plugins that wrote it."
         )
     tensors = folder / _TENSORS
-    numbers = [{k: float(x) for k, x in row.items() if type(x) in (int, float) and abs(x) < 1e300} for row in history]
+    numbers = [{k: x for k, given in row.items() if (x := _number(k, given)) is not None} for row in history]
     with told(f"{tensors} cannot be read", SafetensorError, OSError, remedy="it is damaged: remove it."):
         arrays = load_file(tensors) if tensors.is_file() else {}
     return Run(folder, info, numbers, {key: x for key, x in arrays.items() if key.partition("/")[0] in info})
+
+
+def _number(key: str, given: Any) -> float | None:
+    """A number of a row; JSON has no NaN, so a measure that is none stands there as null."""
+    if given is None and key not in ("step", "epoch"):
+        return math.nan
+    return float(given) if type(given) in (int, float) and abs(given) < 1e300 else None
 
 
 def find_runs(folders: Iterable[str | Path]) -> list[Path]:
@@ -125,7 +133,7 @@ def find_runs(folders: Iterable[str | Path]) -> list[Path]:
     for folder in map(Path, folders):
         below = [] if _is_run(folder) else sorted({path.parent for name in _FILES for path in folder.rglob(name)})
         found += below or [folder]
-    return list(dict.fromkeys(found))
+    return list({folder.resolve(): folder for folder in reversed(found)}.values())[::-1]
 
 
 def _is_run(folder: Path) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -116,18 +117,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if unknown:
         name = unknown[0].partition("=")[0].removeprefix("--").replace("-", "_")
         if name in REFUSED:
-            parser.error(f"{_flag(name)}: {REFUSED[name]}")
+            parser.error(f"{as_flag(name)}: {REFUSED[name]}")
         parser.error(explain(parser, unknown[0]))
     for name in ("teacher_checkpoint", "teacher_kwargs", "peer_kwargs"):
         owner = name.partition("_")[0]
         if len(getattr(args, name)) > len(getattr(args, owner)):
-            parser.error(f"{_flag(name)}: the i-th belongs to the i-th --{owner}, and there are more of them")
+            parser.error(f"{as_flag(name)}: the i-th belongs to the i-th --{owner}, and there are more of them")
     _resolve(parser, args)
     _check(parser, args)
     return args
 
 
-def _flag(name: str) -> str:
+def as_flag(name: str) -> str:
+    """The flag of an argument."""
     return "--" + name.replace("_", "-")
 
 
@@ -148,7 +150,7 @@ def _resolve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for given, loss in (("bce_loss", "bce"), ("jsd_loss", "jsd")):
         if getattr(args, given):
             if args.loss not in (None, loss):
-                parser.error(f"{_flag(given)} and --loss {args.loss} are two losses: name one")
+                parser.error(f"{as_flag(given)} and --loss {args.loss} are two losses: name one")
             args.loss = loss
     if args.bce_pos_weight is not None:
         if args.loss_pos_weight not in (None, str(args.bce_pos_weight)):
@@ -160,17 +162,37 @@ def _resolve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     args.eval_metric = args.eval_metric or ("map" if several else "top1")
 
 
+def _given(args: argparse.Namespace, owner: str, changed: set[str]) -> bool:
+    """Whether a flag, or a flag with this value, was given."""
+    name, _, value = owner[2:].replace("-", "_").partition(" ")
+    return getattr(args, name) == value if value else name in changed
+
+
+def _check_policy(parser: argparse.ArgumentParser, policy: str) -> None:
+    """Refuses a section of `--aa` that timm would pass over."""
+    name, *sections = policy.split("-")
+    for section in sections:
+        named = name == "rand" and re.fullmatch("t[a-z0-9]+", section)
+        if not (named or re.fullmatch(r"(?:[mnpwdab]|mstd|mmax|inc)(?:\d+\.?\d*|\.\d+)", section)):
+            parser.error(f"--aa {policy}: expected a letter and a number in {section!r}, as in rand-m9-mstd0.5-inc1")
+
+
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuses flags that would do nothing, or that do not go together."""
     changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
-    for flag, dependent in _RULES["needs"].items():
-        name, _, value = flag[2:].replace("-", "_").partition(" ")
+    for owners, dependent in _RULES["needs"].items():
         idle = sorted(changed & set(dependent))
-        if idle and (getattr(args, name) != value if value else name not in changed):
-            parser.error(f"{_flag(idle[0])} does nothing without {flag}")
+        if idle and not any(_given(args, owner, changed) for owner in owners.split(" or ")):
+            parser.error(f"{as_flag(idle[0])} does nothing without {owners}")
+    for name in ("scale", "ratio", "cutmix_minmax"):
+        low, high = getattr(args, name) or (0, 1)
+        if low > high or not high:
+            parser.error(f"{as_flag(name)}: expected the smaller number first and the larger above 0, got {low} {high}")
+    if args.aa:
+        _check_policy(parser, args.aa)
     alone = sorted(changed & set(_RULES["alone"])) if args.distill else []
     if alone:
-        parser.error(f"{_flag(alone[0])} does not go with --distill: {_RULES['alone'][alone[0]]}")
+        parser.error(f"{as_flag(alone[0])} does not go with --distill: {_RULES['alone'][alone[0]]}")
     for one, other in _RULES["exclude"]:
         if {one, other} <= changed:
-            parser.error(f"{_flag(one)} and {_flag(other)} exclude each other")
+            parser.error(f"{as_flag(one)} and {as_flag(other)} exclude each other")

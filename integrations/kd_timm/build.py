@@ -16,7 +16,13 @@ import torch
 from timm.data import resolve_input_data_config
 from timm.layers import convert_splitbn_model, set_fast_norm
 from timm.loss import create_classification_loss, load_class_stats, resolve_class_weights
-from timm.models import get_model_input_config, parse_model_name, resolve_model_input_args
+from timm.models import (
+    get_model_input_config,
+    load_checkpoint,
+    load_state_dict,
+    parse_model_name,
+    resolve_model_input_args,
+)
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import set_jit_fuser
@@ -77,27 +83,33 @@ def check_normalisation(config: Mapping[str, Any], who: str) -> None:
         raise DistillError(f"{who}: expected a finite mean and a positive std of the images, got {mean} and {std}.")
 
 
-def data_config(model: nn.Module, args: Mapping[str, Any] | None = None, cfg: Any = None) -> dict[str, Any]:
+def data_config(
+    model: nn.Module, args: Mapping[str, Any] | None = None, cfg: Any = None, *, verbose: bool = False
+) -> dict[str, Any]:
     """timm's data configuration of a model, without its warning where grey images have one mean for three colours.
 
     Args:
         model: A model of timm.
         args: Arguments that override the configuration.
         cfg: Its pretrained configuration; by default the model's own.
+        verbose: Whether timm logs it.
     """
     cfg = dict(getattr(model, "pretrained_cfg", None) or {}) if cfg is None else dict(cfg)
     if get_model_input_config(model)["input_size"][0] == 1:
         several = {key: cfg[key] for key in ("mean", "std") if isinstance(cfg.get(key), (tuple, list))}
         cfg |= {key: (sum(values) / len(values),) for key, values in several.items()}
-    return resolve_input_data_config(model, args, pretrained_cfg=cfg)
+    return resolve_input_data_config(model, args, pretrained_cfg=cfg, verbose=verbose)
 
 
-def create_student(args: argparse.Namespace, flag: str = "--model") -> tuple[nn.Module, dict[str, Any]]:
+def create_student(
+    args: argparse.Namespace, flag: str = "--model", verbose: bool = False
+) -> tuple[nn.Module, dict[str, Any]]:
     """Makes the model to train and resolves its data configuration; fills in `args.num_classes`.
 
     Args:
         args: Parsed arguments, after `apply_data_defaults`.
         flag: Where the model was named.
+        verbose: Whether timm logs the data configuration, as for its own script.
 
     Returns:
         The model, on the CPU, and the data configuration (input size, mean, std, interpolation, crop).
@@ -107,6 +119,9 @@ def create_student(args: argparse.Namespace, flag: str = "--model") -> tuple[nn.
     for option, path in files.items():
         if path and not os.path.exists(path):
             raise DistillError(f"{option} {path} does not exist: mend the path.")
+        if path:
+            with told(f"{option} {path} cannot be read", Exception, remedy="name a file of weights."):
+                load_state_dict(path)
     overlay = dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else {}
     overlay |= args.pretrained_cfg_overlay
     if args.fuser:
@@ -120,12 +135,17 @@ def create_student(args: argparse.Namespace, flag: str = "--model") -> tuple[nn.
         resolved = resolve_model_input_args(
             args.model, vars(args), pretrained_cfg_overlay=overlay or None, **{**wanted, **args.model_kwargs}
         )
-        model = timm.create_model(
-            pretrained=args.pretrained or bool(args.pretrained_path),
-            checkpoint_path=args.initial_checkpoint,
-            **resolved,
-        )
-        config = data_config(model, vars(args))
+        begun = torch.get_rng_state()
+        model = timm.create_model(pretrained=args.pretrained or bool(args.pretrained_path), **resolved)
+        config = data_config(model, vars(args), verbose=verbose)
+    if args.initial_checkpoint:
+        remedy = "name a checkpoint of that model."
+        with told(
+            f"--initial-checkpoint {args.initial_checkpoint} does not fit {args.model}", Exception, remedy=remedy
+        ):
+            load_checkpoint(model, args.initial_checkpoint)
+    if args.pretrained_path:
+        _check_filled(model, resolved, args.pretrained_path, begun)
     check_normalisation(config, f"{flag} {args.model}")
     if args.naflex_loader and "patch_coord" not in inspect.signature(model.forward).parameters:
         raise DistillError(f"--naflex-loader gives patches, and {args.model} takes images: choose a NaFlex model.")
@@ -143,6 +163,27 @@ def create_student(args: argparse.Namespace, flag: str = "--model") -> tuple[nn.
             raise DistillError("--split-bn keeps statistics for each augmentation split: add --aug-splits N.")
         model = convert_splitbn_model(model, max(args.aug_splits, 2))
     return model.to(model_dtype(args)), config
+
+
+def _check_filled(model: nn.Module, arguments: Mapping[str, Any], path: str, begun: Tensor) -> None:
+    """Refuses a file of weights that left the most of a model as it is initialised: timm takes what has a place.
+
+    Args:
+        model: The model with the file's weights.
+        arguments: What it was made with.
+        path: The file.
+        begun: The state of torch's random stream when it was made.
+    """
+    ended = torch.get_rng_state()
+    torch.set_rng_state(begun)
+    fresh = dict(timm.create_model(**arguments).named_parameters())
+    torch.set_rng_state(ended)
+    drawn = {name: p for name, p in model.named_parameters() if p.dim() > 1 and fresh[name].any()}
+    left = sum(p.numel() for name, p in drawn.items() if torch.equal(p, fresh[name]))
+    if (share := left / max(sum(p.numel() for p in drawn.values()), 1)) > 0.5:
+        raise DistillError(
+            f"--pretrained-path {path} leaves {share:.0%} of the weights as they were: it is of another model."
+        )
 
 
 def create_criterion(args: argparse.Namespace) -> nn.Module:
@@ -225,8 +266,6 @@ def resolve_learning_rate(args: argparse.Namespace, processes: int, mean_batch: 
     """Derives `args.lr` from `--lr-base` and the global batch size where no rate is given."""
     if args.lr:
         return
-    if args.lr_base_size < 1:
-        raise DistillError(f"--lr-base-size: expected a batch size, at least 1, got {args.lr_base_size}.")
     batch = mean_batch * processes * args.grad_accum_steps
     if not args.lr_base_scale:
         args.lr_base_scale = "sqrt" if any(o in args.opt.lower() for o in ("ada", "lamb")) else "linear"

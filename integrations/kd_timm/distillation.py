@@ -131,12 +131,13 @@ class Distillation:
 
     def schedule(self, epochs: int, updates_per_epoch: int) -> None:
         """Resolves the stages over the training; each begins with an epoch."""
-        table = schedule(self.distiller, epochs * updates_per_epoch, epoch=updates_per_epoch)
-        if any(start % updates_per_epoch for start in table.starts):
+        stages = [stage.name for stage in self.distiller.stages()]
+        if epochs < len(stages):
             raise DistillError(
-                f"{self.distiller.name} trains in {len(table.starts)} stages, each with whole epochs: raise --epochs"
-                f" from {epochs} to at least {len(table.starts)}."
+                f"{self.distiller.name} trains in {len(stages)} stages ({', '.join(stages)}), each of whole epochs:"
+                f" raise --epochs from {epochs} to at least {len(stages)}."
             )
+        schedule(self.distiller, epochs * updates_per_epoch, epoch=updates_per_epoch)
 
     def stretch(self, updates: int) -> None:
         """Gives a method that goes on with a saved table another number of updates."""

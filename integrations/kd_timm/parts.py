@@ -24,6 +24,7 @@ from kd_accelerate import broadcast
 from kd_plugins import DistillError
 from kd_plugins.errors import told
 from kd_plugins.states import slots, write_text
+from kd_timm.arguments import as_flag
 from kd_timm.build import (
     create_criterion,
     create_optimizer,
@@ -56,8 +57,7 @@ class Parts(TrainingRun):
         self.args = args
         for name in ("teacher", "peer", "distill_args"):
             if getattr(args, name) and not args.distill:
-                flag = f"--{name.replace('_', '-')}"
-                raise DistillError(f"{flag} does nothing without --distill NAME: name a distiller.")
+                raise DistillError(f"{as_flag(name)} does nothing without --distill NAME: name a distiller.")
         if args.ood_dataset and not args.val_split:
             raise DistillError("--ood-dataset is compared with the evaluation split: name one, --val-split.")
         if args.ood_dataset and not softmax(args):
@@ -82,7 +82,7 @@ class Parts(TrainingRun):
             check_data_free(args)
         apply_data_defaults(args, data_free)
         random_seed(args.seed, accelerator.process_index)
-        self.student, config = create_student(args)
+        self.student, config = create_student(args, verbose=self.primary)
         self.student.to(accelerator.device)
         # The processes draw from streams of their own; the moving average is copied before DDP would make them agree.
         broadcast(self.student.state_dict().values())
@@ -110,6 +110,7 @@ class Parts(TrainingRun):
             named = f"{args.dataset or args.data_dir} ({args.val_split})"
             self.reporter.line(f"{args.distill} trains without data: {named} is for the evaluation alone.")
         self.seconds, self.updates = 0.0, 0
+        self.told: list[dict[str, Any]] = []
         self._begin(datasets, config)
         # A training without data keeps its last student, whatever an evaluation set says of it.
         judged = self.data.evaluation is not None and (not data_free or args.best_on_eval)
@@ -159,10 +160,9 @@ class Parts(TrainingRun):
             else f"LR stepped per {'update' if args.sched_on_updates else 'epoch'}"
         )
         self.reporter.line(f"Scheduled epochs: {self.epochs} of {self.updates_per_epoch} updates. {stepped}.")
-        if args.stop_epoch and args.stop_epoch > self.epochs:
-            raise DistillError(
-                f"--stop-epoch: expected at most the {self.epochs} epochs of the run, got {args.stop_epoch}."
-            )
+        for flag, asked in (("--stop-epoch", [args.stop_epoch or 1]), ("--save-epochs", args.save_epochs)):
+            if max(asked, default=1) > self.epochs:
+                raise DistillError(f"{flag}: expected at most the {self.epochs} epochs of the run, got {max(asked)}.")
         if distillation is not None:
             model = distillation.network.staged
             distillation.schedule(self.epochs, self.updates_per_epoch)
@@ -214,6 +214,7 @@ class Parts(TrainingRun):
         self.new_schedule()
         if stage.fresh_student:
             self.checkpoints.restart()
+            self.told.clear()
             if self.ema is not None:
                 self.ema.set(self.student)
 
@@ -312,10 +313,7 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
             torch.cuda.set_device(int(index))
     precision = "no"
     if args.amp:
-        names = {"float16": "fp16", "bfloat16": "bf16"}
-        if args.amp_dtype not in names:
-            raise DistillError(f"--amp-dtype: expected float16 or bfloat16, got {args.amp_dtype}.")
-        precision = names[args.amp_dtype]
+        precision = {"float16": "fp16", "bfloat16": "bf16"}[args.amp_dtype]
         if precision == "fp16" and kind == "cpu":
             if args.distill:
                 raise DistillError("--amp in float16 needs a GPU to scale the loss on: add --amp-dtype bfloat16.")
@@ -331,7 +329,7 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
     )
     if accelerator.device.type != kind:
         raise DistillError(
-            f"--device: expected cuda, cuda:N, cpu or {accelerator.device.type}, which is here, got {args.device}."
+            f"--device: expected cuda, cuda:N or cpu, or {accelerator.device.type}, which is here, got {args.device}."
         )
     if args.sync_bn and kind == "cpu" and accelerator.num_processes > 1:
         raise DistillError("--sync-bn needs GPUs: leave it out, --dist-bn averages the statistics after each epoch.")

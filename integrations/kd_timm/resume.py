@@ -47,6 +47,7 @@ def save_state(session: Parts, epoch: int) -> None:
                 "optimizer": session.optimizer.state_dict(),
                 "scaler": session.accelerator.scaler.state_dict() if session.accelerator.scaler else None,
                 "scheduler": _plateau_state(session.scheduler),
+                "stream": None if (own := _stream(session)) is None else own.get_state(),
                 "task": session.task.get_task_state() if session.task is not None else {},
             },
             folder / "optimizer.pt",
@@ -99,6 +100,9 @@ def _load_state(session: Parts, folder: Path) -> tuple[int, bool]:
         session.task.load_task_state(state["task"])
     if not session.args.no_resume_opt:
         session.optimizer.load_state_dict(state["optimizer"])
+        if state.get("stream") is not None:
+            session.optimizer.optimizer.generator = torch.Generator(session.accelerator.device)
+            session.optimizer.optimizer.generator.set_state(state["stream"])
     if session.accelerator.scaler is not None and not session.args.no_resume_opt:
         session.accelerator.scaler.load_state_dict(state["scaler"])
     if state["scheduler"] is not None:
@@ -160,6 +164,12 @@ def load_checkpoint(session: Parts, path: str) -> int:
             load_task_ema_checkpoint(task, path)
     session.reporter.line(f"Continuing with epoch {epoch or 0} from {path}")
     return epoch or 0
+
+
+def _stream(session: Parts) -> torch.Generator | None:
+    """The random stream that an optimizer keeps for itself, as AdaHessian does."""
+    found: torch.Generator | None = getattr(session.optimizer.optimizer, "generator", None)
+    return found
 
 
 def _plateau_state(scheduler: Any) -> dict[str, Any] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +11,13 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from timm.models import load_state_dict, parse_model_name
 from torch import Tensor, nn
 
 from kd_plugins import Distiller, DistillError
 from kd_plugins.binding import needs_of_stages
 from kd_plugins.errors import told
+from kd_plugins.states import read_json
 from kd_timm.build import check_model_name, check_normalisation, data_config
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as images are read in grey
@@ -89,9 +88,10 @@ def other_classes(name: str, theirs: int, ours: int) -> str:
     if theirs == ours:
         return ""
     has = f"tells {theirs} classes apart" if theirs else "has no classifier"
+    same = f"give the student as many (--num-classes {theirs}), " if theirs else ""
     return (
-        f"The teacher {name} {has} and the student tells {ours} classes apart: take a teacher that was trained on the"
-        " student's classes, or a method that reads its features alone."
+        f"The teacher {name} {has} and the student tells {ours} classes apart: {same}take a teacher that was trained on"
+        " the student's classes, or a method that reads its features alone."
     )
 
 
@@ -171,26 +171,23 @@ def _from_checkpoint(
         raise DistillError(f"--teacher-checkpoint {checkpoint} is no file: name the teacher's weights.")
     own = Path(checkpoint).with_suffix(".json")
     beside = own if own.is_file() else own.with_name("config.json")
-    saved = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    saved = read_json(beside) if beside.is_file() else {}
+    if not isinstance(saved, dict):
+        raise DistillError(f"Expected what a model is, by name, in {beside}, got {type(saved).__name__}: remove it.")
     architecture = parse_model_name(name)[1].split(".")[0]
     if saved and saved.get("architecture") != architecture:
         raise DistillError(
             f"--teacher-checkpoint {checkpoint} holds a {saved.get('architecture')} by the {beside.name} beside it, not"
             f" a {name}: name the right --teacher."
         )
-    try:
-        # Weights of a file cannot hold code: torch.load runs with weights_only=True.
+    remedy = "give a checkpoint of that model, and what it was built with as --teacher-kwargs."
+    # Weights of a file cannot hold code, since torch.load runs with weights_only=True, but be anything else.
+    with told(f"--teacher-checkpoint {checkpoint} does not fill the teacher {name}", Exception, remedy=remedy):
         state = load_state_dict(checkpoint, use_ema=True)
         arguments = {"num_classes": _classes_in(architecture, state) or num_classes}
         arguments |= {**saved.get("model_args", {}), **kwargs}
         model = timm.create_model(name, **arguments)
         model.load_state_dict(state, strict=True)
-    except (RuntimeError, ValueError, TypeError, OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise DistillError(
-            f"--teacher-checkpoint {checkpoint} does not fill the teacher {name}: {reason[:400]}. Give a checkpoint of"
-            " that model, and what it was built with as --teacher-kwargs."
-        ) from error
     return model, saved
 
 

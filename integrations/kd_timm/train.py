@@ -62,7 +62,6 @@ class Session(Parts):
 
     def fit(self) -> dict[str, Any]:
         """Trains to the end, or to an interrupt, and evaluates the best student."""
-        self.told: list[dict[str, Any]] = []
         start, self.saved = self._start(), time.monotonic()
         self.reporter.line(
             f"{self.args.model}: {sum(p.numel() for p in self.student.parameters()):,} parameters,"
@@ -130,7 +129,8 @@ class Session(Parts):
         self.updates += self.updates_per_epoch
         rate = self.rate
         if self.processes > 1 and args.dist_bn in ("broadcast", "reduce"):
-            for model in filter(None, (self.student, self.ema)):
+            # The processes cannot exchange what --model-ema-force-cpu keeps from their devices.
+            for model in filter(None, (self.student, None if args.model_ema_force_cpu else self.ema)):
                 distribute_bn(model, self.processes, args.dist_bn == "reduce")
             if self.distillation is not None:
                 self.distillation.player.average_buffers()
@@ -223,7 +223,8 @@ class Session(Parts):
         if not self.primary:
             return
         worst = float("inf") if self.checkpoints.decreasing else float("-inf")
-        found = [(row.get("validation", row["train"]).get(self.metric, worst), row) for row in self.told]
+        numbers = [({"epoch": row["epoch"]} | row.get("validation", row["train"]), row) for row in self.told]
+        found = [(measured.get(self.metric, worst), row) for measured, row in numbers]
         ranked = sorted(found, key=lambda pair: pair[0], reverse=not self.checkpoints.decreasing)[:10]
         print(f"--result\n{json.dumps([row for _, row in reversed(ranked)], indent=4)}")
 

@@ -34,6 +34,7 @@ class Network:
     """
 
     attention_taps: ClassVar[type[BaseAttentionTaps] | None] = None
+    channels_last = False  # whether modules keep maps as [B, H, W, C]
     """How the attention of such networks is read; None where it is not."""
 
     def __init__(self, module: nn.Module) -> None:

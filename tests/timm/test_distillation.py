@@ -281,7 +281,12 @@ def test_training_without_data_keeps_the_last_student(teacher, tmp_path, capsys)
     folder = tmp_path / "whole"
     assert json.loads((folder / "results.json").read_text())["metric"] == "epoch"
     assert same(load_file(folder / "model_best.safetensors"), load_file(folder / "last.safetensors"))
-    for more, words in (("--mixup 0.5", "--mixup would do nothing"), ("--best-on-eval", "none is named")):
+    # The best epoch of the session comes last.
+    assert [row["epoch"] for row in json.loads(capsys.readouterr().out.partition("--result")[2])] == [0, 1]
+    for more, words in (
+        ("--mixup 0.5 --tta 2", "--mixup, --tta would do nothing"),
+        ("--best-on-eval", "none is named"),
+    ):
         assert train.main([*flags, *more.split()]) != 0
         assert words in capsys.readouterr().err
 
