@@ -92,6 +92,11 @@ def class_scores(student: View, teacher: View, batch: Batch) -> Rows:
     if labels is not None and (labels.is_floating_point() or labels.shape != s.shape[:-1]):
         labels = None
     real = batch.mask if batch.mask is not None and batch.mask.shape == s.shape[:-1] else None
+    if real is None and batch.mask is not None and last:
+        raise DistillError(
+            f"Expected a mask of each of the scores {list(s.shape)}, got {list(batch.mask.shape)}, so that padding"
+            " among them is not known: give Batch.of(..., mask=[B, L])."
+        )
     mask = None if labels is None else labels != batch.ignore_index
     if real is not None:
         mask = real.bool() if mask is None else mask & real.bool()
