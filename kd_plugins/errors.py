@@ -41,6 +41,8 @@ def told(what: str, *errors: type[BaseException], remedy: str = "") -> Iterator[
     """
     try:
         yield
+    except DistillError:
+        raise
     except errors as error:
         why = f" ({type(error).__name__}: {error}): {remedy}" if remedy else f": {error}"
         raise DistillError(what + why) from error

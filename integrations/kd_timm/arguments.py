@@ -8,15 +8,15 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
-import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 
 from kd_accelerate.command import explain, flags, with_file
+from kd_plugins.catalog.values import AtLeastOne, NonNegative, Positive, Range, Share, convert
 
 _FLAGS, _RULES = yaml.safe_load_all(Path(__file__).with_name("flags.yaml").read_text(encoding="utf-8"))
 _OURS = ("Tracker parameters", "Uncertainty parameters", "Distillation parameters")
@@ -50,25 +50,31 @@ class AppendKeyValues(KeyValues):
         setattr(namespace, self.dest, [*earlier, getattr(namespace, self.dest)])
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number, at least 1, got {text}")
-    return int(text)
+# What a flag's text may be, by the type in flags.yaml: an annotation, as options of distillers have it, and its words.
+_SEED = Annotated[int, Range(low=0, high=2**32 - 1)]
+_TYPES: dict[str, tuple[Any, str]] = {
+    "int": (int, "a whole number"),
+    "float": (float, "a finite number"),
+    "count": (AtLeastOne, "a whole number, at least 1"),
+    "whole": (Annotated[int, Range(low=0)], "a whole number, at least 0"),
+    "seed": (_SEED, f"a whole number from 0 to {2**32 - 1}"),
+    "share": (Share, "a number from 0 to 1"),
+    "nonnegative": (NonNegative, "a number, at least 0"),
+    "positive": (Positive, "a number above 0"),
+}
 
 
-def _finite(text: str) -> float:
-    if not math.isfinite(number := float(text)):
-        raise argparse.ArgumentTypeError(f"expected a finite number, got {text}")
-    return number
+def _reader(kind: str) -> Callable[[str], Any]:
+    """What argparse reads a flag of this type with."""
+    hint, words = _TYPES[kind]
 
+    def read(text: str) -> Any:
+        try:
+            return convert(text.strip(), hint, text=True)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected {words}, got {text}") from None
 
-def _share(text: str) -> float:
-    try:
-        if 0 <= (value := float(text)) <= 1:
-            return value
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text}")
+    return read
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -83,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-c", "--config", default="", type=str, metavar="FILE", help="YAML file with default arguments")
     parser.add_argument("data", nargs="?", metavar="DIR", help="path to dataset (positional is deprecated)")
-    types: dict[str, Any] = {"int": int, "float": _finite, "str": str, "count": _count, "share": _share}
+    types: dict[str, Any] = {"str": str, **{kind: _reader(kind) for kind in _TYPES}}
     actions = {"KeyValues": KeyValues, "AppendKeyValues": AppendKeyValues}
     for title, group_flags in copy.deepcopy(_FLAGS).items():
         group = parser.add_argument_group(title)

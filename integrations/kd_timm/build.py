@@ -100,8 +100,8 @@ def create_student(args: argparse.Namespace, flag: str = "--model") -> tuple[nn.
         set_fast_norm()
     channels = args.in_chans if args.in_chans is not None else (args.input_size or (None,))[0]
     wanted = {name: getattr(args, flag) for name, flag in MODEL_ARGUMENTS.items()} | {"in_chans": channels}
-    errors = (ValueError, TypeError, AssertionError, RuntimeError, OSError, KeyError)
-    with told(f"{flag} {args.model} cannot be made with these arguments", *errors):
+    # What timm makes of arguments and files fails in every way.
+    with told(f"{flag} {args.model} cannot be made with these arguments", Exception):
         resolved = resolve_model_input_args(
             args.model, vars(args), pretrained_cfg_overlay=overlay or None, **{**wanted, **args.model_kwargs}
         )
@@ -142,7 +142,7 @@ def create_criterion(args: argparse.Namespace) -> nn.Module:
         raise DistillError("--num-classes 1: the softmax of one class is always 1, so nothing would learn: --loss bce.")
     if args.aug_splits == 1:
         raise DistillError("--aug-splits: expected 0 or at least 2, got 1.")
-    with told("The loss cannot be made with these arguments", ValueError, OSError):
+    with told("The loss cannot be made with these arguments", Exception):
         stats = load_class_stats(args.class_stats)
         weighting: dict[str, Any] = dict(
             class_stats=stats, power=args.loss_weight_power, beta=args.loss_weight_beta, max_weight=args.loss_weight_max
@@ -182,7 +182,7 @@ def create_task(args: argparse.Namespace, student: nn.Module, device: torch.devi
     kind, names = TASK_ARGUMENTS[args.kd_distill_type]
     options = {name: getattr(args, flag) for name, flag in names.items()}
     common: dict[str, Any] = dict(criterion=create_criterion(args), device=device, dtype=model_dtype(args))
-    with told(f"--kd-model-name {args.kd_model_name} does not fit", ValueError, RuntimeError, OSError):
+    with told(f"--kd-model-name {args.kd_model_name} does not fit", Exception):
         return kind(student_model=student, teacher_model=args.kd_model_name, **options, **common)
 
 
@@ -210,6 +210,8 @@ def resolve_learning_rate(args: argparse.Namespace, processes: int, mean_batch: 
     """Derives `args.lr` from `--lr-base` and the global batch size where no rate is given."""
     if args.lr:
         return
+    if args.lr_base_size < 1:
+        raise DistillError(f"--lr-base-size: expected a batch size, at least 1, got {args.lr_base_size}.")
     batch = mean_batch * processes * args.grad_accum_steps
     if not args.lr_base_scale:
         args.lr_base_scale = "sqrt" if any(o in args.opt.lower() for o in ("ada", "lamb")) else "linear"
@@ -223,7 +225,7 @@ def resolve_learning_rate(args: argparse.Namespace, processes: int, mean_batch: 
 
 def create_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
     """timm's optimizer for the model's parameters."""
-    with told(f"--opt {args.opt} cannot be made with these arguments", ValueError, TypeError, AssertionError):
+    with told(f"--opt {args.opt} cannot be made with these arguments", Exception):
         optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
     if getattr(optimizer, "is_second_order", False) and args.distill:
         raise DistillError(
@@ -246,7 +248,15 @@ def create_scheduler(
         The scheduler (None for `--sched none`) and the number of epochs with warmup prefix and cooldown.
     """
     options = scheduler_kwargs(args, decreasing_metric=args.eval_metric == "loss")
-    with told(f"--sched {args.sched} cannot be made with these arguments", ValueError, AssertionError):
+    with told(f"--sched {args.sched} cannot be made with these arguments", Exception):
+        # On a small optimizer first, to the end: some flags are wrong in the course of the training alone.
+        small = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=optimizer.param_groups[0]["lr"])
+        trial, epochs = create_scheduler_v2(small, **options, updates_per_epoch=updates_per_epoch)
+        for epoch in range(epochs + 1) if trial is not None else ():
+            trial.step(epoch, 0.0)
+            trial.step_update(epoch * updates_per_epoch)
+            if not math.isfinite(rate := small.param_groups[0]["lr"]):
+                raise ValueError(f"the learning rate of epoch {epoch} would be {rate}")
         return create_scheduler_v2(optimizer, **options, updates_per_epoch=updates_per_epoch)
 
 

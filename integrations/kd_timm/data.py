@@ -207,6 +207,10 @@ def check_data_free(args: argparse.Namespace) -> None:
         raise DistillError(f"{args.distill} trains without data, where {flags} would do nothing: leave it out.")
 
 
+# The kinds of timm's data sets that find their data without a folder.
+_WITHOUT_FOLDER = ("torch", "hfds", "hfids", "tfds", "wds")
+
+
 def create_datasets(
     args: argparse.Namespace, channels: int, data_free: bool = False
 ) -> tuple[Any, Any, tuple[str, ...] | None]:
@@ -235,6 +239,11 @@ def create_datasets(
         evaluation: Any = Digits(args.val_split, mode) if args.val_split else None
         _check_lengths(args, train, evaluation)
         return None if data_free else train, evaluation, train.classes
+    if not args.data_dir and args.dataset.partition("/")[0] not in _WITHOUT_FOLDER:
+        raise DistillError(
+            f"--dataset: expected digits or <type>/<name>, with a type of {', '.join(_WITHOUT_FOLDER)}, got"
+            f" {args.dataset!r}; a folder of images is --data-dir."
+        )
     if not args.dataset and not os.path.exists(args.data_dir):
         raise DistillError(f"Expected a folder or tar of images, but {args.data_dir} does not exist: mend --data-dir.")
     common = _named(args, DATASET_ARGUMENTS) | {"input_img_mode": mode}
@@ -262,8 +271,7 @@ def create_datasets(
 def _read(args: argparse.Namespace, **options: Any) -> Any:
     """A data set of timm's factory."""
     named = f"{args.dataset or args.data_dir} ({options['split']})"
-    errors = (AssertionError, RuntimeError, OSError, ValueError, TypeError, KeyError, ImportError)
-    with told(f"{named} cannot be read", *errors, remedy="mend the flags of the data set"):
+    with told(f"{named} cannot be read", Exception, remedy="mend the flags of the data set"):
         return create_dataset(args.dataset, **options)
 
 
@@ -289,7 +297,8 @@ def _other_kind(args: argparse.Namespace, channels: int) -> Any:
         named = {"name": name, "root": args.data_dir}
     keys = {"input_key": args.input_key, "target_key": args.target_key}
     mode = args.input_img_mode or ("RGB" if channels == 3 else "L")
-    return create_dataset(split=args.ood_split, input_img_mode=mode, batch_size=args.batch_size, **named, **keys)
+    with told(f"--ood-dataset {name} cannot be read", Exception, remedy="mend the flags of the data set"):
+        return create_dataset(split=args.ood_split, input_img_mode=mode, batch_size=args.batch_size, **named, **keys)
 
 
 def _few(names: Sequence[str]) -> str:
@@ -373,7 +382,7 @@ def create_data(
     def loader(dataset: Any) -> Any:
         interpolation = (not args.no_aug and args.train_interpolation) or config["interpolation"]
         options = {**_named(args, LOADER_ARGUMENTS), **machine, "interpolation": interpolation, "is_training": True}
-        with told("These flags of the training images do not go together", AssertionError, ValueError, TypeError):
+        with told("These flags of the training images do not go together", Exception):
             if args.naflex_loader:
                 options |= patches | _patch_sizes(args, patch_size) | {"mean": config["mean"], "std": config["std"]}
                 ranks = dict(rank=PartialState().process_index, world_size=PartialState().num_processes)
@@ -464,6 +473,30 @@ def plain_loader(dataset: Any, config: Mapping[str, Any], batch_size: int, **opt
     keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
     made = dict(batch_size=batch_size, persistent_workers=False) | {key: config[key] for key in keys}
     return create_loader(dataset, **made | options)
+
+
+def batches(loader: Any) -> Iterator[Any]:
+    """The batches of a loader.
+
+    Raises:
+        DistillError: A row cannot be read, or not be augmented as the flags say.
+    """
+    rows, end = iter(loader), object()
+    while True:
+        try:
+            batch = next(rows, end)
+        except (DistillError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of whatever reads and augments
+            # Of a worker process the text is a traceback, with the error in its last line.
+            why = (str(error).strip().splitlines() or [""])[-1]
+            raise DistillError(
+                f"A batch of images cannot be read and augmented ({type(error).__name__}: {why}): mend the data, or the"
+                " flags of size and augmentation."
+            ) from error
+        if batch is end:
+            return
+        yield batch
 
 
 def uses_mixup(args: argparse.Namespace) -> bool:

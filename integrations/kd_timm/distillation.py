@@ -20,7 +20,7 @@ from kd_plugins.catalog.registry import options_from_strings
 from kd_plugins.stages import StageTable
 from kd_timm.build import create_student
 from kd_timm.checkpoint import forked_random_state
-from kd_timm.data import Targets, plain_loader
+from kd_timm.data import Targets, batches, plain_loader
 from kd_timm.engine import PlainStep, TrainingRun
 from kd_timm.network import TimmNetwork, image_batch
 from kd_timm.teachers import check_classes, create_teacher
@@ -120,7 +120,7 @@ class Distillation:
         view = copy.copy(dataset)
         loader = plain_loader(view, self.config, self.args.batch_size, device=self.device, num_workers=workers)
         row = 0
-        for inputs, labels in loader:
+        for inputs, labels in batches(loader):
             if self.args.channels_last:
                 inputs = inputs.contiguous(memory_format=torch.channels_last)
             index = torch.arange(row, row + len(inputs), device=self.device)

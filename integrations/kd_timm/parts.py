@@ -301,6 +301,8 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
     if "WORLD_SIZE" in os.environ:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     kind, _, index = args.device.partition(":")
+    if index and not index.isdecimal():
+        raise DistillError(f"--device: expected the number of a device after the colon, got {args.device}.")
     if kind == "cuda" and not torch.cuda.is_available():
         _logger.info("No GPU is available: training on the CPU (say so with --device cpu).")
         kind = "cpu"

@@ -73,8 +73,13 @@ def save_state(session: Parts, epoch: int) -> None:
 
 def load_state(session: Parts) -> tuple[int, bool]:
     """Takes up the state of `--resume`; returns the epoch to go on with, and whether it goes on as it would have."""
-    folder = session.state
-    assert folder is not None
+    assert session.state is not None
+    remedy = "it is damaged, was edited, or is of another version."
+    with told(f"--resume: the state {session.state} cannot be taken up", Exception, remedy=remedy):
+        return _load_state(session, session.state)
+
+
+def _load_state(session: Parts, folder: Path) -> tuple[int, bool]:
     saved = states.read_json(folder / "state.json")
     if saved["processes"] != session.processes:
         raise DistillError(
@@ -106,10 +111,12 @@ def load_state(session: Parts) -> tuple[int, bool]:
     timms = session.folder / "last.pth.tar"
     if session.saver is not None and timms.is_file():
         session.saver.load_state_dict_from_checkpoint(timms)
-    if session.primary:
-        _bring_along(folder.parent, session.folder)
     random = torch.load(folder / f"random-{session.accelerator.process_index}.pt", weights_only=True)
     load_random_state(random)
+    session.accelerator.wait_for_everyone()
+    if session.primary:
+        _bring_along(folder.parent, session.folder)
+        states.settle(session.folder)
     session.reporter.line(f"Continuing with epoch {saved['epoch']} from {folder}")
     if session.args.workers and session.args.persistent_workers:
         changed.append("persistent_workers")

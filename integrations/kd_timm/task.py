@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kd_plugins import Batch, Distiller, DistillError, Net, Nets, View, create_distiller
 from kd_plugins.binding import connect, schedule, set_up
 from kd_plugins.catalog.about import refusals
-from kd_plugins.distiller import Turn
+from kd_plugins.distiller import Turn, check_made
 from kd_timm.compat import TrainingTask, resolve_classification_loss
 from kd_timm.network import TimmNetwork, image_batch
 from kd_timm.teachers import InputTransform, Teacher, check_classes, create_teacher, other_classes
@@ -107,6 +107,7 @@ class DistillationTask(TrainingTask):
             distiller = create_distiller(distiller, **(distiller_args or {}))
         elif distiller_args:
             raise DistillError("distiller_args are the options of a distiller given by name: set them on the object.")
+        check_made(distiller)
         _check_fit(distiller)
         self.criterion = resolve_classification_loss(criterion, self.device, criterion_kwargs=criterion_kwargs)
         if getattr(student_model, "num_classes", 0) == 1 and isinstance(self.criterion, _SOFTMAX):

@@ -12,13 +12,29 @@ from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from transformers import HfArgumentParser, TrainingArguments
 
 from kd_accelerate.command import explain, flags, given, with_file
+from kd_plugins.catalog.values import AtLeastOne, NonNegative, Range, Share, convert
 from kd_transformers.docstrings import DOCSTRINGS_DEFAULTS
 
+# What TrainingArguments take, and the training fails at or makes nonsense of.
+_RANGES: dict[str, tuple[Any, str]] = {
+    **{
+        name: (AtLeastOne, "a whole number, at least 1")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+    },
+    **{
+        name: (Annotated[float, Range(low=0, below=1)], "a number from 0, below 1")
+        for name in ("adam_beta1", "adam_beta2")
+    },
+    **{name: (NonNegative, "a number, at least 0") for name in ("learning_rate", "adam_epsilon")},
+    "label_smoothing_factor": (Share, "a number from 0 to 1"),
+    "seed": (Annotated[int, Range(low=0, high=2**32 - 1)], f"a whole number from 0 to {2**32 - 1}"),
+    "dataloader_num_workers": (Annotated[int, Range(low=0)], "a whole number, at least 0"),
+}
 _DATA_FLAGS = ("task_name", "dataset_name", "train_file", "validation_file")
 
 
@@ -174,7 +190,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
         parser.set_defaults(**DOCSTRINGS_DEFAULTS)
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(words, True, look_for_args_file=False)
-    except (ValueError, ImportError) as error:
+    except Exception as error:
         # TrainingArguments refuse combinations of their own.
         parser.error(str(error))
     if unknown:
@@ -241,6 +257,11 @@ def _problem(arguments: Arguments, named: set[str]) -> str | None:
     for name, value in vars(training).items():
         if isinstance(value, float) and not math.isfinite(value):
             return f"--{name}: expected a finite number, got {value}"
+    for name, (hint, words) in _RANGES.items():
+        try:
+            convert(getattr(training, name), hint)
+        except ValueError:
+            return f"--{name}: expected {words}, got {getattr(training, name)}"
     for name, value in {**vars(data), **vars(model), **vars(distillation)}.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not 0 < value < math.inf:
             return f"--{name}: expected a positive number, got {value}"

@@ -24,6 +24,8 @@ from transformers import (
     EvalPrediction,
     Trainer,
     TrainerCallback,
+    TrainingArguments,
+    get_scheduler,
     set_seed,
 )
 from transformers.utils import logging
@@ -31,7 +33,7 @@ from transformers.utils import logging
 from kd_accelerate.command import Stopped, run_command, signals
 from kd_plugins import Batch, View
 from kd_plugins.catalog.registry import distiller_classes, from_json, options_from_strings
-from kd_plugins.errors import DistillError
+from kd_plugins.errors import DistillError, told
 from kd_plugins.states import MANIFEST, damage, read_json, seal, write_json
 from kd_report import page_hint
 from kd_report.measures import decisions
@@ -62,6 +64,8 @@ from kd_transformers.wordpiece import train_tokenizer
 logger = logging.get_logger(__name__)
 
 _RECORD, _RESULTS = "teacher.json", "all_results.json"
+# Those that take any parameters; others ask for a model, or packages of their own.
+_PLAIN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
 _TASKS = {
     "single_label_classification": "classification",
     "multi_label_classification": "multilabel",
@@ -143,9 +147,12 @@ class Session:
         self.collate = DataCollatorWithPadding(self.tokenizer, pad_to_multiple_of=8 if half else None)
         names = data.metric or default_metrics(self.labels.problem, data.task_name)
         self.compute_metrics = build_metrics(names, self.labels.problem, self.labels.count)
+        _check_recipe(training)
+        self._check_best()
         self.timer = _StepTimer()
         self.checkpoint = asked_for(training, self._fingerprint)
-        self.trainer = self._trainer()
+        with told("The training cannot be set up with these arguments", Exception):
+            self.trainer = self._trainer()
         self.trainer.facts = {"arguments": self._fingerprint} if training.do_train else {}
         self.trainer.allow_nonfinite = self.arguments.model.allow_nonfinite
         self.recorder = RecordCallback(
@@ -246,6 +253,26 @@ class Session:
                     f"{part} fits {', '.join(cls.tasks)}, and the labels of {self.data.source} make a {task} problem:"
                     " choose a method that fits (kd-plugins list)."
                 )
+
+    def _check_best(self) -> None:
+        """Refuses a metric for the best model that no evaluation will measure."""
+        training, rows = self.arguments.training, self.evaluation_set
+        if not training.load_best_model_at_end or rows is None:
+            return
+        labels = np.asarray(rows["labels"][:8])
+        scores = np.random.default_rng(0).normal(size=(len(labels), self.labels.count))
+        measured = {"loss", "runtime", "samples_per_second", "steps_per_second"}
+        try:
+            measured |= set(self.compute_metrics(EvalPrediction(predictions=scores, label_ids=labels)))
+        except Exception as error:  # noqa: BLE001
+            logger.warning(f"What the metrics are called cannot be told from eight rows: {error}")
+            return
+        best = str(training.metric_for_best_model or "loss").removeprefix("eval_")
+        if best not in measured:
+            raise DistillError(
+                f"--metric_for_best_model {best} is not measured, which are {', '.join(sorted(measured))}: name one, or"
+                " add --metric."
+            )
 
     def _tokenizer(self) -> Any:
         """The one tokenizer of all networks, and the check that it is one."""
@@ -534,6 +561,22 @@ def _trainer(**options: Any) -> Resumable:
     trainer = Resumable(**options)
     trainer.model_accepts_loss_kwargs = trainer.loss_is_scaled_for_ga = False
     return trainer
+
+
+def _check_recipe(training: TrainingArguments) -> None:
+    """Makes optimizer and schedule of one parameter, so that what is wrong with them is said before any training."""
+    with told("Optimizer and schedule cannot be made with these arguments", Exception):
+        made: torch.optim.Optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=training.learning_rate)
+        if training.optim in _PLAIN_OPTIMIZERS:
+            cls, options = Trainer.get_optimizer_cls_and_kwargs(training)
+            made = cls([torch.nn.Parameter(torch.zeros(1))], **options)
+        get_scheduler(
+            training.lr_scheduler_type,
+            made,
+            num_warmup_steps=training.get_warmup_steps(10),
+            num_training_steps=10,
+            scheduler_specific_kwargs=training.lr_scheduler_kwargs,
+        )
 
 
 class _StepTimer(TrainerCallback):

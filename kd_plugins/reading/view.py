@@ -47,6 +47,13 @@ class Reads:
     attentions: tuple[int, ...] = ()
     cut: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        for name in ("features", "hidden", "attentions", "cut"):
+            kinds = (str, int) if name == "features" else int
+            given = getattr(self, name)
+            if isinstance(given, str) or not all(isinstance(item, kinds) for item in given):
+                raise DistillError(f"Expected Reads({name}=...) to be a tuple of layers, got {given!r}: ('layer4',).")
+
     def __or__(self, other: Reads) -> Reads:
         def union(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...]:
             return tuple(dict.fromkeys((*a, *b)))
@@ -85,6 +92,13 @@ class Needs:
     index: bool = False
     peers: tuple[Reads, ...] = ()
     teachers: tuple[Reads, ...] = ()
+
+    def __post_init__(self) -> None:
+        for reads in (self.student, self.teacher, *self.peers, *self.teachers):
+            if not isinstance(reads, Reads):
+                raise DistillError(
+                    f"Expected Reads for each network in Needs(...), got {reads!r}: Reads(features=...)."
+                )
 
     def peer(self, number: int) -> Reads:
         """What is read of the other peer with this number, counted from 0."""
