@@ -31,6 +31,7 @@ from kd_transformers.checks import (
     check_checkpointing,
     check_fit,
     check_host,
+    check_labels,
     check_vocabulary,
     class_order,
     follow_tokens,
@@ -106,8 +107,8 @@ class DistillationTrainer(Resumable):
         super().__init__(*args, **kwargs)
         self.teachers = listed("teacher", teacher_model)
         self.peer_models = listed("peer", peer_models)
-        self.distiller = self._distiller(distiller, distiller_args)
         self.task = task
+        self.distiller = self._distiller(distiller, distiller_args)
         self.player: TurnPlayer | None = None
         self._nets: Nets | None = None
         self._bound_to: nn.Module | None = None
@@ -151,12 +152,16 @@ class DistillationTrainer(Resumable):
             self.add_callback(RecordCallback(self))
 
     def _distiller(self, distiller: Distiller | str | None, options: Mapping[str, Any] | None) -> Distiller | None:
+        if not isinstance(options, Mapping | None):
+            raise DistillError(f"Expected distiller_args by name, {{'temperature': 2.0}}, got {options!r}.")
         if isinstance(distiller, str):
             return create_distiller(distiller, **(options or {}))
         if options:
             raise DistillError("distiller_args are the options of a distiller given by name: set them on the object.")
         if distiller is None and (self.teachers or self.peer_models):
             raise DistillError("A teacher or peers were given without a distiller: say which, distiller='kd'.")
+        if distiller is None and self.task is not None:
+            raise DistillError("task says what a distiller's scores are, and there is no distiller: leave it out.")
         if distiller is not None and not isinstance(distiller, Distiller):
             raise DistillError(f"Expected a distiller or the name of one, got {type(distiller).__name__}.")
         return distiller
@@ -179,6 +184,7 @@ class DistillationTrainer(Resumable):
         )
         check_fit(distiller, self.task or task_of(self.model), self.model)
         for peer in self.peer_models:
+            check_labels(peer, self._label, own_loss=self.compute_loss_func is not None)
             same_class_order(self.model, peer)
         columns = getattr(self.train_dataset, "column_names", None)
         if columns is not None:
@@ -413,7 +419,7 @@ class DistillationTrainer(Resumable):
         self._epoch_steps, self.player = values[1], None
         if self._staged is not None:
             self._staged.epoch_steps = values[1]
-        if self.distiller is not None:
+        if self.distiller is not None and values[-1] > 0:
             self._set_up(self.distiller, dataloader)
             schedule(self.distiller, values[-1], epoch=values[1])
         return values
@@ -427,7 +433,7 @@ class DistillationTrainer(Resumable):
 
     def start_player(self) -> None:
         """Makes the player, once Trainer has prepared student and optimizer."""
-        if self.player is None and self.distiller is not None and self._nets is not None:
+        if self.player is None and self.distiller is not None and self._nets is not None and self.state.max_steps > 0:
             norm = self.args.max_grad_norm if self.args.max_grad_norm and self.args.max_grad_norm > 0 else None
             self.player = TurnPlayer(self.accelerator, self.distiller, self._nets, self.optimizer, max_grad_norm=norm)
             self.player.watch.stops = not self.allow_nonfinite

@@ -84,8 +84,10 @@ def class_scores(student: View, teacher: View, batch: Batch) -> Rows:
     numbers = batch.task == "regression"
     binary = not numbers and (batch.task == "multilabel" or s.shape[-1 if last else 1] == 1)
     if s.dim() == 2:
-        hard = labels if labels is not None and labels.dim() == 1 and not labels.is_floating_point() else None
-        return Rows(s.unsqueeze(1), t.unsqueeze(1), None, None if hard is None else hard.unsqueeze(1), binary, numbers)
+        # One number for each example, with an axis of its own or without.
+        hard = labels is not None and labels.numel() == len(s) and not labels.is_floating_point()
+        rows = labels.reshape(-1, 1) if labels is not None and hard else None
+        return Rows(s.unsqueeze(1), t.unsqueeze(1), None, rows, binary, numbers)
     if not last:
         size, s, t = s.shape[2:], s.movedim(1, -1), t.movedim(1, -1)
         labels = None if labels is None or labels.dim() != s.dim() - 1 else _at(labels, size)
