@@ -209,6 +209,7 @@ class RunRecord:
         else:
             self.predictions(answers.found(), answers.classes)
 
+    @_optional
     def predictions(self, found: Mapping[str, Doubts], classes: int) -> None:
         """Tells what the trained networks predict, as `kd_report.uncertainty.Answers` has collected it.
 

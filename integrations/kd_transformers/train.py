@@ -265,6 +265,10 @@ class Session:
             size, length = model.vocab_size, self.arguments.data.max_seq_length
             tokenizer = train_tokenizer(self.data.texts(), size, max(length, 512))
         else:
+            if model.vocab_size != type(model).vocab_size:
+                logger.warning(
+                    f"--vocab_size is of a tokenizer trained on the data, and {first} has one: it is left out."
+                )
             revision = {"revision": model.model_revision} if first == model.model_name_or_path else {}
             tokenizer = load_tokenizer(first, **self.hub, **revision)
         others = {name: load_tokenizer(path, **self.hub) for name, path in named.items() if path != first}

@@ -73,10 +73,16 @@ class CRD(LayerDistiller):
     def setup(self, nets: Nets, batch: Batch) -> None:
         if not batch.rows:
             raise DistillError(_ROWS)
-        self.rows = batch.rows
+        self.rows, self.size = batch.rows, batch.size
         super().setup(nets, batch)
 
     def connect(self, student: Tensor, teacher: Tensor) -> nn.Module:
+        if not len(student) == len(teacher) == self.size:
+            raise DistillError(
+                f"crd remembers one vector of each example, got {len(student)} of the student's layer and"
+                f" {len(teacher)} of the teacher's in a batch of {self.size}: take layers of whole examples, which a"
+                " model that reads every choice as a row of its own has not."
+            )
         return PairMemory(student.shape[1], teacher.shape[1], self.dim, self.rows, self.momentum, self.normalize)
 
     def distance(self, student: Tensor, teacher: Tensor, part: Any, batch: Batch) -> Tensor:

@@ -237,6 +237,13 @@ class Batch:
         own = self.teacher_kwargs
         return own.get("attention_mask", None if self.name is not None and self.name in own else self.mask)
 
+    @property
+    def aligned(self) -> bool:
+        """Whether a teacher reads the student's tokens, or inputs that are no tokens."""
+        own = self.teacher_kwargs.get(self.name or "")
+        tokens = isinstance(own, Tensor) and not own.is_floating_point()
+        return not tokens or (isinstance(self.inputs, Tensor) and torch.equal(own, self.inputs))
+
     def stream(self, name: str) -> Batch:
         """The batch of another stream, drawn from training rows that are held out for it."""
         if name not in self.streams:
