@@ -84,9 +84,7 @@ def find_trunk(net: Net, batch: Batch) -> Trunk:
     if not stages or net.network.channels_last:
         kind = type(root).__name__
         if named:
-            raise DistillError(
-                f"The method does not fit {kind}: its modules give no maps [B, C, H, W] to pair by size."
-            )
+            raise DistillError(f"The method does not fit {kind}: its modules give no maps [B, C, H, W] to pair.")
         raise DistillError(f"{kind} has no stages that give maps [B, C, H, W]: name layers by their module paths.")
     inner = {path: _blocks(root, path, seen) for path in stages}
     whole = not named or not any(inner.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import timm
@@ -90,7 +91,8 @@ def walk(family: str) -> tuple[str, dict[str, str]]:
 @pytest.mark.parametrize(
     "family", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 )
-def test_a_model_of_each_family(family):
+def test_a_model_of_each_family(family, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
     name, found = walk(family)
     print(f"{family} | {name} | {found}")
     assert found["kd"] == found["peers"] == "fits"
