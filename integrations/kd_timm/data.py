@@ -268,6 +268,14 @@ def create_datasets(
     of_training = dict(seed=args.seed, repeats=args.epoch_repeats, num_samples=args.train_num_samples)
     train = _read(told_as, split=args.train_split, is_training=True, **of_training, **common)
     classes = _class_names(train, args.target_key)
+    if evaluation is not None and not args.dataset and args.val_split != args.train_split:
+        # Where a folder has no such split, timm reads the whole of it.
+        roots = [str(getattr(dataset.reader, "root", "")) for dataset in (train, evaluation)]
+        if all(roots) and os.path.commonpath(roots) in roots:
+            _logger.warning(
+                f"{told_as} has no folders {args.train_split} and {args.val_split}: the training and the evaluation"
+                " read the same images. Name splits, --train-split and --val-split, or none to evaluate."
+            )
     if evaluation is not None and classes is not None:
         theirs = _class_names(evaluation, args.target_key)
         if theirs is not None and theirs != classes:

@@ -300,6 +300,16 @@ def test_flags_of_streamed_data_are_refused_where_images_are_counted(tmp_path):
             data.create_datasets(args, 1, data_free)
 
 
+def test_an_evaluation_of_the_training_images_is_told(tmp_path, caplog):
+    for folder in ("train/a", "validation/a"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / folder / "0.png")
+    for flags, told in (("", False), ("--val-split other", True), ("--train-split other --val-split other", False)):
+        caplog.clear()
+        data.create_datasets(parse_args(["--data-dir", str(tmp_path), *flags.split()]), 1)
+        assert ("read the same images" in caplog.text) is told
+
+
 def test_epochs_are_ranked_in_one_order(run, capsys):
     """Of equal ones the earlier is ahead, NaN comes last; `--result` ends with the best ten's best."""
     epochs = [(math.nan, 0), (0.5, 1), (2.0, 2), (2.0, 3), (-1.0, 4)]
