@@ -790,7 +790,7 @@ def test_a_run_without_an_end_has_a_page(tmp_path):
     assert "curves" in page.ids
 
 
-@pytest.mark.parametrize("values", [[0.0], [1.0, 1.0], [-3.0, 5e6], [1e-9, 2e-9]])
+@pytest.mark.parametrize("values", [[0.0], [1.0, 1.0], [-3.0, 5e6], [1e-9, 2e-9], [math.nan]])
 def test_curves_of_any_range(values):
     chart = charts.lines({"x": [list(enumerate(values))]}, ["x"], title="t").lower()
     assert "nan" not in chart

@@ -104,7 +104,7 @@ def lines(
     # A quantity that is never negative is read from 0 when it comes near it.
     if 0 <= low < 0.4 * high:
         axes.set_ylim(bottom=0)
-    elif high - low < 0.01 * abs(high):
+    elif 0 <= high - low < 0.01 * abs(high):
         # Of a constant the ticks would be closer than their labels tell.
         axes.set_ylim(low - 0.05 * abs(low), high + 0.05 * abs(high))
     for i, (name, start, end) in enumerate(stages):

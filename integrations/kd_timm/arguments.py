@@ -60,6 +60,7 @@ _TYPES: dict[str, tuple[Any, str]] = {
     "whole": (Annotated[int, Range(low=0)], "a whole number, at least 0"),
     "seed": (_SEED, f"a whole number from 0 to {2**32 - 1}"),
     "share": (Share, "a number from 0 to 1"),
+    "part": (Annotated[float, Range(low=0, below=1)], "a number from 0 to below 1"),
     "nonnegative": (NonNegative, "a number, at least 0"),
     "positive": (Positive, "a number above 0"),
 }

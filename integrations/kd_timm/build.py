@@ -29,6 +29,7 @@ from timm.utils import set_jit_fuser
 from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError, did_you_mean, told
+from kd_timm.checkpoint import forked_random_state
 from kd_timm.compat import FeatureDistillationTask, LogitDistillationTask, TokenDistillationTask, TrainingTask
 from kd_timm.data import model_dtype, uses_mixup
 
@@ -135,17 +136,16 @@ def create_student(
         resolved = resolve_model_input_args(
             args.model, vars(args), pretrained_cfg_overlay=overlay or None, **{**wanted, **args.model_kwargs}
         )
-        begun = torch.get_rng_state()
         model = timm.create_model(pretrained=args.pretrained or bool(args.pretrained_path), **resolved)
         config = data_config(model, vars(args), verbose=verbose)
+    if args.pretrained_path:
+        _check_filled(model, resolved, args)
     if args.initial_checkpoint:
         remedy = "name a checkpoint of that model."
         with told(
             f"--initial-checkpoint {args.initial_checkpoint} does not fit {args.model}", Exception, remedy=remedy
         ):
             load_checkpoint(model, args.initial_checkpoint)
-    if args.pretrained_path:
-        _check_filled(model, resolved, args.pretrained_path, begun)
     check_normalisation(config, f"{flag} {args.model}")
     if args.naflex_loader and "patch_coord" not in inspect.signature(model.forward).parameters:
         raise DistillError(f"--naflex-loader gives patches, and {args.model} takes images: choose a NaFlex model.")
@@ -165,25 +165,44 @@ def create_student(
     return model.to(model_dtype(args)), config
 
 
-def _check_filled(model: nn.Module, arguments: Mapping[str, Any], path: str, begun: Tensor) -> None:
-    """Refuses a file of weights that left the most of a model as it is initialised: timm takes what has a place.
+def _check_filled(model: nn.Module, resolved: Mapping[str, Any], args: argparse.Namespace) -> None:
+    """Refuses a file that leaves weights before the classifier as they are drawn: timm takes what has a place.
 
     Args:
         model: The model with the file's weights.
-        arguments: What it was made with.
-        path: The file.
-        begun: The state of torch's random stream when it was made.
+        resolved: What it was made with.
+        args: Parsed arguments.
     """
-    ended = torch.get_rng_state()
-    torch.set_rng_state(begun)
-    fresh = dict(timm.create_model(**arguments).named_parameters())
-    torch.set_rng_state(ended)
-    drawn = {name: p for name, p in model.named_parameters() if p.dim() > 1 and fresh[name].any()}
-    left = sum(p.numel() for name, p in drawn.items() if torch.equal(p, fresh[name]))
-    if (share := left / max(sum(p.numel() for p in drawn.values()), 1)) > 0.5:
+    with forked_random_state():
+        # A second time the file gives the same weights, and the random stream others.
+        again = dict(timm.create_model(pretrained=True, **resolved).named_parameters())
+    heads = model.pretrained_cfg.get("classifier") or ()
+    heads = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
+    drawn = {name: (p - again[name]).nan_to_num().any() for name, p in model.named_parameters()}
+    left = [name for name, differs in drawn.items() if differs and not name.startswith(heads)]
+    if left:
         raise DistillError(
-            f"--pretrained-path {path} leaves {share:.0%} of the weights as they were: it is of another model."
+            f"--pretrained-path {args.pretrained_path} has no weights for {len(left)} layers of {args.model}, such as"
+            f" {left[0]}: it is of another model."
         )
+
+
+def check_size(model: nn.Module, args: argparse.Namespace, config: Mapping[str, Any], device: torch.device) -> None:
+    """Refuses image sizes that a model's layers do not take.
+
+    Args:
+        model: The model, on the device and in training mode.
+        args: Parsed arguments.
+        config: Its data configuration.
+        device: Where it is.
+    """
+    channels, *size = config["input_size"]
+    model.eval()
+    for height, width in [size, *((side, side) for side in args.train_img_sizes or ())]:
+        what = f"{args.model} does not take images of {height} x {width} pixels"
+        with told(what, Exception, remedy="name others, --img-size or --train-img-sizes."), torch.no_grad():
+            model(torch.zeros(1, channels, height, width, dtype=model_dtype(args), device=device))
+    model.train()
 
 
 def create_criterion(args: argparse.Namespace) -> nn.Module:
@@ -279,7 +298,8 @@ def resolve_learning_rate(args: argparse.Namespace, processes: int, mean_batch: 
 
 def create_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
     """timm's optimizer for the model's parameters."""
-    with told(f"--opt {args.opt} cannot be made with these arguments", Exception):
+    what = f"--opt {args.opt} cannot be made with these arguments"
+    with told(what, Exception), told(what, IndexError, remedy="it has more --opt-betas."):
         optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
     if getattr(optimizer, "is_second_order", False) and args.distill:
         raise DistillError(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import csv
 import logging
+import math
 import random
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,13 @@ def forked_random_state() -> Iterator[None]:
         load_random_state(state)
 
 
+def rank(kept: Sequence[float], decreasing: bool) -> tuple[float, float]:
+    """Sorts metrics and their epochs, the best first: of equal ones the earlier is ahead, and NaN comes last."""
+    metric, epoch = kept
+    value = metric if decreasing else -metric
+    return math.inf if math.isnan(value) else value, epoch
+
+
 class Checkpoints:
     """The files of one run, written by its first process.
 
@@ -118,8 +126,7 @@ class Checkpoints:
             metric: Its metric.
         """
         save_weights(model, self.folder / "last.safetensors")
-        # Of equal epochs the earlier one stays ahead.
-        self.kept = sorted([*self.kept, (metric, epoch)], key=lambda k: (k[0] if self.decreasing else -k[0], k[1]))
+        self.kept = sorted([*self.kept, (metric, epoch)], key=lambda kept: rank(kept, self.decreasing))
         for _, dropped in self.kept[self.history :]:
             self._path(dropped).unlink(missing_ok=True)
         self.kept = self.kept[: self.history]

@@ -192,7 +192,8 @@ def apply_data_defaults(args: argparse.Namespace, data_free: bool = False) -> No
 
 # What does nothing where no image is read for the training, and where none is read at all.
 _OF_TRAINING = (*LOADER_ARGUMENTS.values(), *MIXUP_ARGUMENTS.values(), "train_split", "train_interpolation", "loss")
-_OF_TRAINING += ("train_num_samples", "epoch_repeats", "use_multi_epochs_loader", "mixup_off_epoch")
+_OF_TRAINING += ("train_num_samples", "epoch_repeats", "use_multi_epochs_loader", "mixup_off_epoch", "save_images")
+_OF_STREAMS = ("train_num_samples", "val_num_samples", "epoch_repeats")
 _OF_READING = ("class_map", "dataset_download", "dataset_trust_remote_code", "input_key", "target_key")
 _OF_EVALUATION = (*_OF_READING, "val_num_samples", "validation_batch_size", "no_prefetcher", "tta")
 
@@ -244,10 +245,9 @@ def create_datasets(
     if args.dataset == "digits":
         if args.task == "multilabel":
             raise DistillError("--task multilabel: a digit has one label; name a data set with several, --dataset.")
-        _refuse_idle(args, _OF_READING, "Digits are read from scikit-learn, where")
+        _refuse_idle(args, (*_OF_READING, *_OF_STREAMS), "Digits are read from scikit-learn, where")
         train: Any = Digits(args.train_split, mode)
         evaluation: Any = Digits(args.val_split, mode) if args.val_split else None
-        _check_lengths(args, train, evaluation)
         return None if data_free else train, evaluation, train.classes
     if not args.data_dir and args.dataset.partition("/")[0] not in _WITHOUT_FOLDER:
         raise DistillError(
@@ -267,8 +267,15 @@ def create_datasets(
         return None, evaluation, None if evaluation is None else _class_names(evaluation, args.target_key)
     of_training = dict(seed=args.seed, repeats=args.epoch_repeats, num_samples=args.train_num_samples)
     train = _read(told_as, split=args.train_split, is_training=True, **of_training, **common)
-    _check_lengths(args, train, evaluation)
     classes = _class_names(train, args.target_key)
+    if evaluation is not None and not args.dataset and args.val_split != args.train_split:
+        # Where a folder has no such split, timm reads the whole of it.
+        roots = [str(getattr(dataset.reader, "root", "")) for dataset in (train, evaluation)]
+        if all(roots) and os.path.commonpath(roots) in roots:
+            _logger.warning(
+                f"{told_as} has no folders {args.train_split} and {args.val_split}: the training and the evaluation"
+                " read the same images. Name splits, --train-split and --val-split, or none to evaluate."
+            )
     if evaluation is not None and classes is not None:
         theirs = _class_names(evaluation, args.target_key)
         if theirs is not None and theirs != classes:
@@ -283,15 +290,11 @@ def _read(told_as: str, **options: Any) -> Any:
     """A data set of timm's factory."""
     named = f"{told_as} ({options['split']})"
     with told(f"{named} cannot be read", Exception, remedy="mend the flags of the data set"):
-        return create_dataset(**options)
-
-
-def _check_lengths(args: argparse.Namespace, train: Any, evaluation: Any) -> None:
-    """Refuses flags of streamed data sets for others, where they do nothing."""
-    given = {"train_num_samples": train, "val_num_samples": evaluation, "epoch_repeats": train}
-    for name, dataset in given.items():
-        if getattr(args, name) and not isinstance(dataset, IterableDataset):
-            raise DistillError(f"{as_flag(name)} is for streamed data sets; this one knows its length: leave it out.")
+        dataset = create_dataset(**options)
+    if not isinstance(dataset, IterableDataset) and (options.get("num_samples") or options.get("repeats")):
+        flags = ", ".join(map(as_flag, _OF_STREAMS))
+        raise DistillError(f"{named} is no streamed data set, where alone {flags} do something: leave them out.")
+    return dataset
 
 
 def _other_kind(args: argparse.Namespace, channels: int) -> Any:

@@ -46,7 +46,9 @@ class Digits(Dataset[tuple[Any, int]]):
         rows = train if _SPLITS[name] == "train" else held_out
         rows = rows[_part(split, len(rows))] if part else rows
         grey = (images[rows].reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
-        self.images = [Image.fromarray(i).resize((32, 32), Image.Resampling.BICUBIC).convert(mode) for i in grey]
+        resized = [Image.fromarray(i).resize((32, 32), Image.Resampling.BICUBIC) for i in grey]
+        with told(f"--input-img-mode {mode}", ValueError, remedy="name a mode of PIL, as L or RGB."):
+            self.images = [image.convert(mode) for image in resized]
         self.targets = targets[rows].tolist()
         self.transform = transform
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from accelerate import Accelerator
-from timm.utils import AverageMeter, ModelEmaV3, dispatch_clip_grad
+from timm.utils import AverageMeter, CheckpointSaver, ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
 from kd_accelerate import TurnPlayer
@@ -54,6 +54,7 @@ class TrainingRun:
         updates_per_epoch: Optimizer steps in one epoch.
         folder: Output folder.
         reporter: Where progress goes.
+        saver: timm's own of checkpoints, on the first process where `--recovery-interval` and its like ask for it.
     """
 
     args: argparse.Namespace
@@ -68,6 +69,7 @@ class TrainingRun:
     updates_per_epoch: int
     folder: Path
     reporter: Reporter
+    saver: CheckpointSaver | None
     ema: ModelEmaV3 | None
     step: PlainStep
 
@@ -128,9 +130,6 @@ class TrainingRun:
         # Adaptive clipping leaves the classifier alone, as in timm's script.
         parameters = parameters[:-2] if args.clip_mode == "agc" else parameters
         dispatch_clip_grad([*parameters, *others], value=args.clip_grad, mode=args.clip_mode)
-
-    def recover(self, epoch: int, update: int) -> None:
-        """Called after every update of an epoch; writes what `--recovery-interval` asks for."""
 
 
 class PlainStep:
@@ -281,7 +280,8 @@ def train_one_epoch(run: TrainingRun, epoch: int, *, first_update: int) -> dict[
             if args.save_images and run.accelerator.is_main_process and not isinstance(inputs, dict):
                 image = run.folder / f"train-batch-{number}.jpg"
                 torchvision.utils.save_image(inputs, image, padding=0, normalize=True)
-        run.recover(epoch, updates)
+        if run.saver is not None and args.recovery_interval and updates % args.recovery_interval == 0:
+            run.saver.save_recovery(epoch, batch_idx=updates - 1)
         if run.scheduler is not None:
             run.scheduler.step_update(num_updates=first_update + updates)
         images, asked = 0, time.monotonic()

@@ -26,6 +26,7 @@ from kd_plugins.errors import told
 from kd_plugins.states import slots, write_text
 from kd_timm.arguments import as_flag
 from kd_timm.build import (
+    check_size,
     create_criterion,
     create_optimizer,
     create_scheduler,
@@ -91,6 +92,8 @@ class Parts(TrainingRun):
         if args.sync_bn and self.processes > 1:
             args.dist_bn = ""
             self.student = convert_sync_batchnorm(self.student)
+        if not args.naflex_loader:
+            check_size(self.student, args, config, accelerator.device)
         datasets = create_datasets(args, config["input_size"][0], data_free)
         classes = datasets[2]
         if classes is not None and max(args.num_classes, 2) < len(classes):
@@ -249,8 +252,8 @@ class Parts(TrainingRun):
         peers = [] if self.distillation is None else self.distillation.peers
         self.summary = Summary(self.folder / "summary.csv")
         self.peers = Peers(args.peer, peers, self.folder, self.metric)
-        self.saver: CheckpointSaver | None = None
-        if args.recovery_interval or args.checkpoint_format == "both":
+        self.saver = None
+        if self.primary and (args.recovery_interval or args.checkpoint_format == "both"):
             scaler = self.accelerator.scaler
             self.saver = CheckpointSaver(
                 self.student,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from timm.models import safe_model_name
 from torch import Tensor, nn
 
 from kd_report.uncertainty import Answers, Doubts
-from kd_timm.checkpoint import load_weights, save_weights
+from kd_timm.checkpoint import load_weights, rank, save_weights
 from kd_timm.engine import TrainingRun, evaluate
 from kd_timm.uncertainty import gathered
 
@@ -32,7 +32,7 @@ class Peers:
     def __init__(self, names: Sequence[str], modules: Sequence[nn.Module], folder: Path, metric: str) -> None:
         self.names, self.modules = list(names), list(modules)
         self.labels = [f"peer{i}-{safe_model_name(name)}" for i, name in enumerate(names, 1)]
-        self.folder, self.metric = folder, metric
+        self.folder, self.metric, self.decreasing = folder, metric, metric == "loss"
         self.best: dict[str, list[float]] = {}
 
     def evaluate(self, run: TrainingRun, student: nn.Module, epoch: int) -> dict[str, float]:
@@ -50,17 +50,13 @@ class Peers:
         for label, peer in zip(self.labels, self.modules, strict=True):
             metrics = {} if run.data.evaluation is None else evaluate(run, peer, others=[student])
             found |= {f"{label}_{key}": value for key, value in metrics.items()}
-            if self._improves(label, metrics):
-                self.best[label] = [metrics.get(self.metric, 0.0), epoch]
+            # Without an evaluation set the newest is exported.
+            now, before = [metrics.get(self.metric, 0.0), epoch], self.best.get(label)
+            if not metrics or before is None or rank(now, self.decreasing) < rank(before, self.decreasing):
+                self.best[label] = now
                 if run.accelerator.is_main_process:
                     save_weights(peer, self.path(label))
         return found
-
-    def _improves(self, label: str, metrics: Mapping[str, float]) -> bool:
-        if label not in self.best or not metrics:
-            return True
-        best, now = self.best[label][0], metrics[self.metric]
-        return now < best if self.metric == "loss" else now > best
 
     def path(self, label: str) -> Path:
         """The file of a peer."""

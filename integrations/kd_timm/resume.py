@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 
 from kd_plugins import DistillError, states
 from kd_plugins.errors import told
+from kd_timm.arguments import as_flag
 from kd_timm.checkpoint import copy_file, load_random_state, load_weights, random_state, save_weights
 from kd_timm.compat import load_task_ema_checkpoint, native_scaler, resume_task_checkpoint
 from kd_timm.data import LOADER_ARGUMENTS, MIXUP_ARGUMENTS
@@ -125,7 +126,7 @@ def _load_state(session: Parts, folder: Path) -> tuple[int, bool]:
     if session.args.workers and session.args.persistent_workers:
         changed.append("persistent_workers")
     if changed and session.primary:
-        flags = ", ".join("--" + name.replace("_", "-") for name in changed)
+        flags = ", ".join(map(as_flag, changed))
         _logger.warning(f"The run goes on otherwise than it would have, because of {flags}.")
     return saved["epoch"], not changed and not session.args.no_resume_opt
 

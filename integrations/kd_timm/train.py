@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
@@ -18,7 +18,7 @@ from kd_plugins import DistillError
 from kd_plugins.states import slots, write_json
 from kd_report.uncertainty import Doubts, dirichlet_offset
 from kd_timm.arguments import parse_args
-from kd_timm.checkpoint import load_weights
+from kd_timm.checkpoint import load_weights, rank
 from kd_timm.engine import evaluate, listed, train_one_epoch
 from kd_timm.layers import list_layers
 from kd_timm.parts import Parts, softmax
@@ -114,11 +114,6 @@ class Session(Parts):
                 self.scheduler.step(start)
         return start
 
-    def recover(self, epoch: int, update: int) -> None:
-        every = self.args.recovery_interval
-        if every and update % every == 0 and self.primary and self.saver is not None:
-            self.saver.save_recovery(epoch, batch_idx=update - 1)
-
     def _epoch(self, epoch: int) -> None:
         args = self.args
         self.enter_stage()
@@ -151,7 +146,7 @@ class Session(Parts):
             self.accelerator.log(self.summary.add(epoch, training, evaluation, rate), step=epoch)
             self.recorder.epoch(epoch, training, evaluation, rate)
             self.checkpoints.save(self.evaluated, epoch, metric)
-            if self.args.checkpoint_format == "both" and self.saver is not None:
+            if args.checkpoint_format == "both" and self.saver is not None:
                 self.saver.save_checkpoint(epoch, metric)
         self.told.append({"epoch": epoch, "train": training} | ({"validation": evaluation} if evaluation else {}))
         self._save(epoch + 1)
@@ -222,11 +217,12 @@ class Session(Parts):
         """Prints the best ten epochs of the session, the best one last, as those expect who read timm's output."""
         if not self.primary:
             return
-        worst = float("inf") if self.checkpoints.decreasing else float("-inf")
-        numbers = [({"epoch": row["epoch"]} | row.get("validation", row["train"]), row) for row in self.told]
-        found = [(measured.get(self.metric, worst), row) for measured, row in numbers]
-        ranked = sorted(found, key=lambda pair: pair[0], reverse=not self.checkpoints.decreasing)[:10]
-        print(f"--result\n{json.dumps([row for _, row in reversed(ranked)], indent=4)}")
+
+        def place(row: Mapping[str, Any]) -> tuple[float, float]:
+            metrics = {"epoch": row["epoch"]} | row.get("validation", row["train"])
+            return rank((metrics[self.metric], row["epoch"]), self.checkpoints.decreasing)
+
+        print(f"--result\n{json.dumps(sorted(self.told, key=place)[:10][::-1], indent=4)}")
 
 
 if __name__ == "__main__":

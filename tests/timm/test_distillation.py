@@ -165,7 +165,8 @@ def test_stages_have_rows_curve_and_student_of_their_own(run, teacher):
     assert rates[1] == rates[4] == pytest.approx(0.01)
     assert summary[0]["train_distill/held_out"] != ""
     assert summary[2]["train_distill/held_out"] == ""
-    # Checkpoints of the first student are gone.
+    # Checkpoints of the first student are gone, and what was told of it.
+    assert sorted(row["epoch"] for row in session.told) == [2, 3, 4, 5]
     assert {p.stem for p in session.folder.glob("checkpoint-*")} == {f"checkpoint-{i}" for i in (2, 3, 4, 5)}
 
 
@@ -232,10 +233,8 @@ def test_peers_resume_with_their_best_epoch(run, monkeypatch):
 def test_a_run_that_goes_on_elsewhere_brings_its_files(run, monkeypatch):
     flags = ["--distill", "timm_distillers:Pair", "--peer", "resnet10t", "--epochs", "2"]
     # No epoch is better than the first.
-    monkeypatch.setattr(
-        "kd_timm.checkpoint.Checkpoints.best", property(lambda self: min(self.kept, key=lambda k: k[1]))
-    )
-    monkeypatch.setattr("kd_timm.peers.Peers._improves", lambda self, label, metrics: label not in self.best)
+    for module in ("checkpoint", "peers"):
+        monkeypatch.setattr(f"kd_timm.{module}.rank", lambda kept, decreasing: kept[1])
     second = interrupted(run, monkeypatch, flags, epochs=1, into="after")
     first = second.folder.parent / "parts"
     assert second.results["best_epoch"] == second.results["peers"][0]["best_epoch"] == 0
@@ -284,7 +283,7 @@ def test_training_without_data_keeps_the_last_student(teacher, tmp_path, capsys)
     # The best epoch of the session comes last.
     assert [row["epoch"] for row in json.loads(capsys.readouterr().out.partition("--result")[2])] == [0, 1]
     for more, words in (
-        ("--mixup 0.5 --tta 2", "--mixup, --tta would do nothing"),
+        ("--mixup 0.5 --tta 2 --save-images", "--mixup, --save-images, --tta would do nothing"),
         ("--best-on-eval", "none is named"),
     ):
         assert train.main([*flags, *more.split()]) != 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -13,11 +14,12 @@ import timm
 import torch
 from accelerate_kit import fresh_accelerate
 from distributed_kit import on_two_processes
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import create_loader
 
 from kd_plugins import DistillError, states
-from kd_timm import build, data, engine, train
+from kd_timm import build, checkpoint, data, engine, train
 from kd_timm.arguments import parse_args
 from kd_timm.digits import Digits
 
@@ -222,8 +224,10 @@ def test_digits_are_split_once_and_for_all():
         ("--aug-repeats 3", "RepeatAugment"),
         ("--loss db", "multi-label"),
         ("--loss bce --loss-pos-weight 1,2", "Expected 10 weights"),
-        ("--train-num-samples 5", "streamed"),
-        ("--epoch-repeats 2", "streamed"),
+        ("--train-num-samples 5", "where --train-num-samples would do nothing"),
+        ("--model lenet5 --model-kwargs --train-img-sizes 16", "lenet5 does not take images of 16 x 16 pixels"),
+        ("--input-img-mode foo", "name a mode of PIL"),
+        ("--opt adamw --opt-betas 0.9", "it has more --opt-betas"),
         ("--save-epochs 9", "at most the 2 epochs"),
         ("--class-map x", "Digits are read from scikit-learn, where --class-map would do nothing"),
         ("--stop-epoch 3", "at most the 2 epochs"),
@@ -256,6 +260,8 @@ def test_files_of_other_models_are_refused(tiny, few_digits, tmp_path, capsys, c
         save_file(model.state_dict(), path)
     third = tmp_path / "third.safetensors"
     save_file(timm.create_model("test_vit").state_dict(), third)
+    part = tmp_path / "part.safetensors"
+    save_file({key: value for key, value in load_file(own).items() if "layer4" not in key}, part)
     for path in (junk, listed):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"e")
@@ -264,7 +270,8 @@ def test_files_of_other_models_are_refused(tiny, few_digits, tmp_path, capsys, c
     refused = {
         f"--initial-checkpoint {other}": " ...",
         f"--initial-checkpoint {junk}": f"--initial-checkpoint {junk} cannot be read",
-        f"--pretrained-path {third}": "100% of the weights as they were: it is of another model",
+        f"--pretrained-path {third}": "of resnet10t, such as conv1.0.weight: it is of another model",
+        f"--pretrained-path {part}": "for 3 layers of resnet10t, such as layer4.0.conv1.weight",
         f"--distill kd {teacher} {junk}": "does not fill the teacher resnet10t",
         f"--distill kd {teacher} {listed}": "got list",
         f"--distill kd --num-classes 12 {teacher} {own}": "(--num-classes 10)",
@@ -281,6 +288,40 @@ def test_files_of_other_models_are_refused(tiny, few_digits, tmp_path, capsys, c
     )[0]
     assert torch.equal(loaded.conv1[0].weight, load_file(own)["conv1.0.weight"])
     assert "Data processing configuration for current model + dataset:" in caplog.text
+
+
+def test_flags_of_streamed_data_are_refused_where_images_are_counted(tmp_path):
+    for split in ("train", "validation"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / split / "a" / "0.png")
+    for flag, data_free in (("val-num-samples", True), ("val-num-samples", False), ("epoch-repeats", False)):
+        args = parse_args(["--data-dir", str(tmp_path), f"--{flag}", "5"])
+        with pytest.raises(DistillError, match="is no streamed data set"):
+            data.create_datasets(args, 1, data_free)
+
+
+def test_an_evaluation_of_the_training_images_is_told(tmp_path, caplog):
+    for folder in ("train/a", "validation/a"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / folder / "0.png")
+    for flags, told in (("", False), ("--val-split other", True), ("--train-split other --val-split other", False)):
+        caplog.clear()
+        data.create_datasets(parse_args(["--data-dir", str(tmp_path), *flags.split()]), 1)
+        assert ("read the same images" in caplog.text) is told
+
+
+def test_epochs_are_ranked_in_one_order(run, capsys):
+    """Of equal ones the earlier is ahead, NaN comes last; `--result` ends with the best ten's best."""
+    epochs = [(math.nan, 0), (0.5, 1), (2.0, 2), (2.0, 3), (-1.0, 4)]
+    for decreasing, order in ((True, [4, 1, 2, 3, 0]), (False, [2, 3, 1, 4, 0])):
+        assert [epoch for _, epoch in sorted(epochs, key=lambda kept: checkpoint.rank(kept, decreasing))] == order
+    session = run("--epochs", "1", "--train-split", "train[:64]")
+    session.told = [{"epoch": epoch, "train": {}, "validation": {"top1": float(epoch % 4)}} for epoch in range(12)]
+    capsys.readouterr()
+    session._tell()
+    told = json.loads(capsys.readouterr().out.partition("--result")[2])
+    # Of the top 1 in percent 0, 1, 2, 3, 0, 1, ...: all of 3, 2 and 1, and the first of 0, read from below.
+    assert [row["epoch"] for row in told] == [0, 9, 5, 1, 10, 6, 2, 11, 7, 3]
 
 
 @pytest.mark.distributed
