@@ -132,7 +132,9 @@ class DistillationArguments:
         'weights of the i-th teacher: a folder or a file ("": the published ones)', "PATH"
     )
     cache_teacher: bool = _field(
-        False, help="ask the teachers once for each row, before the training, where a method reads their logits alone"
+        False,
+        help="ask the teachers once for each row, before the training, where a method reads their logits alone,"
+        " and load none that an earlier run has asked",
     )
     peer: list[str] = _list(
         "checkpoint that is trained together with the student, of an online method (repeatable)", "MODEL"

@@ -5,21 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from kd_plugins import Batch, DistillError, Net, Reads
+from kd_plugins import Batch, Distiller, DistillError, Net, Reads
+from kd_plugins.binding import needs_of_stages
 from kd_plugins.reading.network import Network, adapt
+from kd_plugins.states import read_json, write_json
 from kd_transformers.checks import base, class_names, inputs_of
-from kd_transformers.columns import TEACHER, TEACHER_LOGITS, with_padding
+from kd_transformers.columns import TEACHER, TEACHER_LOGITS, Padded, with_padding
 from kd_transformers.compat import rows_id
 from kd_transformers.playing import listed
+from kd_transformers.streams import undisturbed
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -51,15 +56,18 @@ def cache_teacher(
     then, so the inputs of the rows must be left as they are.
 
     The column lies in memory-mapped Arrow files of `datasets`, beside the data set's own, one for each 4096 rows, under
-    a fingerprint of the rows and of the teacher's class, configuration and weights: asked again with the same ones,
-    nothing runs, an interrupted pass goes on where it was, and a file that is damaged is made anew. Only for inputs
-    that are the same in every epoch. Images that are augmented while they are loaded would be paired with the logits of
-    other crops, so a data set with a transform is refused.
+    a fingerprint of the rows, of the teacher's class, configuration, weights and dtype, and of the collator with its
+    settings and its tokenizer: asked again with the same ones, nothing runs, an interrupted pass goes on where it was,
+    and a file that is damaged is made anew. Where they differ from those of a cache that lies there, a warning says in
+    what. Rows that lie in memory alone are asked about every time. Only for inputs that are the same in every epoch.
+    Images that are augmented while they are loaded would be paired with the logits of other crops, so a data set with a
+    transform is refused.
 
     Args:
         dataset: Tokenized rows, as for `Trainer`; columns that the teacher does not take are left out. Columns of its
             own (`teacher_input_ids`, ...) are given to it in place of the student's.
-        teacher: A classifier with scores `[B, K]`, or several.
+        teacher: A classifier with scores `[B, K]`, or several. One that is not loaded (`Absent`) is loaded where it has
+            to be asked.
         data_collator: Makes a batch of rows; by default `transformers`' own, which needs rows of one length.
         batch_size: Rows in a forward. Padding follows the batch, so logits agree with those of another batch size to
             rounding only.
@@ -89,18 +97,24 @@ def cache_teacher(
     if not teachers:
         raise DistillError("Expected at least one teacher to ask, got none.")
     modes = [t.training for t in teachers]
-    device = torch.device(device) if device is not None else next(teachers[0].parameters()).device
-    nets = [Net(adapt(t.to(device)), Reads, frozen=True) for t in teachers]
+    weight = next(teachers[0].parameters(), torch.empty(0))
+    device = torch.device(device) if device is not None else weight.device
     collate = with_padding(data_collator or default_data_collator, teachers)
     taken = set().union(*map(inputs_of, teachers)) or set(dataset.column_names)
     names = [c for c in dataset.column_names if c != TEACHER_LOGITS and not c.startswith("label")]
     columns = [c for c in names if c in taken or c.startswith(TEACHER)]
-    name = getattr(base(teachers[0]), "main_input_name", None)
+
+    @cache
+    def loaded() -> list[Net]:
+        found = [t.load() if isinstance(t, Absent) else t for t in teachers]
+        return [Net(adapt(t.to(device)), Reads, frozen=True) for t in found]
 
     asked = False
 
     def logits(rows: Mapping[str, list[Any]]) -> dict[str, Any]:
         nonlocal asked
+        nets = loaded()
+        name = getattr(base(nets[0].module), "main_input_name", None)
         items = [dict(zip(columns, values, strict=True)) for values in zip(*(rows[c] for c in columns), strict=True)]
         found = []
         for inputs in DataLoader(items, batch_size=batch_size, collate_fn=collate):  # type: ignore[arg-type]
@@ -125,8 +139,11 @@ def cache_teacher(
         plain = plain.remove_columns(TEACHER_LOGITS)
     if not len(plain):
         raise DistillError("Expected at least one row to ask the teacher about, got an empty data set.")
-    known, blocks = _fingerprint(plain, teachers), []
+    facts, blocks = _facts(plain, teachers, collate), []
+    known = _hash(facts)
     folder = Path(plain.cache_files[0]["filename"]).parent if plain.cache_files else None
+    if folder is not None:
+        _note_facts(folder / f"teacher-{known}.json", facts)
     try:
         for start in range(0, len(plain), _BLOCK):
             end = min(start + _BLOCK, len(plain))
@@ -159,31 +176,54 @@ class Absent(nn.Module):
     """A teacher that is not loaded, since what it says is in the data.
 
     Args:
-        stands_for: The class of the teacher.
-        classes: Its classes in the order of the logits; None where they have no names.
-        scores: How many scores it gives.
+        stands_for: The class of the teacher, or its name.
+        config: Its configuration.
+        identity: Changes with its weights.
+        load: Loads it; None where it is not to be had.
     """
 
-    def __init__(self, stands_for: str, classes: Sequence[str] | None, scores: int) -> None:
+    def __init__(
+        self, stands_for: type | str, config: Any, identity: str = "", load: Callable[[], nn.Module] | None = None
+    ) -> None:
         super().__init__()
-        self.stands_for = stands_for
-        self.config = SimpleNamespace(num_labels=scores, id2label=dict(enumerate(classes or ())))
+        self.absent_class = stands_for if isinstance(stands_for, type) else None
+        self.stands_for = stands_for.__name__ if isinstance(stands_for, type) else stands_for
+        self.config, self.identity, self._load = config, identity, load
+
+    def load(self) -> nn.Module:
+        """The teacher itself, another one at each call; no random stream has moved."""
+        if self._load is None:
+            raise DistillError(
+                f"The method reads more of the teacher than the column {TEACHER_LOGITS} holds, and the"
+                f" {self.stands_for} that wrote it is not loaded: give teacher_model."
+            )
+        with undisturbed():
+            return self._load().requires_grad_(False).eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        raise DistillError(
-            f"The method reads more of the teacher than the column {TEACHER_LOGITS} holds, and the {self.stands_for}"
-            " that wrote it is not loaded: give teacher_model."
-        )
+        return self.load()(*args, **kwargs)
 
 
 class AbsentNetwork(Network):
-    """Refuses whatever is read of a teacher that is not loaded."""
+    """A teacher that is not loaded before something is read of it."""
+
+    @cached_property
+    def _loaded(self) -> Network:
+        # A part of what stands for it from then on, so that it follows its modes and devices.
+        self.module.loaded = self.module.load()
+        return adapt(self.module.loaded)
 
     def read(self, batch: Batch, reads: Reads, **options: Any) -> Any:
-        return self.module()
+        if isinstance(batch.inputs, Tensor):
+            self._loaded.module.to(batch.inputs.device)
+        return self._loaded.read(batch, reads, **options)
 
     def layers(self, batch: Batch) -> int:
-        return int(self.module())
+        return self._loaded.layers(batch)
+
+    def install(self, reads: Reads) -> None:
+        if reads.taps:
+            self._loaded.install(reads)
 
 
 def absent_teachers(dataset: Any) -> list[Absent]:
@@ -197,7 +237,28 @@ def absent_teachers(dataset: Any) -> list[Absent]:
             f"The data set does not say which teacher wrote its column {TEACHER_LOGITS}, so that its classes are not"
             " known: give teacher_model, or make the column anew with cache_teacher."
         )
-    return [Absent(**facts) for facts in json.loads(noted.removeprefix(_NOTE))]
+    return [
+        Absent(
+            facts["stands_for"],
+            SimpleNamespace(num_labels=facts["scores"], id2label=dict(enumerate(facts["classes"] or ()))),
+        )
+        for facts in json.loads(noted.removeprefix(_NOTE))
+    ]
+
+
+def loaded_where_read(teachers: Sequence[nn.Module], distiller: Distiller) -> list[nn.Module]:
+    """The teachers; those of which a method reads more than logits are loaded."""
+    needs = needs_of_stages(distiller)
+    return [
+        teacher.load() if isinstance(teacher, Absent) and any(n.of_teacher(i).taps for n in needs) else teacher
+        for i, teacher in enumerate(teachers)
+    ]
+
+
+def cached_logits(cached: Dataset) -> list[np.ndarray]:
+    """Each teacher's logits `[N, K]` in a data set that `cache_teacher` has made."""
+    logits = np.asarray(cached.select_columns(TEACHER_LOGITS).with_format("numpy")[:][TEACHER_LOGITS])
+    return [logits] if logits.ndim == 2 else list(logits.swapaxes(0, 1))
 
 
 _NOTE = f"{TEACHER_LOGITS}: "
@@ -208,7 +269,7 @@ def _noted(description: str | None, teachers: Sequence[nn.Module], logits: Any) 
     scores = torch.as_tensor(logits).shape[-1]
     facts = [
         {
-            "stands_for": type(base(teacher)).__name__,
+            "stands_for": called(teacher),
             "classes": class_names(getattr(base(teacher), "config", None)),
             "scores": scores,
         }
@@ -243,22 +304,92 @@ def _drop_damaged(file: Path) -> None:
         file.unlink()
 
 
-def _fingerprint(dataset: Any, teachers: Sequence[nn.Module]) -> str:
-    """Changes with the rows, and with the teachers' classes, configurations and weights."""
+def called(teacher: nn.Module) -> str:
+    """The name of a teacher's class, whether it is loaded or not."""
+    module = base(teacher)
+    return str(getattr(module, "stands_for", type(module).__name__))
+
+
+def _hash(*values: Any) -> str:
     from datasets.fingerprint import Hasher
 
     hasher = Hasher()
-    hasher.update(rows_id(dataset))
-    for teacher in teachers:
-        config: Any = getattr(teacher, "config", None)
-        facts = config.to_dict() if hasattr(config, "to_dict") else {}
-        # A forward with labels writes the type of problem into the configuration; where a model is from says nothing.
-        hasher.update([type(teacher).__qualname__, {k: v for k, v in facts.items() if k not in _ASIDE}])
-        for name, value in teacher.state_dict().items():
-            # Flat first: the bytes of a tensor without an axis cannot be viewed.
-            bits = value.detach().cpu().flatten().contiguous().view(torch.uint8)
-            hasher.update([name, str(value.dtype), bits.numpy().tobytes()])
-    return hasher.hexdigest()
+    for value in values:
+        hasher.update(value)
+    return str(hasher.hexdigest())
+
+
+def _facts(dataset: Any, teachers: Sequence[nn.Module], collate: Any) -> dict[str, str]:
+    """What the logits depend on, each by a word for it that a user knows."""
+    collate = collate.collate if isinstance(collate, Padded) else collate
+    settings = dict(getattr(collate, "__dict__", {}))
+    tokenizer = settings.pop("tokenizer", None)
+    return {
+        "rows": rows_id(dataset),
+        "teacher's weights": _hash(*map(_weights_id, teachers)),
+        "teacher's dtype": ", ".join(map(_dtype, teachers)),
+        "collator": _hash(type(collate).__qualname__, sorted(settings.items()) or collate),
+        "tokenizer": "" if tokenizer is None else _tokenizer_id(tokenizer),
+        "column": f"{TEACHER_LOGITS}, float32, of {len(teachers)}",
+        "split": str(dataset.split),
+    }
+
+
+def _dtype(teacher: nn.Module) -> str:
+    weight = next((p for p in teacher.parameters() if p.is_floating_point()), None)
+    given = getattr(teacher.config, "dtype", None) if weight is None and hasattr(teacher, "config") else None
+    return str(given if weight is None else weight.dtype)
+
+
+def _tokenizer_id(tokenizer: Any) -> str:
+    """Changes with the tokens, their numbers, and how text is padded."""
+    tokens = sorted(tokenizer.get_vocab().items())
+    return _hash(type(tokenizer).__name__, tokens, tokenizer.special_tokens_map, tokenizer.padding_side)
+
+
+def _weights_id(teacher: nn.Module) -> str:
+    """Changes with a teacher's class, configuration and weights; of one that is not loaded, with its files."""
+    if isinstance(teacher, Absent):
+        return teacher.identity
+    config: Any = getattr(teacher, "config", None)
+    facts = config.to_dict() if hasattr(config, "to_dict") else {}
+    # A forward with labels writes the type of problem into the configuration; where a model is from says nothing.
+    found: list[Any] = [type(teacher).__qualname__, {k: v for k, v in facts.items() if k not in _ASIDE}]
+    for name, value in teacher.state_dict().items():
+        # Flat first: the bytes of a tensor without an axis cannot be viewed.
+        bits = value.detach().cpu().flatten().contiguous().view(torch.uint8)
+        found += [name, str(value.dtype), bits.numpy().tobytes()]
+    return _hash(*found)
+
+
+def files_id(*paths: str | Path) -> str:
+    """Changes with the files of checkpoints: configurations, weights and code, each a folder or a file."""
+    kinds = ("config.json", "*.index.json", "*.safetensors", "*.bin", "*.py")
+    digest = hashlib.sha256()
+    for path in map(Path, paths):
+        files: Iterable[Path] = {f for kind in kinds for f in path.glob(kind)} if path.is_dir() else [path]
+        for file in sorted(files):
+            with file.open("rb") as stream:
+                digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _note_facts(file: Path, facts: Mapping[str, str]) -> None:
+    """Writes down what a cache is made of; one that is new is told apart from those that lie beside it."""
+    if file.is_file():
+        return
+    others: list[list[str]] = []
+    for other in file.parent.glob("teacher-*.json"):
+        try:
+            before = read_json(other)
+        except DistillError:
+            continue  # Half a file says nothing of its cache.
+        if before.get("split") == facts["split"]:
+            others.append([name for name in facts if before.get(name) != facts[name]])
+    if others:
+        nearest: list[str] = min(others, key=len)
+        logger.warning("The teacher is asked anew: since it was last asked these have changed: %s.", ", ".join(nearest))
+    write_json(file, facts)
 
 
 def check_cache(cached: Tensor, logits: Tensor) -> None:

@@ -91,7 +91,7 @@ def _parameters(cls: Any) -> frozenset[str]:
 
 def inputs_of(model: nn.Module) -> frozenset[str]:
     """The names that a transformers model's forward takes; empty for other models, which do not tell."""
-    cls: Any = type(base(model))
+    cls: Any = getattr(base(model), "absent_class", None) or type(base(model))
     return _parameters(cls) if issubclass(cls, PreTrainedModel) else frozenset()
 
 

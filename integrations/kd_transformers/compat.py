@@ -30,6 +30,7 @@ __all__ = [
     "averages",
     "chosen_attention",
     "chosen_mask",
+    "commit_of",
     "frames_of",
     "hears",
     "is_reentrant",
@@ -318,6 +319,11 @@ def averages(metric: Any) -> bool:
 def rows_id(dataset: Any) -> str:
     """What `datasets` knows the rows of a data set by."""
     return str(dataset._fingerprint)
+
+
+def commit_of(config: Any) -> str | None:
+    """The commit on the hub that a configuration was read from; None of a folder."""
+    return getattr(config, "_commit_hash", None)
 
 
 def rates_are(scheduler: Any, rates: list[float]) -> None:

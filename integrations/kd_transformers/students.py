@@ -16,7 +16,9 @@ from transformers.utils import logging
 
 from kd_plugins.errors import DistillError, told
 from kd_plugins.methods.internal import uniform
+from kd_transformers.cache import Absent, files_id
 from kd_transformers.checks import class_names, class_order
+from kd_transformers.compat import commit_of
 from kd_transformers.data import Labels
 
 logger = logging.get_logger(__name__)
@@ -66,6 +68,29 @@ def load_teacher(name: str, checkpoint: str | None, labels: Labels, **hub: Any) 
         outcome = model.load_state_dict(_read_weights(folder), strict=False)
     _check_weights(checkpoint, set(outcome.missing_keys), False)
     return model.eval()
+
+
+def absent_teacher(name: str, checkpoint: str | None, labels: Labels, **hub: Any) -> Absent:
+    """What `load_teacher` loads, of which the configuration alone is read until it is asked.
+
+    Its identity is a hash of the checkpoint's files; of one on the hub, its commit.
+    """
+    own = bool(checkpoint) and not (Path(str(checkpoint)) / "config.json").is_file()
+    source = name if own or not checkpoint else checkpoint
+    with told(f"The configuration {source} cannot be loaded", Exception):
+        config = AutoConfig.from_pretrained(source, **hub)
+        if own:
+            config.update(labels.config)
+        _check_classes(source, config, labels)
+        config.problem_type = labels.problem
+        with torch.device("meta"):
+            cls = type(AutoModelForSequenceClassification.from_config(config))
+    paths = [path for path in (name, checkpoint) if path and Path(path).exists()]
+    commit = commit_of(config)
+    if commit is None and not paths:
+        raise DistillError(f"The files of the teacher {source} cannot be told: leave out --cache_teacher.")
+    identity = f"{commit} {files_id(*paths)}"
+    return Absent(cls, config, identity, lambda: load_teacher(name, checkpoint, labels, **hub))
 
 
 def from_configuration(name: str, labels: Labels, hub: Mapping[str, Any], **options: Any) -> Any:

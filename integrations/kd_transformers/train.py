@@ -38,7 +38,7 @@ from kd_report.measures import decisions
 from kd_report.uncertainty import Answers, Doubts, dirichlet_offset, uncertainty_metrics
 from kd_transformers import DistillationTrainer
 from kd_transformers.arguments import Arguments, parse_args
-from kd_transformers.cache import cache_teacher
+from kd_transformers.cache import Absent, cache_teacher, cached_logits, called
 from kd_transformers.checkpoints import Resumable, asked_for, checkpoints, identity
 from kd_transformers.checks import class_order
 from kd_transformers.data import Labels, fingerprint, load_other, load_text
@@ -46,6 +46,7 @@ from kd_transformers.metrics import agreement, build_metrics, default_metrics, l
 from kd_transformers.recording import RecordCallback
 from kd_transformers.rehearsal import check_best, check_recipe
 from kd_transformers.students import (
+    absent_teacher,
     check_length,
     check_tokenizers,
     copy_layers,
@@ -131,7 +132,7 @@ class Session:
             size = getattr(network.config, "vocab_size", None)
             if size is not None and len(self.tokenizer) > size:
                 raise DistillError(
-                    f"The tokenizer has {len(self.tokenizer)} tokens and {type(network).__name__} reads {size}: use the"
+                    f"The tokenizer has {len(self.tokenizer)} tokens and {called(network)} reads {size}: use the"
                     " tokenizer that belongs to it."
                 )
         length = min(check_length(network, data.max_seq_length, self.tokenizer) for network in networks)
@@ -197,7 +198,7 @@ class Session:
         if self.trains_teacher:
             self._train_teacher(self.teachers[0])
         if self.arguments.distillation.cache_teacher and training.do_train:
-            self._cache_teacher()
+            self.trainer.train_dataset = self._cached(self.train_set)
         if training.do_train:
             self._train()
         if training.do_eval:
@@ -221,13 +222,15 @@ class Session:
                 logger.warning(f"{error} It is written anew.")
                 path.unlink(missing_ok=True)
 
-    def _cache_teacher(self) -> None:
-        """Adds the teachers' logits to the training rows."""
-        training = self.arguments.training
+    def _cached(self, rows: Any) -> Any:
+        """Rows with the teachers' logits; a teacher is loaded where some have to be asked for."""
+        training, teachers = self.arguments.training, self.teachers
+        if self.trains_teacher:
+            teachers = [absent_teacher(str(self.teacher_folder), None, self.labels)]
         with training.main_process_first(desc="asking the teacher"):
-            self.trainer.train_dataset = cache_teacher(
-                self.train_set,
-                self.teachers if len(self.teachers) > 1 else self.teachers[0],
+            return cache_teacher(
+                rows,
+                teachers if len(teachers) > 1 else teachers[0],
                 self.collate,
                 batch_size=training.per_device_eval_batch_size,
                 device=training.device,
@@ -277,8 +280,9 @@ class Session:
 
     def _teachers(self) -> list[Any]:
         _, _, distillation, training = self.arguments
+        load: Any = absent_teacher if distillation.cache_teacher else load_teacher
         if distillation.train_teacher and not self.trains_teacher:
-            teachers = [from_checkpoint(str(self.teacher_folder), self.labels, fresh_head=False)]
+            teachers = [load(str(self.teacher_folder), None, self.labels)]
         elif distillation.train_teacher and distillation.teacher:
             return [from_checkpoint(distillation.teacher[0], self.labels, fresh_head=True, **self._float)]
         elif distillation.train_teacher:
@@ -287,7 +291,7 @@ class Session:
         else:
             checkpoints = [*distillation.teacher_checkpoint, *[""] * len(distillation.teacher)]
             pairs = zip(distillation.teacher, checkpoints, strict=False)
-            teachers = [load_teacher(name, weights, self.labels, **self.hub) for name, weights in pairs]
+            teachers = [load(name, weights, self.labels, **self.hub) for name, weights in pairs]
         self.labels = match_names(self.labels, teachers)
         return teachers
 
@@ -439,7 +443,8 @@ class Session:
     def _train(self) -> None:
         training, trainer = self.arguments.training, self.trainer
         if self._from_teacher:
-            kept = copy_layers(self.student, self.teachers[0])
+            teacher = self.teachers[0]
+            kept = copy_layers(self.student, teacher.load() if isinstance(teacher, Absent) else teacher)
             self._say(f"The student starts from the teacher's layers {', '.join(map(str, kept.values()))}.")
         self._say(f"Training the student: {_size(self.student)}")
         set_seed(training.seed)
@@ -522,17 +527,17 @@ class Session:
 
     def _told(self, rows: Any) -> list[np.ndarray]:
         """Each teacher's logits of some rows, classes in the student's order."""
-        quiet = {"report_to": "none", "push_to_hub": False}
-        # A `Trainer` that only predicts has no evaluation set, and refuses a schedule of evaluations.
-        unscheduled = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
-        args = dataclasses.replace(self.arguments.training, **quiet, **unscheduled)
-        logits = []
-        for teacher in self.teachers:
-            trainer = Trainer(model=teacher, args=args, data_collator=self.collate)
-            predictions = trainer.predict(rows).predictions
-            order = class_order(self.student, teacher)
-            logits.append(logits_of(predictions) if order is None else logits_of(predictions)[:, list(order)])
-        return logits
+        if self.arguments.distillation.cache_teacher:
+            logits = cached_logits(self._cached(rows))
+        else:
+            quiet = {"report_to": "none", "push_to_hub": False}
+            # A `Trainer` that only predicts has no evaluation set, and refuses a schedule of evaluations.
+            unscheduled = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+            args = dataclasses.replace(self.arguments.training, **quiet, **unscheduled)
+            trainers = [Trainer(model=t, args=args, data_collator=self.collate) for t in self.teachers]
+            logits = [logits_of(trainer.predict(rows).predictions) for trainer in trainers]
+        orders = [class_order(self.student, teacher) for teacher in self.teachers]
+        return [x if order is None else x[:, list(order)] for x, order in zip(logits, orders, strict=True)]
 
 
 def _trainer(**options: Any) -> Resumable:
@@ -582,7 +587,7 @@ class _Stop(TrainerCallback):
 
 
 def _name(model: Any) -> str:
-    return f"{type(model).__name__}, {model.config.num_hidden_layers} layers"
+    return f"{called(model)}, {model.config.num_hidden_layers} layers"
 
 
 def _size(model: Any) -> str:

@@ -22,7 +22,7 @@ from kd_plugins import Batch, Distiller, DistillError, Nets, Reads, create_disti
 from kd_plugins.binding import connect, needs_in, needs_of_stages, needs_pass, prepare, schedule, set_up
 from kd_plugins.catalog.registry import to_json
 from kd_plugins.reading.network import adapt
-from kd_transformers.cache import Absent, AbsentNetwork, absent_teachers, check_cache
+from kd_transformers.cache import Absent, AbsentNetwork, absent_teachers, check_cache, loaded_where_read
 from kd_transformers.card import Gain, add_to_card, check_gain, section
 from kd_transformers.checkpoints import Resumable
 from kd_transformers.checks import (
@@ -142,6 +142,7 @@ class DistillationTrainer(Resumable):
         self.model_accepts_loss_kwargs = False
         self._unused = copy.deepcopy(self.distiller)
         self._named = (distiller, dict(distiller_args or {})) if isinstance(distiller, str) else None
+        self.teachers = loaded_where_read(self.teachers, self.distiller)
         self._teacher_networks = [AbsentNetwork(t) if isinstance(t, Absent) else adapt(t) for t in self.teachers]
         self._nets = self._connect(self.distiller)
         self._tokens = special_tokens(self.model)

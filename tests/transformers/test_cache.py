@@ -11,9 +11,11 @@ import torch
 import trainer_kit as kit
 from datasets import Dataset
 from torch import nn
+from transformers import BertTokenizer, DataCollatorWithPadding, default_data_collator
 
 from kd_plugins import Batch, Distiller, DistillError
 from kd_transformers import DistillationTrainer, cache_teacher
+from kd_transformers.cache import Absent
 from kd_transformers.columns import TEACHER_LOGITS
 from kd_transformers.recording import RecordCallback
 
@@ -99,6 +101,49 @@ def test_the_teacher_need_not_be_loaded(rows, tmp_path):
         trained(again, distiller="kd")
     with pytest.raises(DistillError, match="kd needs at least one teacher, got 0"):
         trained(rows, distiller="kd")
+
+
+def test_a_teacher_is_loaded_where_it_has_to_be_asked(rows, caplog):
+    """Known by what stands for it; whatever the logits depend on is noticed, and named."""
+    teacher, loads = kit.teacher(), []
+
+    def absent(identity: str = "a", **config: Any) -> Absent:
+        return Absent(type(teacher), copy.deepcopy(teacher.config), identity, lambda: loads.append(1) or teacher)
+
+    def collator(*words: str, multiple: int | None = None) -> DataCollatorWithPadding:
+        vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+        tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)})
+        return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple)
+
+    def asks(*given: Any) -> str:
+        caplog.clear()
+        before = len(loads)
+        cache_teacher(*given)
+        assert len(loads) - before == bool(caplog.messages)
+        return " ".join(caplog.messages).partition("these have changed: ")[2]
+
+    plain = cache_teacher(rows, absent(), collator("a", "b"))
+    assert len(loads) == 1
+    assert plain[TEACHER_LOGITS][:] == cache_teacher(rows, teacher, collator("a", "b"))[TEACHER_LOGITS][:]
+    assert asks(rows, absent(), collator("a", "b")) == ""
+    assert asks(rows, absent("b"), collator("a", "b")) == "teacher's weights."
+    assert asks(rows, absent(), collator("b", "a")) == "tokenizer."
+    assert asks(rows, absent(), collator("a", "b", multiple=8)) == "collator."
+    assert asks(rows, absent(), lambda items: default_data_collator(items)) == "collator, tokenizer."
+    assert asks(rows.select(range(8)), absent(), collator("a", "b")) == "rows."
+    half = absent()
+    half.config.dtype = torch.bfloat16
+    assert asks(rows, half, collator("a", "b")) == "teacher's dtype."
+
+
+def test_a_teacher_is_loaded_where_a_method_reads_more(rows, tmp_path):
+    teacher = kit.teacher()
+    absent = Absent(type(teacher), teacher.config, "a", lambda: copy.deepcopy(teacher))
+    cached = cache_teacher(rows, absent)
+    for distiller in ("kd", "internal", "noisy"):
+        plain, quick = (train(tmp_path, cached, t, distiller=distiller) for t in (teacher, absent))
+        assert kit.difference(kit.weights(plain.model), kit.weights(quick.model)) == 0.0, distiller
+        assert any(True for t in quick.teachers for _ in t.parameters()) == (distiller != "kd")
 
 
 def test_an_interrupted_pass_goes_on_and_a_damaged_file_is_made_anew(rows, monkeypatch):

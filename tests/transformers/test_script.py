@@ -24,7 +24,7 @@ from kd_plugins import Distiller, DistillError
 from kd_plugins import functional as KF
 from kd_report import load_run
 from kd_transformers import data as data_module
-from kd_transformers import train
+from kd_transformers import students, train
 from kd_transformers.arguments import build_parser, parse_args
 from kd_transformers.data import read_labels
 from kd_transformers.docstrings import DOCSTRINGS_DEFAULTS, load_docstrings
@@ -648,6 +648,41 @@ def test_the_teacher_is_asked_once_where_it_says_the_same(run, taught, capsys):
         torch.testing.assert_close(weights(cached)[name], value, rtol=0, atol=1e-5)
     words = ["--student_layers", "1", "--cache_teacher"]
     assert "--cache_teacher expects --distill and a teacher" in fails(capsys, words)
+
+
+def test_a_warm_cache_trains_the_same_without_loading_the_teacher(run, colours, caplog, monkeypatch):
+    size = "--student_layers 2 --student_hidden_size 16 --student_heads 2".split()
+    teacher, _ = run(*colours, *size, name="teacher")
+    loads = []
+    monkeypatch.setattr(students, "load_teacher", lambda *given, **hub: loads.append(1) or load_teacher(*given, **hub))
+
+    def train_student(name: str) -> tuple[dict[str, torch.Tensor], dict[str, float], int]:
+        loads.clear()
+        words = [*"--student_layers 1 --student_init scratch --distill kd --cache_teacher --teacher".split()]
+        folder, results = run(*colours, *words, str(teacher), name=name)
+        return weights(folder), untimed(results), len(loads)
+
+    first, told, loaded = train_student("first")
+    assert loaded == 2, "for the training rows, and for those of the evaluation"
+    second, again, loaded = train_student("second")
+    assert loaded == 0
+    assert same(first, second)
+    assert again == told
+    assert "eval_teacher_agreement" in told
+    # A damaged file is made anew.
+    block = max(Path(colours[5]).rglob("teacher-*.arrow"), key=lambda file: file.stat().st_size)
+    block.write_bytes(block.read_bytes()[:-8] + b"\1" * 8)
+    third, again, loaded = train_student("third")
+    assert loaded == 1
+    assert same(first, third)
+    # So is everything of a teacher whose weights have changed.
+    changed = weights(teacher)
+    changed["classifier.bias"] += torch.tensor([1.0, 0.0, -1.0])
+    save_file(changed, teacher / "model.safetensors", metadata={"format": "pt"})
+    fourth, again, loaded = train_student("fourth")
+    assert loaded == 2
+    assert "these have changed: teacher's weights." in caplog.text
+    assert not same(first, fourth)
 
 
 def test_an_ensemble_teaches_and_uncertainty_is_told(run, taught, tmp_path, capsys):
