@@ -12,6 +12,7 @@ NAMES = {
     "vocabulary": "soft labels over a vocabulary in chunks, and all at once",
     "tokens": "settings of kd where every token has scores",
     "detector": "NST on Faster R-CNN",
+    "recording": "what a record for the report adds to a run",
     "camvid": "segmentation of CamVid",
     "quality": "lists of training runs",
     "robustness": "students of a list of runs on corrupted and attacked images",

@@ -30,6 +30,11 @@ VIT = "--model vit_tiny_patch16_224 --model-kwargs depth=2 patch_size=4 embed_di
 DEIT = (
     "--model deit_tiny_distilled_patch16_224 --model-kwargs depth=2 embed_dim=48 num_heads=3 img_size=32 --img-size 32"
 )
+# Its configuration says how images are cropped, which timm's script leaves to the default.
+SQUASHED = (
+    "--model eva02_base_patch14_448 --model-kwargs depth=1 embed_dim=48 num_heads=2 patch_size=4 img_size=16"
+    " --img-size 16"
+)
 NAFLEX = (
     "--model naflexvit_base_patch16_gap --model-kwargs depth=2 embed_dim=32 num_heads=2 patch_size=4 --img-size 16"
     " --naflex-loader"
@@ -59,6 +64,7 @@ ROWS = {
     "sizes": "--train-img-sizes 16 24 --train-batch-sizes 64 32 --variable-batch-loss-scale linear",
     "progressive": "--train-img-sizes 16 24 --train-size-schedule progressive --epochs 3",
     "vit": f"{VIT} img_size=16 --img-size 16 --opt adamw --layer-decay 0.7",
+    "crop-mode": f"{SQUASHED} --crop-pct 0.8",
     "vit-input-size": f"{VIT} img_size=(16,24) --input-size 3 16 24",
     "naflex": f"{NAFLEX} --naflex-train-seq-lens 16 36 --naflex-max-seq-len 36",
     "naflex-mixup": f"{NAFLEX} --naflex-train-seq-lens 16 36 --naflex-max-seq-len 36 --mixup 0.3",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kd_plugins.distiller import Distiller, overrides
+from kd_plugins.distiller import Distiller, check_made, needs_of, overrides
 from kd_plugins.errors import DistillError
 from kd_plugins.finite import check_weights
 from kd_plugins.reading.nets import Net, Nets, Transform
@@ -20,7 +20,18 @@ from kd_plugins.reading.network import Forward, Network, adapt
 from kd_plugins.reading.view import Batch, Needs, Reads
 from kd_plugins.stages import Progress, StageTable
 
-__all__ = ["bind", "bound", "connect", "needs_in", "needs_pass", "prepare", "schedule", "set_up", "untouched"]
+__all__ = [
+    "bind",
+    "bound",
+    "check_batch",
+    "connect",
+    "needs_in",
+    "needs_pass",
+    "prepare",
+    "schedule",
+    "set_up",
+    "untouched",
+]
 
 _BOUND: weakref.WeakKeyDictionary[Distiller, weakref.ref[Nets]] = weakref.WeakKeyDictionary()
 
@@ -55,13 +66,15 @@ def bind(
         DistillError: The number of teachers or peers does not fit the method, networks share parameters, or the method
             wants a pass over the training set.
     """
-    teachers = [] if teacher is None else [teacher] if isinstance(teacher, nn.Module) else list(teacher)
-    trained = [student, *peers]
+    teachers = _modules("teacher", teacher)
+    trained = [*_modules("student", [student]), *_modules("peers", peers)]
+    if batch is not None:
+        check_batch(batch)
     nets = connect(
         distiller,
         adapt(student),
         [adapt(t) for t in teachers],
-        [adapt(p) for p in peers],
+        [adapt(p) for p in trained[1:]],
         forwards=[_compiled(module) for module in trained],
     )
     for net, module in zip(nets.peers, trained, strict=True):
@@ -95,6 +108,21 @@ def bind(
         for net in nets:
             net._before = start
     return nets
+
+
+def _modules(what: str, given: Any) -> list[nn.Module]:
+    """One network or several, as a list."""
+    found = [] if given is None else [given] if isinstance(given, (nn.Module, str)) else given
+    if not isinstance(found, Iterable):
+        found = [given]
+    found = list(found)
+    for module in found:
+        if not isinstance(module, nn.Module):
+            raise DistillError(
+                f"bind(..., {what}=...): expected a network (torch.nn.Module), got {module!r}: make it first, such as"
+                " timm.create_model(NAME, pretrained=True)."
+            )
+    return found
 
 
 def bound(distiller: Distiller) -> Nets | None:
@@ -135,6 +163,7 @@ def connect(
         transforms: How each teacher's images are made of the student's.
         orders: Each teacher's class numbers in the student's order, where they differ.
     """
+    check_made(distiller)
     parts = distiller.methods.values()
     for part in parts:
         _check_numbers(part, len(teachers), len(peers), alone=len(parts) == 1)
@@ -150,7 +179,7 @@ def connect(
     orders = [*orders, *[None] * (len(teachers) - len(orders))]
 
     def reads(kind: str, number: int = 0) -> Reads:
-        needs = distiller.needs()
+        needs = needs_of(distiller)
         return {"student": needs.student, "peer": needs.peer(number), "teacher": needs.of_teacher(number)}[kind]
 
     return Nets(
@@ -225,8 +254,11 @@ def _check_apart(trained: Sequence[Network], teachers: Sequence[Network]) -> Non
 
 def schedule(distiller: Distiller, total: int, *, epoch: int | None = None) -> StageTable:
     """Resolves the stages over a training of `total` steps, `epoch` steps each epoch, and starts from step 0."""
+    for what, steps in (("training", total), ("epoch", epoch)):
+        if not isinstance(steps, int | None) or steps is not None and steps < 1:
+            raise DistillError(f"The length of the {what} is a number of steps, at least 1; got {steps!r}.")
     stages = distiller.stages()
-    whole = bool(distiller.needs().streams) and len(stages) > 1
+    whole = bool(needs_of(distiller).streams) and len(stages) > 1
     table = StageTable.resolve(stages, total, epoch=epoch, whole_epochs=whole)
     distiller.progress = Progress(total=total, table=table)
     distiller.progress.at(0)
@@ -238,7 +270,7 @@ def needs_in(distiller: Distiller, stage: int) -> Needs:
     progress = distiller.progress
     current, progress.stage = progress.stage, stage
     try:
-        return distiller.needs()
+        return needs_of(distiller)
     finally:
         progress.stage = current
 
@@ -280,7 +312,7 @@ def set_up(distiller: Distiller, nets: Nets, batch: Batch) -> None:
         return
     with untouched(nets, distiller):
         distiller.setup(nets, batch)
-        needs = distiller.needs()
+        needs = needs_of(distiller)
         nets.student.network.install(needs.student)
         for i, net in enumerate(nets.peers[1:]):
             net.network.install(needs.peer(i))
@@ -299,10 +331,18 @@ def prepare(distiller: Distiller, nets: Nets, batches: Iterable[Batch]) -> None:
 
 
 def _checked(batches: Iterable[Batch]) -> Iterator[Batch]:
+    empty = True
     for batch in batches:
-        if not isinstance(batch, Batch):
-            raise DistillError(
-                f"The pass over the training set is of Batch objects, got {type(batch).__name__}: make them with"
-                " Batch.of(inputs, labels)."
-            )
+        check_batch(batch)
+        empty = False
         yield batch
+    if empty:
+        raise DistillError("The pass over the training set gives no batch: is the data set empty, or used up before?")
+
+
+def check_batch(batch: Any) -> None:
+    """Refuses what is no batch, or one without a row."""
+    if not isinstance(batch, Batch):
+        raise DistillError(f"Expected a Batch, got {type(batch).__name__}: make it with Batch.of(inputs, labels).")
+    if isinstance(batch.inputs, torch.Tensor) and not len(batch.inputs):
+        raise DistillError("A batch has no rows: leave it out, or drop the last one of the loader (drop_last=True).")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_plugins.catalog.options import OptimSpec
-from kd_plugins.distiller import Distiller, Terms, Turn, overrides
+from kd_plugins.distiller import Distiller, Terms, Turn, needs_of, overrides
 from kd_plugins.errors import DistillError
 from kd_plugins.picture import Picture
 from kd_plugins.reading.nets import Net, Nets
@@ -74,9 +74,9 @@ class Composite(Distiller):
 
     def needs(self) -> Needs:
         first, *others = self.methods.values()
-        needs = first.needs()
+        needs = needs_of(first)
         for part in others:
-            needs = needs | part.needs()
+            needs = needs | needs_of(part)
         return needs
 
     def extras(self) -> dict[str, nn.Module]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from textwrap import shorten
 
 __all__ = ["DistillError", "did_you_mean", "told"]
 
@@ -41,6 +42,10 @@ def told(what: str, *errors: type[BaseException], remedy: str = "") -> Iterator[
     """
     try:
         yield
+    except DistillError:
+        raise
     except errors as error:
-        why = f" ({type(error).__name__}: {error}): {remedy}" if remedy else f": {error}"
-        raise DistillError(what + why) from error
+        kind, text = type(error).__name__, shorten(" ".join(str(error).split()), 400, placeholder=" ...")
+        # Some say a key, or nothing.
+        said = text if " " in text else f"{kind} {text}".rstrip() + "."
+        raise DistillError(what + (f" ({kind}: {text}): {remedy}" if remedy else f": {said}")) from error

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from kd_plugins.catalog.options import OptimSpec
 from kd_plugins.distiller import Distiller, overrides
-from kd_plugins.errors import DistillError, did_you_mean
+from kd_plugins.errors import DistillError, did_you_mean, told
 from kd_plugins.reading.nets import Nets
 
 __all__ = ["Group", "make_groups"]
@@ -185,7 +185,8 @@ def make(spec: OptimSpec, parameters: Sequence[nn.Parameter]) -> Optimizer:
         known = [n for n, c in vars(torch.optim).items() if isinstance(c, type) and issubclass(c, Optimizer)]
         hint = did_you_mean(spec.optimizer, known)
         raise DistillError(f"Expected the name of an optimizer in torch.optim, got {spec.optimizer!r}.{hint}")
-    return cls(list(parameters), lr=spec.lr, weight_decay=spec.weight_decay, **spec.options)
+    with told(f"The optimizer {spec} cannot be made", TypeError, ValueError, AttributeError):
+        return cls(list(parameters), lr=spec.lr, weight_decay=spec.weight_decay, **spec.options)
 
 
 def override(spec: OptimSpec, changes: dict[str, Any], group: str) -> OptimSpec:

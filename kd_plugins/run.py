@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kd_plugins.averaging import average_buffers, average_gradients, broadcast, distributed
-from kd_plugins.binding import bound
-from kd_plugins.distiller import Distiller, Turn, check_terms
+from kd_plugins.binding import bound, check_batch
+from kd_plugins.distiller import Distiller, Turn, check_made, check_terms
 from kd_plugins.errors import DistillError, did_you_mean
 from kd_plugins.finite import Watch
 from kd_plugins.groups import Group, make_groups
@@ -62,6 +62,9 @@ class Run(Saving):
         *,
         max_grad_norm: float | None = None,
     ) -> None:
+        check_made(distiller)
+        if not hasattr(optimizer, "param_groups"):
+            raise DistillError(f"Expected the student's optimizer, a torch.optim.Optimizer, got {optimizer!r}.")
         self.distiller = distiller
         self.nets = nets if nets is not None else bound(distiller)
         self.optimizer = optimizer
@@ -224,6 +227,7 @@ class Run(Saving):
             )
         if self.nets is None:
             raise DistillError("A step needs the networks: make_optimizers(distiller, optimizer, nets).")
+        check_batch(batch)
         if not self._held:
             self.enter_stage()
         self._turns, self._turn = iter(distiller.turns(self.nets, batch)), 0
@@ -287,6 +291,11 @@ class Run(Saving):
 
     def _take(self, turn: Turn) -> Tensor | None:
         """Holds the gradients of a turn's extra groups; returns the student's loss if the turn is the last."""
+        if not isinstance(turn, Mapping):
+            raise DistillError(
+                f"Expected a turn of {self.distiller.name} as terms by group, {{'student': {{...}}}}, got"
+                f" {type(turn).__name__}: yield a dict."
+            )
         extras = [name for name in turn if name != "student"]
         last = self._ends_with in turn
         for k, name in enumerate(extras):

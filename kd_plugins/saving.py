@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from kd_plugins import states
 from kd_plugins.catalog.registry import config_of
 from kd_plugins.distiller import Distiller
-from kd_plugins.errors import DistillError
+from kd_plugins.errors import DistillError, told
 from kd_plugins.finite import Watch, check_weights
 from kd_plugins.groups import Group
 from kd_plugins.host import world
@@ -79,7 +79,8 @@ class Saving:
         from safetensors.torch import save_file
 
         rank = world()[0]
-        folder.mkdir(parents=True, exist_ok=True)
+        with told(f"{folder} cannot be written", OSError, remedy="make room, or mend the rights of its folder."):
+            folder.mkdir(parents=True, exist_ok=True)
         streams = {
             f"{name}|{key}": value
             for name, part in parts(self.distiller).items()
@@ -119,13 +120,19 @@ class Saving:
         Raises:
             DistillError: The folder holds no distiller, or another one; no state is whole; the method is not set up.
         """
-        from safetensors.torch import load_file
-
         if not self.distiller.ready:
             raise DistillError(
                 f"{self.distiller.name} has no parts to load before it is set up: bind(..., batch=one batch) first."
             )
-        folder, rank = self._found(Path(folder)), world()[0]
+        found, rank = self._found(Path(folder)), world()[0]
+        with told(
+            f"The state {found} cannot be read", Exception, remedy="it is damaged, was edited, or is of another run."
+        ):
+            return self._load(found, rank, *others)
+
+    def _load(self, folder: Path, rank: int, *others: Any) -> bool:
+        from safetensors.torch import load_file
+
         state = self._checked_state(folder)
         saved = torch.load(folder / "distiller_optimizers.pt", map_location="cpu", weights_only=True)
         for group in self:

@@ -29,6 +29,7 @@ __all__ = [
     "read_json",
     "replacing",
     "seal",
+    "settle",
     "slots",
     "write_json",
     "write_text",
@@ -50,6 +51,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
     try:
         # Every library has errors of its own for a full disk.
         with told(f"{path} cannot be written", Exception, remedy="make room, or mend the rights of its folder."):
+            if partial.is_symlink():
+                # Somebody's link, which would lead the writing elsewhere.
+                partial.unlink()
             # Safetensors lets a file's owner alone read it; others may, as the umask says.
             partial.touch()
             mode = partial.stat().st_mode
@@ -77,7 +81,7 @@ def write_json(path: str | Path, content: Any) -> None:
 
 def read_json(path: str | Path) -> Any:
     """Reads a JSON file; a DistillError names one that is damaged."""
-    with told(f"{path} cannot be read", OSError, ValueError, remedy="it is damaged, or was edited."):
+    with told(f"{path} cannot be read", OSError, ValueError, RecursionError, remedy="it is damaged, or was edited."):
         return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
@@ -181,13 +185,19 @@ def slots(folder: str | Path) -> list[Path]:
 
 def open_state(folder: str | Path) -> Path:
     """An empty folder for a new state of a run, which `close_state` makes the newest one."""
+    settle(folder)
+    new = slots(folder)[0]
+    with told(f"{folder} cannot be written", OSError, remedy="make room, or mend the rights; it is as it was."):
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+    return new
+
+
+def settle(folder: str | Path) -> None:
+    """Ends what a kill between the two steps of `close_state` has left: the new state may be the only whole one."""
     new = slots(folder)[0]
     if new.is_dir() and not damage(new):
-        # A kill came between the two steps of close_state: this one may be the only whole one.
         _shift(folder)
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    return new
 
 
 def close_state(folder: str | Path, **facts: Any) -> None:

@@ -154,6 +154,23 @@ def test_tables_of_methods_are_what_the_registry_says(page: str) -> None:
     assert written == filled(ROOT / page), f"run: kd-plugins list --markdown {' '.join(TABLES)}"
 
 
+def test_what_runs_where_is_what_the_registry_and_the_tests_say() -> None:
+    import support_matrix as support
+
+    page = support.PAGE.read_text(encoding="utf-8")
+    assert page == support.filled(page), "run: python tests/support_matrix.py"
+    assert set(support.TWO_PROCESSES) <= set(support.names())
+    assert all(support.starts_processes(test) for test in support.TWO_PROCESSES.values())
+
+
+def test_the_site_has_every_page_and_names_no_registry() -> None:
+    menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = {str(page.relative_to(ROOT / "docs")) for page in PAGES[1:]}
+    assert pages == set(re.findall(r": ([\w/]+\.md)$", menu, re.M))
+    hosts = re.compile(r"pypi\.org|pythonhosted|huggingface\.co|anaconda|npmjs|docker\.io|ghcr\.io")
+    assert not [page.name for page in [*PAGES, ROOT / "mkdocs.yml"] if hosts.search(page.read_text(encoding="utf-8"))]
+
+
 def test_every_method_has_a_page() -> None:
     from kd_plugins import list_distillers
     from kd_plugins.catalog.installed import distribution_of

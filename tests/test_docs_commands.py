@@ -146,6 +146,7 @@ def _narrow(argv: list[str]) -> None:
     """A generator of four channels."""
     if "--distill-args" not in argv:
         argv += ["--distill-args"]
+    argv[:] = [word for word in argv if not word.startswith("width=")]
     argv.insert(argv.index("--distill-args") + 1, "width=4")
 
 

@@ -13,8 +13,11 @@ from torch import nn
 
 from kd_plugins import Batch, Distiller, DistillError, Needs, Stage, bind, make_optimizers, play
 from kd_plugins.catalog.about import describe, refusals
+from kd_plugins.catalog.cli import main as cli
 from kd_plugins.catalog.installed import distribution_of, list_distillers
 from kd_plugins.catalog.registry import create_distiller, get_distiller, name_of, options_from_strings
+from kd_plugins.reading import network
+from kd_plugins.reading.network import adapt
 
 MODULE = """
 from kd_plugins.catalog.options import OptimSpec
@@ -246,7 +249,7 @@ def test_a_dotted_option_overrides_a_group_of_a_single_distiller(install):
     assert distiller.optim_overrides == {"critic": {"lr": 1e-5, "options": {"betas": [0, 0.9]}}}
     with pytest.raises(DistillError, match=r"'critic\.lrr' .* Did you mean lr\?"):
         create_distiller("mine", **{"critic.lrr": 1e-5})
-    with pytest.raises(DistillError, match=r"expected critic\.lr to be float, got 'fast'"):
+    with pytest.raises(DistillError, match=r"expected critic\.lr to be float from 0, got 'fast'"):
         create_distiller("mine", **{"critic.lr": "fast"})
 
 
@@ -316,3 +319,56 @@ def test_the_example_plugin_trains_by_its_name(install, monkeypatch):
     assert losses[-1] < 0.5 * losses[0]
     with pytest.raises(DistillError, match="same length"):
         create_distiller("example_attention_transfer", layers=["a", "b"], teacher_layers=["b"])
+
+
+def test_whatever_is_broken_is_shown_by_the_list_and_harms_nothing_else(install, capsys):
+    start = "from kd_plugins import Distiller\nclass Mine(Distiller):\n"
+    modules = {
+        "installed_by_test_p": "class Quit(BaseException): pass\nraise Quit('not here')",
+        "installed_by_test_q": start + "    paper = 'a title'\n",
+        "installed_by_test_r": start + "    def __init__(self): raise SystemExit('no')\n",
+        "installed_by_test_s": start + "    def __init__(self, *, a: int = 1): self.a = a\n",
+        "installed_by_test_t": start,
+        "installed_by_test_u": "from kd_plugins import Network\nclass Mine(Network): pass\n",
+    }
+    names = dict(zip(("quits", "wrong", "refuses", "half"), modules, strict=False))
+    entries = [f"{name} = {module}:Mine" for name, module in names.items()] + ["kd = installed_by_test_t:Mine"]
+    networks = ["timm = installed_by_test_t:Mine", "torch = installed_by_test_u:Mine"]
+    networks += ["some_package = installed_by_test_p:Mine", "other_package = installed_by_test_u:Mine"]
+    folder = install("harmful-plugin", "0.1", modules)
+    (metadata,) = folder.glob("*.dist-info")
+    text = "\n".join(["[kd_plugins.distillers]", *entries, "[kd_plugins.networks]", *networks, ""])
+    (metadata / "entry_points.txt").write_text(text)
+    network._adapters.cache_clear()
+    try:
+        assert get_distiller("kd").__module__ == "kd_plugins.methods.kd"
+        assert str(distribution_of("kd")).startswith("kd-plugins ")
+        assert type(adapt(nn.Linear(2, 2))) is network.Network
+        some = type("Some", (nn.Module,), {"__module__": "some_package.models"})
+        with pytest.raises(DistillError, match=r"adapter of networks 'some_package' of harmful-plugin 0.1 .*not here"):
+            adapt(some())
+        other = type("Other", (nn.Module,), {"__module__": "other_package"})
+        assert type(adapt(other())).__module__ == "installed_by_test_u"
+    finally:
+        network._adapters.cache_clear()
+    assert cli(["list"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    shown = {name: [row for row in rows if row.startswith(name)] for name in (*names, "kd ", "networks of")}
+    assert "broken: cannot load" in shown["quits"][0]
+    assert "Quit: not here" in shown["quits"][0]
+    assert "Expected Mine.paper to be a kd_plugins.Paper, or None, got 'a title'" in shown["wrong"][0]
+    assert "SystemExit: no" in shown["refuses"][0]
+    assert "does not call super().__init__()" in shown["half"][0]
+    assert [("not used" in row, "harmful-plugin" in row) for row in shown["kd "]] == [(False, False), (True, True)]
+    found = " | ".join(shown["networks of"])
+    assert "timm of harmful-plugin 0.1: not used" in found
+    assert "torch of harmful-plugin 0.1: not used" in found
+    assert "some_package: broken: cannot load" in found
+    assert "other_package of harmful-plugin 0.1: installed_by_test_u:Mine" in found
+
+
+def test_a_list_of_entry_points_that_nobody_can_read_harms_nothing_else(install):
+    folder = install("unreadable-plugin")
+    (metadata,) = folder.glob("*.dist-info")
+    (metadata / "entry_points.txt").write_text("[kd_plugins.distillers]\nno equals sign\n")
+    assert {"kd", "nst"} <= set(list_distillers())

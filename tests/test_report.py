@@ -20,7 +20,7 @@ from torch import nn
 
 import kd_report
 from kd_accelerate import TurnPlayer
-from kd_plugins import Batch, Distiller, DistillError, Nets, bind, create_distiller
+from kd_plugins import Batch, Distiller, DistillError, Net, Nets, Reads, bind, create_distiller
 from kd_plugins.catalog.cli import main as kd_plugins_main
 from kd_plugins.compose import Composite
 from kd_plugins.picture import Bars, Heatmap, Images, Points
@@ -31,6 +31,7 @@ from kd_report.measures import Similarity, calibration, common_maps, decisions, 
 from kd_report.record import RunRecord, rows_to_analyse, some_rows
 from kd_report.runs import find_runs
 from kd_report.uncertainty import Answers
+from kd_timm.network import TimmNetwork
 
 STATS = (0.5, 0.5, 0.5)
 BAR = re.compile(r'<path d="M ([0-9.]+) [^"]*?L ([0-9.]+) [^"]*" [^>]*style="fill: var\(--c0\)"/>')
@@ -428,6 +429,30 @@ def test_channels_before_and_after_share_the_teachers_points(tmp_path):
     assert torch.equal(found.arrays["student/channels"], found.arrays["teacher/channels"])
 
 
+@pytest.mark.parametrize(("token", "register"), [(True, 1), (False, 1), (False, 0)])
+def test_whose_attention_is_drawn(token, register):
+    """The class token's; without one, the mean of the patches, and never a register's."""
+    torch.manual_seed(0)
+    sizes = dict(embed_dim=16, depth=1, num_heads=1, num_classes=2, img_size=32, reg_tokens=register)
+    pool = "token" if token else "avg"
+    vit = timm.create_model("vit_tiny_patch16_224", class_token=token, global_pool=pool, **sizes).eval()
+    vit.blocks[0].attn.qkv.weight.data.mul_(30)
+    x = torch.randn(4, 3, 32, 32)
+    found = analyse(Nets(Net(TimmNetwork(vit), Reads)), [Batch.of(x)]).arrays["student/attention"][0].float()
+    with torch.no_grad():
+        tokens = vit.blocks[0].norm1(vit._pos_embed(vit.patch_embed(x)))
+        q, k, _ = vit.blocks[0].attn.qkv(tokens).chunk(3, -1)
+        probs, first = (q @ k.mT / 4).softmax(-1), token + register
+        expected = probs[:, 0, first:] if token else probs[:, first:, first:].mean(1)
+    assert torch.allclose(found.flatten(1), expected, atol=2e-3)
+
+
+def test_maps_with_as_many_channels_as_rows_stay_as_they_are():
+    net = nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 16 * 24, 2))
+    found = analyse(net, [Batch.of(torch.randn(4, 3, 16, 24))])
+    assert found.arrays["student/map/0"].shape == (4, 16, 24)
+
+
 def test_layers_of_a_network_without_a_library():
     torch.manual_seed(0)
     body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3), nn.ReLU(inplace=True))
@@ -541,9 +566,9 @@ def test_page_of_a_text_run_with_stages(tmp_path):
     sizes = {"vocab_size": 30, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
     configs = [transformers.BertConfig(num_hidden_layers=n, **sizes) for n in (2, 4)]
     student, teacher = map(transformers.BertForSequenceClassification, configs)
-    ids = torch.randint(5, 30, (12, 9))
-    mask = (torch.arange(9) < torch.arange(12)[:, None] % 5 + 5).long()
-    batch = Batch.of({"input_ids": ids, "attention_mask": mask}, torch.arange(12) % 2)
+    ids = torch.randint(5, 30, (36, 9))
+    mask = (torch.arange(9) < torch.arange(36)[:, None] % 5 + 5).long()
+    batch = Batch.of({"input_ids": ids, "attention_mask": mask}, torch.arange(36) % 2)
     distiller = create_distiller("internal", schedule="progressive")
     nets = bind(distiller, student, teacher, batch=batch, total_steps=9)
     tokens = {"decode": lambda row: [f"t{i}" for i in row]}
@@ -627,7 +652,9 @@ def test_comparison_has_the_baseline_first_and_the_teacher_once(tmp_path):
         table = render(folders).split("<tbody>")[1].split("</tbody>")[0]
         return [re.findall(r"<td[^>]*>([^<]*)", row) for row in table.split("<tr>")[1:]]
 
-    runs = [write("big", "", "large"), write("kd", "kd", "small.", ["large"]), write("plain", "", "small.")]
+    big = write("big", "", "large")
+    rewrite(big, after={"predictions": {"student": {"accuracy": 0.96, "examples": 200}}})
+    runs = [big, write("kd", "kd", "small.", ["large"]), write("plain", "", "small.")]
     assert [(row[0], row[2]) for row in rows(runs)] == [("plain", "91.50"), ("kd", "91.50"), ("big (teacher)", "91.50")]
     again = write("nst", "nst", "small.", ["large"])
     found = rows([runs[1], again, runs[2]])
@@ -638,6 +665,81 @@ def test_comparison_has_the_baseline_first_and_the_teacher_once(tmp_path):
     # A network that teaches its own kind: its training alone is the baseline.
     twin = write("twin", "kd", "large", ["large"])
     assert [row[0] for row in rows([twin, runs[0]])] == ["big", "twin", "teacher: large"]
+
+
+def written(
+    folder, result, *, method="", teacher="", accuracy=0.9, student="small", data="d", results=None, **settings
+):
+    """A record of one evaluation, with a teacher of the name large that has this accuracy."""
+    folder.mkdir(parents=True)
+    info = {"student": {"name": student, "parameters": 5}, "data": data, "settings": settings, "status": "finished"}
+    info |= {"method": {"name": method} if method else None, "metric": "eval_top1", "results": results or {}}
+    predictions = {"student": {"accuracy": accuracy, "examples": 200}}
+    if teacher:
+        info["teachers"] = [{"name": "large", "parameters": 9}]
+        predictions["teacher"] = {"accuracy": teacher, "examples": 200}
+    (folder / "run.json").write_text(json.dumps(info | {"after": {"predictions": predictions}}))
+    (folder / "history.jsonl").write_text(json.dumps({"step": 1, "eval_top1": result}))
+    return folder
+
+
+def results(*folders):
+    """The first cells of the table of results, and all words of its section."""
+    section = render(folders).split('id="results"')[1].split("</section>")[0]
+    rows = section.split("<tbody>")[1].split("</tbody>")[0].split("<tr>")[1:]
+    return [re.findall(r"<td[^>]*>([^<]*)", row) for row in rows], re.sub(r"<[^>]*>", " ", section)
+
+
+def test_a_baseline_has_the_same_data_and_settings(tmp_path):
+    kd = written(tmp_path / "kd", 90.0, method="kd", lr=0.1, epochs=100, distill="kd")
+    other = written(tmp_path / "other", 60.0, data="others", lr=0.1, epochs=100)
+    short = written(tmp_path / "short", 70.0, lr=0.2, epochs=1)
+    same = written(tmp_path / "same", 80.0, lr=0.2, epochs=100)
+    rows, words = results(kd, other, short)
+    assert "+" not in rows[2][3]
+    assert "kd is not compared with the student alone, which differs in epochs." in words
+    rows, words = results(kd, other, short, same)
+    assert rows[3][:4] == ["kd", "1", "90.00", "+10.00"]
+    assert "differs in" not in words
+
+
+def test_networks_of_one_name_are_told_apart(tmp_path):
+    good = written(tmp_path / "good", 99.0, student="large", accuracy=0.99)
+    one = written(tmp_path / "one", 60.0, method="kd", teacher=0.58, n=1)
+    two = written(tmp_path / "two", 90.0, method="kd", teacher=0.99, n=2)
+    names = [(row[0], row[3]) for row in results(good, one, two)[0]]
+    assert names == [
+        ("one", "90.00 %"),
+        ("two", "90.00 %"),
+        ("good (teacher)", "99.00 %"),
+        ("teacher: large", "58.00 %"),
+    ]
+    names = [row[0] for row in results(one, two)[0]]
+    assert names == ["one", "two", "teacher: large", "teacher: large"]
+
+
+def test_the_result_is_that_of_the_exported_student(tmp_path):
+    best = written(tmp_path / "best", 60.0, accuracy=0.7, results={"evaluation": {"top1": 70.0}}, lr=1)
+    broken = written(tmp_path / "broken", None, lr=2)
+    rows, _ = results(best, broken)
+    assert rows[0][:3] == ["best", "1", "70.00"]
+    assert rows[1][:3] == ["broken", "1", "NaN"]
+
+
+def test_folders_named_twice_or_alike(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i, name in enumerate(("kd_0", "kd_1", "kd")):
+        written(tmp_path / name, 50.0, method="kd", seed=i, lr=i // 2)
+    assert find_runs(["kd_0", tmp_path / "kd_0"]) == [Path("kd_0")]
+    assert len(results("kd_0", "kd_1", "kd")[0]) == 2
+
+
+def test_similarity_of_few_examples_is_not_drawn(tmp_path):
+    train(tmp_path)
+    assert "48 examples" in render([tmp_path]).split('id="similarity"')[1]
+    after = json.loads((tmp_path / "run.json").read_text())["after"]
+    rewrite(tmp_path, before=after | {"examples": 8}, after=after | {"examples": 8})
+    assert 'id="similarity"' not in render([tmp_path])
 
 
 def test_differences_are_paired_by_seed(tmp_path):
@@ -693,3 +795,11 @@ def test_curves_of_any_range(values):
     chart = charts.lines({"x": [list(enumerate(values))]}, ["x"], title="t").lower()
     assert "nan" not in chart
     assert "inf" not in chart
+
+
+def test_ticks_of_a_constant_differ() -> None:
+    with charts.style():
+        drawn = charts.lines({"": [[(1, 5e-4), (2, 5e-4), (3, 5e-4)]]}, [""], title="learning rate")
+    ticks = re.findall(r">(0\.0[0-9]+)<", drawn)
+    assert len(ticks) >= 3
+    assert len(set(ticks)) == len(ticks)

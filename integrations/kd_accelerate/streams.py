@@ -84,6 +84,8 @@ class StagedDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, position: int) -> Any:
+        if position >= len(self):
+            raise IndexError(position)  # What ends a loop over the rows.
         row = int(self._rows[int(position) % int(self._left)])
         item = self.dataset[row]
         return item if self.wrap is None else self.wrap(item, row)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from kd_plugins.errors import DistillError
+from kd_plugins.errors import DistillError, told
+from kd_plugins.states import write_text
 from kd_report.runs import Run, find_runs, load_run
 
 __all__ = ["Run", "check_pages", "load_run", "main", "page_hint", "render"]
@@ -39,7 +40,11 @@ def render(folders: Sequence[str | Path]) -> str:
     check_pages()
     from kd_report.pages import page
 
-    return page([load_run(folder) for folder in find_runs(folders)])
+    runs = [load_run(folder) for folder in find_runs(folders)]
+    named = ", ".join(str(run.folder) for run in runs)
+    # What a file that was edited may do to a page has no end.
+    with told(f"The record in {named} cannot be shown", Exception, remedy="it was edited, or by another version."):
+        return page(runs)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     default = folders[0] / "report.html" if len(folders) == 1 else above / "comparison.html"
     output = Path(options.output) if options.output else default
     page = render(folders)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(page, encoding="utf-8", errors="replace")
+    with told(f"{output} cannot be written", OSError, remedy="name another file, --output FILE."):
+        output.parent.mkdir(parents=True, exist_ok=True)
+    # In place of a link, and not through it.
+    write_text(output, page.encode(errors="replace").decode())
     print(output)
     return 0

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from kd_plugins import Batch, Distiller, DistillError, Net, Nets, Reads
 from kd_plugins import functional as KF
 from kd_plugins.binding import untouched
+from kd_plugins.nn.patches import pixels
 from kd_plugins.reading.network import adapt
 from kd_plugins.reading.trunk import find_trunk
 from kd_plugins.reading.view import View
@@ -32,6 +33,7 @@ Decode = Callable[[list[int]], Sequence[str]]
 
 _LAYERS, _SHOWN_LAYERS = 12, 4
 _MAP, _IMAGE, _TOKENS = 32, 96, 40
+_CLASS_TOKENS = ("cls_token", "class_token", "class_embedding")
 
 
 @dataclass
@@ -231,12 +233,19 @@ class _Reader:
     def activations(self, batch: Batch) -> dict[str, Tensor]:
         """What the layers say of a batch."""
         view = self.net(batch, reads=_reads(self.places.values()))
-        return {name: _activation(view, place) for name, place in self.places.items()}
+        found = {name: _activation(view, place) for name, place in self.places.items()}
+        last = self.net.network.channels_last
+        return {name: x.movedim(-1, 1) if last and x.dim() == 4 else x for name, x in found.items()}
+
+    @property
+    def class_token(self) -> bool:
+        """Whether the first token stands for the whole image."""
+        return any(name.endswith(_CLASS_TOKENS) for name, _ in self.net.module.named_parameters())
 
     def strength(self, x: Tensor) -> Tensor | None:
         """Root mean square over the channels of maps, or of a sequence of patches, `[n, h, w]`; None of others."""
         if x.dim() == 4:
-            return _channels_first(x).square().mean(1).sqrt()
+            return x.square().mean(1).sqrt()
         return self.patches(x.square().mean(-1).sqrt()) if x.dim() == 3 else None
 
     def patches(self, x: Tensor) -> Tensor | None:
@@ -297,16 +306,10 @@ def _spread(items: Sequence[Any], n: int) -> list[Any]:
 def _vectors(x: Tensor, batch: Batch) -> Tensor:
     x, mask = x.float(), batch.mask
     if x.dim() == 4:
-        x = _channels_first(x)
         return F.adaptive_avg_pool2d(x, (min(4, x.shape[2]), min(4, x.shape[3]))).flatten(1)
     if x.dim() == 3 and mask is not None and mask.shape == x.shape[:2]:
         return (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
     return x.mean(1) if x.dim() == 3 else x.flatten(1)
-
-
-def _channels_first(x: Tensor) -> Tensor:
-    """Maps `[B, C, H, W]`; Swin and its like give `[B, H, W, C]`."""
-    return x.permute(0, 3, 1, 2) if x.shape[1] == x.shape[2] != x.shape[3] else x
 
 
 # What is shown
@@ -339,7 +342,7 @@ def _keep_maps(found: Analysis, name: str, reader: _Reader, activations: Mapping
 
 def _keep_channels(found: Analysis, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], pick: Tensor) -> None:
     """Keeps the channels of the deepest maps of one size as points of a plane, and how far apart they are."""
-    both = [{layer: _channels_first(x) for layer, x in seen.items() if x.dim() == 4} for seen in (student, teacher)]
+    both = [{layer: x for layer, x in seen.items() if x.dim() == 4} for seen in (student, teacher)]
     layers = common_maps(*both)
     if layers is not None:
         ours, theirs = (maps[layer] for maps, layer in zip(both, layers, strict=True))
@@ -374,11 +377,12 @@ def _keep_attention(
             return
         probs = probs.float().mean(1)
         if _is_image(batch):
-            # A class token, where there is one, tells what it attends to; else the patches do.
-            tokens, patches = probs.shape[-1], reader.patches(probs[:, 0])
+            # A class token, where there is one, tells what it attends to; else the patches do, and no register token.
+            patches = reader.patches(probs[:, 0])
             if patches is None:
                 return
-            probs = patches if patches[0].numel() < tokens else reader.patches(probs.mean(1))
+            before = probs.shape[-1] - patches[0].numel()
+            probs = patches if before and reader.class_token else reader.patches(probs[:, before:].mean(1))
         else:
             probs = probs[:, :_TOKENS, :_TOKENS]
         kept.append(probs)
@@ -391,21 +395,9 @@ def _keep_examples(found: Analysis, batch: Batch, decode: Decode | None) -> None
     if isinstance(batch.labels, Tensor) and batch.labels.dim() == 1 and not batch.labels.is_floating_point():
         found.summary["labels"] = batch.labels.tolist()
     if batch.inputs is not None and _is_image(batch):
-        found.arrays["images"] = _pixels(batch.inputs.float(), batch)
+        found.arrays["images"] = _shrink(pixels(batch).float(), _IMAGE).round().byte().contiguous()
     elif batch.inputs is not None and not batch.inputs.is_floating_point() and batch.inputs.dim() == 2:
         ids, mask = batch.inputs.tolist(), batch.mask
         lengths = [len(row) for row in ids] if mask is None else mask.sum(1).int().tolist()
         rows = [row[:n] for row, n in zip(ids, lengths, strict=True)]
         found.summary["tokens"] = [[str(t) for t in (decode(row) if decode else row)][:_TOKENS] for row in rows]
-
-
-def _pixels(x: Tensor, batch: Batch) -> Tensor:
-    """Images `[n, 3, H, W]` in 0 to 255."""
-    x = x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, -1, -1)
-    if batch.mean is not None and batch.std is not None:
-        mean, std = (torch.as_tensor(v, dtype=x.dtype, device=x.device).flatten()[:3] for v in (batch.mean, batch.std))
-        x = x * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1)
-    else:
-        low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
-        x = (x - low) / (high - low).clamp_min(1e-6)
-    return (_shrink(x, _IMAGE).clamp(0, 1) * 255).round().byte().cpu().contiguous()

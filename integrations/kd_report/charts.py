@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import statistics
 import warnings
@@ -49,10 +50,13 @@ def style() -> AbstractContextManager[None]:
 def number(value: float, digits: int = 3) -> str:
     """A number for people.
 
-    >>> number(0.12345), number(123456.0), number(0.0000123), number(-2.0)
-    ('0.123', '123,456', '1.23e-05', '−2')
+    >>> number(0.12345), number(123456.0), number(0.0000123), number(-2.0), number(999.7)
+    ('0.123', '123,456', '1.23e-05', '−2', '1,000')
     """
-    text = f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
+    text = f"{value:.{digits}g}".replace("nan", "NaN")
+    # Rounding decides, as of 999.7, how many digits stand before the point.
+    if math.isfinite(value) and abs(float(text)) >= 10**digits:
+        text = f"{value:,.0f}"
     return re.sub("^-", "−", text)
 
 
@@ -100,6 +104,9 @@ def lines(
     # A quantity that is never negative is read from 0 when it comes near it.
     if 0 <= low < 0.4 * high:
         axes.set_ylim(bottom=0)
+    elif high - low < 0.01 * abs(high):
+        # Of a constant the ticks would be closer than their labels tell.
+        axes.set_ylim(low - 0.05 * abs(low), high + 0.05 * abs(high))
     for i, (name, start, end) in enumerate(stages):
         axes.axvspan(start, end, color=_SOFT, alpha=1 - i % 2, linewidth=0, zorder=0)
         axes.text(start, 1.03, name, size=9, color=_MUTED, transform=axes.get_xaxis_transform())

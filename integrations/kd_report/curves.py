@@ -26,9 +26,13 @@ def _keys(run: Run) -> list[str]:
 
 
 def final_metric(run: Run) -> tuple[str, float] | None:
-    """Name and last value of the metric that tells how good the student is."""
+    """Name of the metric that tells how good the student is, and its value: of the exported student, or the last."""
     keys, named = _keys(run), str(run.info.get("metric") or "")
-    candidates = [named, f"eval_{named}", "eval_top1", "eval_accuracy", "eval_f1", "eval_mean_iou"]
+    # Of the student that is exported, whose epoch need not be the last.
+    exported = run.part("results", "evaluation", named.removeprefix("eval_"))
+    if type(exported) in (int, float):
+        return named.removeprefix("eval_"), float(exported)
+    candidates = [named, "eval_top1", "eval_accuracy", "eval_f1", "eval_mean_iou"]
     candidates += [k for k in keys if k.startswith("eval_") and k != "eval_loss"] + ["eval_loss"]
     key = next((key for key in candidates if key in keys), None)
     return None if key is None else (key.removeprefix("eval_"), [row[key] for row in run.history if key in row][-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 import statistics
@@ -38,6 +39,9 @@ _MEASURES: dict[str, tuple[Any, ...]] = {
 _KEYS = {"with peers": "peers"}
 # What differs between the seeds of one experiment, or says nothing about it.
 _INCIDENTAL = {"seed", "experiment", "output", "output_dir", "resume", "log_interval", "run_name", "logging_dir"}
+# What a training alone cannot share with a distillation.
+_OF_METHOD = re.compile("distill|teacher|peer|epoch_updates$|lr$|learning_rate$")
+_FEW = 32  # Below, the similarity of layers is mostly noise.
 
 
 class Subject:
@@ -56,28 +60,42 @@ class Subject:
         self.all, self.one = runs, runs[0] if len(runs) == 1 else None
         self.axis = curves.axis(runs)
         found = {"student": list(runs)} if self.one else _experiments(runs)
-        teachers = {_identity(network) for run in runs for network in run.info.get("teachers") or []}
+        teachers = {_measured(run, "teacher") for run in runs if run.info.get("teachers")}
         taught = {_identity(run.info.get("student")) for run in runs if run.method != "alone"}
-        own = {name: _identity(group[0].info.get("student")) for name, group in found.items()}
-        above = {name for name in found if found[name][0].method == "alone" and own[name] in teachers - taught}
+        alone = {name: group for name, group in found.items() if group[0].method == "alone"}
+        own = {name: {_measured(run, "student") for run in group} & teachers for name, group in alone.items()}
+        above = {n for n, who in own.items() if who and _identity(found[n][0].info.get("student")) not in taught}
         order = sorted(found, key=lambda name: (name in above, found[name][0].method != "alone"))
         self.groups = {f"{n} (teacher)" if n in above and n != "teacher" else n: found[n] for n in order}
         self.networks = [(name, group, "student") for name, group in self.groups.items()]
-        shown = {group[0].student for name, group in found.items() if name in above}
+        shown: set[Any] = {who for name in above for who in own[name]}
         for run in runs:
             peers = {f"peer{i}": str(peer["name"]) for i, peer in enumerate(run.info.get("peers") or [], 1)}
             others = {"teacher": run.teacher} if run.info.get("teachers") else {}
+            who = _measured(run, "teacher")
             for key, name in (others | peers if self.one else others).items():
-                if name not in shown:
+                if key != "teacher" or who not in shown:
                     self.networks.append((f"{key}: {name}", [run], key))
-            shown |= set(others.values())
+            shown |= {who} if others else set()
 
-    def baseline(self, name: str) -> str | None:
-        """The first experiment that trained the same student alone; None for itself, and where there is none."""
-        own = _identity(self.groups[name][0].info.get("student"))
-        alone = [n for n, (run, *_) in self.groups.items() if run.method == "alone"]
-        found = next((n for n in alone if _identity(self.groups[n][0].info.get("student")) == own), None)
-        return None if found == name else found
+    def baseline(self, name: str) -> tuple[str | None, list[str]]:
+        """The first experiment that trained the same student alone, on the same data, with the same settings.
+
+        Returns:
+            Its name, None for itself and where there is none; there the settings in which the first differs that has
+            the same student and data.
+        """
+        run, differ = self.groups[name][0], list[str]()
+        for other, (alone, *_) in self.groups.items() if run.method != "alone" else ():
+            pairs = [(r.info.get("data"), *_identity(r.info.get("student"))) for r in (run, alone)]
+            if alone.method != "alone" or pairs[0] != pairs[1]:
+                continue
+            ours, theirs = ({k: v for k, v in _settings(r).items() if not _OF_METHOD.search(k)} for r in (run, alone))
+            different = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+            if not different:
+                return other, []
+            differ = differ or different
+        return None, differ
 
 
 def page(runs: Sequence[Run]) -> str:
@@ -102,6 +120,18 @@ def _identity(network: Mapping[str, Any] | None) -> tuple[Any, Any]:
     return (network or {}).get("name"), (network or {}).get("parameters")
 
 
+def _settings(run: Run) -> dict[str, Any]:
+    return {k: v for k, v in (run.info.get("settings") or {}).items() if k not in _INCIDENTAL}
+
+
+def _measured(run: Run, who: str) -> tuple[Any, ...]:
+    """Which network a run's student or teacher is: of one name there may be several, which answer differently."""
+    found, accuracy = run.part("after", "predictions", who) or {}, None
+    if "accuracy" in found:
+        accuracy = round(found["accuracy"], 5)
+    return run.student if who == "student" else run.teacher, found.get("examples"), accuracy
+
+
 def _phases(run: Run) -> list[str]:
     return [phase for phase in ("before", "after") if run.part(phase)]
 
@@ -110,7 +140,7 @@ def _experiments(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Runs of one experiment by a name: the beginning that their folders share, or else the method."""
     kept: dict[str, list[Run]] = {}
     for run in runs:
-        settings = {k: v for k, v in (run.info.get("settings") or {}).items() if k not in _INCIDENTAL}
+        settings = _settings(run)
         # Without settings nothing says that two runs are the same experiment.
         key = [run.method, run.part("method", "options"), run.student, run.teacher, run.info.get("data")]
         kept.setdefault(json.dumps([*key, settings or run.name], sort_keys=True), []).append(run)
@@ -119,6 +149,7 @@ def _experiments(runs: Sequence[Run]) -> dict[str, list[Run]]:
         names = [run.name for run in group]
         shared = names[0] if len(names) == 1 else re.sub(r"[-_. ]*(seed)?[-_. ]*\d*$", "", commonprefix(names))
         ways = [shared if re.search("[A-Za-z]", shared) else "", group[0].method, str(group[0].folder)]
+        ways += [str(group[0].folder.resolve())]
         found[next(name for name in ways if name and name not in found)] = group
     return found
 
@@ -135,7 +166,8 @@ def _value(given: Any) -> str:
 def _mean(values: Iterable[float | None], form: str = ".0f", factor: float = 1, unit: str = "") -> str:
     known = [factor * x for x in values if x is not None]
     spread = f" ± {statistics.stdev(known):{form}}" if len(known) > 1 else ""
-    return f"{statistics.fmean(known):{form}}{spread}{unit}" if known else "–"
+    # "NaN", as charts.number has it.
+    return f"{statistics.fmean(known):{form}}{spread}{unit}".replace("nan", "NaN") if known else "–"
 
 
 def _paired(runs: Sequence[Run], others: Sequence[Run]) -> str:
@@ -182,6 +214,7 @@ def _results(about: Subject) -> Parts:
     metric = names.pop() if len(names) == 1 else ""
     values = {name: [value for _, value in found] for name, found in metrics.items() if found}
     rows: list[list[str]] = []
+    unlike = []
     for name, runs, key in about.networks:
         own = [dict(run.part("after", "predictions", key) or {}) for run in runs]
         if key != "student":
@@ -194,16 +227,22 @@ def _results(about: Subject) -> Parts:
         cells = [_mean((x.get(_KEYS.get(k, k.lower())) for x in own), *form) for k, form in shown.items()]
         counts = sorted({int(x["examples"]) for x in own if "examples" in x})
         seen = " to ".join(f"{n:,}" for n in dict.fromkeys([*counts[:1], *counts[-1:]]))
-        result, base = values.get(name, []) if key == "student" else [], key == "student" and about.baseline(name)
+        result = values.get(name, []) if key == "student" else []
+        base, differ = about.baseline(name) if key == "student" else (None, [])
+        if differ:
+            unlike.append(f"{name} is not compared with the student alone, which differs in {', '.join(differ)}.")
         form = ".2f" if result and abs(result[0]) > 1.5 else ".4f"
         beside = _paired(runs, about.groups[base]) if base else "–"
         number_of_runs = "–" if about.one else str(len(runs))
         rows.append([name, number_of_runs, _mean(result, form), beside, cells[0], seen or "–", *cells[1:]])
     measures = list(shown)
-    columns = ["", "runs", metric or "result", "against alone", measures[0], "examples", *measures[1:]]
+    named = f"{metric}, as logged" if metric in shown else metric or "result"
+    columns = ["", "runs", named, "against alone", measures[0], "examples", *measures[1:]]
     table = _table(columns, [row for row in rows if set(row[2:]) != {"–"}])
     if not about.one:
-        return [table, ("charts", [charts.dots(values, title=metric)] if metric else [])]
+        finite = {name: kept for name, found in values.items() if (kept := [x for x in found if math.isfinite(x)])}
+        drawn = [charts.dots(finite, title=metric)] if metric and finite else []
+        return [table, ("words", " ".join(unlike)), ("charts", drawn)]
     tiles = [(cell, name) for name, cell in zip(columns[1:], rows[0][1:], strict=True) if cell != "–"]
     written = _flat(about.one.info.get("results") or {})
     return [("tiles", tiles[:6]), table, ("heading", written and "As the script wrote them"), ("facts", written)]
@@ -225,10 +264,10 @@ def _curves(about: Subject) -> Parts:
 
 def _calibration(about: Subject) -> Parts:
     drawn = []
-    for name, (run, *_), key in about.networks:
+    for name, (run, *more), key in about.networks:
         diagram, ece = run.array("after", f"{key}/reliability"), run.part("after", "predictions", key, "ece")
         if diagram is not None and ece is not None:
-            title = f"{name}\nECE {100 * ece:.1f} %"
+            title = f"{name}{f', {run.name}' if more else ''}\nECE {100 * ece:.1f} %"
             drawn.append(charts.reliability(diagram.tolist(), title=title, colour=0 if key == "student" else 5))
     return [("charts", drawn)]
 
@@ -236,9 +275,13 @@ def _calibration(about: Subject) -> Parts:
 def _similarity(about: Subject) -> Parts:
     drawn = []
     words: dict[str, Any] = {"scale": 1.0, "space": 400 if about.one else 290}
-    for name, (run, *_) in about.groups.items():
+    for name, (run, *more) in about.groups.items():
         for phase in _phases(run)[0 if about.one else -1 :] if about.one or run.other != "student" else ():
-            title = f"{phase.capitalize()} training" if about.one else name
+            examples = run.part(phase, "examples") or 0
+            if examples < _FEW:
+                continue
+            title = f"{phase.capitalize()} training" if about.one else f"{name}, {run.name}" if more else name
+            title += f", {examples} examples"
             cka, layers = run.array(phase, "cka"), [run.part(phase, who, "layers") for who in ("student", run.other)]
             if cka is not None and all(layers):
                 labels = ("student", run.other)
@@ -256,11 +299,11 @@ def _cost(about: Subject) -> Parts:
     for name, runs in about.groups.items():
         times = [_mean((run.part("cost", "parts", part) for run in runs), ".1f", 1000) for part in parts]
         step = _mean((run.part("cost", "seconds_per_step") for run in runs), ".1f", 1000)
-        memory = max(run.part("cost", "memory") or 0 for run in runs)
+        memory, kind = max((run.part("cost", "memory") or 0, run.part("cost", "memory_kind") or "") for run in runs)
         analyses = [sum(run.part(phase, "seconds") or 0 for phase in _phases(run)) for run in runs]
         spent = [_mean(run.info.get("seconds") for run in runs), _mean(analyses)]
-        rows.append([name, *times, step, f"{memory / 2**20:,.0f}" if memory else "–", *spent])
-    return [_table(["", *parts, "step, mean", "memory, MiB", "whole run, s", "analysis, s"], rows)]
+        rows.append([name, *times, step, f"{memory / 2**20:,.0f} {kind.partition(' ')[0]}" if memory else "–", *spent])
+    return [_table(["", *parts, "step, mean", "peak memory, MiB", "whole run, s", "analysis, s"], rows)]
 
 
 def _runs(about: Subject) -> Parts:

@@ -209,6 +209,7 @@ class RunRecord:
         else:
             self.predictions(answers.found(), answers.classes)
 
+    @_optional
     def predictions(self, found: Mapping[str, Doubts], classes: int) -> None:
         """Tells what the trained networks predict, as `kd_report.uncertainty.Answers` has collected it.
 
@@ -276,7 +277,7 @@ class RunRecord:
         if self.timer is not None:
             self.timer.stop()
             if self.timer.steps:
-                cost |= {"parts": self.timer.medians(), "timed_steps": self.timer.steps}
+                cost["parts"] = self.timer.medians()
         cost |= _peak_memory(self._cuda)
         self.run |= {"results": dict(results), "status": status}
         try:

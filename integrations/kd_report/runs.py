@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -10,16 +11,17 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from kd_plugins import states
-from kd_plugins.errors import DistillError
+from kd_plugins.errors import DistillError, told
 
 __all__ = ["FORMAT", "Run", "find_runs", "load_run", "read_json", "read_rows"]
 
 FORMAT = 2
-_FILES = ("run.json", "history.jsonl")
+_FILES, _TENSORS = ("run.json", "history.jsonl"), "analysis.safetensors"
 
 
 @dataclass
@@ -33,7 +35,7 @@ class Run:
     """
 
     folder: Path
-    info: dict[str, Any]
+    info: Mapping[str, Any]
     history: list[dict[str, float]] = field(default_factory=list)
     arrays: dict[str, Tensor] = field(default_factory=dict)
 
@@ -95,7 +97,12 @@ def load_run(folder: str | Path) -> Run:
     folder = Path(folder)
     if not folder.is_dir():
         raise DistillError(f"Expected the output folder of a run, got {folder}, which does not exist: mend the path.")
+    for name in (*_FILES, _TENSORS):
+        if (folder / name).is_symlink() and not (folder / name).resolve().is_relative_to(folder.resolve()):
+            raise DistillError(f"{folder / name} is a link out of the run's folder, which is not followed: remove it.")
     info, history = read_json(folder / "run.json") or {}, read_rows(folder / "history.jsonl")
+    if not isinstance(info, Mapping):
+        raise DistillError(f"Expected what was run, by name, in {folder / 'run.json'}, got {type(info).__name__}.")
     if not info and not history:
         raise DistillError(
             f"Expected run.json or history.jsonl in {folder}, got neither: name the output folder of kd-timm-train,"
@@ -106,10 +113,18 @@ def load_run(folder: str | Path) -> Run:
             f"Expected a record of format {FORMAT} in {folder}, got format {info['format']}: make its page with the"
             " version of kd-plugins that wrote it."
         )
-    tensors = folder / "analysis.safetensors"
-    numbers = [{k: float(x) for k, x in row.items() if type(x) in (int, float)} for row in history]
-    arrays = load_file(tensors) if tensors.is_file() else {}
+    tensors = folder / _TENSORS
+    numbers = [{k: x for k, given in row.items() if (x := _number(k, given)) is not None} for row in history]
+    with told(f"{tensors} cannot be read", SafetensorError, OSError, remedy="it is damaged: remove it."):
+        arrays = load_file(tensors) if tensors.is_file() else {}
     return Run(folder, info, numbers, {key: x for key, x in arrays.items() if key.partition("/")[0] in info})
+
+
+def _number(key: str, given: Any) -> float | None:
+    """A number of a row; JSON has no NaN, so a measure that is none stands there as null."""
+    if given is None and key not in ("step", "epoch"):
+        return math.nan
+    return float(given) if type(given) in (int, float) and abs(given) < 1e300 else None
 
 
 def find_runs(folders: Iterable[str | Path]) -> list[Path]:
@@ -118,7 +133,7 @@ def find_runs(folders: Iterable[str | Path]) -> list[Path]:
     for folder in map(Path, folders):
         below = [] if _is_run(folder) else sorted({path.parent for name in _FILES for path in folder.rglob(name)})
         found += below or [folder]
-    return list(dict.fromkeys(found))
+    return list({folder.resolve(): folder for folder in reversed(found)}.values())[::-1]
 
 
 def _is_run(folder: Path) -> bool:
@@ -134,6 +149,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a history, one a line; the last may be in the making, or what a killed run left of it."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict)]

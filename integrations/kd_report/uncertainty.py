@@ -32,23 +32,23 @@ def doubts(
 
     Args:
         logits: `[B, K]`, or of an ensemble `[B, M, K]`.
-        labels: Class numbers `[B]`; without them only the uncertainty is told.
+        labels: Class numbers `[B]`; without them decision and uncertainty are told.
         offset: What the concentrations of a Dirichlet distribution have beside `exp(z)`; None for a softmax.
         members: Whether axis 1 are the members of an ensemble, whose prediction is the mean of their probabilities.
 
     Returns:
         `confidence` (what the largest probability leaves of 1), `total`, and where they mean something `data` and
-        `knowledge` (see `kd_plugins.uncertainty`); with labels also `label`, `predicted`, `nll`; on the CPU.
+        `knowledge` (see `kd_plugins.uncertainty`), `predicted`; with labels also `label` and `nll`; on the CPU.
     """
     logits = logits.double()
     found, logs = uncertainty(logits, members=members, offset=offset or 0.0), _logs(logits, offset, members)
     top, predicted = logs.max(-1)
-    measures = {"confidence": -top.expm1(), "total": found.total}
+    measures = {"confidence": -top.expm1(), "total": found.total, "predicted": predicted}
     if members or offset is not None:
         measures |= {"data": found.data, "knowledge": found.knowledge}
     if labels is not None:
         nll = F.nll_loss(logs, labels, reduction="none")
-        measures |= {"label": labels, "predicted": predicted, "nll": nll}
+        measures |= {"label": labels, "nll": nll}
     return {name: x.cpu() for name, x in measures.items()}
 
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
-import math
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 
 from kd_accelerate.command import explain, flags, with_file
+from kd_plugins.catalog.values import AtLeastOne, NonNegative, Positive, Range, Share, convert
 
 _FLAGS, _RULES = yaml.safe_load_all(Path(__file__).with_name("flags.yaml").read_text(encoding="utf-8"))
 _OURS = ("Tracker parameters", "Uncertainty parameters", "Distillation parameters")
@@ -50,25 +51,31 @@ class AppendKeyValues(KeyValues):
         setattr(namespace, self.dest, [*earlier, getattr(namespace, self.dest)])
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number, at least 1, got {text}")
-    return int(text)
+# What a flag's text may be, by the type in flags.yaml: an annotation, as options of distillers have it, and its words.
+_SEED = Annotated[int, Range(low=0, high=2**32 - 1)]
+_TYPES: dict[str, tuple[Any, str]] = {
+    "int": (int, "a whole number"),
+    "float": (float, "a finite number"),
+    "count": (AtLeastOne, "a whole number, at least 1"),
+    "whole": (Annotated[int, Range(low=0)], "a whole number, at least 0"),
+    "seed": (_SEED, f"a whole number from 0 to {2**32 - 1}"),
+    "share": (Share, "a number from 0 to 1"),
+    "nonnegative": (NonNegative, "a number, at least 0"),
+    "positive": (Positive, "a number above 0"),
+}
 
 
-def _finite(text: str) -> float:
-    if not math.isfinite(number := float(text)):
-        raise argparse.ArgumentTypeError(f"expected a finite number, got {text}")
-    return number
+def _reader(kind: str) -> Callable[[str], Any]:
+    """What argparse reads a flag of this type with."""
+    hint, words = _TYPES[kind]
 
+    def read(text: str) -> Any:
+        try:
+            return convert(text.strip(), hint, text=True)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected {words}, got {text}") from None
 
-def _share(text: str) -> float:
-    try:
-        if 0 <= (value := float(text)) <= 1:
-            return value
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text}")
+    return read
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -83,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-c", "--config", default="", type=str, metavar="FILE", help="YAML file with default arguments")
     parser.add_argument("data", nargs="?", metavar="DIR", help="path to dataset (positional is deprecated)")
-    types: dict[str, Any] = {"int": int, "float": _finite, "str": str, "count": _count, "share": _share}
+    types: dict[str, Any] = {"str": str, **{kind: _reader(kind) for kind in _TYPES}}
     actions = {"KeyValues": KeyValues, "AppendKeyValues": AppendKeyValues}
     for title, group_flags in copy.deepcopy(_FLAGS).items():
         group = parser.add_argument_group(title)
@@ -110,18 +117,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if unknown:
         name = unknown[0].partition("=")[0].removeprefix("--").replace("-", "_")
         if name in REFUSED:
-            parser.error(f"{_flag(name)}: {REFUSED[name]}")
+            parser.error(f"{as_flag(name)}: {REFUSED[name]}")
         parser.error(explain(parser, unknown[0]))
     for name in ("teacher_checkpoint", "teacher_kwargs", "peer_kwargs"):
         owner = name.partition("_")[0]
         if len(getattr(args, name)) > len(getattr(args, owner)):
-            parser.error(f"{_flag(name)}: the i-th belongs to the i-th --{owner}, and there are more of them")
+            parser.error(f"{as_flag(name)}: the i-th belongs to the i-th --{owner}, and there are more of them")
     _resolve(parser, args)
     _check(parser, args)
     return args
 
 
-def _flag(name: str) -> str:
+def as_flag(name: str) -> str:
+    """The flag of an argument."""
     return "--" + name.replace("_", "-")
 
 
@@ -142,7 +150,7 @@ def _resolve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for given, loss in (("bce_loss", "bce"), ("jsd_loss", "jsd")):
         if getattr(args, given):
             if args.loss not in (None, loss):
-                parser.error(f"{_flag(given)} and --loss {args.loss} are two losses: name one")
+                parser.error(f"{as_flag(given)} and --loss {args.loss} are two losses: name one")
             args.loss = loss
     if args.bce_pos_weight is not None:
         if args.loss_pos_weight not in (None, str(args.bce_pos_weight)):
@@ -154,17 +162,37 @@ def _resolve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     args.eval_metric = args.eval_metric or ("map" if several else "top1")
 
 
+def _given(args: argparse.Namespace, owner: str, changed: set[str]) -> bool:
+    """Whether a flag, or a flag with this value, was given."""
+    name, _, value = owner[2:].replace("-", "_").partition(" ")
+    return getattr(args, name) == value if value else name in changed
+
+
+def _check_policy(parser: argparse.ArgumentParser, policy: str) -> None:
+    """Refuses a section of `--aa` that timm would pass over."""
+    name, *sections = policy.split("-")
+    for section in sections:
+        named = name == "rand" and re.fullmatch("t[a-z0-9]+", section)
+        if not (named or re.fullmatch(r"(?:[mnpwdab]|mstd|mmax|inc)(?:\d+\.?\d*|\.\d+)", section)):
+            parser.error(f"--aa {policy}: expected a letter and a number in {section!r}, as in rand-m9-mstd0.5-inc1")
+
+
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuses flags that would do nothing, or that do not go together."""
     changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
-    for flag, dependent in _RULES["needs"].items():
-        name, _, value = flag[2:].replace("-", "_").partition(" ")
+    for owners, dependent in _RULES["needs"].items():
         idle = sorted(changed & set(dependent))
-        if idle and (getattr(args, name) != value if value else name not in changed):
-            parser.error(f"{_flag(idle[0])} does nothing without {flag}")
+        if idle and not any(_given(args, owner, changed) for owner in owners.split(" or ")):
+            parser.error(f"{as_flag(idle[0])} does nothing without {owners}")
+    for name in ("scale", "ratio", "cutmix_minmax"):
+        low, high = getattr(args, name) or (0, 1)
+        if low > high or not high:
+            parser.error(f"{as_flag(name)}: expected the smaller number first and the larger above 0, got {low} {high}")
+    if args.aa:
+        _check_policy(parser, args.aa)
     alone = sorted(changed & set(_RULES["alone"])) if args.distill else []
     if alone:
-        parser.error(f"{_flag(alone[0])} does not go with --distill: {_RULES['alone'][alone[0]]}")
+        parser.error(f"{as_flag(alone[0])} does not go with --distill: {_RULES['alone'][alone[0]]}")
     for one, other in _RULES["exclude"]:
         if {one, other} <= changed:
-            parser.error(f"{_flag(one)} and {_flag(other)} exclude each other")
+            parser.error(f"{as_flag(one)} and {as_flag(other)} exclude each other")

@@ -16,7 +16,13 @@ import torch
 from timm.data import resolve_input_data_config
 from timm.layers import convert_splitbn_model, set_fast_norm
 from timm.loss import create_classification_loss, load_class_stats, resolve_class_weights
-from timm.models import parse_model_name, resolve_model_input_args
+from timm.models import (
+    get_model_input_config,
+    load_checkpoint,
+    load_state_dict,
+    parse_model_name,
+    resolve_model_input_args,
+)
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import set_jit_fuser
@@ -77,12 +83,33 @@ def check_normalisation(config: Mapping[str, Any], who: str) -> None:
         raise DistillError(f"{who}: expected a finite mean and a positive std of the images, got {mean} and {std}.")
 
 
-def create_student(args: argparse.Namespace, flag: str = "--model") -> tuple[nn.Module, dict[str, Any]]:
+def data_config(
+    model: nn.Module, args: Mapping[str, Any] | None = None, cfg: Any = None, *, verbose: bool = False
+) -> dict[str, Any]:
+    """timm's data configuration of a model, without its warning where grey images have one mean for three colours.
+
+    Args:
+        model: A model of timm.
+        args: Arguments that override the configuration.
+        cfg: Its pretrained configuration; by default the model's own.
+        verbose: Whether timm logs it.
+    """
+    cfg = dict(getattr(model, "pretrained_cfg", None) or {}) if cfg is None else dict(cfg)
+    if get_model_input_config(model)["input_size"][0] == 1:
+        several = {key: cfg[key] for key in ("mean", "std") if isinstance(cfg.get(key), (tuple, list))}
+        cfg |= {key: (sum(values) / len(values),) for key, values in several.items()}
+    return resolve_input_data_config(model, args, pretrained_cfg=cfg, verbose=verbose)
+
+
+def create_student(
+    args: argparse.Namespace, flag: str = "--model", verbose: bool = False
+) -> tuple[nn.Module, dict[str, Any]]:
     """Makes the model to train and resolves its data configuration; fills in `args.num_classes`.
 
     Args:
         args: Parsed arguments, after `apply_data_defaults`.
         flag: Where the model was named.
+        verbose: Whether timm logs the data configuration, as for its own script.
 
     Returns:
         The model, on the CPU, and the data configuration (input size, mean, std, interpolation, crop).
@@ -92,6 +119,9 @@ def create_student(args: argparse.Namespace, flag: str = "--model") -> tuple[nn.
     for option, path in files.items():
         if path and not os.path.exists(path):
             raise DistillError(f"{option} {path} does not exist: mend the path.")
+        if path:
+            with told(f"{option} {path} cannot be read", Exception, remedy="name a file of weights."):
+                load_state_dict(path)
     overlay = dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else {}
     overlay |= args.pretrained_cfg_overlay
     if args.fuser:
@@ -100,17 +130,22 @@ def create_student(args: argparse.Namespace, flag: str = "--model") -> tuple[nn.
         set_fast_norm()
     channels = args.in_chans if args.in_chans is not None else (args.input_size or (None,))[0]
     wanted = {name: getattr(args, flag) for name, flag in MODEL_ARGUMENTS.items()} | {"in_chans": channels}
-    errors = (ValueError, TypeError, AssertionError, RuntimeError, OSError, KeyError)
-    with told(f"{flag} {args.model} cannot be made with these arguments", *errors):
+    # What timm makes of arguments and files fails in every way.
+    with told(f"{flag} {args.model} cannot be made with these arguments", Exception):
         resolved = resolve_model_input_args(
             args.model, vars(args), pretrained_cfg_overlay=overlay or None, **{**wanted, **args.model_kwargs}
         )
-        model = timm.create_model(
-            pretrained=args.pretrained or bool(args.pretrained_path),
-            checkpoint_path=args.initial_checkpoint,
-            **resolved,
-        )
-        config = resolve_input_data_config(model, vars(args))
+        begun = torch.get_rng_state()
+        model = timm.create_model(pretrained=args.pretrained or bool(args.pretrained_path), **resolved)
+        config = data_config(model, vars(args), verbose=verbose)
+    if args.initial_checkpoint:
+        remedy = "name a checkpoint of that model."
+        with told(
+            f"--initial-checkpoint {args.initial_checkpoint} does not fit {args.model}", Exception, remedy=remedy
+        ):
+            load_checkpoint(model, args.initial_checkpoint)
+    if args.pretrained_path:
+        _check_filled(model, resolved, args.pretrained_path, begun)
     check_normalisation(config, f"{flag} {args.model}")
     if args.naflex_loader and "patch_coord" not in inspect.signature(model.forward).parameters:
         raise DistillError(f"--naflex-loader gives patches, and {args.model} takes images: choose a NaFlex model.")
@@ -130,6 +165,27 @@ def create_student(args: argparse.Namespace, flag: str = "--model") -> tuple[nn.
     return model.to(model_dtype(args)), config
 
 
+def _check_filled(model: nn.Module, arguments: Mapping[str, Any], path: str, begun: Tensor) -> None:
+    """Refuses a file of weights that left the most of a model as it is initialised: timm takes what has a place.
+
+    Args:
+        model: The model with the file's weights.
+        arguments: What it was made with.
+        path: The file.
+        begun: The state of torch's random stream when it was made.
+    """
+    ended = torch.get_rng_state()
+    torch.set_rng_state(begun)
+    fresh = dict(timm.create_model(**arguments).named_parameters())
+    torch.set_rng_state(ended)
+    drawn = {name: p for name, p in model.named_parameters() if p.dim() > 1 and fresh[name].any()}
+    left = sum(p.numel() for name, p in drawn.items() if torch.equal(p, fresh[name]))
+    if (share := left / max(sum(p.numel() for p in drawn.values()), 1)) > 0.5:
+        raise DistillError(
+            f"--pretrained-path {path} leaves {share:.0%} of the weights as they were: it is of another model."
+        )
+
+
 def create_criterion(args: argparse.Namespace) -> nn.Module:
     """The training loss that timm's script selects for these arguments.
 
@@ -142,7 +198,7 @@ def create_criterion(args: argparse.Namespace) -> nn.Module:
         raise DistillError("--num-classes 1: the softmax of one class is always 1, so nothing would learn: --loss bce.")
     if args.aug_splits == 1:
         raise DistillError("--aug-splits: expected 0 or at least 2, got 1.")
-    with told("The loss cannot be made with these arguments", ValueError, OSError):
+    with told("The loss cannot be made with these arguments", Exception):
         stats = load_class_stats(args.class_stats)
         weighting: dict[str, Any] = dict(
             class_stats=stats, power=args.loss_weight_power, beta=args.loss_weight_beta, max_weight=args.loss_weight_max
@@ -182,7 +238,7 @@ def create_task(args: argparse.Namespace, student: nn.Module, device: torch.devi
     kind, names = TASK_ARGUMENTS[args.kd_distill_type]
     options = {name: getattr(args, flag) for name, flag in names.items()}
     common: dict[str, Any] = dict(criterion=create_criterion(args), device=device, dtype=model_dtype(args))
-    with told(f"--kd-model-name {args.kd_model_name} does not fit", ValueError, RuntimeError, OSError):
+    with told(f"--kd-model-name {args.kd_model_name} does not fit", Exception):
         return kind(student_model=student, teacher_model=args.kd_model_name, **options, **common)
 
 
@@ -223,7 +279,7 @@ def resolve_learning_rate(args: argparse.Namespace, processes: int, mean_batch: 
 
 def create_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
     """timm's optimizer for the model's parameters."""
-    with told(f"--opt {args.opt} cannot be made with these arguments", ValueError, TypeError, AssertionError):
+    with told(f"--opt {args.opt} cannot be made with these arguments", Exception):
         optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
     if getattr(optimizer, "is_second_order", False) and args.distill:
         raise DistillError(
@@ -246,7 +302,15 @@ def create_scheduler(
         The scheduler (None for `--sched none`) and the number of epochs with warmup prefix and cooldown.
     """
     options = scheduler_kwargs(args, decreasing_metric=args.eval_metric == "loss")
-    with told(f"--sched {args.sched} cannot be made with these arguments", ValueError, AssertionError):
+    with told(f"--sched {args.sched} cannot be made with these arguments", Exception):
+        # On a small optimizer first, to the end: some flags are wrong in the course of the training alone.
+        small = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=optimizer.param_groups[0]["lr"])
+        trial, epochs = create_scheduler_v2(small, **options, updates_per_epoch=updates_per_epoch)
+        for epoch in range(epochs + 1) if trial is not None else ():
+            trial.step(epoch, 0.0)
+            trial.step_update(epoch * updates_per_epoch)
+            if not math.isfinite(rate := small.param_groups[0]["lr"]):
+                raise ValueError(f"the learning rate of epoch {epoch} would be {rate}")
         return create_scheduler_v2(optimizer, **options, updates_per_epoch=updates_per_epoch)
 
 

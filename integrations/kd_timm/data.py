@@ -29,7 +29,7 @@ from kd_accelerate.streams import StagedDataset, split
 from kd_plugins import Distiller, DistillError
 from kd_plugins.binding import needs_of_stages
 from kd_plugins.errors import told
-from kd_timm.arguments import parse_args
+from kd_timm.arguments import as_flag, parse_args
 from kd_timm.compat import fast_collate
 from kd_timm.digits import DIGITS_DEFAULTS, Digits
 
@@ -190,21 +190,34 @@ def apply_data_defaults(args: argparse.Namespace, data_free: bool = False) -> No
             setattr(args, name, value)
 
 
-# What does nothing where no image is read for the training.
-_OF_DATA = (*LOADER_ARGUMENTS.values(), *MIXUP_ARGUMENTS.values(), "train_split", "train_interpolation", "loss")
+# What does nothing where no image is read for the training, and where none is read at all.
+_OF_TRAINING = (*LOADER_ARGUMENTS.values(), *MIXUP_ARGUMENTS.values(), "train_split", "train_interpolation", "loss")
+_OF_TRAINING += ("train_num_samples", "epoch_repeats", "use_multi_epochs_loader", "mixup_off_epoch")
+_OF_READING = ("class_map", "dataset_download", "dataset_trust_remote_code", "input_key", "target_key")
+_OF_EVALUATION = (*_OF_READING, "val_num_samples", "validation_batch_size", "no_prefetcher", "tta")
 
 
 def check_data_free(args: argparse.Namespace) -> None:
     """Refuses what means nothing in a training without data, before anything is derived from the arguments."""
-    defaults, ignored = vars(parse_args([])), [*_OF_DATA]
+    ignored, evaluated = [*_OF_TRAINING], (args.dataset or args.data_dir or args.data) and args.val_split
+    if not evaluated:
+        ignored += _OF_EVALUATION
     if not args.best_on_eval:
         ignored += ["eval_metric"] + ["sched"] * (args.sched == "plateau")
-    elif not ((args.dataset or args.data_dir or args.data) and args.val_split):
+    elif not evaluated:
         raise DistillError("--best-on-eval chooses on an evaluation set, and none is named: give it, --dataset NAME.")
-    given = [name for name in ignored if getattr(args, name) != defaults[name]]
-    if given:
-        flags = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise DistillError(f"{args.distill} trains without data, where {flags} would do nothing: leave it out.")
+    _refuse_idle(args, ignored, f"{args.distill} trains without data, where")
+
+
+def _refuse_idle(args: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    """Refuses flags that would do nothing, in a sentence that begins with the reason."""
+    defaults = vars(parse_args([]))
+    if given := ", ".join(as_flag(name) for name in names if getattr(args, name) != defaults[name]):
+        raise DistillError(f"{why} {given} would do nothing: leave it out.")
+
+
+# The kinds of timm's data sets that find their data without a folder.
+_WITHOUT_FOLDER = ("torch", "hfds", "hfids", "tfds", "wds")
 
 
 def create_datasets(
@@ -231,22 +244,29 @@ def create_datasets(
     if args.dataset == "digits":
         if args.task == "multilabel":
             raise DistillError("--task multilabel: a digit has one label; name a data set with several, --dataset.")
+        _refuse_idle(args, _OF_READING, "Digits are read from scikit-learn, where")
         train: Any = Digits(args.train_split, mode)
         evaluation: Any = Digits(args.val_split, mode) if args.val_split else None
         _check_lengths(args, train, evaluation)
         return None if data_free else train, evaluation, train.classes
+    if not args.data_dir and args.dataset.partition("/")[0] not in _WITHOUT_FOLDER:
+        raise DistillError(
+            f"--dataset: expected digits or <type>/<name>, with a type of {', '.join(_WITHOUT_FOLDER)}, got"
+            f" {args.dataset!r}; a folder of images is --data-dir."
+        )
     if not args.dataset and not os.path.exists(args.data_dir):
         raise DistillError(f"Expected a folder or tar of images, but {args.data_dir} does not exist: mend --data-dir.")
-    common = _named(args, DATASET_ARGUMENTS) | {"input_img_mode": mode}
+    common = _named(args, DATASET_ARGUMENTS) | {"name": args.dataset, "input_img_mode": mode}
+    told_as = args.dataset or args.data_dir
     if args.task == "multilabel":
         common["target_transform"] = MultiLabelTarget(args.num_classes, dense=args.target_format == "multihot")
     evaluation = None
     if args.val_split:
-        evaluation = _read(args, split=args.val_split, num_samples=args.val_num_samples, **common)
+        evaluation = _read(told_as, split=args.val_split, num_samples=args.val_num_samples, **common)
     if data_free:
         return None, evaluation, None if evaluation is None else _class_names(evaluation, args.target_key)
     of_training = dict(seed=args.seed, repeats=args.epoch_repeats, num_samples=args.train_num_samples)
-    train = _read(args, split=args.train_split, is_training=True, **of_training, **common)
+    train = _read(told_as, split=args.train_split, is_training=True, **of_training, **common)
     _check_lengths(args, train, evaluation)
     classes = _class_names(train, args.target_key)
     if evaluation is not None and classes is not None:
@@ -259,12 +279,11 @@ def create_datasets(
     return train, evaluation, classes
 
 
-def _read(args: argparse.Namespace, **options: Any) -> Any:
+def _read(told_as: str, **options: Any) -> Any:
     """A data set of timm's factory."""
-    named = f"{args.dataset or args.data_dir} ({options['split']})"
-    errors = (AssertionError, RuntimeError, OSError, ValueError, TypeError, KeyError, ImportError)
-    with told(f"{named} cannot be read", *errors, remedy="mend the flags of the data set"):
-        return create_dataset(args.dataset, **options)
+    named = f"{told_as} ({options['split']})"
+    with told(f"{named} cannot be read", Exception, remedy="mend the flags of the data set"):
+        return create_dataset(**options)
 
 
 def _check_lengths(args: argparse.Namespace, train: Any, evaluation: Any) -> None:
@@ -272,8 +291,7 @@ def _check_lengths(args: argparse.Namespace, train: Any, evaluation: Any) -> Non
     given = {"train_num_samples": train, "val_num_samples": evaluation, "epoch_repeats": train}
     for name, dataset in given.items():
         if getattr(args, name) and not isinstance(dataset, IterableDataset):
-            flag = "--" + name.replace("_", "-")
-            raise DistillError(f"{flag} is for streamed data sets, and this one knows its length: leave it out.")
+            raise DistillError(f"{as_flag(name)} is for streamed data sets; this one knows its length: leave it out.")
 
 
 def _other_kind(args: argparse.Namespace, channels: int) -> Any:
@@ -287,9 +305,9 @@ def _other_kind(args: argparse.Namespace, channels: int) -> Any:
         named: dict[str, Any] = {"name": "", "root": name}
     else:
         named = {"name": name, "root": args.data_dir}
-    keys = {"input_key": args.input_key, "target_key": args.target_key}
+    named |= {"input_key": args.input_key, "target_key": args.target_key, "batch_size": args.batch_size}
     mode = args.input_img_mode or ("RGB" if channels == 3 else "L")
-    return create_dataset(split=args.ood_split, input_img_mode=mode, batch_size=args.batch_size, **named, **keys)
+    return _read(f"--ood-dataset {name}", split=args.ood_split, input_img_mode=mode, **named)
 
 
 def _few(names: Sequence[str]) -> str:
@@ -373,7 +391,7 @@ def create_data(
     def loader(dataset: Any) -> Any:
         interpolation = (not args.no_aug and args.train_interpolation) or config["interpolation"]
         options = {**_named(args, LOADER_ARGUMENTS), **machine, "interpolation": interpolation, "is_training": True}
-        with told("These flags of the training images do not go together", AssertionError, ValueError, TypeError):
+        with told("These flags of the training images do not go together", Exception):
             if args.naflex_loader:
                 options |= patches | _patch_sizes(args, patch_size) | {"mean": config["mean"], "std": config["std"]}
                 ranks = dict(rank=PartialState().process_index, world_size=PartialState().num_processes)
@@ -400,7 +418,7 @@ def create_data(
     def plainly(dataset: Any) -> Any:
         if dataset is None or not args.naflex_loader:
             return None if dataset is None else plain_loader(dataset, config, size, **reading)
-        keys = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+        keys = ("mean", "std", "interpolation", "crop_pct")
         options = reading | patches | {key: config[key] for key in keys}
         length = args.naflex_max_seq_len
         return create_naflex_loader(dataset, patch_size=patch_size, max_seq_len=length, batch_size=size, **options)
@@ -460,10 +478,37 @@ def _named(args: argparse.Namespace, names: Mapping[str, str]) -> dict[str, Any]
 
 
 def plain_loader(dataset: Any, config: Mapping[str, Any], batch_size: int, **options: Any) -> Any:
-    """A loader of a data set in its order, without augmentation, but for what the options of timm's factory say."""
-    keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+    """A loader of a data set in its order, without augmentation, but for what the options of timm's factory say.
+
+    As in timm's script the centre is cropped, whatever `crop_mode` the model's configuration names.
+    """
+    keys = ("input_size", "interpolation", "mean", "std", "crop_pct")
     made = dict(batch_size=batch_size, persistent_workers=False) | {key: config[key] for key in keys}
     return create_loader(dataset, **made | options)
+
+
+def batches(loader: Any) -> Iterator[Any]:
+    """The batches of a loader.
+
+    Raises:
+        DistillError: A row cannot be read, or not be augmented as the flags say.
+    """
+    rows, end = iter(loader), object()
+    while True:
+        try:
+            batch = next(rows, end)
+        except (DistillError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of whatever reads and augments
+            # Of a worker process the text is a traceback, with the error in its last line.
+            why = (str(error).strip().splitlines() or [""])[-1]
+            raise DistillError(
+                f"A batch of images cannot be read and augmented ({type(error).__name__}: {why}): mend the data, or the"
+                " flags of size and augmentation."
+            ) from error
+        if batch is end:
+            return
+        yield batch
 
 
 def uses_mixup(args: argparse.Namespace) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -65,6 +66,9 @@ def _part(split: str, rows: int) -> slice:
 
     with told(f"Expected a part of the digits such as train[:100] or train[10%:], got {split!r}", Exception):
         (found,) = ReadInstruction.from_spec(split).to_absolute({split.partition("[")[0]: rows})
+    # What is beyond the last row would be cut without a word.
+    if "%" not in split and any(int(bound) > rows for bound in re.findall(r"\d+", split.partition("[")[2])):
+        raise DistillError(f"Expected a part of the digits, got {split!r}: this split has {rows:,} images.")
     if found.from_ >= found.to:
         raise DistillError(f"Expected a part of the digits with images in it, got {split!r}: there are {rows}.")
     return slice(found.from_, found.to)

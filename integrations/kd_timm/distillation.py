@@ -20,7 +20,7 @@ from kd_plugins.catalog.registry import options_from_strings
 from kd_plugins.stages import StageTable
 from kd_timm.build import create_student
 from kd_timm.checkpoint import forked_random_state
-from kd_timm.data import Targets, plain_loader
+from kd_timm.data import Targets, batches, plain_loader
 from kd_timm.engine import PlainStep, TrainingRun
 from kd_timm.network import TimmNetwork, image_batch
 from kd_timm.teachers import check_classes, create_teacher
@@ -120,7 +120,7 @@ class Distillation:
         view = copy.copy(dataset)
         loader = plain_loader(view, self.config, self.args.batch_size, device=self.device, num_workers=workers)
         row = 0
-        for inputs, labels in loader:
+        for inputs, labels in batches(loader):
             if self.args.channels_last:
                 inputs = inputs.contiguous(memory_format=torch.channels_last)
             index = torch.arange(row, row + len(inputs), device=self.device)
@@ -131,12 +131,13 @@ class Distillation:
 
     def schedule(self, epochs: int, updates_per_epoch: int) -> None:
         """Resolves the stages over the training; each begins with an epoch."""
-        table = schedule(self.distiller, epochs * updates_per_epoch, epoch=updates_per_epoch)
-        if any(start % updates_per_epoch for start in table.starts):
+        stages = [stage.name for stage in self.distiller.stages()]
+        if epochs < len(stages):
             raise DistillError(
-                f"{self.distiller.name} trains in {len(table.starts)} stages, each with whole epochs: raise --epochs"
-                f" from {epochs} to at least {len(table.starts)}."
+                f"{self.distiller.name} trains in {len(stages)} stages ({', '.join(stages)}), each of whole epochs:"
+                f" raise --epochs from {epochs} to at least {len(stages)}."
             )
+        schedule(self.distiller, epochs * updates_per_epoch, epoch=updates_per_epoch)
 
     def stretch(self, updates: int) -> None:
         """Gives a method that goes on with a saved table another number of updates."""

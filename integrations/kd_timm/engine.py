@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from kd_timm.compat import (
     evaluation_sample_limit,
     set_sync_gradients,
 )
-from kd_timm.data import Data, Targets, model_dtype
+from kd_timm.data import Data, Targets, batches, model_dtype
 from kd_timm.network import one_head
 from kd_timm.progress import Reporter
 
@@ -230,18 +230,19 @@ def train_one_epoch(run: TrainingRun, epoch: int, *, first_update: int) -> dict[
     asked = begun = time.monotonic()
     images = 0
     terms: dict[str, tuple[float, int]] = {}
-    accumulate, batches = args.grad_accum_steps, len(loader)
-    remainder = batches % accumulate
+    accumulate, length = args.grad_accum_steps, len(loader)
+    remainder = length % accumulate
     window = 0
     reporter.begin(epoch, run.updates_per_epoch)
-    for number, (inputs, targets) in enumerate(loader):
-        last = number == batches - 1
+    for number, (inputs, targets) in enumerate(batches(loader)):
+        last = number == length - 1
         update = last or (number + 1) % accumulate == 0
         # The last update of an epoch may hold fewer micro-batches; each counts for more then.
-        current = remainder if remainder and number >= batches - remainder else accumulate
+        current = remainder if remainder and number >= length - remainder else accumulate
         inputs, targets = run.batch(inputs, targets)
         waited.update(current * (time.monotonic() - asked))
-        loss = run.step(inputs, targets, current, update)
+        with _statistics():
+            loss = run.step(inputs, targets, current, update)
         # The sum stays on the device: reading it would wait for the step.
         total += loss.float() * _rows(inputs)
         count += _rows(inputs)
@@ -296,6 +297,19 @@ def train_one_epoch(run: TrainingRun, epoch: int, *, first_update: int) -> dict[
     return {"loss": _mean(run, total) / max(count, 1)} | {name: s / w for name, (s, w) in terms.items()}
 
 
+@contextmanager
+def _statistics() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise DistillError(
+            "Batch normalisation takes the mean of each channel over a batch, and here a batch has one value: raise"
+            " --batch-size, or --img-size."
+        ) from error
+
+
 def _rows(inputs: Any) -> int:
     """The images of a batch."""
     return len(inputs["patches"] if isinstance(inputs, dict) else inputs)
@@ -321,7 +335,7 @@ def answers(
     limit, done, average = evaluation_sample_limit(loader), 0, run.args.tta
     dtype = next((p.dtype for p in model.parameters()), None)
     model.eval()
-    for inputs, targets in loader:
+    for inputs, targets in batches(loader):
         inputs, targets = run.images(inputs, dtype), targets.to(run.accelerator.device)
         with run.autocast():
             found = [one_head(model(inputs), model), *(other(inputs) for other in others)]

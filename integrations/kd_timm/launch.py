@@ -25,6 +25,9 @@ from kd_plugins.binding import schedule
 from kd_plugins.catalog.registry import options_from_strings
 from kd_timm.task import DistillationTask
 
+# Whatever flag or file asks the script for them.
+_TIMMS_OWN = ("LogitDistillationTask", "FeatureDistillationTask", "TokenDistillationTask")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command.
@@ -62,8 +65,6 @@ def launch(args: argparse.Namespace, rest: list[str]) -> None:
             f"{args.script} makes no timm.task.ClassificationTask, whose place the distiller takes: use the train.py of"
             " timm 1.0.27 or newer, or kd-timm-train."
         )
-    if any(word.split("=")[0] == "--kd-model-name" for word in rest):
-        raise DistillError("--kd-model-name is timm's own distillation: give it or --distill, not both.")
     options = options_from_strings(args.distill, args.distill_args)
     tasks: list[DistillationTask] = []
     seen: dict[str, Any] = {}
@@ -81,6 +82,9 @@ def launch(args: argparse.Namespace, rest: list[str]) -> None:
         tasks.append(made)
         return made
 
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise DistillError("--kd-model-name is timm's own distillation: give it or --distill, not both.")
+
     def keep(config: Any, bound: inspect.BoundArguments) -> None:
         seen["config"] = config
 
@@ -89,14 +93,19 @@ def launch(args: argparse.Namespace, rest: list[str]) -> None:
         for each in tasks if updates else ():
             schedule(each.distiller, updates * made[1])
 
+    tasks_of_script: dict[str, Any] = {"ClassificationTask": task, **dict.fromkeys(_TIMMS_OWN, refuse)}
     with (
-        mock.patch.object(timm.task, "ClassificationTask", task),
+        mock.patch.multiple(timm.task, **tasks_of_script),
         _observed(timm.data, "resolve_data_config", keep),
         _observed(timm.scheduler, "create_scheduler_v2", length),
         mock.patch.object(sys, "argv", [str(args.script), *rest]),
         mock.patch.object(sys, "path", [str(args.script.parent), *sys.path]),
     ):
         runpy.run_path(str(args.script), run_name="__main__")
+    if not tasks:
+        raise DistillError(
+            f"{args.script} made no timm.task.ClassificationTask, so nothing was distilled: see its log."
+        )
 
 
 def _observed(module: Any, name: str, note: Callable[[Any, inspect.BoundArguments], None]) -> Any:

@@ -73,6 +73,8 @@ class TimmNetwork(Network):
     def __init__(self, module: nn.Module) -> None:
         self.staged = module if isinstance(module, StagedModel) else StagedModel(module)
         super().__init__(self.staged.model)
+        # Swin and its like; their stages by number are maps [B, C, H, W].
+        self.channels_last = getattr(self.module, "output_fmt", None) == "NHWC"
 
     def stages(self) -> list[str]:
         info = getattr(self.module, "feature_info", None)
@@ -103,8 +105,7 @@ class TimmNetwork(Network):
 
     def check_map(self, method: str, layer: str | int, activation: Tensor) -> None:
         super().check_map(method, layer, activation)
-        # Swin and its like; their stages by number are maps [B, C, H, W].
-        if isinstance(layer, str) and getattr(self.module, "output_fmt", None) == "NHWC":
+        if isinstance(layer, str) and self.channels_last:
             raise DistillError(
                 f"{method} reads maps [B, C, H, W], and the layers of {type(self.module).__name__} keep their channels"
                 f" last, got {list(activation.shape)} at the layer {layer!r}: name a stage by its number."

@@ -24,6 +24,7 @@ from kd_accelerate import broadcast
 from kd_plugins import DistillError
 from kd_plugins.errors import told
 from kd_plugins.states import slots, write_text
+from kd_timm.arguments import as_flag
 from kd_timm.build import (
     create_criterion,
     create_optimizer,
@@ -56,8 +57,7 @@ class Parts(TrainingRun):
         self.args = args
         for name in ("teacher", "peer", "distill_args"):
             if getattr(args, name) and not args.distill:
-                flag = f"--{name.replace('_', '-')}"
-                raise DistillError(f"{flag} does nothing without --distill NAME: name a distiller.")
+                raise DistillError(f"{as_flag(name)} does nothing without --distill NAME: name a distiller.")
         if args.ood_dataset and not args.val_split:
             raise DistillError("--ood-dataset is compared with the evaluation split: name one, --val-split.")
         if args.ood_dataset and not softmax(args):
@@ -82,7 +82,7 @@ class Parts(TrainingRun):
             check_data_free(args)
         apply_data_defaults(args, data_free)
         random_seed(args.seed, accelerator.process_index)
-        self.student, config = create_student(args)
+        self.student, config = create_student(args, verbose=self.primary)
         self.student.to(accelerator.device)
         # The processes draw from streams of their own; the moving average is copied before DDP would make them agree.
         broadcast(self.student.state_dict().values())
@@ -110,6 +110,7 @@ class Parts(TrainingRun):
             named = f"{args.dataset or args.data_dir} ({args.val_split})"
             self.reporter.line(f"{args.distill} trains without data: {named} is for the evaluation alone.")
         self.seconds, self.updates = 0.0, 0
+        self.told: list[dict[str, Any]] = []
         self._begin(datasets, config)
         # A training without data keeps its last student, whatever an evaluation set says of it.
         judged = self.data.evaluation is not None and (not data_free or args.best_on_eval)
@@ -159,10 +160,9 @@ class Parts(TrainingRun):
             else f"LR stepped per {'update' if args.sched_on_updates else 'epoch'}"
         )
         self.reporter.line(f"Scheduled epochs: {self.epochs} of {self.updates_per_epoch} updates. {stepped}.")
-        if args.stop_epoch and args.stop_epoch > self.epochs:
-            raise DistillError(
-                f"--stop-epoch: expected at most the {self.epochs} epochs of the run, got {args.stop_epoch}."
-            )
+        for flag, asked in (("--stop-epoch", [args.stop_epoch or 1]), ("--save-epochs", args.save_epochs)):
+            if max(asked, default=1) > self.epochs:
+                raise DistillError(f"{flag}: expected at most the {self.epochs} epochs of the run, got {max(asked)}.")
         if distillation is not None:
             model = distillation.network.staged
             distillation.schedule(self.epochs, self.updates_per_epoch)
@@ -214,6 +214,7 @@ class Parts(TrainingRun):
         self.new_schedule()
         if stage.fresh_student:
             self.checkpoints.restart()
+            self.told.clear()
             if self.ema is not None:
                 self.ema.set(self.student)
 
@@ -232,14 +233,13 @@ class Parts(TrainingRun):
     def _open_output(self) -> None:
         args, folder = self.args, None
         if self.primary:
-            if args.resume and not args.output and not args.experiment and self.state is not None:
-                folder = self.state.parent
-            else:
-                folder = output_folder(args)
-                if not args.experiment:
-                    size = self.data.config["input_size"][-1]
-                    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-                    folder /= f"{stamp}-{safe_model_name(args.model)}-{size}"
+            folder, before = output_folder(args), None if self.state is None else self.state.parent
+            if before and not args.experiment and (not args.output or before.resolve().parent == folder.resolve()):
+                folder = before
+            elif not args.experiment:
+                size = self.data.config["input_size"][-1]
+                stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+                folder /= f"{stamp}-{safe_model_name(args.model)}-{size}"
             if (folder / "run.json").is_file() and self.state is None:
                 _logger.warning(f"{folder} holds an earlier run, whose files this one replaces.")
             with told(f"--output: {folder} cannot be made", OSError, remedy="name a folder that can be written"):
@@ -265,14 +265,14 @@ class Parts(TrainingRun):
             )
         if self.primary:
             if not slots(self.folder)[1].is_dir():
-                self.write_arguments()
-            self.checkpoints.describe(self.student, self.data.config, self.data.classes)
-            for label, peer in zip(self.peers.labels, peers, strict=True):
-                self.checkpoints.describe(peer, self.data.config, self.data.classes, name=label)
+                self.describe()
 
-    def write_arguments(self) -> None:
-        """Writes `args.yaml`; beside the state of an earlier run, only once there is one of this run."""
+    def describe(self) -> None:
+        """Writes `args.yaml` and `config.json`; beside the state of a run before, only once there is one of this."""
         write_text(self.folder / "args.yaml", yaml.safe_dump({**self.given, "config": "", "resume": ""}))
+        networks = {"config": self.student} | dict(zip(self.peers.labels, self.peers.modules, strict=True))
+        for name, network in networks.items():
+            self.checkpoints.describe(network, self.data.config, self.data.classes, name)
 
 
 def softmax(args: argparse.Namespace) -> bool:
@@ -301,6 +301,8 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
     if "WORLD_SIZE" in os.environ:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     kind, _, index = args.device.partition(":")
+    if index and not index.isdecimal():
+        raise DistillError(f"--device: expected the number of a device after the colon, got {args.device}.")
     if kind == "cuda" and not torch.cuda.is_available():
         _logger.info("No GPU is available: training on the CPU (say so with --device cpu).")
         kind = "cpu"
@@ -311,10 +313,7 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
             torch.cuda.set_device(int(index))
     precision = "no"
     if args.amp:
-        names = {"float16": "fp16", "bfloat16": "bf16"}
-        if args.amp_dtype not in names:
-            raise DistillError(f"--amp-dtype: expected float16 or bfloat16, got {args.amp_dtype}.")
-        precision = names[args.amp_dtype]
+        precision = {"float16": "fp16", "bfloat16": "bf16"}[args.amp_dtype]
         if precision == "fp16" and kind == "cpu":
             if args.distill:
                 raise DistillError("--amp in float16 needs a GPU to scale the loss on: add --amp-dtype bfloat16.")
@@ -330,7 +329,7 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
     )
     if accelerator.device.type != kind:
         raise DistillError(
-            f"--device: expected cuda, cuda:N, cpu or {accelerator.device.type}, which is here, got {args.device}."
+            f"--device: expected cuda, cuda:N or cpu, or {accelerator.device.type}, which is here, got {args.device}."
         )
     if args.sync_bn and kind == "cpu" and accelerator.num_processes > 1:
         raise DistillError("--sync-bn needs GPUs: leave it out, --dist-bn averages the statistics after each epoch.")

@@ -47,6 +47,7 @@ def save_state(session: Parts, epoch: int) -> None:
                 "optimizer": session.optimizer.state_dict(),
                 "scaler": session.accelerator.scaler.state_dict() if session.accelerator.scaler else None,
                 "scheduler": _plateau_state(session.scheduler),
+                "stream": None if (own := _stream(session)) is None else own.get_state(),
                 "task": session.task.get_task_state() if session.task is not None else {},
             },
             folder / "optimizer.pt",
@@ -67,14 +68,19 @@ def save_state(session: Parts, epoch: int) -> None:
     session.accelerator.wait_for_everyone()
     if session.primary:
         states.close_state(session.folder)
-        session.write_arguments()
+        session.describe()
     session.accelerator.wait_for_everyone()
 
 
 def load_state(session: Parts) -> tuple[int, bool]:
     """Takes up the state of `--resume`; returns the epoch to go on with, and whether it goes on as it would have."""
-    folder = session.state
-    assert folder is not None
+    assert session.state is not None
+    remedy = "it is damaged, was edited, or is of another version."
+    with told(f"--resume: the state {session.state} cannot be taken up", Exception, remedy=remedy):
+        return _load_state(session, session.state)
+
+
+def _load_state(session: Parts, folder: Path) -> tuple[int, bool]:
     saved = states.read_json(folder / "state.json")
     if saved["processes"] != session.processes:
         raise DistillError(
@@ -94,6 +100,9 @@ def load_state(session: Parts) -> tuple[int, bool]:
         session.task.load_task_state(state["task"])
     if not session.args.no_resume_opt:
         session.optimizer.load_state_dict(state["optimizer"])
+        if state.get("stream") is not None:
+            session.optimizer.optimizer.generator = torch.Generator(session.accelerator.device)
+            session.optimizer.optimizer.generator.set_state(state["stream"])
     if session.accelerator.scaler is not None and not session.args.no_resume_opt:
         session.accelerator.scaler.load_state_dict(state["scaler"])
     if state["scheduler"] is not None:
@@ -106,10 +115,12 @@ def load_state(session: Parts) -> tuple[int, bool]:
     timms = session.folder / "last.pth.tar"
     if session.saver is not None and timms.is_file():
         session.saver.load_state_dict_from_checkpoint(timms)
-    if session.primary:
-        _bring_along(folder.parent, session.folder)
     random = torch.load(folder / f"random-{session.accelerator.process_index}.pt", weights_only=True)
     load_random_state(random)
+    session.accelerator.wait_for_everyone()
+    if session.primary:
+        _bring_along(folder.parent, session.folder)
+        states.settle(session.folder)
     session.reporter.line(f"Continuing with epoch {saved['epoch']} from {folder}")
     if session.args.workers and session.args.persistent_workers:
         changed.append("persistent_workers")
@@ -153,6 +164,12 @@ def load_checkpoint(session: Parts, path: str) -> int:
             load_task_ema_checkpoint(task, path)
     session.reporter.line(f"Continuing with epoch {epoch or 0} from {path}")
     return epoch or 0
+
+
+def _stream(session: Parts) -> torch.Generator | None:
+    """The random stream that an optimizer keeps for itself, as AdaHessian does."""
+    found: torch.Generator | None = getattr(session.optimizer.optimizer, "generator", None)
+    return found
 
 
 def _plateau_state(scheduler: Any) -> dict[str, Any] | None:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.data import resolve_input_data_config
 from timm.loss import JsdCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import group_parameters
 from timm.utils import unwrap_model
@@ -15,7 +14,8 @@ from torch import Tensor, nn
 from kd_plugins import Batch, Distiller, DistillError, Net, Nets, View, create_distiller
 from kd_plugins.binding import connect, schedule, set_up
 from kd_plugins.catalog.about import refusals
-from kd_plugins.distiller import Turn
+from kd_plugins.distiller import Turn, check_made
+from kd_timm import build
 from kd_timm.compat import TrainingTask, resolve_classification_loss
 from kd_timm.network import TimmNetwork, image_batch
 from kd_timm.teachers import InputTransform, Teacher, check_classes, create_teacher, other_classes
@@ -107,6 +107,7 @@ class DistillationTask(TrainingTask):
             distiller = create_distiller(distiller, **(distiller_args or {}))
         elif distiller_args:
             raise DistillError("distiller_args are the options of a distiller given by name: set them on the object.")
+        check_made(distiller)
         _check_fit(distiller)
         self.criterion = resolve_classification_loss(criterion, self.device, criterion_kwargs=criterion_kwargs)
         if getattr(student_model, "num_classes", 0) == 1 and isinstance(self.criterion, _SOFTMAX):
@@ -114,7 +115,7 @@ class DistillationTask(TrainingTask):
                 f"The softmax of one class is always 1, so nothing would learn by {type(self.criterion).__name__}: give"
                 " a criterion of one logit, or a student with two classes."
             )
-        self.config = dict(data_config or resolve_input_data_config(student_model))
+        self.config = dict(data_config or build.data_config(student_model))
         listed = [teacher_model] if isinstance(teacher_model, (str, nn.Module)) else list(teacher_model or ())
         paths = [teacher_checkpoint] if isinstance(teacher_checkpoint, str) else list(teacher_checkpoint)
         made = [self._teacher(t, paths[i] if i < len(paths) else "", student_model) for i, t in enumerate(listed)]
@@ -155,7 +156,7 @@ class DistillationTask(TrainingTask):
             made = Teacher(name, teacher, transform=None, misfit=misfit)
             if getattr(teacher, "pretrained_cfg", None):
                 cfg: Any = teacher.pretrained_cfg
-                config = resolve_input_data_config(teacher)
+                config = build.data_config(teacher)
                 made.transform = InputTransform(self.config, config, bool(cfg.get("fixed_input_size")))
         made.module.to(self.device, self.dtype)
         return made

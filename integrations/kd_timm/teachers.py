@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,19 +11,22 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from timm.data import resolve_input_data_config
 from timm.models import load_state_dict, parse_model_name
 from torch import Tensor, nn
 
 from kd_plugins import Distiller, DistillError
 from kd_plugins.binding import needs_of_stages
 from kd_plugins.errors import told
-from kd_timm.build import check_model_name, check_normalisation
+from kd_plugins.states import read_json
+from kd_timm.build import check_model_name, check_normalisation, data_config
+
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as images are read in grey
 
 
 class InputTransform:
-    """Turns the student's normalised images into a teacher's: other mean and std, other size.
+    """Turns the student's normalised images into a teacher's: other mean and std, other size, grey or colour.
+
+    A teacher of colours gets a grey image in each channel; a teacher of grey images the luminance of colours.
 
     Args:
         student: The student's data configuration (`mean`, `std`, `input_size`).
@@ -36,18 +38,22 @@ class InputTransform:
         mean, std, own_mean, own_std = (
             torch.tensor(config[key], dtype=torch.float64) for config in (student, teacher) for key in ("mean", "std")
         )
-        self.scale = (std / own_std).float().view(1, -1, 1, 1)
-        self.shift = ((mean - own_mean) / own_std).float().view(1, -1, 1, 1)
+        self.grey = (len(mean), len(own_mean)) == (3, 1)
+        share = torch.tensor(_LUMA if self.grey else 1.0, dtype=torch.float64)
+        black = (share * mean).sum(0, keepdim=True) if self.grey else mean
+        self.scale = (share * std / own_std).float().view(1, -1, 1, 1)
+        self.shift = ((black - own_mean) / own_std).float().view(1, -1, 1, 1)
         self.same = torch.equal(mean, own_mean) and torch.equal(std, own_std)
         self.size = tuple(teacher["input_size"][1:]) if fixed_size else None
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images `[B, C, H, W]` in the teacher's terms."""
+        """Images `[B, C, H, W]` in the teacher's terms, with its number of channels."""
         if self.size is not None and tuple(images.shape[2:]) != self.size:
             images = F.interpolate(images, size=self.size, mode="bicubic", align_corners=False, antialias=True)
         if self.same:
             return images
-        return images * self.scale.to(images) + self.shift.to(images)
+        scaled = images * self.scale.to(images)
+        return (scaled.sum(1, keepdim=True) if self.grey else scaled) + self.shift.to(images)
 
 
 @dataclass
@@ -82,9 +88,10 @@ def other_classes(name: str, theirs: int, ours: int) -> str:
     if theirs == ours:
         return ""
     has = f"tells {theirs} classes apart" if theirs else "has no classifier"
+    same = f"give the student as many (--num-classes {theirs}), " if theirs else ""
     return (
-        f"The teacher {name} {has} and the student tells {ours} classes apart: take a teacher that was trained on the"
-        " student's classes, or a method that reads its features alone."
+        f"The teacher {name} {has} and the student tells {ours} classes apart: {same}take a teacher that was trained on"
+        " the student's classes, or a method that reads its features alone."
     )
 
 
@@ -122,12 +129,13 @@ def create_teacher(
         module = _published(name, kwargs)
     theirs: Any = module
     cfg = {**theirs.pretrained_cfg, **saved.get("pretrained_cfg", {})}
-    own = resolve_input_data_config(module, {}, pretrained_cfg=cfg)
+    own = data_config(module, cfg=cfg)
     check_normalisation(own, f"The teacher {name}")
-    if own["input_size"][0] != config["input_size"][0]:
+    channels = own["input_size"][0], config["input_size"][0]
+    if channels[0] != channels[1] and {*channels} != {1, 3}:
         raise DistillError(
-            f"The teacher {name} takes {own['input_size'][0]} image channels and the student {config['input_size'][0]}:"
-            " give both the same, --in-chans for the student or --teacher-kwargs in_chans=... for the teacher."
+            f"The teacher {name} takes {channels[0]} image channels and the student {channels[1]}: give both the same,"
+            " --in-chans for the student or --teacher-kwargs in_chans=... for the teacher."
         )
     order, misfit = None, other_classes(name, theirs.num_classes, num_classes)
     try:
@@ -163,26 +171,23 @@ def _from_checkpoint(
         raise DistillError(f"--teacher-checkpoint {checkpoint} is no file: name the teacher's weights.")
     own = Path(checkpoint).with_suffix(".json")
     beside = own if own.is_file() else own.with_name("config.json")
-    saved = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    saved = read_json(beside) if beside.is_file() else {}
+    if not isinstance(saved, dict):
+        raise DistillError(f"Expected what a model is, by name, in {beside}, got {type(saved).__name__}: remove it.")
     architecture = parse_model_name(name)[1].split(".")[0]
     if saved and saved.get("architecture") != architecture:
         raise DistillError(
             f"--teacher-checkpoint {checkpoint} holds a {saved.get('architecture')} by the {beside.name} beside it, not"
             f" a {name}: name the right --teacher."
         )
-    try:
-        # Weights of a file cannot hold code: torch.load runs with weights_only=True.
+    remedy = "give a checkpoint of that model, and what it was built with as --teacher-kwargs."
+    # Weights of a file cannot hold code, since torch.load runs with weights_only=True, but be anything else.
+    with told(f"--teacher-checkpoint {checkpoint} does not fill the teacher {name}", Exception, remedy=remedy):
         state = load_state_dict(checkpoint, use_ema=True)
         arguments = {"num_classes": _classes_in(architecture, state) or num_classes}
         arguments |= {**saved.get("model_args", {}), **kwargs}
         model = timm.create_model(name, **arguments)
         model.load_state_dict(state, strict=True)
-    except (RuntimeError, ValueError, TypeError, OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise DistillError(
-            f"--teacher-checkpoint {checkpoint} does not fill the teacher {name}: {reason[:400]}. Give a checkpoint of"
-            " that model, and what it was built with as --teacher-kwargs."
-        ) from error
     return model, saved
 
 

@@ -12,6 +12,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
 from kd_plugins.errors import DistillError, did_you_mean, told
+from kd_timm.arguments import as_flag
 from kd_timm.compat import LOGGER_TYPE_TO_CLASS
 
 
@@ -25,7 +26,7 @@ def tracker_names(args: argparse.Namespace) -> list[str]:
     if not {"wandb", "all"} & set(names):
         given = [name for name in ("wandb_project", "wandb_tags", "wandb_resume_id") if getattr(args, name)]
         if given:
-            raise DistillError(f"--{given[0].replace('_', '-')} does nothing without wandb: add --log-wandb.")
+            raise DistillError(f"{as_flag(given[0])} does nothing without wandb: add --log-wandb.")
     for name in names:
         if name != "all" and name not in LOGGER_TYPE_TO_CLASS:
             hint = did_you_mean(name, LOGGER_TYPE_TO_CLASS)

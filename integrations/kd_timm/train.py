@@ -26,6 +26,9 @@ from kd_timm.recording import Recorder
 from kd_timm.resume import load_checkpoint, load_state, save_state
 from kd_timm.uncertainty import judge
 
+SAVE_SECONDS = 60.0
+"""Seconds from which on an epoch without an evaluation writes the state too."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: parses, trains, and turns what a user can mend into one line on stderr.
@@ -59,8 +62,7 @@ class Session(Parts):
 
     def fit(self) -> dict[str, Any]:
         """Trains to the end, or to an interrupt, and evaluates the best student."""
-        self.told: list[dict[str, Any]] = []
-        start = self._start()
+        start, self.saved = self._start(), time.monotonic()
         self.reporter.line(
             f"{self.args.model}: {sum(p.numel() for p in self.student.parameters()):,} parameters,"
             f" {self.epochs} epochs of {self.updates_per_epoch} updates, output in {self.folder}"
@@ -73,9 +75,9 @@ class Session(Parts):
         except KeyboardInterrupt as stop:
             self.reporter.end()
             self.recorder.interrupted()
-            says = "the first epoch had not ended, so there is nothing to continue."
+            says = "no epoch had been saved, so there is nothing to continue."
             if slots(self.folder)[1].is_dir():
-                says = f"continue after the last epoch that was evaluated, with --resume {self.folder}"
+                says = f"continue after the last epoch that was saved, with --resume {self.folder}"
             self._tell()
             if isinstance(stop, Stopped):
                 stop.says = says
@@ -127,7 +129,8 @@ class Session(Parts):
         self.updates += self.updates_per_epoch
         rate = self.rate
         if self.processes > 1 and args.dist_bn in ("broadcast", "reduce"):
-            for model in filter(None, (self.student, self.ema)):
+            # The processes cannot exchange what --model-ema-force-cpu keeps from their devices.
+            for model in filter(None, (self.student, None if args.model_ema_force_cpu else self.ema)):
                 distribute_bn(model, self.processes, args.dist_bn == "reduce")
             if self.distillation is not None:
                 self.distillation.player.average_buffers()
@@ -136,6 +139,8 @@ class Session(Parts):
                 self.recorder.epoch(epoch, training, {}, rate)
             if self.scheduler is not None:
                 self.scheduler.step(done + 1, None)
+            if broadcast_object_list([time.monotonic() - self.saved >= SAVE_SECONDS])[0]:
+                self._save(epoch + 1)
             return
         evaluation = self._evaluate()
         metric = epoch if self.metric == "epoch" else (evaluation or training)[self.metric]
@@ -149,9 +154,13 @@ class Session(Parts):
             if self.args.checkpoint_format == "both" and self.saver is not None:
                 self.saver.save_checkpoint(epoch, metric)
         self.told.append({"epoch": epoch, "train": training} | ({"validation": evaluation} if evaluation else {}))
-        save_state(self, epoch + 1)
+        self._save(epoch + 1)
         if epoch + 1 in args.save_epochs and self.primary:
             shutil.copytree(self.folder / "state", self.folder / f"milestone-{epoch + 1}", dirs_exist_ok=True)
+
+    def _save(self, epoch: int) -> None:
+        save_state(self, epoch)
+        self.saved = time.monotonic()
 
     def _evaluate(self) -> dict[str, float]:
         """Evaluates the student, through the compiled model where there is one, and its moving average.
@@ -214,7 +223,8 @@ class Session(Parts):
         if not self.primary:
             return
         worst = float("inf") if self.checkpoints.decreasing else float("-inf")
-        found = [(row.get("validation", row["train"]).get(self.metric, worst), row) for row in self.told]
+        numbers = [({"epoch": row["epoch"]} | row.get("validation", row["train"]), row) for row in self.told]
+        found = [(measured.get(self.metric, worst), row) for measured, row in numbers]
         ranked = sorted(found, key=lambda pair: pair[0], reverse=not self.checkpoints.decreasing)[:10]
         print(f"--result\n{json.dumps([row for _, row in reversed(ranked)], indent=4)}")
 

@@ -12,13 +12,42 @@ from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from transformers import HfArgumentParser, TrainingArguments
 
 from kd_accelerate.command import explain, flags, given, with_file
+from kd_plugins.catalog.values import AtLeastOne, NonNegative, Range, Share, convert
 from kd_transformers.docstrings import DOCSTRINGS_DEFAULTS
 
+# What TrainingArguments take, and the training fails at or makes nonsense of.
+_RANGES: dict[str, tuple[Any, str]] = {
+    **{
+        name: (AtLeastOne, "a whole number, at least 1")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+    },
+    **{
+        name: (Annotated[float, Range(low=0, below=1)], "a number from 0, below 1")
+        for name in ("adam_beta1", "adam_beta2")
+    },
+    **{name: (NonNegative, "a number, at least 0") for name in ("learning_rate", "adam_epsilon")},
+    "label_smoothing_factor": (Share, "a number from 0 to 1"),
+    "seed": (Annotated[int, Range(low=0, high=2**32 - 1)], f"a whole number from 0 to {2**32 - 1}"),
+    "dataloader_num_workers": (Annotated[int, Range(low=0)], "a whole number, at least 0"),
+}
+# Flags that say something of another one.
+_BELONGS = {
+    "dataset_config_name": "dataset_name",
+    "ood_split": "ood_dataset",
+    "model_revision": "model_name_or_path",
+    "distill_args": "distill",
+    "peer": "distill",
+    "teacher_epochs": "train_teacher",
+    "teacher_learning_rate": "train_teacher",
+    "teacher_layers": "train_teacher",
+    "teacher_hidden_size": "train_teacher",
+    "teacher_heads": "train_teacher",
+}
 _DATA_FLAGS = ("task_name", "dataset_name", "train_file", "validation_file")
 
 
@@ -174,7 +203,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
         parser.set_defaults(**DOCSTRINGS_DEFAULTS)
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(words, True, look_for_args_file=False)
-    except (ValueError, ImportError) as error:
+    except Exception as error:
         # TrainingArguments refuse combinations of their own.
         parser.error(str(error))
     if unknown:
@@ -195,18 +224,24 @@ def _problem(arguments: Arguments, named: set[str]) -> str | None:
         return "expected one source of data, got several: give --task_name, --dataset_name or --train_file"
     if data.validation_file and not data.train_file:
         return "--validation_file: expected the training data too, whose labels it has: add --train_file"
-    if data.dataset_config_name and not data.dataset_name:
-        return "--dataset_config_name belongs to --dataset_name, which is not given"
+    values = {**vars(data), **vars(model), **vars(distillation)}
+    for name, other in _BELONGS.items():
+        if name in named and values[name] and not values[other]:
+            return f"--{name} belongs to --{other}, which is not given"
     if len(distillation.teacher_checkpoint) > len(distillation.teacher):
         return "--teacher-checkpoint: the i-th belongs to the i-th --teacher, and there are more of them"
     if distillation.train_teacher and len(distillation.teacher) > 1:
         return "--train_teacher trains one teacher, got several --teacher"
     if distillation.train_teacher and distillation.teacher_checkpoint:
         return "--teacher-checkpoint gives trained weights, and --train_teacher trains them: leave one out"
-    if distillation.distill_args and not distillation.distill:
-        return "--distill-args are the options of --distill, which is not given"
+    trains = training.do_train or not named & {"do_train", "do_eval", "do_predict"}
     taught = distillation.teacher or distillation.train_teacher
-    if taught and not distillation.distill and not model.student_init:
+    if taught and not distillation.distill and model.model_name_or_path and trains:
+        return (
+            "expected --distill with a teacher, got none: say which method (--distill kd), or leave the teacher out"
+            " and compare the trained student with it by --do_eval alone"
+        )
+    if taught and not distillation.distill and not (model.student_init or model.model_name_or_path):
         return (
             "expected --distill with a teacher, got none: say which method (--distill kd), or that the teacher is only"
             " where the student starts (--student_init teacher), or what it is compared with (--student_init scratch)"
@@ -215,20 +250,15 @@ def _problem(arguments: Arguments, named: set[str]) -> str | None:
         return "--ood_dataset is compared with the evaluation split: add --do_eval"
     if distillation.cache_teacher and not (distillation.distill and taught):
         return "--cache_teacher expects --distill and a teacher"
-    if distillation.peer and not distillation.distill:
-        return "--peer is trained by an online method of --distill, which is not given"
+    if distillation.cache_teacher and not trains:
+        return "--cache_teacher asks the teachers about the training rows: add --do_train"
     if training.do_predict:
         return "--do_predict is not supported: evaluate with --do_eval"
     shape = ("teacher_layers", "teacher_hidden_size", "teacher_heads")
-    trained = [name for name in ("teacher_epochs", "teacher_learning_rate", *shape) if name in named]
-    if trained and not distillation.train_teacher:
-        return f"--{trained[0]} belongs to --train_teacher, which is not given"
     if distillation.teacher and named.intersection(shape):
         return "--teacher_layers, --teacher_hidden_size and --teacher_heads shape one from scratch: leave out --teacher"
-    if model.model_name_or_path and (model.config_name or model.student_init == "teacher" or model.student_layers):
-        return (
-            "--model_name_or_path is a whole student: leave out --config_name, --student_layers, --student_init teacher"
-        )
+    if model.model_name_or_path and (model.config_name or model.student_init or model.student_layers):
+        return "--model_name_or_path is a whole student: leave out --config_name, --student_layers, --student_init"
     if model.config_name and (model.student_init == "teacher" or model.student_layers):
         return "--config_name describes a student from scratch: leave out --student_layers and --student_init teacher"
     shaped = model.student_hidden_size or model.student_heads
@@ -241,7 +271,12 @@ def _problem(arguments: Arguments, named: set[str]) -> str | None:
     for name, value in vars(training).items():
         if isinstance(value, float) and not math.isfinite(value):
             return f"--{name}: expected a finite number, got {value}"
-    for name, value in {**vars(data), **vars(model), **vars(distillation)}.items():
+    for name, (hint, words) in _RANGES.items():
+        try:
+            convert(getattr(training, name), hint)
+        except ValueError:
+            return f"--{name}: expected {words}, got {getattr(training, name)}"
+    for name, value in values.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not 0 < value < math.inf:
             return f"--{name}: expected a positive number, got {value}"
     return None

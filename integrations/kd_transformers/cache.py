@@ -19,6 +19,7 @@ from kd_plugins.reading.network import Network, adapt
 from kd_transformers.checks import base, class_names, inputs_of
 from kd_transformers.columns import TEACHER, TEACHER_LOGITS, with_padding
 from kd_transformers.compat import rows_id
+from kd_transformers.playing import listed
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -84,7 +85,9 @@ def cache_teacher(
             "Expected rows that are the same in every epoch, got a data set with a transform (set_transform):"
             " cached logits would belong to other inputs. Apply it once with map, or train without a cache."
         )
-    teachers = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
+    teachers = listed("teacher", teacher)
+    if not teachers:
+        raise DistillError("Expected at least one teacher to ask, got none.")
     modes = [t.training for t in teachers]
     device = torch.device(device) if device is not None else next(teachers[0].parameters()).device
     nets = [Net(adapt(t.to(device)), Reads, frozen=True) for t in teachers]
@@ -187,7 +190,7 @@ def absent_teachers(dataset: Any) -> list[Absent]:
     """Stand-ins for the teachers whose logits a data set has."""
     if TEACHER_LOGITS not in (getattr(dataset, "column_names", None) or ()):
         return []
-    lines = (getattr(dataset.info, "description", None) or "").splitlines()
+    lines = (getattr(getattr(dataset, "info", None), "description", None) or "").splitlines()
     noted = next((line for line in lines if line.startswith(_NOTE)), None)
     if noted is None:
         raise DistillError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 
 from torch import nn
@@ -17,10 +18,13 @@ Gain = Mapping[str, Sequence[float]]
 
 def check_gain(gain: Gain) -> None:
     """Refuses what is no gain: of each metric the mean, and the ends of its interval."""
+    if not isinstance(gain, Mapping):
+        raise DistillError(f"Expected gain by metric, {{'accuracy': (0.8, 0.3, 1.3)}}, got {gain!r}.")
     for metric, numbers in gain.items():
-        if len(numbers) != 3 or not numbers[1] <= numbers[0] <= numbers[2]:
+        given = isinstance(numbers, Sequence) and all(isinstance(number, Real) for number in numbers)
+        if not given or len(numbers) != 3 or not numbers[1] <= numbers[0] <= numbers[2]:
             raise DistillError(
-                f"Expected of {metric} the mean gain and the ends of its interval, (0.8, 0.3, 1.3), got {numbers}."
+                f"Expected of {metric} the mean gain and the ends of its interval, (0.8, 0.3, 1.3), got {numbers!r}."
             )
 
 

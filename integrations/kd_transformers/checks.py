@@ -120,6 +120,16 @@ def check_checkpointing(model: nn.Module) -> None:
             )
 
 
+def check_labels(peer: nn.Module, name: str, *, own_loss: bool) -> None:
+    """Refuses a peer whose forward gives no task loss."""
+    parameters = inspect.signature(peer.forward).parameters
+    if not (own_loss or name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())):
+        raise DistillError(
+            f"Expected a peer whose forward takes {name}, as its task loss needs them, got {type(peer).__name__}: take"
+            " a model of transformers (of timm's, TimmWrapperForImageClassification), or give compute_loss_func."
+        )
+
+
 def check_fit(distiller: Distiller, task: str, model: nn.Module) -> None:
     """Refuses a method that does not fit the task."""
     if task in distiller.tasks:

@@ -31,10 +31,14 @@ __all__ = [
     "chosen_attention",
     "chosen_mask",
     "frames_of",
+    "hears",
     "is_reentrant",
+    "on_device",
     "rates_are",
     "rows_id",
+    "shifted",
     "tapped",
+    "used_columns",
 ]
 
 # Before 5.19 Trainer takes every compute_loss_func for one that counts the accumulated items itself.
@@ -101,19 +105,6 @@ class Hooks(Trainer):
         """What Trainer counts as the items of one batch, over all processes where it averages over them."""
         items: Tensor | int | None = self._get_num_items_in_batch([inputs], self.args.device)
         return items
-
-    def on_device(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A batch where Trainer wants it."""
-        prepared: Mapping[str, Any] = self._prepare_inputs(inputs)  # type: ignore[arg-type]
-        return prepared
-
-    def used_columns(self, dataset: Any, collate: Any, description: str) -> tuple[Any, Any]:
-        """A data set and its collator without the columns that nothing takes."""
-        from datasets import Dataset
-
-        if isinstance(dataset, Dataset):
-            return self._remove_unused_columns(dataset, description=description), collate
-        return dataset, self._get_collator_with_removed_columns(collate, description=description)
 
     @property
     def loss_sums(self) -> list[float]:
@@ -218,6 +209,24 @@ class Hooks(Trainer):
             self.training_begins()
 
 
+# Data
+
+
+def on_device(trainer: Trainer, inputs: Any) -> Mapping[str, Any]:
+    """A batch where Trainer wants it."""
+    prepared: Mapping[str, Any] = trainer._prepare_inputs(inputs)
+    return prepared
+
+
+def used_columns(trainer: Trainer, dataset: Any, collate: Any, description: str) -> tuple[Any, Any]:
+    """A data set and its collator without the columns that nothing takes."""
+    from datasets import Dataset
+
+    if isinstance(dataset, Dataset):
+        return trainer._remove_unused_columns(dataset, description=description), collate
+    return dataset, trainer._get_collator_with_removed_columns(collate, description=description)
+
+
 # Attention
 
 
@@ -260,7 +269,30 @@ def is_reentrant(module: nn.Module) -> bool:
     )
 
 
+# Labels of a decoder
+
+
+def shifted(model: nn.Module, labels: Tensor) -> Tensor | None:
+    """What a model's decoder reads where it is given labels alone; None where the model does not tell."""
+    own: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if own is not None:
+        ids: Tensor = own(labels=labels)
+        return ids
+    config: Any = model.config
+    for cls in type(model).__mro__:
+        shift = vars(sys.modules.get(cls.__module__, object)).get("shift_tokens_right")
+        if shift is not None:
+            ids = shift(labels, config.pad_token_id, config.decoder_start_token_id)
+            return ids
+    return None
+
+
 # Speech
+
+
+def hears(model: nn.Module) -> bool:
+    """Whether a model makes frames of the samples, or of the finer frames, that its mask is of."""
+    return hasattr(model, "_get_feat_extract_output_lengths")
 
 
 def frames_of(model: Any, mask: Tensor) -> Tensor:

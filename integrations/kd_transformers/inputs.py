@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kd_plugins import DistillError
 from kd_transformers.checks import base, kind_of
-from kd_transformers.compat import frames_of
+from kd_transformers.compat import frames_of, hears, shifted
 
 _POSITIONS = ("start_positions", "end_positions")
 
@@ -26,7 +26,7 @@ def labels_of(model: nn.Module, inputs: dict[str, Any], name: str = "labels") ->
         return labels.masked_fill(labels >= _length(inputs), -100), torch.ones_like(labels)
     if kind == "sequence to sequence" and isinstance(labels, Tensor):
         return labels, inputs.get("decoder_attention_mask", torch.ones_like(labels))
-    if kind == "ctc" and isinstance(mask, Tensor):
+    if isinstance(mask, Tensor) and (kind == "ctc" or hears(base(model))):
         return labels, frames_of(base(model), mask)
     if kind == "multiple choice" and isinstance(mask, Tensor):
         return labels, mask.flatten(0, 1)  # A model reads every choice as a row of its own.
@@ -49,13 +49,13 @@ def decoder_inputs(model: nn.Module, inputs: Mapping[str, Any], labels: Any) -> 
     given = any(name in inputs for name in ("decoder_input_ids", "decoder_inputs_embeds"))
     if given or kind_of(model) != "sequence to sequence":
         return {}
-    shift: Any = getattr(base(model), "prepare_decoder_input_ids_from_labels", None)
-    if shift is None or labels is None:
+    ids = None if labels is None else shifted(base(model), labels)
+    if ids is None:
         raise DistillError(
             f"The decoders of student and teacher need the same tokens, and {type(base(model)).__name__} does not tell"
-            " how to make them of labels: give the data decoder_input_ids (DataCollatorForSeq2Seq)."
+            " how to make them of labels, or there are none: give the data a column decoder_input_ids."
         )
-    return {"decoder_input_ids": shift(labels=labels)}
+    return {"decoder_input_ids": ids}
 
 
 def _length(inputs: Mapping[str, Any]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,8 @@ class Updates(TrainerCallback):
 
 def listed(kind: str, given: Any) -> list[nn.Module]:
     """The teachers, or the peers; refuses what is none."""
-    networks = [given] if isinstance(given, (nn.Module, str)) else list(given or ())
+    many = isinstance(given, Iterable) and not isinstance(given, (nn.Module, str))
+    networks = list(given) if many else [] if given is None else [given]
     for network in networks:
         if not isinstance(network, nn.Module):
             raise DistillError(

@@ -18,6 +18,8 @@ from kd_report.record import MOST_AT_ONCE, SHARE, RunRecord, rows_to_analyse, so
 from kd_report.uncertainty import Doubts
 from kd_transformers.cache import Absent
 from kd_transformers.checks import class_order, task_of
+from kd_transformers.columns import with_padding
+from kd_transformers.compat import on_device, used_columns
 
 __all__ = ["RecordCallback"]
 
@@ -76,7 +78,7 @@ class RecordCallback(TrainerCallback):
             distiller=distiller,
             names=self.names,
             data=self.data,
-            task=task_of(trainer.model),
+            task=self._task,
             metric=f"eval_{args.metric_for_best_model.removeprefix('eval_')}" if args.metric_for_best_model else "",
             classes=[str(names[i]) for i in sorted(names)] or None,
             decode=getattr(tokenizer, "convert_ids_to_tokens", None),
@@ -136,7 +138,7 @@ class RecordCallback(TrainerCallback):
 
     def _pictures(self) -> Iterator[Picture]:
         """What is shown of the networks' predictions."""
-        if self.trainer.eval_dataset is not None and task_of(self.trainer.model) == "segmentation":
+        if self.trainer.eval_dataset is not None and self._task == "segmentation":
             shown = predicted_maps(self._nets(), next(self._batches(self._rows or 8)))
             yield from [] if shown is None else [shown]
 
@@ -176,18 +178,27 @@ class RecordCallback(TrainerCallback):
         trainer, dataset, collate = self.trainer, self.trainer.eval_dataset, self.trainer.data_collator
         if isinstance(dataset, dict):
             dataset = next(iter(dataset.values()))
-        if hasattr(dataset, "column_names"):
-            dataset = trainer._remove_unused_columns(dataset, description="evaluation")
+        loader: Any
+        if type(trainer).get_eval_dataloader is not Trainer.get_eval_dataloader:
+            loader = trainer.get_eval_dataloader()
+            # This process reads alone.
+            loader = getattr(loader, "base_dataloader", loader)
         else:
-            collate = trainer._get_collator_with_removed_columns(collate, description="evaluation")
-        rows, size = some_rows(dataset, count), min(trainer.args.per_device_eval_batch_size, MOST_AT_ONCE)
-        for inputs in DataLoader(rows, batch_size=size, collate_fn=collate):
-            prepared = trainer._prepare_inputs(inputs)
+            collate = with_padding(collate, getattr(trainer, "teachers", self.teachers))
+            dataset, collate = used_columns(trainer, dataset, collate, "evaluation")
+            size = min(trainer.args.per_device_eval_batch_size, MOST_AT_ONCE)
+            loader = DataLoader(some_rows(dataset, count), batch_size=size, collate_fn=collate)
+        for inputs in loader:
+            prepared = on_device(trainer, inputs)
             if self._distiller is not None:
                 yield trainer._batch(prepared)  # type: ignore[attr-defined]
             else:
                 name = getattr(trainer.model, "main_input_name", None)
-                yield Batch.of(dict(prepared), name=name, task=task_of(trainer.model))
+                yield Batch.of(dict(prepared), name=name, task=self._task)
+
+    @property
+    def _task(self) -> str:
+        return getattr(self.trainer, "task", None) or task_of(self.trainer.model)
 
 
 def _changed(args: Any) -> dict[str, Any]:

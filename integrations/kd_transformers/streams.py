@@ -83,6 +83,9 @@ class Peeked(IterableDataset):
             yield row
         yield from rest
 
+    def __len__(self) -> int:
+        return len(self.rows)
+
     def __getattr__(self, name: str) -> Any:
         if name == "rows":
             raise AttributeError(name)

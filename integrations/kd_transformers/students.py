@@ -34,12 +34,12 @@ def from_checkpoint(name: str, labels: Labels, *, fresh_head: bool, **hub: Any) 
     """
     settings = labels.config if fresh_head else {"problem_type": labels.problem}
     unfit = f"The checkpoint {name} cannot be loaded as a sequence classifier"
-    with told(unfit, OSError, ValueError):
+    with told(unfit, Exception):
         config = AutoConfig.from_pretrained(name, **hub)
     if not fresh_head:
         _check_classes(name, config, labels)
     config.update(settings)
-    with told(unfit, OSError, ValueError, RuntimeError):
+    with told(unfit, Exception):
         model, info = AutoModelForSequenceClassification.from_pretrained(
             name, config=config, output_loading_info=True, ignore_mismatched_sizes=fresh_head, **hub
         )
@@ -62,7 +62,7 @@ def load_teacher(name: str, checkpoint: str | None, labels: Labels, **hub: Any) 
     if (folder / "config.json").is_file():
         return from_checkpoint(checkpoint, labels, fresh_head=False, **{**hub, "revision": "main"})
     model = from_configuration(name, labels, hub)
-    with told(f"The weights {checkpoint} do not fit the teacher {name}", RuntimeError):
+    with told(f"The weights {checkpoint} do not fit the teacher {name}", Exception):
         outcome = model.load_state_dict(_read_weights(folder), strict=False)
     _check_weights(checkpoint, set(outcome.missing_keys), False)
     return model.eval()
@@ -70,7 +70,7 @@ def load_teacher(name: str, checkpoint: str | None, labels: Labels, **hub: Any) 
 
 def from_configuration(name: str, labels: Labels, hub: Mapping[str, Any], **options: Any) -> Any:
     """A sequence classifier of a checkpoint's kind and size, with random weights."""
-    with told(f"The configuration {name} cannot be loaded", OSError, ValueError):
+    with told(f"The configuration {name} cannot be loaded", Exception):
         config = AutoConfig.from_pretrained(name, **hub)
     config.update(labels.config)
     return AutoModelForSequenceClassification.from_config(config, **options)
@@ -262,10 +262,11 @@ def load_tokenizer(name: str, **hub: Any) -> Any:
     if path.suffix == ".txt":
         if not path.is_file():
             raise DistillError(f"--tokenizer_name: there is no file {name}.")
-        lines = path.read_text(encoding="utf-8").split("\n")
+        with told(f"--tokenizer_name {name} cannot be read", OSError, ValueError):
+            lines = path.read_text(encoding="utf-8").split("\n")
         words = lines[:-1] if lines[-1] == "" else lines
         return BertTokenizer(vocab={word: i for i, word in enumerate(words)}, model_max_length=512)
-    with told(f"The tokenizer of {name} cannot be loaded", OSError, ValueError, KeyError):
+    with told(f"The tokenizer of {name} cannot be loaded", Exception):
         return AutoTokenizer.from_pretrained(name, **hub)
 
 

@@ -31,7 +31,7 @@ from transformers.utils import logging
 from kd_accelerate.command import Stopped, run_command, signals
 from kd_plugins import Batch, View
 from kd_plugins.catalog.registry import distiller_classes, from_json, options_from_strings
-from kd_plugins.errors import DistillError
+from kd_plugins.errors import DistillError, told
 from kd_plugins.states import MANIFEST, damage, read_json, seal, write_json
 from kd_report import page_hint
 from kd_report.measures import decisions
@@ -44,6 +44,7 @@ from kd_transformers.checks import class_order
 from kd_transformers.data import Labels, fingerprint, load_other, load_text
 from kd_transformers.metrics import agreement, build_metrics, default_metrics, logits_of
 from kd_transformers.recording import RecordCallback
+from kd_transformers.rehearsal import check_best, check_recipe
 from kd_transformers.students import (
     check_length,
     check_tokenizers,
@@ -143,9 +144,14 @@ class Session:
         self.collate = DataCollatorWithPadding(self.tokenizer, pad_to_multiple_of=8 if half else None)
         names = data.metric or default_metrics(self.labels.problem, data.task_name)
         self.compute_metrics = build_metrics(names, self.labels.problem, self.labels.count)
+        check_recipe(training)
+        if training.load_best_model_at_end and self.evaluation_set is not None:
+            rows = self.evaluation_set["labels"][:8]
+            check_best(training.metric_for_best_model, self.compute_metrics, rows, self.labels.count)
         self.timer = _StepTimer()
         self.checkpoint = asked_for(training, self._fingerprint)
-        self.trainer = self._trainer()
+        with told("The training cannot be set up with these arguments", Exception):
+            self.trainer = self._trainer()
         self.trainer.facts = {"arguments": self._fingerprint} if training.do_train else {}
         self.trainer.allow_nonfinite = self.arguments.model.allow_nonfinite
         self.recorder = RecordCallback(
@@ -259,6 +265,10 @@ class Session:
             size, length = model.vocab_size, self.arguments.data.max_seq_length
             tokenizer = train_tokenizer(self.data.texts(), size, max(length, 512))
         else:
+            if model.vocab_size != type(model).vocab_size:
+                logger.warning(
+                    f"--vocab_size is of a tokenizer trained on the data, and {first} has one: it is left out."
+                )
             revision = {"revision": model.model_revision} if first == model.model_name_or_path else {}
             tokenizer = load_tokenizer(first, **self.hub, **revision)
         others = {name: load_tokenizer(path, **self.hub) for name, path in named.items() if path != first}

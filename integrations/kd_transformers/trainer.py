@@ -31,6 +31,7 @@ from kd_transformers.checks import (
     check_checkpointing,
     check_fit,
     check_host,
+    check_labels,
     check_vocabulary,
     class_order,
     follow_tokens,
@@ -40,7 +41,7 @@ from kd_transformers.checks import (
     task_of,
 )
 from kd_transformers.columns import INDEX, TEACHER, TEACHER_LOGITS, Indexed, with_index, with_padding
-from kd_transformers.compat import ALWAYS_DIVIDES
+from kd_transformers.compat import ALWAYS_DIVIDES, on_device, used_columns
 from kd_transformers.inputs import decoder_inputs, labels_of
 from kd_transformers.playing import Trained, Updates, export, ignored_label, listed, save_weights
 from kd_transformers.recording import RecordCallback
@@ -106,8 +107,8 @@ class DistillationTrainer(Resumable):
         super().__init__(*args, **kwargs)
         self.teachers = listed("teacher", teacher_model)
         self.peer_models = listed("peer", peer_models)
-        self.distiller = self._distiller(distiller, distiller_args)
         self.task = task
+        self.distiller = self._distiller(distiller, distiller_args)
         self.player: TurnPlayer | None = None
         self._nets: Nets | None = None
         self._bound_to: nn.Module | None = None
@@ -151,12 +152,16 @@ class DistillationTrainer(Resumable):
             self.add_callback(RecordCallback(self))
 
     def _distiller(self, distiller: Distiller | str | None, options: Mapping[str, Any] | None) -> Distiller | None:
+        if not isinstance(options, Mapping | None):
+            raise DistillError(f"Expected distiller_args by name, {{'temperature': 2.0}}, got {options!r}.")
         if isinstance(distiller, str):
             return create_distiller(distiller, **(options or {}))
         if options:
             raise DistillError("distiller_args are the options of a distiller given by name: set them on the object.")
         if distiller is None and (self.teachers or self.peer_models):
             raise DistillError("A teacher or peers were given without a distiller: say which, distiller='kd'.")
+        if distiller is None and self.task is not None:
+            raise DistillError("task says what a distiller's scores are, and there is no distiller: leave it out.")
         if distiller is not None and not isinstance(distiller, Distiller):
             raise DistillError(f"Expected a distiller or the name of one, got {type(distiller).__name__}.")
         return distiller
@@ -179,6 +184,7 @@ class DistillationTrainer(Resumable):
         )
         check_fit(distiller, self.task or task_of(self.model), self.model)
         for peer in self.peer_models:
+            check_labels(peer, self._label, own_loss=self.compute_loss_func is not None)
             same_class_order(self.model, peer)
         columns = getattr(self.train_dataset, "column_names", None)
         if columns is not None:
@@ -230,9 +236,7 @@ class DistillationTrainer(Resumable):
 
     def _check_aligned(self, distiller: Distiller, batch: Batch) -> None:
         """Refuses scores per token of a teacher that reads other tokens."""
-        theirs = batch.teacher_kwargs.get(batch.name or "")
-        aligned = theirs is None or (isinstance(batch.inputs, Tensor) and torch.equal(theirs, batch.inputs))
-        if not aligned and batch.task in ("token", "causal-lm", "ctc") and _reads_scores(distiller):
+        if not batch.aligned and batch.task in ("token", "causal-lm", "ctc") and _reads_scores(distiller):
             raise DistillError(
                 f"{distiller.name} compares scores token by token, and the column {TEACHER}{batch.name} holds other"
                 " tokens than the student's: use a teacher with the student's tokenizer."
@@ -258,7 +262,7 @@ class DistillationTrainer(Resumable):
             return False
         if self.args.gradient_accumulation_steps * self.args.world_size == 1:
             return True  # The number is that of the batch, and both are the same.
-        for asked in itertools.chain([batch], () if self._peeked else self._pass(loader)):
+        for asked in itertools.chain([batch], () if self._peeked is not None else self._pass(loader)):
             one, two = (net.task_loss(asked, items) for items in (1, 2))
             if one is None or two is None:
                 return False
@@ -280,9 +284,10 @@ class DistillationTrainer(Resumable):
         """
         peeked = self._peeked
         if loader is self._built:
-            rows = self.train_dataset if peeked is None or whole else peeked.peek(self.train_batch)
+            rows = self._staged or self.train_dataset
+            rows = rows if peeked is None or whole else peeked.peek(self.train_batch)
             check_anew(rows)
-            dataset, collate = self.used_columns(rows, with_padding(self.data_collator, self.teachers), "Training")
+            dataset, collate = used_columns(self, rows, self._collate(), "Training")
             workers = self.args.dataloader_num_workers if whole else 0
             loader = DataLoader(dataset, self.train_batch, collate_fn=collate, num_workers=workers)
         else:
@@ -296,7 +301,7 @@ class DistillationTrainer(Resumable):
                 inputs = next(iterator, None)
             if inputs is None:
                 return
-            yield self._batch(self.on_device(inputs))
+            yield self._batch(on_device(self, inputs))
 
     def _batch(self, inputs: Mapping[str, Any]) -> Batch:
         own, only = self._own_inputs(inputs), self._teacher_only()
@@ -350,26 +355,25 @@ class DistillationTrainer(Resumable):
         if self._streams is None:
             rows = self._staged.dataset if self._staged else self.train_dataset
             # Rows of every kind have their unused columns removed by the collator.
-            _, collate = self.used_columns(None, Indexed(with_padding(self.data_collator, self.teachers)), "Training")
+            _, collate = used_columns(self, None, self._collate(), "Training")
             self._streams = Streams(rows, shares, self.train_batch, collate, self.args.seed, with_index)
             if self._resumed_from is not None and (Path(self._resumed_from) / "streams.json").is_file():
                 self._streams.load(self._resumed_from)
-        drawn = {name: self._batch(self.on_device(self._streams.draw(name))) for name in shares}
+        drawn = {name: self._batch(on_device(self, self._streams.draw(name))) for name in shares}
         return dataclasses.replace(batch, streams=drawn)
 
     def loader(self, dataset: Any, build: Any, *, training: bool) -> DataLoader:
         if self.distiller is None:
             return super().loader(dataset, build, training=training)
-        collator, collate = self.data_collator, with_padding(self.data_collator, self.teachers)
+        collator = self.data_collator
         needs = needs_of_stages(self.distiller) if training and not isinstance(dataset, IterableDataset) else []
         if any(n.index or n.streams for n in needs):
-            dataset, _ = self.used_columns(dataset, collate, "training")
+            dataset, _ = used_columns(self, dataset, collator, "training")
             steps, seed = self._epoch_steps or 1, self.args.seed
             dataset = self._staged = StagedDataset(dataset, self.distiller, steps, seed, with_index)
-            collate = Indexed(collate)
         if training and isinstance(dataset, IterableDataset) and not hasattr(dataset, "column_names"):
             dataset = self._peeked = Peeked(dataset, self.args.dataloader_num_workers)
-        self.data_collator = collate
+        self.data_collator = self._collate() if training else with_padding(collator, self.teachers)
         try:
             loader = super().loader(dataset, build, training=training)
         finally:
@@ -377,6 +381,11 @@ class DistillationTrainer(Resumable):
         if training:
             self._built = loader
         return loader
+
+    def _collate(self) -> Any:
+        """The collator of training batches."""
+        collate = with_padding(self.data_collator, self.teachers)
+        return collate if self._staged is None else Indexed(collate)
 
     def further_columns(self, columns: list[str]) -> list[str]:
         if self.distiller is None:
@@ -388,7 +397,7 @@ class DistillationTrainer(Resumable):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         self._resuming = bool(resume_from_checkpoint)
-        self._streams, self._resumed_from, self._peeked, self._built = None, None, None, None
+        self._streams, self._resumed_from, self._peeked, self._built, self._staged = None, None, None, None, None
         if self._bound_to is not None and (self.model_init is not None or self._bound_to is not self.model):
             self.distiller, self._bound_to = copy.deepcopy(self._unused), None
             for peer, state in zip(self.peer_models, self._peers_at_first, strict=False):
@@ -410,7 +419,7 @@ class DistillationTrainer(Resumable):
         self._epoch_steps, self.player = values[1], None
         if self._staged is not None:
             self._staged.epoch_steps = values[1]
-        if self.distiller is not None:
+        if self.distiller is not None and values[-1] > 0:
             self._set_up(self.distiller, dataloader)
             schedule(self.distiller, values[-1], epoch=values[1])
         return values
@@ -424,7 +433,7 @@ class DistillationTrainer(Resumable):
 
     def start_player(self) -> None:
         """Makes the player, once Trainer has prepared student and optimizer."""
-        if self.player is None and self.distiller is not None and self._nets is not None:
+        if self.player is None and self.distiller is not None and self._nets is not None and self.state.max_steps > 0:
             norm = self.args.max_grad_norm if self.args.max_grad_norm and self.args.max_grad_norm > 0 else None
             self.player = TurnPlayer(self.accelerator, self.distiller, self._nets, self.optimizer, max_grad_norm=norm)
             self.player.watch.stops = not self.allow_nonfinite

@@ -15,7 +15,7 @@ from kd_plugins.catalog.installed import Source, distribution_of, entries_by_nam
 from kd_plugins.catalog.options import OptimSpec, Option, options_of
 from kd_plugins.catalog.paper import Paper
 from kd_plugins.catalog.registry import get_distiller
-from kd_plugins.distiller import Distiller, overrides
+from kd_plugins.distiller import Distiller, check_made, overrides
 from kd_plugins.errors import DistillError
 
 HOSTS = {
@@ -75,13 +75,16 @@ def describe(name: str) -> Description:
     cls = get_distiller(name)
     try:
         made = cls(**cls.example)
+        check_made(made)
         groups, refused = {}, refusals(made)
         with suppress(AttributeError):  # of parts that set-up builds
             groups = dict(made.optimizers())
         for function, reason in (("stages", "trains in several stages"), ("extras", "has optimizers of its own")):
             if overrides(made, function):  # how many they are, set-up may have to tell
                 refused.setdefault("timm-task", reason)
-    except Exception as error:  # another distribution's class may fail in any way
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # another distribution's class may fail in any way
         raise DistillError(
             f"cannot make {name!r} with its example's options: {type(error).__name__}: {error}"
         ) from error

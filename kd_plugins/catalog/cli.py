@@ -9,7 +9,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kd_plugins.catalog.installed import entries_by_name, kd_version, known_rows, source_of
+from kd_plugins.catalog.installed import (
+    NETWORKS,
+    entries_by_name,
+    kd_version,
+    known_rows,
+    load,
+    only_entry,
+    ours,
+    source_of,
+    unused,
+)
 from kd_plugins.errors import DistillError
 
 # What is imported in a function brings torch, which a list of this distribution's methods can do without.
@@ -88,7 +98,28 @@ def _list(files: Sequence[Path] | None) -> None:
         *cells, cited = (known.get(entries[0].value) if len(entries) == 1 else None) or _imported(name)
         source = str(source_of(entries[0]) or "") if len(entries) == 1 else "several"
         table.add_row(name, *cells, source, cited)
+    for entry in unused():
+        why = f"not used: {entry.name} is a method of kd-plugins ({entry.value})"
+        table.add_row(entry.name, "", "", "", "", str(source_of(entry)), why)
     _print(console, table)
+    for line in _networks():
+        _print(console, line)
+
+
+def _networks() -> list[str]:
+    """What other distributions' adapters of networks are, a line each; nothing of ours."""
+    lines = [f"{entry.name} of {source_of(entry)}: not used, the name is taken" for entry in unused(NETWORKS)]
+    for name, entries in sorted(entries_by_name(NETWORKS).items()):
+        if ours(entries[0]):
+            continue
+        from kd_plugins.reading.network import Network
+
+        try:
+            cls = load(only_entry(entries), Network, "adapter of networks")
+            lines.append(f"{name} of {source_of(entries[0])}: {cls.__module__}:{cls.__qualname__}")
+        except DistillError as error:
+            lines.append(f"{name}: broken: {str(error).splitlines()[0]}")
+    return ["", *(f"networks of {line}" for line in lines)] if lines else []
 
 
 def _imported(name: str) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_type_hints
 
 from torch import nn
 
-from kd_plugins.catalog.values import as_text, choices_of, convert, label
+from kd_plugins.catalog.values import NonNegative, Positive, as_text, choices_of, convert, label
 from kd_plugins.errors import DistillError, did_you_mean
 
 # What `Distiller.__init__` sets: an option of such a name would be overwritten.
@@ -35,11 +35,11 @@ class OptimSpec:
     """
 
     optimizer: str = "Adam"
-    lr: float = 1e-3
-    weight_decay: float = 0.0
+    lr: NonNegative = 1e-3
+    weight_decay: NonNegative = 0.0
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     schedule: Literal["constant", "student"] = "constant"
-    clip: float | None = None
+    clip: Positive | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +238,7 @@ def _owner(classes: Mapping[str, type], key: str) -> tuple[str, str]:
 
 
 def _optim_setting(classes: Mapping[str, type], key: str, field: str, value: Any, text: bool) -> Any:
-    hints = get_type_hints(OptimSpec)
+    hints = get_type_hints(OptimSpec, include_extras=True)
     if field not in hints:
         what = f"part of {'+'.join(classes)} or " if len(classes) > 1 else ""
         raise DistillError(

@@ -21,13 +21,14 @@ from kd_plugins.catalog.installed import (
     distribution_of,
     entries_by_name,
     kd_version,
+    load,
     only_entry,
-    source_of,
 )
 from kd_plugins.catalog.options import Resolved, resolve, split
 from kd_plugins.compose import Composite
-from kd_plugins.distiller import Distiller
-from kd_plugins.errors import DistillError, did_you_mean, told
+from kd_plugins.distiller import Distiller, check_made
+from kd_plugins.errors import DistillError, did_you_mean
+from kd_plugins.states import read_json
 
 
 def get_distiller(name: str) -> type[Distiller]:
@@ -36,7 +37,7 @@ def get_distiller(name: str) -> type[Distiller]:
     Args:
         name: Of an installed distiller, such as "nst"; or "package.module:Class" for one that is not installed.
     """
-    if "+" in name:
+    if not isinstance(name, str) or "+" in name:
         raise DistillError(f"expected the name of one distiller, got {name!r} — create_distiller() makes compositions")
     if ":" in name:
         return _import(EntryPoint(name=name, value=name, group=GROUP))
@@ -63,6 +64,7 @@ def create_distiller(name: str, /, **options: Any) -> Distiller:
     resolved = resolve(distiller_classes(name), options)
     made: dict[str, Distiller] = {part: it.cls(**it.options) for part, it in resolved.items()}
     for part, it in resolved.items():
+        check_made(made[part])
         made[part].optim_overrides = it.optim
     if len(made) == 1:
         return next(iter(made.values()))
@@ -73,6 +75,8 @@ def create_distiller(name: str, /, **options: Any) -> Distiller:
 
 def distiller_classes(name: str) -> dict[str, type[Distiller]]:
     """The classes of a name's parts, by the prefix of their options: the name, or of module:Class the class."""
+    if not isinstance(name, str):
+        raise DistillError(f"expected the name of a distiller, such as 'kd', got {name!r}")
     classes: dict[str, type[Distiller]] = {}
     for part in name.split("+"):
         part = part.strip()
@@ -152,9 +156,12 @@ def from_json(source: str | Path | Mapping[str, Any]) -> Distiller:
     Args:
         source: A path to a JSON file, or the dict.
     """
-    config = source if isinstance(source, Mapping) else json.loads(Path(source).read_text(encoding="utf-8"))
-    if "distiller" not in config:
-        raise DistillError(f"expected a config with the key 'distiller', got the keys {list(config)} — see config_of()")
+    config = source if isinstance(source, Mapping) else read_json(source)
+    if not isinstance(config, Mapping) or "distiller" not in config:
+        got = f"the keys {list(config)}" if isinstance(config, Mapping) else type(config).__name__
+        raise DistillError(f"expected a config with the key 'distiller', got {got} — see config_of()")
+    if not isinstance(config.get("options", {}), Mapping):
+        raise DistillError(f"expected a config with a mapping of options, got {config['options']!r} — see config_of()")
     try:
         return create_distiller(config["distiller"], **config.get("options", {}))
     except DistillError as error:
@@ -165,14 +172,7 @@ def from_json(source: str | Path | Mapping[str, Any]) -> Distiller:
 
 
 def _import(entry: EntryPoint) -> type[Distiller]:
-    source = source_of(entry)
-    what = f"distiller {entry.name!r} of {source} ({entry.value})" if source else f"distiller {entry.value!r}"
-    if source is None and os.getcwd() not in sys.path:
+    if entry.dist is None and os.getcwd() not in sys.path:
         # A loose file beside the command: a console script, unlike `python -m`, does not look there.
         sys.path.append(os.getcwd())
-    remedy = "is it mended by an update of its distribution?" if source else "is it in this folder or on PYTHONPATH?"
-    with told(f"cannot load {what}", Exception, SystemExit, remedy=remedy):  # another's module may fail in any way
-        cls: Any = entry.load()
-    if not (isinstance(cls, type) and issubclass(cls, Distiller)):
-        raise DistillError(f"expected {what} to be a subclass of kd_plugins.Distiller, got {cls!r}")
-    return cls
+    return load(entry, Distiller)  # type: ignore[no-any-return]

@@ -19,6 +19,9 @@ from kd_plugins.reading.view import Batch, Needs, Reads
 __all__ = ["CRD"]
 
 
+_ROWS = "crd remembers the training set by row: give Batch.of(..., index=row numbers, rows=M)."
+
+
 class CRD(LayerDistiller):
     """The two networks' embeddings of an input are to be told apart from those of many other inputs.
 
@@ -68,15 +71,23 @@ class CRD(LayerDistiller):
         return super().needs() | Needs(teacher=Reads(logits=False), index=True)
 
     def setup(self, nets: Nets, batch: Batch) -> None:
-        if batch.index is None or not batch.rows:
-            raise DistillError("crd remembers the training set by row: give Batch.of(..., index=row numbers, rows=M).")
-        self.rows = batch.rows
+        if not batch.rows:
+            raise DistillError(_ROWS)
+        self.rows, self.size = batch.rows, batch.size
         super().setup(nets, batch)
 
     def connect(self, student: Tensor, teacher: Tensor) -> nn.Module:
+        if not len(student) == len(teacher) == self.size:
+            raise DistillError(
+                f"crd remembers one vector of each example, got {len(student)} of the student's layer and"
+                f" {len(teacher)} of the teacher's in a batch of {self.size}: take layers of whole examples, which a"
+                " model that reads every choice as a row of its own has not."
+            )
         return PairMemory(student.shape[1], teacher.shape[1], self.dim, self.rows, self.momentum, self.normalize)
 
     def distance(self, student: Tensor, teacher: Tensor, part: Any, batch: Batch) -> Tensor:
+        if batch.index is None:
+            raise DistillError(_ROWS)
         classes = batch.labels if self.others == "classes" else batch.index
         if not isinstance(classes, Tensor) or classes.dim() != 1 or classes.is_floating_point():
             raise DistillError("crd draws rows of other classes, and the labels are no classes [B]: take others=rows.")

@@ -133,9 +133,7 @@ class Internal(Distiller):
                     self.projections[str(ours)] = nn.Linear(h_s, h_t)
 
     def _check_tokens(self, batch: Batch) -> None:
-        own = batch.teacher_kwargs.get(batch.name or "")
-        ids = isinstance(own, Tensor) and not own.is_floating_point()
-        if self.attention_weight and ids and not torch.equal(own, batch.inputs):
+        if self.attention_weight and not batch.aligned:
             raise DistillError(
                 f"internal compares attention token by token, and teacher_{batch.name} holds other tokens than the"
                 " student's: use a teacher with the student's tokenizer, or attention_weight=0."

@@ -25,12 +25,14 @@ def soft_labels(student: View, teacher: View, batch: Batch, temperature: float, 
         standardize: Standardise both sides over the classes first.
     """
     rows = class_scores(student, teacher, batch)
-    if rows.numbers and not standardize:
-        return KF.kd_regression(rows.student, rows.teacher, mask=rows.mask)
-    if rows.binary and not standardize:
-        return KF.kd_multilabel(rows.student, rows.teacher, temperature, mask=rows.mask)
-    s, t = rows.exclusive("standardize=true")[:2] if standardize else (rows.student, rows.teacher)
-    s, t = (KF.standardize(s), KF.standardize(t)) if standardize else (s, t)
+    s, t = rows.student, rows.teacher
+    if standardize:
+        rows.exclusive("standardize=true")
+        s, t = KF.standardize(s), KF.standardize(t)
+    if rows.numbers:
+        return KF.kd_regression(s, t, mask=rows.mask)
+    if rows.binary:
+        return KF.kd_multilabel(s, t, temperature, mask=rows.mask)
     return KF.kd(s, t, temperature, mask=rows.mask)
 
 

@@ -127,8 +127,10 @@ class Net:
         if batch.teacher_kwargs:
             own = dict(batch.teacher_kwargs)
             if batch.name is not None and batch.name in own:
-                # Other tokens have other masks and types: nothing of the student's goes with them.
-                inputs = own.pop(batch.name)
+                # Other tokens have other masks and types: nothing of the student's goes with them but what a decoder
+                # reads, which both have in common.
+                shared = {k: v for k, v in batch.kwargs.items() if k.startswith("decoder_")}
+                inputs, own = own.pop(batch.name), {**shared, **own}
             else:
                 inputs, own = batch.inputs, {**batch.kwargs, **own}
             batch = dataclasses.replace(batch, inputs=inputs, mask=batch.teacher_mask, kwargs=own)

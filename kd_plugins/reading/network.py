@@ -6,12 +6,13 @@ import inspect
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import lru_cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from kd_plugins.catalog.installed import NETWORKS, entries_by_name, load, only_entry
 from kd_plugins.errors import DistillError
 from kd_plugins.reading.attention import BaseAttentionTaps
 from kd_plugins.reading.tap import Reached, Replacement, Seen, Tap
@@ -33,6 +34,7 @@ class Network:
     """
 
     attention_taps: ClassVar[type[BaseAttentionTaps] | None] = None
+    channels_last = False  # whether modules keep maps as [B, H, W, C]
     """How the attention of such networks is read; None where it is not."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -272,8 +274,8 @@ def _parameters(cls: Any) -> tuple[frozenset[str], str | None, bool]:
 
 
 @lru_cache(maxsize=1)
-def _adapters() -> dict[str, EntryPoint]:
-    return {e.name: e for e in entry_points(group="kd_plugins.networks")}
+def _adapters() -> dict[str, list[EntryPoint]]:
+    return entries_by_name(NETWORKS)
 
 
 def adapt(module: nn.Module) -> Network:
@@ -287,7 +289,8 @@ def adapt(module: nn.Module) -> Network:
     module = getattr(module, "_orig_mod", module)
     adapters = _adapters()
     for cls in type(module).__mro__:
-        entry = adapters.get(cls.__module__.partition(".")[0])
-        if entry is not None:
-            return entry.load()(module)
+        entries = adapters.get(cls.__module__.partition(".")[0])
+        if entries:
+            adapter: type[Network] = load(only_entry(entries), Network, "adapter of networks")
+            return adapter(module)
     return Network(module)

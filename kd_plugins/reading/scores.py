@@ -84,14 +84,21 @@ def class_scores(student: View, teacher: View, batch: Batch) -> Rows:
     numbers = batch.task == "regression"
     binary = not numbers and (batch.task == "multilabel" or s.shape[-1 if last else 1] == 1)
     if s.dim() == 2:
-        hard = labels if labels is not None and labels.dim() == 1 and not labels.is_floating_point() else None
-        return Rows(s.unsqueeze(1), t.unsqueeze(1), None, None if hard is None else hard.unsqueeze(1), binary, numbers)
+        # One number for each example, with an axis of its own or without.
+        hard = labels is not None and labels.numel() == len(s) and not labels.is_floating_point()
+        rows = labels.reshape(-1, 1) if labels is not None and hard else None
+        return Rows(s.unsqueeze(1), t.unsqueeze(1), None, rows, binary, numbers)
     if not last:
         size, s, t = s.shape[2:], s.movedim(1, -1), t.movedim(1, -1)
         labels = None if labels is None or labels.dim() != s.dim() - 1 else _at(labels, size)
     if labels is not None and (labels.is_floating_point() or labels.shape != s.shape[:-1]):
         labels = None
     real = batch.mask if batch.mask is not None and batch.mask.shape == s.shape[:-1] else None
+    if real is None and batch.mask is not None and last:
+        raise DistillError(
+            f"Expected a mask of each of the scores {list(s.shape)}, got {list(batch.mask.shape)}, so that padding"
+            " among them is not known: give Batch.of(..., mask=[B, L])."
+        )
     mask = None if labels is None else labels != batch.ignore_index
     if real is not None:
         mask = real.bool() if mask is None else mask & real.bool()

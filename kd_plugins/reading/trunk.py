@@ -81,10 +81,11 @@ def find_trunk(net: Net, batch: Batch) -> Trunk:
     except DistillError:
         paths, named = list(_outermost(root, "", seen)), False
     stages = list(dict.fromkeys(_source(root, path, paths, seen) for path in paths if path in seen))
-    if not stages:
-        raise DistillError(
-            f"{type(root).__name__} has no stages that give maps [B, C, H, W]: name layers by their module paths."
-        )
+    if not stages or net.network.channels_last:
+        kind = type(root).__name__
+        if named:
+            raise DistillError(f"The method does not fit {kind}: its modules give no maps [B, C, H, W] to pair.")
+        raise DistillError(f"{kind} has no stages that give maps [B, C, H, W]: name layers by their module paths.")
     inner = {path: _blocks(root, path, seen) for path in stages}
     whole = not named or not any(inner.values())
     blocks = [path for stage, found in inner.items() for path in found or ([stage] if whole else [])]

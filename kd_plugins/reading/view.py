@@ -47,6 +47,13 @@ class Reads:
     attentions: tuple[int, ...] = ()
     cut: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        for name in ("features", "hidden", "attentions", "cut"):
+            kinds = (str, int) if name == "features" else int
+            given = getattr(self, name)
+            if isinstance(given, str) or not all(isinstance(item, kinds) for item in given):
+                raise DistillError(f"Expected Reads({name}=...) to be a tuple of layers, got {given!r}: ('layer4',).")
+
     def __or__(self, other: Reads) -> Reads:
         def union(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...]:
             return tuple(dict.fromkeys((*a, *b)))
@@ -85,6 +92,13 @@ class Needs:
     index: bool = False
     peers: tuple[Reads, ...] = ()
     teachers: tuple[Reads, ...] = ()
+
+    def __post_init__(self) -> None:
+        for reads in (self.student, self.teacher, *self.peers, *self.teachers):
+            if not isinstance(reads, Reads):
+                raise DistillError(
+                    f"Expected Reads for each network in Needs(...), got {reads!r}: Reads(features=...)."
+                )
 
     def peer(self, number: int) -> Reads:
         """What is read of the other peer with this number, counted from 0."""
@@ -222,6 +236,13 @@ class Batch:
         """The mask of what a teacher reads: of its own columns; none of the student's goes with tokens of its own."""
         own = self.teacher_kwargs
         return own.get("attention_mask", None if self.name is not None and self.name in own else self.mask)
+
+    @property
+    def aligned(self) -> bool:
+        """Whether a teacher reads the student's tokens, or inputs that are no tokens."""
+        own = self.teacher_kwargs.get(self.name or "")
+        tokens = isinstance(own, Tensor) and not own.is_floating_point()
+        return not tokens or (isinstance(self.inputs, Tensor) and torch.equal(own, self.inputs))
 
     def stream(self, name: str) -> Batch:
         """The batch of another stream, drawn from training rows that are held out for it."""

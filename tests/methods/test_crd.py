@@ -51,12 +51,11 @@ def test_the_term_is_both_sides_of_the_memory():
 
 def test_refusals():
     batch = tiny_batches(1)[0]
-    for given, words in (
-        (dataclasses.replace(batch, rows=0), "rows=M"),
-        (dataclasses.replace(batch, index=None), "rows=M"),
-    ):
-        with pytest.raises(DistillError, match=words):
-            bind(create_distiller("crd", **PATHS), TinyNet(), TinyNet(), batch=given)
+    for given in (dataclasses.replace(batch, rows=0), dataclasses.replace(batch, index=None)):
+        distiller = create_distiller("crd", **PATHS)
+        with pytest.raises(DistillError, match="rows=M"):
+            # A pass before the training may have no row numbers.
+            list(distiller.turns(bind(distiller, TinyNet(), TinyNet(), batch=given), given))
     mixed = batch.with_labels(F.one_hot(batch.labels).float())
     distiller = create_distiller("crd", others="classes", **PATHS)
     with pytest.raises(DistillError, match="others=rows"):

@@ -73,6 +73,12 @@ def test_every_flag_is_read_somewhere():
     assert [flag for flag in flags if flag not in read and f"args.{flag}" not in text] == []
 
 
+def test_what_timm_documents_of_policies_is_taken():
+    for policy in ("rand-m9-mstd0.5-inc1-n3-p0.3-mmax15", "rand-mstd1-tweights-t3a", "augmix-m5-w4-d2-b1-a.5", "3a"):
+        assert parse_args(["--aa", policy]).aa == policy
+    assert parse_args(["--mixup", "0.2", "--mixup-prob", "0.5"]).mixup_prob == 0.5
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -91,6 +97,12 @@ def test_every_flag_is_read_somewhere():
         (["--eval-metric", "f1"], "--eval-metric: invalid choice: 'f1'"),
         (["--drop", "3"], "--drop: expected a number from 0 to 1, got 3"),
         (["--epochs", "0"], "--epochs: expected a whole number, at least 1, got 0"),
+        (["--lr-base-scale", "srqt"], "invalid choice: 'srqt'"),
+        (["--clip-grad", "-1"], "--clip-grad: expected a number above 0, got -1"),
+        (["--scale", "2", "1"], "--scale: expected the smaller number first and the larger above 0, got 2.0 1.0"),
+        (["--ood-split", "test"], "--ood-split does nothing without --ood-dataset"),
+        (["--mixup-prob", "0.5"], "--mixup-prob does nothing without --mixup or --cutmix or --cutmix-minmax"),
+        (["--aa", "rand-mx"], "expected a letter and a number in 'mx'"),
     ],
 )
 def test_refused(argv, words, capsys):

@@ -281,7 +281,12 @@ def test_training_without_data_keeps_the_last_student(teacher, tmp_path, capsys)
     folder = tmp_path / "whole"
     assert json.loads((folder / "results.json").read_text())["metric"] == "epoch"
     assert same(load_file(folder / "model_best.safetensors"), load_file(folder / "last.safetensors"))
-    for more, words in (("--mixup 0.5", "--mixup would do nothing"), ("--best-on-eval", "none is named")):
+    # The best epoch of the session comes last.
+    assert [row["epoch"] for row in json.loads(capsys.readouterr().out.partition("--result")[2])] == [0, 1]
+    for more, words in (
+        ("--mixup 0.5 --tta 2", "--mixup, --tta would do nothing"),
+        ("--best-on-eval", "none is named"),
+    ):
         assert train.main([*flags, *more.split()]) != 0
         assert words in capsys.readouterr().err
 
@@ -324,6 +329,38 @@ def test_images_are_normalised_as_the_teacher_knows_them():
     larger = InputTransform(ours, {**theirs, "input_size": (3, 12, 12)}, True)(normalised(ours))
     assert larger.shape == (2, 3, 12, 12)
     assert InputTransform(ours, {**theirs, "input_size": (3, 12, 12)}, False)(pixels).shape == (2, 3, 8, 8)
+
+
+def test_grey_and_colour_meet():
+    """A grey image is one of three equal colours; a coloured one is seen by its luminance."""
+    colour = dict(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), input_size=(3, 8, 8))
+    grey = dict(mean=(0.1,), std=(0.5,), input_size=(1, 8, 8))
+
+    def normalised(pixels, config):
+        mean, std = (torch.tensor(config[k]).view(1, -1, 1, 1) for k in ("mean", "std"))
+        return (pixels - mean) / std
+
+    pixels = torch.rand(2, 3, 8, 8)
+    luminance = (pixels[:, 0] * 0.299 + pixels[:, 1] * 0.587 + pixels[:, 2] * 0.114).unsqueeze(1)
+    torch.testing.assert_close(
+        InputTransform(grey, colour, False)(normalised(luminance, grey)),
+        normalised(luminance.expand(-1, 3, -1, -1), colour),
+    )
+    torch.testing.assert_close(
+        InputTransform(colour, grey, False)(normalised(pixels, colour)), normalised(luminance, grey)
+    )
+
+
+@pytest.mark.parametrize(("student", "teacher"), [(1, 3), (3, 1)])
+def test_a_teacher_of_other_colours(run, tmp_path, caplog, student, teacher):
+    small = [f"in_chans={teacher}", "channels=(8,8,16,16)", "stem_width=8"]
+    options = dict(in_chans=teacher, num_classes=10, channels=(8, 8, 16, 16), stem_width=8)
+    save_file(timm.create_model("resnet10t", **options).state_dict(), tmp_path / "teacher.safetensors")
+    flags = ["--teacher", "resnet10t", "--teacher-checkpoint", str(tmp_path / "teacher.safetensors")]
+    session = run("--in-chans", str(student), "--distill", "kd", *flags, "--teacher-kwargs", *small, "--epochs", "1")
+    (row,) = csv.DictReader((session.folder / "summary.csv").open())
+    assert float(row["train_distill/kd"]) > 0
+    assert "does not match" not in caplog.text
 
 
 def test_a_teacher_keeps_the_configuration_it_was_trained_with(run):

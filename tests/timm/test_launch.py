@@ -65,7 +65,12 @@ def test_the_task_of_the_script_is_a_distiller(tmp_path: Path) -> None:
     ("text", "more", "message"),
     [
         ("import timm\nmodel = timm.create_model('resnet18')", [], "1.0.27 or newer"),
-        (SCRIPT, ["--kd-model-name", "resnet50"], "timm's own distillation"),
+        (
+            "import timm.task as t\nif 0: t.ClassificationTask()\nt.TokenDistillationTask(None, 'resnet18')",
+            [],
+            "timm's own distillation",
+        ),
+        ("import timm.task\nif 0: timm.task.ClassificationTask()", [], "nothing was distilled"),
         (SCRIPT, ["--distill-args", "temprature=2"], "temperature"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from timm.data import AugMixDataset, FastCollateMixup, Mixup, MultiLabelTarget, create_loader
+from timm.data import AugMixDataset, FastCollateMixup, Mixup, MultiLabelTarget, create_loader, resolve_data_config
 from timm.layers import convert_splitbn_model
 from timm.loss import (
     BinaryCrossEntropy,
@@ -33,7 +33,8 @@ from timm.task import (
 from timm.utils import CheckpointSaver, ModelEmaV3, dispatch_clip_grad, random_seed
 
 from kd_plugins import DistillError
-from kd_timm import data
+from kd_timm import data, train
+from kd_timm.arguments import parse_args
 
 MODEL = dict(num_classes=10, channels=(8, 8, 16, 16), stem_width=8)
 CPU = torch.device("cpu")
@@ -210,6 +211,25 @@ def test_the_student_is_evaluated_beside_its_moving_average(run):
     for row, (raw, average) in zip(summary(session), reference.rows, strict=True):
         assert float(row["eval_loss"]) == pytest.approx(average["loss"])
         assert float(row["eval_raw_loss"]) == pytest.approx(raw["loss"])
+
+
+@pytest.mark.parametrize("overlay", [{"crop_mode": "squash"}, {"crop_mode": "border"}, {"input_size": (3, 16, 24)}])
+def test_evaluation_images_are_cropped_as_in_timms_script(overlay):
+    config = resolve_data_config({}, model=timm.create_model("test_resnet", pretrained_cfg_overlay=overlay))
+    common = {key: config[key] for key in ("input_size", "interpolation", "mean", "std", "crop_pct")}
+    theirs = create_loader(data.Digits("val"), batch_size=4, is_training=False, num_workers=0, device=CPU, **common)
+    ours = data.plain_loader(data.Digits("val"), config, 4, num_workers=0, device=CPU)
+    assert torch.equal(next(iter(ours))[0], next(iter(theirs))[0])
+
+
+def test_batch_statistics_of_a_moving_average_on_the_cpu_stay(few_digits, tiny, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(train, "distribute_bn", lambda model, *_: told.append(model))
+    flags = f"--model-ema --model-ema-force-cpu --epochs 1 --output {tmp_path}".split()
+    session = train.Session(parse_args([*tiny, *flags]))
+    session.processes = 2
+    session.fit()
+    assert told == [session.student]
 
 
 def test_a_moving_average_on_the_cpu_is_not_evaluated(run):

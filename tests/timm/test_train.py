@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from accelerate_kit import fresh_accelerate
 from distributed_kit import on_two_processes
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.data import create_loader
 
 from kd_plugins import DistillError, states
@@ -34,6 +35,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
         "--epochs 4",
         "--epochs 4 --mixup 0.2 --reprob 0.3 --opt adamw --model-ema --drop 0.2 --workers 1 --no-persistent-workers",
         "--epochs 4 --sched plateau --patience-epochs 0 --lr-noise 0.1 1",
+        "--epochs 4 --opt adahessian --train-split train[:64]",
     ],
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -80,8 +82,33 @@ def test_a_signal_ends_the_run_with_a_state(few_digits, tiny, tmp_path, monkeypa
     assert train.main(words) == 0
 
 
+def test_epochs_between_evaluations_are_saved(run, monkeypatch):
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0.0)
+    flags = "--epochs", "3", "--val-interval", "3"
+    whole, begin = run(*flags, name="whole"), train.train_one_epoch
+
+    def interrupted(session, epoch, **options):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return begin(session, epoch, **options)
+
+    monkeypatch.setattr(train, "train_one_epoch", interrupted)
+    assert run(*flags, name="parts").results == {}
+    monkeypatch.setattr(train, "train_one_epoch", begin)
+    # Without --experiment: in the folder of the run.
+    folder = whole.folder.parent / "parts"
+    parts = run(*flags, "--resume", str(folder), "--experiment", "")
+    assert parts.folder.samefile(folder)
+    assert same(load_file(whole.folder / "last.safetensors"), load_file(folder / "last.safetensors"))
+    assert (whole.folder / "summary.csv").read_text() == (folder / "summary.csv").read_text()
+
+
 def test_resume_refuses_other_settings(run):
     first = run()
+    config = (first.folder / "config.json").read_text()
+    with pytest.raises(DistillError, match="img_size"):
+        run("--img-size", "24", "--resume", str(first.folder))
+    assert (first.folder / "config.json").read_text() == config
     with pytest.raises(DistillError, match="lr"):
         run("--lr", "0.5", "--resume", str(first.folder))
     assert "lr: 0.02" in (first.folder / "args.yaml").read_text()
@@ -197,6 +224,8 @@ def test_digits_are_split_once_and_for_all():
         ("--loss bce --loss-pos-weight 1,2", "Expected 10 weights"),
         ("--train-num-samples 5", "streamed"),
         ("--epoch-repeats 2", "streamed"),
+        ("--save-epochs 9", "at most the 2 epochs"),
+        ("--class-map x", "Digits are read from scikit-learn, where --class-map would do nothing"),
         ("--stop-epoch 3", "at most the 2 epochs"),
         ("--task multilabel", "a digit has one label"),
         ("--gp nothing", "Invalid pool type"),
@@ -217,6 +246,41 @@ def test_bad_input_is_refused_before_training(tiny, few_digits, tmp_path, flags,
     assert status == 2
     assert message.startswith("kd-timm-train: error: ")
     assert words in message
+
+
+def test_files_of_other_models_are_refused(tiny, few_digits, tmp_path, capsys, caplog):
+    caplog.set_level("INFO")
+    own, other, junk, listed = (tmp_path / name for name in ("own/w.safetensors", "w.safetensors", "w.pth", "l/w.pth"))
+    for path, model in ((own, timm.create_model("resnet10t", **MODEL)), (other, timm.create_model("cifar_resnet8"))):
+        path.parent.mkdir(exist_ok=True)
+        save_file(model.state_dict(), path)
+    third = tmp_path / "third.safetensors"
+    save_file(timm.create_model("test_vit").state_dict(), third)
+    for path in (junk, listed):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"e")
+    (listed.parent / "config.json").write_text("[1]")
+    teacher = "--teacher-kwargs channels=(8,8,16,16) stem_width=8 --teacher resnet10t --teacher-checkpoint"
+    refused = {
+        f"--initial-checkpoint {other}": " ...",
+        f"--initial-checkpoint {junk}": f"--initial-checkpoint {junk} cannot be read",
+        f"--pretrained-path {third}": "100% of the weights as they were: it is of another model",
+        f"--distill kd {teacher} {junk}": "does not fill the teacher resnet10t",
+        f"--distill kd {teacher} {listed}": "got list",
+        f"--distill kd --num-classes 12 {teacher} {own}": "(--num-classes 10)",
+        f"--distill dfa --epochs 1 {teacher} {own}": "raise --epochs from 1 to at least 2",
+    }
+    for flags, words in refused.items():
+        fresh_accelerate()
+        assert train.main([*tiny, "--output", str(tmp_path), *flags.split()]) == 2
+        message = capsys.readouterr().err
+        assert words in message
+        assert len(message) < 900
+    loaded = build.create_student(
+        parse_args([*tiny, "--num-classes", "10", "--pretrained-path", str(own)]), verbose=True
+    )[0]
+    assert torch.equal(loaded.conv1[0].weight, load_file(own)["conv1.0.weight"])
+    assert "Data processing configuration for current model + dataset:" in caplog.text
 
 
 @pytest.mark.distributed
@@ -321,6 +385,7 @@ def test_parts_of_the_digits_are_named_as_those_of_datasets():
     assert few.targets + rest.targets == whole.targets
     assert len(set(few.targets)) == 10
     assert len(Digits("validation[:10%]", "L")) == 50
-    for split in ("train[:x]", "train[5:5]", "tests[:3]"):
+    assert len(Digits("validation[-10:500]", "L")) == 10
+    for split in ("train[:x]", "train[5:5]", "tests[:3]", "train[:2000]"):
         with pytest.raises(DistillError, match="Expected (a part of )?the digits"):
             Digits(split, "L")
