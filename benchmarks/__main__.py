@@ -10,6 +10,7 @@ NAMES = {
     "nst": "NST's forms",
     "quest": "QuEST's loss in pieces, and all at once",
     "vocabulary": "soft labels over a vocabulary in chunks, and all at once",
+    "tokens": "settings of kd where every token has scores",
     "detector": "NST on Faster R-CNN",
     "recording": "what a record for the report adds to a run",
     "camvid": "segmentation of CamVid",
