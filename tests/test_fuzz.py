@@ -282,14 +282,7 @@ def test_flags_of_kd_transformers_train(words, rows, tmp_path_factory, capsys):
 # Many
 
 
-@pytest.fixture
-def _asked_for(request):
-    if "slow" not in request.config.option.markexpr:
-        pytest.skip("many minutes: pytest -m slow tests/test_fuzz.py")
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("_asked_for")
 @many
 @given(with_options())
 def test_many_options(given):
@@ -297,7 +290,6 @@ def test_many_options(given):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_asked_for")
 @pytest.mark.filterwarnings("ignore")
 @many
 @given(words=timm_flags())
@@ -306,7 +298,6 @@ def test_many_flags_of_kd_timm_train(words, images, tmp_path_factory, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_asked_for")
 @pytest.mark.filterwarnings("ignore")
 @many
 @given(words=text_flags())

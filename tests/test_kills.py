@@ -25,7 +25,5 @@ def test_a_killed_run_goes_on(host):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("host", ["timm", "transformers"])
-def test_a_run_goes_on_wherever_it_is_killed(host, request):
-    if "slow" not in request.config.option.markexpr:
-        pytest.skip("a quarter of an hour: pytest -m slow tests/test_kills.py")
+def test_a_run_goes_on_wherever_it_is_killed(host):
     survives(host, 40, 0)

@@ -225,7 +225,6 @@ def test_probabilities_in_half_precision() -> None:
     assert KF.attention_kl(student, teacher, **probs).item() == pytest.approx(math.log(4), rel=1e-6)
 
 
-@pytest.mark.slow
 def test_compiles_to_one_graph() -> None:
     student, teacher = randn(2, 2, 4, 4).requires_grad_(), randn(2, 2, 4, 4, seed=1)
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])

@@ -335,7 +335,6 @@ def test_wrong_arguments(name: str, options: dict, message: str):
         timm.create_model(name, **options)
 
 
-@pytest.mark.slow
 def test_published_weights_reach_their_accuracy():
     """All of CIFAR-10's test images through the published ResNet-20: 91.73 % (91.72 to 91.74 allowed, one image)."""
     if "KD_DATA" not in os.environ:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from trainer_kit import difference, logged, weights
 from trainer_worker import RUNS, run_of
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
