@@ -1,4 +1,4 @@
-"""What settings of `kd` do where every token has scores: small language models, and capitals given back to text without.
+"""Settings of `kd` where every token has scores: small language models, and capitals given back to text without.
 
     python -m benchmarks tokens $DATA/lm/tinyshakespeare/input.txt $DATA/lm/wikitext-2/test.txt --output tokens.json
 
