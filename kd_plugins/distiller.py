@@ -141,7 +141,7 @@ class Distiller(nn.Module):
             if known and torch.is_grad_enabled() and not any(term.requires_grad for term in known):
                 raise DistillError(
                     f"No term of loss() of {self.name} has a gradient ({', '.join(terms)}), so it would teach nothing:"
-                    " compute them from the student's view, without detach() and no_grad()."
+                    " compute them from the student's view, without detach() and no_grad(), of layers that train."
                 )
         if len(given) == 1:
             return given[0]

@@ -63,11 +63,11 @@ def detector(blocks: int) -> Any:
         embedding_size=4, hidden_sizes=[4, 8], depths=[1, blocks], layer_type="basic", out_features=["stage2"]
     )
     parts = {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in DETR.items()}
-    return hf.DetrForObjectDetection(
-        hf.DetrConfig(
-            backbone_config=backbone, use_timm_backbone=False, backbone=None, d_model=8, num_queries=4, **parts
-        )
+    config = hf.DetrConfig(
+        backbone_config=backbone, use_timm_backbone=False, backbone=None, d_model=8, num_queries=4, **parts
     )
+    # DETR freezes a ResNet of transformers whole, of whose layers nothing could be learnt then.
+    return hf.DetrForObjectDetection(config).requires_grad_()
 
 
 def boxes(items: list[Any]) -> dict[str, Any]:
