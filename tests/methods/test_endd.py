@@ -75,6 +75,7 @@ def test_it_has_no_task_loss_and_combines() -> None:
     distiller = create_distiller("endd+dkd", cycle=0.0)
     student, batch = scores(4, 5), Batch(labels=torch.tensor([0, 4, 2, 2]))
     views, stacked = members(4, 5)
+    student.logits.requires_grad_()
     terms = distiller.taught(student, views, batch)
     torch.testing.assert_close(terms["endd"], KF.endd(student.logits, stacked))
     assert set(terms) == {"endd", "dkd"}

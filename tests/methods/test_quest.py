@@ -405,9 +405,9 @@ def test_networks_and_data_that_do_not_fit():
         bind(QUEST(layers=("high",)), student, teacher, batch=batch)
     with pytest.raises(DistillError, match=r"4096 words needs at least as many.*words="):
         bind(QUEST(layers=("high",)), student, teacher, batch=batch, batches=batches())
-    with pytest.raises(DistillError, match="gave no batch"):
+    with pytest.raises(DistillError, match="gives no batch"):
         bind(QUEST(layers=("high",), words=5), student, teacher, batch=batch, batches=[])
-    with pytest.raises(DistillError, match=r"Batch objects, got tuple.*Batch\.of"):
+    with pytest.raises(DistillError, match=r"a Batch, got tuple.*Batch\.of"):
         bind(QUEST(layers=("high",), words=5), student, teacher, batch=batch, batches=[(batch.inputs, batch.labels)])
     with pytest.raises(DistillError, match=r"got \[6, 4\] at the student's layer 'head'"):
         bind(QUEST(layers=("head",)), student, teacher, batch=batch, batches=batches())

@@ -29,7 +29,7 @@ def test_a_run_has_a_page(run):
     assert abs(100 * agreement - session.results["evaluation"]["agreement"]) < 1e-3
     assert found.info["cost"]["parts"]["teacher forward"] > 0
     page = render([session.folder])
-    for key in ("results", "calibration", "curves", "similarity", "features", "confusion", "cost"):
+    for key in ("results", "calibration", "curves", "features", "confusion", "cost"):
         assert f'id="{key}"' in page
 
 

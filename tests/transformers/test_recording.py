@@ -49,7 +49,7 @@ def test_recording_changes_no_weight(tmp_path, method, options):
     assert run.info["cost"]["parts"]["teacher forward"] > 0
     assert run.info["settings"]["learning_rate"] == 0.01
     page = render([tmp_path / "a"])
-    keys = ["results", "calibration", "curves", "similarity", "attention", "confusion", "cost"]
+    keys = ["results", "calibration", "curves", "attention", "confusion", "cost"]
     assert [key for key in keys if f'id="{key}"' in page] == keys
     assert ('style="fill: var(--soft)"' in page) == (options is not None)
 
