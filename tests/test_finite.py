@@ -75,6 +75,11 @@ def test_single_steps_that_a_scaler_would_skip_are_left_alone():
         watch.see({"other": torch.tensor(1.0)})
         watch.update(step, 0.0)
     watch.look()
+    for step in range(41, 44):
+        watch.see({"loss": torch.tensor(math.inf)})
+        watch.update(step, 0.0)
+    with pytest.raises(DistillError, match="since step 4[01] "):
+        watch.look()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

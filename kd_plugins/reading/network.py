@@ -34,8 +34,9 @@ class Network:
     """
 
     attention_taps: ClassVar[type[BaseAttentionTaps] | None] = None
-    channels_last = False  # whether modules keep maps as [B, H, W, C]
     """How the attention of such networks is read; None where it is not."""
+    channels_last = False
+    """Whether modules keep maps as `[B, H, W, C]`."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
