@@ -25,6 +25,7 @@ __all__ = [
     "bound",
     "check_batch",
     "connect",
+    "listed",
     "needs_in",
     "needs_pass",
     "prepare",
@@ -66,8 +67,8 @@ def bind(
         DistillError: The number of teachers or peers does not fit the method, networks share parameters, or the method
             wants a pass over the training set.
     """
-    teachers = _modules("teacher", teacher)
-    trained = [*_modules("student", [student]), *_modules("peers", peers)]
+    teachers = listed("teacher", teacher)
+    trained = [*listed("student", [student]), *listed("peer", peers)]
     if batch is not None:
         check_batch(batch)
     nets = connect(
@@ -110,19 +111,20 @@ def bind(
     return nets
 
 
-def _modules(what: str, given: Any) -> list[nn.Module]:
-    """One network or several, as a list."""
-    found = [] if given is None else [given] if isinstance(given, (nn.Module, str)) else given
-    if not isinstance(found, Iterable):
-        found = [given]
-    found = list(found)
-    for module in found:
-        if not isinstance(module, nn.Module):
-            raise DistillError(
-                f"bind(..., {what}=...): expected a network (torch.nn.Module), got {module!r}: make it first, such as"
-                " timm.create_model(NAME, pretrained=True)."
-            )
-    return found
+def listed(kind: str, given: Any, remedy: str = "make it first: timm.create_model(NAME, pretrained=True)") -> list[Any]:
+    """One network or several, as a list; refuses what is none.
+
+    Args:
+        kind: What they are for, in words.
+        given: A network, several, or None.
+        remedy: How a network is come by.
+    """
+    many = isinstance(given, Iterable) and not isinstance(given, (nn.Module, str))
+    networks = list(given) if many else [] if given is None else [given]
+    for network in networks:
+        if not isinstance(network, nn.Module):
+            raise DistillError(f"Expected a network (torch.nn.Module) as {kind}, got {network!r}: {remedy}.")
+    return networks
 
 
 def bound(distiller: Distiller) -> Nets | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from kd_plugins import Batch, DistillError, Net, View
+from kd_plugins import Batch, Net, View, binding
 from kd_transformers.inputs import with_labels
 
 
@@ -108,15 +108,12 @@ class Updates(TrainerCallback):
 
 def listed(kind: str, given: Any) -> list[nn.Module]:
     """The teachers, or the peers; refuses what is none."""
-    many = isinstance(given, Iterable) and not isinstance(given, (nn.Module, str))
-    networks = list(given) if many else [] if given is None else [given]
-    for network in networks:
-        if not isinstance(network, nn.Module):
-            raise DistillError(
-                f"Expected a model as {kind}, got {network!r}: load it first, with the from_pretrained of the class"
-                " that fits the task, such as AutoModelForSequenceClassification."
-            )
-    return networks
+    return binding.listed(
+        kind,
+        given,
+        "load it first, with the from_pretrained of the class that fits the task, such as"
+        " AutoModelForSequenceClassification",
+    )
 
 
 def ignored_label(config: Any) -> int:
