@@ -256,7 +256,7 @@ def test_a_training_of_no_epochs_ends_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"teacher_model": 5, "distiller": "kd"}, "Expected a model as teacher, got 5"),
+        ({"teacher_model": 5, "distiller": "kd"}, "Expected a network .* as teacher, got 5"),
         ({"distiller": "kd", "distiller_args": ["temperature=2"]}, "Expected distiller_args by name"),
         ({"task": "token"}, "task says what a distiller's scores are"),
         ({"distiller": "afd", "peer_models": [torch.nn.Linear(1, 1)]}, "a peer whose forward takes labels"),
