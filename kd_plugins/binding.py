@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from kd_plugins.distiller import Distiller, check_made, needs_of, overrides
+from kd_plugins.authors import check_made, needs_of, overrides
+from kd_plugins.distiller import Distiller
 from kd_plugins.errors import DistillError
 from kd_plugins.finite import check_weights
 from kd_plugins.reading.nets import Net, Nets, Transform

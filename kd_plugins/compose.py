@@ -10,8 +10,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from kd_plugins.authors import needs_of, overrides
 from kd_plugins.catalog.options import OptimSpec
-from kd_plugins.distiller import Distiller, Terms, Turn, needs_of, overrides
+from kd_plugins.distiller import Distiller, Terms, Turn
 from kd_plugins.errors import DistillError
 from kd_plugins.picture import Picture
 from kd_plugins.reading.nets import Net, Nets

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from kd_plugins.catalog.attributes import check_attributes
 from kd_plugins.catalog.options import OptimSpec, constructed
 from kd_plugins.catalog.paper import Paper
 from kd_plugins.errors import DistillError
@@ -18,13 +18,9 @@ from kd_plugins.picture import Picture
 from kd_plugins.reading.nets import Nets, begun
 from kd_plugins.reading.view import Batch, Needs, View
 from kd_plugins.stages import Progress, Stage
+from kd_plugins.terms import Terms, Turn, check_taught
 
-__all__ = ["Distiller", "Terms", "Turn", "check_made", "check_terms", "needs_of", "overrides"]
-
-Terms = dict[str, Tensor]
-"""Loss terms by name; they are summed, and logged under their names."""
-Turn = Mapping[str, Mapping[str, Tensor]]
-"""Loss terms of each group of parameters that one turn updates."""
+__all__ = ["Distiller", "Terms", "Turn"]
 
 _GIVEN = {"generator": "generator", "randn": "randn", "mean_over_processes": "mean"}  # what the host gives, in short
 
@@ -69,9 +65,7 @@ class Distiller(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for name, (fits, what) in _ATTRIBUTES.items():
-            if name in vars(cls) and not isinstance(vars(cls)[name], property) and not fits(vars(cls)[name]):
-                raise DistillError(f"Expected {cls.__name__}.{name} to be {what}, got {vars(cls)[name]!r}.")
+        check_attributes(cls)
         if "turns" in vars(cls):
             cls.turns = begun(cls.turns)  # type: ignore[method-assign]
 
@@ -136,13 +130,7 @@ class Distiller(nn.Module):
         """The terms of `loss`, in the mean over the teachers; without a teacher, the student in its place."""
         given = [self.loss(student, teacher, batch) for teacher in teachers or [student]]
         for terms in given:
-            check_terms(terms, f"loss() of {self.name}", scalars=False)
-            known = [term for term in terms.values() if isinstance(term, Tensor)]
-            if known and torch.is_grad_enabled() and not any(term.requires_grad for term in known):
-                raise DistillError(
-                    f"No term of loss() of {self.name} has a gradient ({', '.join(terms)}), so it would teach nothing:"
-                    " compute them from the student's view, without detach() and no_grad(), of layers that train."
-                )
+            check_taught(terms, self.name)
         if len(given) == 1:
             return given[0]
         return {name: torch.stack([terms[name] for terms in given]).mean() for name in given[0]}
@@ -206,59 +194,4 @@ class Distiller(nn.Module):
 
 
 _HOOKS = {name for name, value in vars(Distiller).items() if callable(value) or isinstance(value, property)}
-# What an author's class attributes are, and in words.
-_ATTRIBUTES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "paper": (lambda x: x is None or isinstance(x, Paper), "a kd_plugins.Paper, or None"),
-    "example": (lambda x: isinstance(x, Mapping), "a dict of options"),
-    "tasks": (lambda x: bool(x) and _words(x), "a tuple of names of tasks"),
-    "networks": (lambda x: x in ("any", "transformer"), "'any' or 'transformer'"),
-    "teachers": (lambda x: x in ("many", "or peers") or _count(x), "a number, 'many' or 'or peers'"),
-    **{name: (lambda x: isinstance(x, bool), "True or False") for name in ("peers", "data", "accumulation")},
-    "untrained": (lambda x: _words(x), "a tuple of names of parameters"),
-    "name": (lambda x: isinstance(x, str), "a text"),
-    "task_weight": (lambda x: isinstance(x, (int, float)) and math.isfinite(x), "a finite number"),
-}
-
-
-def _words(x: Any) -> bool:
-    return isinstance(x, tuple) and all(isinstance(word, str) for word in x)
-
-
-def _count(x: Any) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and x >= 0
-
-
 _DECLARED = {name for name in (*vars(Distiller), *Distiller.__annotations__) if not name.startswith("_")} - _HOOKS
-
-
-def overrides(distiller: Distiller, name: str) -> bool:
-    """Whether a method, or any part of a composition, has its own implementation of a function of `Distiller`."""
-    return any(getattr(type(part), name) is not getattr(Distiller, name) for part in distiller.methods.values())
-
-
-def check_made(distiller: Any) -> None:
-    """Refuses what is no distiller, or one whose author has left out `super().__init__()`."""
-    if not isinstance(distiller, Distiller):
-        raise DistillError(f"Expected a distiller, got {distiller!r}: make one, create_distiller(NAME).")
-    if "progress" not in distiller.__dict__:
-        raise DistillError(f"{type(distiller).__name__}.__init__ does not call super().__init__(): begin it with that.")
-
-
-def needs_of(distiller: Distiller) -> Needs:
-    """What a method needs now, checked."""
-    needs = distiller.needs()
-    if not isinstance(needs, Needs):
-        raise DistillError(f"Expected needs() of {distiller.name} to return Needs(...), got {type(needs).__name__}.")
-    return needs
-
-
-def check_terms(terms: Any, where: str, *, scalars: bool = True) -> None:
-    """Refuses what is no mapping of names to tensors, each with one number where `scalars` says so."""
-    if not isinstance(terms, Mapping):
-        raise DistillError(
-            f'Expected the terms of {where} by name, {{"name": term}}, got {type(terms).__name__}: give each a name.'
-        )
-    for name, term in terms.items() if scalars else ():
-        if not isinstance(term, Tensor) or term.numel() != 1:
-            got = f"shape {list(term.shape)}" if isinstance(term, Tensor) else type(term).__name__
-            raise DistillError(f"Expected the term {name!r} of {where} as a tensor of one number, got {got}: mean()?")

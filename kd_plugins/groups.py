@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from kd_plugins.authors import overrides
 from kd_plugins.catalog.options import OptimSpec
-from kd_plugins.distiller import Distiller, overrides
+from kd_plugins.distiller import Distiller
 from kd_plugins.errors import DistillError, did_you_mean, told
 from kd_plugins.reading.nets import Nets
 

@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from kd_plugins.authors import check_made
 from kd_plugins.averaging import average_buffers, average_gradients, broadcast, distributed
 from kd_plugins.binding import bound, check_batch
-from kd_plugins.distiller import Distiller, Turn, check_made, check_terms
+from kd_plugins.distiller import Distiller, Turn
 from kd_plugins.errors import DistillError, did_you_mean
 from kd_plugins.finite import Watch
 from kd_plugins.groups import Group, make_groups
@@ -23,6 +24,7 @@ from kd_plugins.reading.nets import Nets
 from kd_plugins.reading.view import Batch
 from kd_plugins.saving import Saving, parts
 from kd_plugins.stages import Stage
+from kd_plugins.terms import check_terms
 
 __all__ = ["Run", "make_optimizers", "play"]
 

@@ -12,8 +12,8 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from kd_plugins import Batch, Distiller, DistillError, Nets, Run
+from kd_plugins.authors import overrides
 from kd_plugins.averaging import distributed
-from kd_plugins.distiller import overrides
 from kd_plugins.groups import Group
 
 __all__ = ["TurnPlayer"]

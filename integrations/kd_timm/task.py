@@ -12,9 +12,10 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from kd_plugins import Batch, Distiller, DistillError, Net, Nets, View, create_distiller
+from kd_plugins.authors import check_made
 from kd_plugins.binding import connect, schedule, set_up
 from kd_plugins.catalog.about import refusals
-from kd_plugins.distiller import Turn, check_made
+from kd_plugins.distiller import Turn
 from kd_timm import build
 from kd_timm.compat import TrainingTask, resolve_classification_loss
 from kd_timm.network import TimmNetwork, image_batch

@@ -11,11 +11,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from kd_plugins.authors import check_made, overrides
 from kd_plugins.catalog.installed import Source, distribution_of, entries_by_name, list_distillers
 from kd_plugins.catalog.options import OptimSpec, Option, options_of
 from kd_plugins.catalog.paper import Paper
 from kd_plugins.catalog.registry import get_distiller
-from kd_plugins.distiller import Distiller, check_made, overrides
+from kd_plugins.distiller import Distiller
 from kd_plugins.errors import DistillError
 
 HOSTS = {

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from kd_plugins.authors import check_made
 from kd_plugins.catalog.installed import (
     GROUP,
     distribution_of,
@@ -26,7 +27,7 @@ from kd_plugins.catalog.installed import (
 )
 from kd_plugins.catalog.options import Resolved, resolve, split
 from kd_plugins.compose import Composite
-from kd_plugins.distiller import Distiller, check_made
+from kd_plugins.distiller import Distiller
 from kd_plugins.errors import DistillError, did_you_mean
 from kd_plugins.states import read_json
 

@@ -117,33 +117,25 @@ class KSANC(LayerDistiller):
             self.discriminator = LogitDiscriminator(self.classes, self.hidden, outputs)
 
     def check_pair(self, pair: Pair) -> None:
-        for who, layer, x in (("student", pair.layer, pair.student), ("teacher", pair.teacher_layer, pair.teacher)):
-            if x.dim() not in (3, 4):
-                raise DistillError(
-                    f"ksanc reads maps [B, C, H, W] or tokens [B, L, C], got {list(x.shape)} at the {who}'s layer"
-                    f" {layer!r}: choose another one."
-                )
+        if not {pair.student.dim(), pair.teacher.dim()} <= {3, 4}:
+            raise DistillError(
+                f"ksanc reads maps [B, C, H, W] or tokens [B, L, C], got {list(pair.student.shape)} at {pair.layer!r}"
+                f" and {list(pair.teacher.shape)} at the teacher's {pair.teacher_layer!r}: choose another layer."
+            )
 
     def connect(self, student: Tensor, teacher: Tensor) -> nn.Module:
-        dim = self.dim or self.classes
-        ours, theirs = (
-            AttentionEstimator(x.shape[1 if x.dim() == 4 else 2], self.classes, dim) for x in (student, teacher)
-        )
-        self.estimators.append(theirs)
+        dim, (ours, theirs) = self.dim or self.classes, (x.shape[1 if x.dim() == 4 else 2] for x in (student, teacher))
+        self.estimators.append(AttentionEstimator(theirs, self.classes, dim))
         self.heads.append(nn.Linear(dim, self.classes))
-        return ours
+        return AttentionEstimator(ours, self.classes, dim)
 
     def stages(self) -> list[Stage]:
-        if not self.weight:
-            return super().stages()
         first = Stage("estimators", self.estimator_share, ends_with="estimators")
-        return [first, Stage("distill", 1 - self.estimator_share)]
+        return [first, Stage("distill", 1 - self.estimator_share)] if self.weight else super().stages()
 
     def extras(self) -> dict[str, nn.Module]:
-        groups: dict[str, nn.Module] = (
-            {"estimators": nn.ModuleList([self.estimators, self.heads])} if self.heads else {}
-        )
-        return groups | ({"discriminator": self.discriminator} if self.ready and self.adversarial_weight else {})
+        first: dict[str, nn.Module] = {"estimators": nn.ModuleList([self.estimators, self.heads])} if self.heads else {}
+        return first | ({"discriminator": self.discriminator} if self.ready and self.adversarial_weight else {})
 
     def optimizers(self) -> dict[str, OptimSpec]:
         """Adam: 3e-3 for estimators, 1e-4 along the student's curve for the discriminator; our default."""
@@ -173,16 +165,7 @@ class KSANC(LayerDistiller):
         estimators = self.estimators if teacher else self.connectors
         found = [x for name in (self.teacher_layers if teacher else self.layers) for x in view.features.select(name)]
         scores, mask = self.scores(view), batch.teacher_mask if teacher else batch.mask
-        for x in found:
-            if len(x) != len(scores) or (x.dim() == 3 and mask is not None and mask.shape != x.shape[:2]):
-                raise DistillError(
-                    f"ksanc reads one layer and one mask for each row of logits, got a layer {list(x.shape)}, logits"
-                    f" {list(scores.shape)} and a mask {None if mask is None else list(mask.shape)}: choose a layer"
-                    " with a vector for each token of the input."
-                )
-        return [
-            estimator(x, scores, mask if x.dim() == 3 else None) for estimator, x in zip(estimators, found, strict=True)
-        ]
+        return [estimator(x, scores, mask) for estimator, x in zip(estimators, found, strict=True)]
 
     def scores(self, view: View) -> Tensor:
         """The logits `[B, K]` in the teacher's scale, in float32."""
@@ -193,14 +176,13 @@ class KSANC(LayerDistiller):
         real, fake = (self.discriminator(self.scores(view).detach()) for view in (teacher, student))
         absolute, squares = self.discriminator.norms()
         terms = {
-            "tell": KF.gan_discriminator(real[:, 0], fake[:, 0]),
-            "fooled": KF.gan_generator(fake[:, 0]),
-            "l1": absolute,
-            "l2": squares,
-            "classes": self.classified(real, fake, labels=_labels(student, batch)),
+            "tell": (1.0, KF.gan_discriminator(real[:, 0], fake[:, 0])),
+            "fooled": (self.fooled, KF.gan_generator(fake[:, 0])),
+            "l1": (self.l1, absolute),
+            "l2": (self.l2, squares),
+            "classes": (self.class_weight, self.classified(real, fake, labels=_labels(student, batch))),
         }
-        weights = {"tell": 1.0, "fooled": self.fooled, "l1": self.l1, "l2": self.l2, "classes": self.class_weight}
-        return {name: weights[name] * term for name, term in terms.items() if weights[name]}
+        return {name: weight * term for name, (weight, term) in terms.items() if weight}
 
     def classified(self, *said: Tensor, labels: Tensor | None) -> Tensor:
         """The cross entropy of the classes that the discriminator sees in logits; 0 without labels."""
@@ -230,9 +212,8 @@ def _labels(view: View, batch: Batch) -> Tensor | None:
     if labels is None:
         return None
     if not isinstance(labels, Tensor) or labels.shape != (shape if labels.is_floating_point() else shape[:1]):
-        found = list(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
         raise DistillError(
-            f"ksanc takes class numbers [B] or shares of the classes [B, K] as labels, got {found} with logits"
-            f" {list(shape)}: give such labels, or none."
+            f"ksanc takes class numbers [B] or shares of the classes [B, K] as labels, got"
+            f" {getattr(labels, 'shape', labels)} with logits {shape}: give such labels, or none."
         )
     return labels

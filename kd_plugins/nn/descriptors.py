@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from kd_plugins.errors import DistillError
 from kd_plugins.functional._common import no_autocast, unit
 from kd_plugins.functional.ksanc import squeeze
 
@@ -35,7 +36,18 @@ class AttentionEstimator(nn.Module):
         self.score = nn.Linear(dim, 1, bias=False)
 
     def forward(self, features: Tensor, logits: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The vector; `mask` `[B, L]` are the tokens that count."""
+        """The vector; `mask` `[B, L]` are the tokens that count, of a map it says nothing.
+
+        Raises:
+            DistillError: Features that have no row for each row of logits, or no token for each of the mask.
+        """
+        mask = mask if features.dim() == 3 else None
+        if len(features) != len(logits) or (mask is not None and mask.shape != features.shape[:2]):
+            raise DistillError(
+                f"Expected a row of logits for each row of a layer, and a mask of its tokens, got {list(logits.shape)}"
+                f" and {None if mask is None else list(mask.shape)} of a layer {list(features.shape)}: choose a layer"
+                " with a vector for each token of the input."
+            )
         dtype = self.score.weight.dtype
         vectors = features.flatten(2).mT if features.dim() == 4 else features
         with no_autocast(features):
