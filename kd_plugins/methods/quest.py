@@ -28,6 +28,9 @@ __all__ = ["QUEST"]
 
 _logger = logging.getLogger("kd_plugins.quest")
 
+# The paper's words, and the different vectors that there are to be for each.
+_WORDS, _LEAST = 4096, 39
+
 
 class QUEST(LayerDistiller):
     """The student predicts which visual words of the teacher stand at each position of the image.
@@ -51,7 +54,8 @@ class QUEST(LayerDistiller):
     are moved to the farthest vector here. Averaging the student down, `sharpness` and tokens are ours.
 
     Args:
-        words: K, the words of each layer; the paper's.
+        words: K, the words of each layer; by default the paper's 4,096, or fewer where there would be less than 39
+            different vectors for each, the least that faiss asks for.
         weight: Weight of the divergence summed over the layers; the released code's for most pairs.
         temperature: Multiplies the squared distances of the unnormalised features, so that a larger one makes harder
             targets; 5 by default, the released code's. Its effect depends on the teacher's scale: see `sharpness`.
@@ -76,7 +80,7 @@ class QUEST(LayerDistiller):
     def __init__(
         self,
         *,
-        words: Annotated[int, Range(low=2)] = 4096,
+        words: Annotated[int, Range(low=2)] | None = None,
         weight: NonNegative = 1.0,
         temperature: Positive | None = None,
         sharpness: Annotated[float, Range(above=0, below=1)] | None = None,
@@ -86,13 +90,14 @@ class QUEST(LayerDistiller):
         **layers: Any,
     ) -> None:
         super().__init__(**layers)
+        most = self.words or _WORDS
         if temperature is not None and sharpness is not None:
             raise DistillError("sharpness chooses the temperature: give one of them.")
-        if sharpness is not None and sharpness <= 1 / words:
-            raise DistillError(f"Expected sharpness between 1 / {words} and 1, got {sharpness}.")
-        if max_vectors < words:
+        if sharpness is not None and sharpness <= 1 / most:
+            raise DistillError(f"Expected sharpness between 1 / {most} and 1, got {sharpness}.")
+        if max_vectors < most:
             raise DistillError(
-                f"k-means needs at least as many vectors as words, got max_vectors={max_vectors} for {words} words:"
+                f"k-means needs at least as many vectors as words, got max_vectors={max_vectors} for {most} words:"
                 " raise max_vectors, or ask for fewer words."
             )
         if temperature is None and sharpness is None:
@@ -116,7 +121,7 @@ class QUEST(LayerDistiller):
             # Tokens have no place in the image that would be known here.
             image = batch.inputs.shape[2:] if isinstance(batch.inputs, Tensor) and f_t.dim() == 4 else ()
             made = Vocabulary(
-                self.words,
+                self.words or _WORDS,
                 f_s.shape[1],
                 f_t.shape[1],
                 layer=f"{theirs}, output {numbers[theirs]}" if numbers[theirs] else str(theirs),
@@ -143,23 +148,20 @@ class QUEST(LayerDistiller):
         seed = int(torch.randint(2**31, (), generator=generator))
         _logger.info("%s: reading the teacher's features of the training set.", self.name)
         # Each has a stream of its own, so that a layer's words do not depend on what else is looked at.
-        samples, images = (
-            [Sample(self.max_vectors, _random(seed)) for _ in self.vocabularies],
-            ImageSample(_random(seed)),
-        )
+        samples = [Sample(self.max_vectors, _random(seed)) for _ in self.vocabularies]
+        images = ImageSample(_random(seed))
         for batch in batches:
             images.add(batch)
             for sample, f_t in zip(samples, self._teacher_maps(nets, batch), strict=True):
                 sample.add(f_t.flatten(2).mT.flatten(0, 1))
         teacher = fingerprint_of(nets.teacher.module) if self.cache is not None else ""
         for vocabulary, sample in zip(self.vocabularies, samples, strict=True):
-            _logger.info(
-                "%s: k-means of %d vectors into %d words.", self.name, min(sample.seen, self.max_vectors), self.words
-            )
-            _logger.info("%s: %s", self.name, vocabulary.fit(sample, seed, self.sharpness, self.cache, teacher))
+            _logger.info("%s: k-means of %d vectors.", self.name, min(sample.seen, self.max_vectors))
+            made = vocabulary.fit(sample, seed, self.sharpness, self.cache, teacher, 0 if self.words else _LEAST)
+            _logger.info("%s: %s", self.name, made)
         for vocabulary, found in zip(self.vocabularies, self.visual_words(nets, images.batches()), strict=True):
             if vocabulary.side:
-                vocabulary.patches.copy_(found.images)
+                vocabulary.patches[: len(found.images)].copy_(found.images)
 
     def _teacher_maps(self, nets: Nets, batch: Batch) -> list[Tensor]:
         """The teacher's maps as they are quantised `[B, C_t, H, W]`, at the sizes that `setup` found."""
@@ -177,8 +179,6 @@ class QUEST(LayerDistiller):
         pairs = zip(self.vocabularies, self.pairs(student, teacher), strict=True)
         losses = [vocabulary(*_positions(pair.student, pair.teacher), self.temperature) for vocabulary, pair in pairs]
         return {"quest": self.weight * torch.stack(losses).sum()}
-
-    # What the words are
 
     @torch.no_grad()
     def visual_words(

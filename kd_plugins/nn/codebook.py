@@ -65,7 +65,7 @@ class Sample:
             self._bar = float(drawn[smallest[-1]])
 
 
-def fit_codebook(vectors: Tensor, words: int, seed: int) -> tuple[Tensor, Tensor]:
+def fit_codebook(vectors: Tensor, words: int, seed: int, least: int = 0) -> tuple[Tensor, Tensor]:
     """Means of clusters of vectors, by scikit-learn's k-means.
 
     Lloyd's algorithm in float32, 20 iterations at most from random vectors, as the k-means of QuEST's released code
@@ -76,6 +76,7 @@ def fit_codebook(vectors: Tensor, words: int, seed: int) -> tuple[Tensor, Tensor
         vectors: `[N, C]`.
         words: K, the number of clusters.
         seed: Of the first means.
+        least: With fewer different vectors than this for each word there are fewer words, but at least two.
 
     Returns:
         The means `[K, C]`, and how many vectors each stands for `[K]`.
@@ -85,6 +86,8 @@ def fit_codebook(vectors: Tensor, words: int, seed: int) -> tuple[Tensor, Tensor
     if not vectors.isfinite().all():
         raise DistillError("Expected finite features to make a codebook of, got nan or inf: is the teacher trained?")
     distinct, weights = torch.unique(vectors, dim=0, return_counts=True)
+    if least:
+        words = min(words, max(2, len(distinct) // least))
     if len(distinct) < words:
         raise DistillError(
             f"A codebook of {words} words needs at least as many different feature vectors, and the training set gave"
@@ -97,7 +100,7 @@ def fit_codebook(vectors: Tensor, words: int, seed: int) -> tuple[Tensor, Tensor
 
 
 def cached_codebook(
-    vectors: Tensor, words: int, seed: int, folder: str | Path, described: Mapping[str, Any]
+    vectors: Tensor, words: int, seed: int, folder: str | Path, described: Mapping[str, Any], least: int = 0
 ) -> tuple[Tensor, Tensor]:
     """`fit_codebook`, or what it gave the last time for the same vectors, as a file of a folder.
 
@@ -111,12 +114,14 @@ def cached_codebook(
         seed: The same.
         folder: The cache; made if it is not there.
         described: What else tells this codebook from others, as JSON: the teacher's hash, its layer, the pooling.
+        least: As `fit_codebook` takes it.
     """
     from safetensors.torch import load_file, save_file
 
     content = {
         **described,
         "words": words,
+        "least": least,
         "seed": seed,
         "iterations": _ITERATIONS,
         "vectors": {"shape": list(vectors.shape), "sha256": fingerprint_of({"vectors": vectors})},
@@ -129,7 +134,7 @@ def cached_codebook(
     if path.is_file() and beside.is_file() and beside.read_text(encoding="utf-8") == text:
         stored = load_file(path)
         return stored["codebook"], stored["counts"]
-    codebook, counts = fit_codebook(vectors, words, seed)
+    codebook, counts = fit_codebook(vectors, words, seed, least)
     folder.mkdir(parents=True, exist_ok=True)
     # Under another name first: a run beside this one never sees half a file.
     with tempfile.TemporaryDirectory(dir=folder) as unfinished:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ class Vocabulary(nn.Module):
     """The words of one layer of the teacher, and the student's predictor of them.
 
     Args:
-        words: K.
+        words: K, the most words there may be.
         student_channels: C_s.
         teacher_channels: C_t.
         temperature: Multiplies the squared distances of the targets.
@@ -34,8 +35,8 @@ class Vocabulary(nn.Module):
         side: Height and width of the patches that show a word; 0 without patches.
 
     Attributes:
-        codebook: The words `[K, C_t]`.
-        counts: How many of the vectors that k-means saw each word stands for `[K]`.
+        codebook: The words `[K, C_t]`, of which the last may be unused.
+        counts: How many of the vectors that k-means saw each word stands for `[K]`; 0 where it is unused.
         temperature: Chosen for a sharpness, where that is asked for.
         sharpness: The mean largest probability of the targets before the training.
         patches: Of the words that stand for the most vectors, `[W, P, 3, side, side]`.
@@ -68,9 +69,16 @@ class Vocabulary(nn.Module):
         self.register_buffer("sharpness", torch.tensor(0.0))
         shown = min(_WORDS, words), _PATCHES, 3, side, side
         self.register_buffer("patches", torch.full(shown, 255, dtype=torch.uint8) if side else None)
+        self._used = 0  # read from `counts` once, since that waits for the device
 
     def fit(
-        self, sample: Sample, seed: int, sharpness: float | None = None, cache: str | None = None, teacher: str = ""
+        self,
+        sample: Sample,
+        seed: int,
+        sharpness: float | None = None,
+        cache: str | None = None,
+        teacher: str = "",
+        least: int = 0,
     ) -> str:
         """Makes the words of a sample of the teacher's vectors, and the temperature that makes them that sharp.
 
@@ -80,6 +88,7 @@ class Vocabulary(nn.Module):
             sharpness: The mean of the targets' largest probability, in place of the temperature.
             cache: Folder of codebooks.
             teacher: What tells the teacher from others there.
+            least: Different vectors that there are to be for each word, or there are fewer words.
 
         Returns:
             What has been made, in words.
@@ -88,12 +97,14 @@ class Vocabulary(nn.Module):
             raise DistillError("quest makes its words of the training set, and the pass over it gave no batch.")
         vectors, words = sample.vectors(), len(self.codebook)
         if cache is None:
-            codebook, counts = fit_codebook(vectors, words, seed)
+            codebook, counts = fit_codebook(vectors, words, seed, least)
         else:
             place = {"layer": self.layer, "pooled to": list(self.size), "drawn of": sample.seen}
-            codebook, counts = cached_codebook(vectors, words, seed, cache, {"teacher": teacher, **place})
-        self.codebook.copy_(codebook)
-        self.counts.copy_(counts)
+            codebook, counts = cached_codebook(vectors, words, seed, cache, {"teacher": teacher, **place}, least)
+        words = len(codebook)
+        self.codebook[:words].copy_(codebook)
+        self.counts[:words].copy_(counts)
+        self._used = words
         few = vectors[:_CALIBRATION]
         if sharpness is not None:
             self.temperature.fill_(KF.match_sharpness(few, codebook, sharpness))
@@ -107,11 +118,19 @@ class Vocabulary(nn.Module):
     def forward(self, student_map: Tensor, teacher_map: Tensor, temperature: float | None = None) -> Tensor:
         """The divergence of the predicted words from the teacher's, of maps of the same positions."""
         given = self.temperature if temperature is None else temperature
-        return KF.quest(student_map, teacher_map, self.weight, self.scale, self.codebook, given)
+        self._used = self._used or int(self.counts.count_nonzero()) or len(self.counts)
+        weight, codebook = self.weight[: self._used], self.codebook[: self._used]
+        return KF.quest(student_map, teacher_map, weight, self.scale, codebook, given)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._used = 0
 
     def most(self, words: int = _WORDS) -> list[int]:
         """The words that stand for the most vectors, most first."""
-        return self.counts.argsort(descending=True, stable=True)[:words].tolist()
+        return self.counts.argsort(descending=True, stable=True)[
+            : min(words, int(self.counts.count_nonzero()))
+        ].tolist()
 
     def search(self, words: int = _WORDS, patches: int = _PATCHES) -> NearestPatches:
         """What looks for the patches that are nearest to the words that stand for the most vectors."""
@@ -123,7 +142,7 @@ class Vocabulary(nn.Module):
             return None
         rows = {
             f"word {number} ({int(self.counts[number]):,})": list(images)
-            for number, images in zip(self.most(), self.patches, strict=True)
+            for number, images in zip(self.most(), self.patches, strict=False)
         }
         return Images(
             f"Visual words of {self.layer}",

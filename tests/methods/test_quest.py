@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from kd_plugins import Batch, DistillError, bind, create_distiller, make_optimizers, play
 from kd_plugins import functional as KF
+from kd_plugins.methods import quest as quest_method
 from kd_plugins.methods.quest import QUEST
 from kd_plugins.nn import codebook, vocabulary
 from kd_plugins.nn.codebook import Sample, fit_codebook
@@ -199,6 +200,24 @@ def test_words_follow_the_runs_seed_or_their_own():
     assert torch.equal(words(1), words(1))
     assert not torch.equal(words(1), words(2))
     assert torch.equal(words(1, seed=5), words(2, seed=5))
+
+
+def test_there_are_no_more_words_than_the_vectors_bear(monkeypatch):
+    """72 different vectors bear 7 words of at least 10: a vocabulary of 7, whatever room was made for more."""
+    monkeypatch.setattr(quest_method, "_LEAST", 10)
+    distiller, nets, _ = start(Net(4, 1, 2), Net(5, 2), words=None)
+    (made,) = distiller.vocabularies
+    assert made.codebook.shape == (4096, 10)
+    assert (made.counts > 0).sum() == 7
+    assert made.counts.sum() == 72
+    maps = torch.randn(2, 8, 3, 3), torch.randn(2, 10, 3, 3)
+    expected = KF.quest(*maps, made.weight[:7], made.scale, made.codebook[:7], made.temperature)
+    assert torch.equal(made(*maps), expected)
+    other = vocabulary.Vocabulary(4096, 8, 10, size=made.size, side=made.side)
+    other(*maps)
+    other.load_state_dict(made.state_dict())
+    assert torch.equal(other(*maps), expected)
+    assert len(made.most(8)) == 7
 
 
 def test_words_depend_on_their_own_layer_alone():
@@ -385,7 +404,7 @@ def test_lists_of_images():
     [
         ({"layers": ("a", "b"), "teacher_layers": ("a",)}, "as many teacher_layers as layers"),
         ({"layers": ()}, "as many teacher_layers as layers"),
-        ({"words": 1}, "words to be int from 2, got 1"),
+        ({"words": 1}, "words to be int from 2.*, got 1"),
         ({"temperature": -5.0}, "temperature to be float above 0"),
         ({"temperature": 5.0, "sharpness": 0.5}, "give one of them"),
         ({"weight": -1.0}, "weight to be float from 0"),
@@ -404,7 +423,7 @@ def test_networks_and_data_that_do_not_fit():
     with pytest.raises(DistillError, match="looks at the training set"):
         bind(QUEST(layers=("high",)), student, teacher, batch=batch)
     with pytest.raises(DistillError, match=r"4096 words needs at least as many.*words="):
-        bind(QUEST(layers=("high",)), student, teacher, batch=batch, batches=batches())
+        bind(QUEST(layers=("high",), words=4096), student, teacher, batch=batch, batches=batches())
     with pytest.raises(DistillError, match="gives no batch"):
         bind(QUEST(layers=("high",), words=5), student, teacher, batch=batch, batches=[])
     with pytest.raises(DistillError, match=r"a Batch, got tuple.*Batch\.of"):
