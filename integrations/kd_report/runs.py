@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class Run:
         if status != "unfinished":
             return status
         last = max(file.stat().st_mtime for file in files if file.is_file())
-        return f"unfinished, last written {datetime.fromtimestamp(last, timezone.utc):%Y-%m-%d %H:%M} UTC"
+        return f"unfinished, last written {datetime.fromtimestamp(last, UTC):%Y-%m-%d %H:%M} UTC"
 
     @property
     def student(self) -> str:
