@@ -56,15 +56,16 @@ class Saving:
             others: What else belongs to the state and has `save(folder)`, such as `kd_accelerate.streams.Streams`.
         """
         if not self.keeps_student:
-            self._write(Path(folder))
+            with states.writing(folder):
+                self._write(Path(folder))
             return
         if self.watch.stops:
             check_weights(self._networks(), "nothing was written, the state before is good; lower the learning rate.")
         new = states.slots(folder)[0] if world()[0] else states.open_state(folder)
         self._wait()
-        self._write(new)
-        if not world()[0]:
-            for other in others:
+        with states.writing(new):
+            self._write(new)
+            for other in others if not world()[0] else ():
                 other.save(new)
         self._wait()
         if not world()[0]:
@@ -79,8 +80,7 @@ class Saving:
         from safetensors.torch import save_file
 
         rank = world()[0]
-        with told(f"{folder} cannot be written", OSError, remedy="make room, or mend the rights of its folder."):
-            folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         streams = {
             f"{name}|{key}": value
             for name, part in parts(self.distiller).items()

@@ -110,7 +110,8 @@ def correlation(kind: Callable[[Any, Any], Any], truth: np.ndarray, guess: np.nd
     """A correlation of numbers `[B]`; 0 with a warning where all of one side are equal, which has none."""
     flat = [who for who, values in (("labels", truth), ("predictions", guess)) if np.ptp(values) == 0]
     if flat:
-        logger.warning(f"All {len(truth)} {' and '.join(flat)} are equal, so no correlation is defined: it counts as 0.")
+        told = f"All {len(truth)} {' and '.join(flat)} are equal, so no correlation is defined"
+        logger.warning(f"{told}: it counts as 0.")
         return 0.0
     return float(kind(truth, guess)[0])
 

@@ -32,6 +32,7 @@ from kd_accelerate.command import Stopped, run_command, signals
 from kd_plugins import Batch, View
 from kd_plugins.catalog.registry import distiller_classes, from_json, options_from_strings
 from kd_plugins.errors import DistillError, told
+from kd_plugins.finite import check_loss
 from kd_plugins.states import MANIFEST, damage, read_json, seal, write_json
 from kd_report import page_hint
 from kd_report.measures import decisions
@@ -196,6 +197,8 @@ class Session:
         training = self.arguments.training
         self._forget_torn_results()
         if self.trains_teacher:
+            if isinstance(self.trainer, DistillationTrainer):
+                self.trainer.rehearse()
             self._train_teacher(self.teachers[0])
         if self.arguments.distillation.cache_teacher and training.do_train:
             self.trainer.train_dataset = self._cached(self.train_set)
@@ -472,6 +475,8 @@ class Session:
     def _evaluate(self) -> None:
         trainer, problem = self.trainer, self.labels.problem
         predicted = trainer.predict(self.evaluation_set, metric_key_prefix="eval")
+        if not self.trainer.allow_nonfinite:
+            check_loss(predicted.metrics["eval_loss"])
         metrics: dict[str, Any] = {**predicted.metrics, "eval_samples": len(predicted.label_ids)}
         told: list[np.ndarray] = []
         if self.teachers:
