@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from kd_plugins import states
 from kd_plugins.catalog.registry import config_of
 from kd_plugins.distiller import Distiller
-from kd_plugins.errors import DistillError, told
+from kd_plugins.errors import DistillError
 from kd_plugins.finite import Watch, check_weights
 from kd_plugins.groups import Group
 from kd_plugins.host import world
@@ -125,9 +125,7 @@ class Saving:
                 f"{self.distiller.name} has no parts to load before it is set up: bind(..., batch=one batch) first."
             )
         found, rank = self._found(Path(folder)), world()[0]
-        with told(
-            f"The state {found} cannot be read", Exception, remedy="it is damaged, was edited, or is of another run."
-        ):
+        with states.taking_up(found):
             return self._load(found, rank, *others)
 
     def _load(self, folder: Path, rank: int, *others: Any) -> bool:

@@ -31,6 +31,7 @@ __all__ = [
     "seal",
     "settle",
     "slots",
+    "taking_up",
     "write_json",
     "write_text",
     "writing",
@@ -47,6 +48,17 @@ def writing(path: str | Path) -> AbstractContextManager[None]:
     # torch's writer tells of its own broken file, and not of the disk.
     errors = (OSError, RuntimeError, SafetensorError)
     return told(f"{path} cannot be written", *errors, remedy="make room, or mend the rights of its folder.")
+
+
+def taking_up(folder: str | Path) -> AbstractContextManager[None]:
+    """Says in one sentence that a state cannot be taken up, for what is in it; what is wrong in a program stays."""
+    from pickle import UnpicklingError
+
+    from safetensors import SafetensorError
+
+    errors = (OSError, EOFError, LookupError, RuntimeError, TypeError, ValueError, SafetensorError, UnpicklingError)
+    remedy = "it is damaged, was edited, or is of another run; go on with what it was written with."
+    return told(f"The state {folder} cannot be read", *errors, remedy=remedy)
 
 
 @contextmanager

@@ -202,7 +202,8 @@ def check_size(model: nn.Module, args: argparse.Namespace, config: Mapping[str, 
     model.eval()
     for height, width in [size, *((side, side) for side in args.train_img_sizes or ())]:
         what = f"{args.model} does not take images of {height} x {width} pixels"
-        with told(what, Exception, remedy="name others, --img-size or --train-img-sizes."), torch.no_grad():
+        remedy = "name others, --img-size or --train-img-sizes."
+        with told(what, AssertionError, RuntimeError, ValueError, remedy=remedy), torch.no_grad():
             model(torch.zeros(1, channels, height, width, dtype=model_dtype(args), device=device))
     model.train()
 

@@ -77,8 +77,7 @@ def save_state(session: Parts, epoch: int) -> None:
 def load_state(session: Parts) -> tuple[int, bool]:
     """Takes up the state of `--resume`; returns the epoch to go on with, and whether it goes on as it would have."""
     assert session.state is not None
-    remedy = "it is damaged, was edited, or is of another version."
-    with told(f"--resume: the state {session.state} cannot be taken up", Exception, remedy=remedy):
+    with states.taking_up(session.state):
         return _load_state(session, session.state)
 
 

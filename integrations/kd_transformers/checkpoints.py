@@ -13,7 +13,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from kd_plugins import DistillError, states
-from kd_plugins.errors import told
 from kd_plugins.finite import Watch, check_weights
 from kd_transformers.compat import Hooks
 
@@ -191,8 +190,7 @@ class Resumable(Hooks):
         return loss
 
     def loading(self, folder: str) -> Any:
-        remedy = "resume with the model and optimizer that it was written with."
-        return told(f"{folder} does not fit this run", KeyError, RuntimeError, ValueError, remedy=remedy)
+        return states.taking_up(folder)
 
     def saving(self, folder: Path) -> Any:
         self._check_weights()

@@ -19,13 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import disable_progress_bars
-from transformers import (
-    DataCollatorWithPadding,
-    EvalPrediction,
-    Trainer,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import DataCollatorWithPadding, EvalPrediction, Trainer, TrainerCallback, set_seed
 from transformers.utils import logging
 
 from kd_accelerate.command import Stopped, run_command, signals
@@ -152,7 +146,7 @@ class Session:
             check_best(training.metric_for_best_model, self.compute_metrics, rows, self.labels.count)
         self.timer = _StepTimer()
         self.checkpoint = asked_for(training, self._fingerprint)
-        with told("The training cannot be set up with these arguments", Exception):
+        with told("The training cannot be set up with these arguments", ImportError, OSError, RuntimeError, ValueError):
             self.trainer = self._trainer()
         self.trainer.facts = {"arguments": self._fingerprint} if training.do_train else {}
         self.trainer.allow_nonfinite = self.arguments.model.allow_nonfinite
