@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError
 
-__all__ = ["Watch", "check_weights"]
+__all__ = ["Watch", "check_loss", "check_weights"]
 
 # Updates in a row that may be lost: a gradient scaler skips single ones. And updates between two looks.
 _PATIENCE, _EVERY = 3, 10
@@ -77,6 +78,15 @@ def check_weights(named: Mapping[str, nn.Module], remedy: str) -> None:
         bad = _bad(module.named_parameters(), infinite=True) + _bad(module.named_buffers(), infinite=False)
         if bad:
             raise DistillError(f"{who} has a NaN or an infinity in {', '.join(bad[:3])}: {remedy}")
+
+
+def check_loss(value: float) -> None:
+    """Refuses the loss of an evaluation that is NaN or infinite: the weights are no use, though they are numbers."""
+    if not math.isfinite(value):
+        raise DistillError(
+            f"The loss on the evaluation set is {value}: lower the learning rate, or clip gradients. The states written"
+            " before are good."
+        )
 
 
 @torch.no_grad()

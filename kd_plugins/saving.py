@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from kd_plugins import states
 from kd_plugins.catalog.registry import config_of
 from kd_plugins.distiller import Distiller
-from kd_plugins.errors import DistillError, told
+from kd_plugins.errors import DistillError
 from kd_plugins.finite import Watch, check_weights
 from kd_plugins.groups import Group
 from kd_plugins.host import world
@@ -56,15 +56,16 @@ class Saving:
             others: What else belongs to the state and has `save(folder)`, such as `kd_accelerate.streams.Streams`.
         """
         if not self.keeps_student:
-            self._write(Path(folder))
+            with states.writing(folder):
+                self._write(Path(folder))
             return
         if self.watch.stops:
             check_weights(self._networks(), "nothing was written, the state before is good; lower the learning rate.")
         new = states.slots(folder)[0] if world()[0] else states.open_state(folder)
         self._wait()
-        self._write(new)
-        if not world()[0]:
-            for other in others:
+        with states.writing(new):
+            self._write(new)
+            for other in others if not world()[0] else ():
                 other.save(new)
         self._wait()
         if not world()[0]:
@@ -79,8 +80,7 @@ class Saving:
         from safetensors.torch import save_file
 
         rank = world()[0]
-        with told(f"{folder} cannot be written", OSError, remedy="make room, or mend the rights of its folder."):
-            folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         streams = {
             f"{name}|{key}": value
             for name, part in parts(self.distiller).items()
@@ -125,9 +125,7 @@ class Saving:
                 f"{self.distiller.name} has no parts to load before it is set up: bind(..., batch=one batch) first."
             )
         found, rank = self._found(Path(folder)), world()[0]
-        with told(
-            f"The state {found} cannot be read", Exception, remedy="it is damaged, was edited, or is of another run."
-        ):
+        with states.taking_up(found):
             return self._load(found, rank, *others)
 
     def _load(self, folder: Path, rank: int, *others: Any) -> bool:

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,34 @@ __all__ = [
     "seal",
     "settle",
     "slots",
+    "taking_up",
     "write_json",
     "write_text",
+    "writing",
 ]
 
 MANIFEST = "manifest.json"
 _PARTIAL = ".partial"
+
+
+def writing(path: str | Path) -> AbstractContextManager[None]:
+    """Says in one sentence that a file or a folder cannot be written, as of a full disk."""
+    from safetensors import SafetensorError
+
+    # torch's writer tells of its own broken file, and not of the disk.
+    errors = (OSError, RuntimeError, SafetensorError)
+    return told(f"{path} cannot be written", *errors, remedy="make room, or mend the rights of its folder.")
+
+
+def taking_up(folder: str | Path) -> AbstractContextManager[None]:
+    """Says in one sentence that a state cannot be taken up, for what is in it; what is wrong in a program stays."""
+    from pickle import UnpicklingError
+
+    from safetensors import SafetensorError
+
+    errors = (OSError, EOFError, LookupError, RuntimeError, TypeError, ValueError, SafetensorError, UnpicklingError)
+    remedy = "it is damaged, was edited, or is of another run; go on with what it was written with."
+    return told(f"The state {folder} cannot be read", *errors, remedy=remedy)
 
 
 @contextmanager
@@ -49,8 +71,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     partial = path.with_name(path.name + _PARTIAL)
     try:
-        # Every library has errors of its own for a full disk.
-        with told(f"{path} cannot be written", Exception, remedy="make room, or mend the rights of its folder."):
+        with writing(path):
             if partial.is_symlink():
                 # Somebody's link, which would lead the writing elsewhere.
                 partial.unlink()
@@ -187,7 +208,7 @@ def open_state(folder: str | Path) -> Path:
     """An empty folder for a new state of a run, which `close_state` makes the newest one."""
     settle(folder)
     new = slots(folder)[0]
-    with told(f"{folder} cannot be written", OSError, remedy="make room, or mend the rights; it is as it was."):
+    with writing(folder):
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
     return new

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kd_plugins import Batch, Distiller, DistillError, bind, create_distiller, make_optimizers, states
-from kd_plugins.finite import Watch
+from kd_plugins.finite import Watch, check_loss
 
 
 class Breaks(Distiller):
@@ -53,6 +53,13 @@ def test_a_loss_that_stays_nan_stops_the_run_and_keeps_the_last_state(tmp_path):
     again[1].load(tmp_path)
     assert again[0].weight.isfinite().all()
     assert good.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_evaluation_whose_loss_is_no_number_is_told(value):
+    check_loss(3.0)
+    with pytest.raises(DistillError, match=f"evaluation set is {value}: lower the learning rate"):
+        check_loss(value)
 
 
 def test_where_a_host_looks_it_stops_at_once_and_it_may_go_on():

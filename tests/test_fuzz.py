@@ -153,20 +153,11 @@ def finite(value: Any) -> bool:
 
 TIMM = "--model lenet5 --in-chans 1 -b 4 -vb 4 -j 0 --epochs 1 --warmup-epochs 0 --lr 0.01 --num-classes 2 --device cpu"
 # What starts compilers or processes, writes elsewhere, asks the network, is of the whole process, or may want NaN.
-NOT_TIMM = {
-    "help",
-    "config",
-    "data_dir",
-    "data",
-    "output",
-    "experiment",
-    "device",
-    "device_modules",
-    "epochs",
-    "workers",
-}
-NOT_TIMM |= {"torchcompile", "torchscript", "fuser", "fast_norm", "pretrained", "local_rank", "allow_nonfinite"}
-NOT_TIMM |= {"log_wandb", "report_to", "list_layers", "dataset", "ood_dataset", "no_record", "img_size", "input_size"}
+NOT_TIMM = set(
+    "help config data_dir data output experiment device device_modules epochs workers torchcompile torchscript fuser"
+    " fast_norm pretrained local_rank allow_nonfinite log_wandb report_to list_layers dataset ood_dataset no_record"
+    " img_size input_size".split()
+)
 
 
 @pytest.fixture(scope="module")
@@ -209,45 +200,12 @@ def test_flags_of_kd_timm_train(words, images, tmp_path_factory, capsys):
 
 TEXT = "--max_steps 2 --max_seq_length 8 --vocab_size 60 --student_layers 1 --student_hidden_size 8 --student_heads 2"
 TEXT += " --disable_tqdm True --use_cpu --per_device_train_batch_size 4 --save_strategy no --report_to none"
-NOT_TEXT = {
-    "help",
-    "config",
-    "output_dir",
-    "logging_dir",
-    "max_steps",
-    "use_cpu",
-    "report_to",
-    "train_file",
-    "dataset_name",
-}
-NOT_TEXT |= {
-    "task_name",
-    "validation_file",
-    "push_to_hub",
-    "full_determinism",
-    "local_rank",
-    "deepspeed",
-    "fsdp_config",
-}
-NOT_TEXT |= {
-    "allow_nonfinite",
-    "cache_dir",
-    "trackio_space_id",
-    "ood_dataset",
-    "debug",
-    "do_train",
-    "do_eval",
-    "metric",
-}
-NOT_TEXT |= {
-    "hub_model_id",
-    "torch_compile",
-    "torch_compile_backend",
-    "torch_compile_mode",
-    "run_name",
-    "optim",
-    "record",
-}
+NOT_TEXT = set(
+    "help config output_dir logging_dir max_steps use_cpu report_to train_file dataset_name task_name validation_file"
+    " push_to_hub full_determinism local_rank deepspeed fsdp_config allow_nonfinite cache_dir trackio_space_id"
+    " ood_dataset debug do_train do_eval metric hub_model_id torch_compile torch_compile_backend torch_compile_mode"
+    " run_name optim record".split()
+)
 
 
 @pytest.fixture(scope="module")

@@ -309,8 +309,9 @@ def test_a_config_of_another_version_says_who_wrote_it():
     config = {"distiller": "kd", "options": {"heat": 1.0}, "versions": {"kd-plugins": "9.0"}}
     with pytest.raises(DistillError, match=r"(?s)no option 'heat'.*written by kd-plugins 9\.0"):
         from_json(config)
-    with pytest.raises(DistillError, match="the key 'distiller'"):
-        from_json({"name": "kd"})
+    for other in ({"name": "kd"}, [], None, 3):
+        with pytest.raises(DistillError, match="the key 'distiller'"):
+            from_json(other)
 
 
 def test_what_json_cannot_hold_is_refused():

@@ -113,3 +113,12 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path.write_text("{")
     with pytest.raises(DistillError, match="a.json cannot be read"):
         states.read_json(path)
+
+
+@pytest.mark.parametrize("said", [states.writing, states.taking_up])
+def test_what_a_file_does_is_told_and_what_a_program_does_wrong_is_not(said):
+    # As torch's writer says of a full disk.
+    with pytest.raises(DistillError, match=r"a cannot be (written|read) \(RuntimeError: .*unexpected pos"), said("a"):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 13632 vs 13520")
+    with pytest.raises(AttributeError), said("a"):
+        raise AttributeError("'NoneType' object has no attribute 'step'")

@@ -43,7 +43,7 @@ def run_command(name: str, command: Callable[[], Any]) -> int:
         except Stopped as stop:
             status, said = 128 + stop.number, f"stopped by {signal.Signals(stop.number).name}: {stop.says}"
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT):
+            if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG):
                 raise
             status, said = 2, f"error: {error}: make room, or mend the rights; what was written before is as it was."
     if said and int(os.environ.get("RANK", 0)) == 0:

@@ -29,6 +29,7 @@ from timm.utils import set_jit_fuser
 from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError, did_you_mean, told
+from kd_plugins.finite import check_weights
 from kd_timm.checkpoint import forked_random_state
 from kd_timm.compat import FeatureDistillationTask, LogitDistillationTask, TokenDistillationTask, TrainingTask
 from kd_timm.data import model_dtype, uses_mixup
@@ -155,6 +156,7 @@ def create_student(
                 parameter.mul_(args.head_init_scale)
         if args.head_init_bias is not None:
             model.get_classifier().bias.fill_(args.head_init_bias)
+    check_weights({f"{flag} {args.model}": model}, "it learns nothing; begin with weights that are numbers.")
     args.num_classes = model.num_classes
     if args.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)
@@ -200,7 +202,8 @@ def check_size(model: nn.Module, args: argparse.Namespace, config: Mapping[str, 
     model.eval()
     for height, width in [size, *((side, side) for side in args.train_img_sizes or ())]:
         what = f"{args.model} does not take images of {height} x {width} pixels"
-        with told(what, Exception, remedy="name others, --img-size or --train-img-sizes."), torch.no_grad():
+        remedy = "name others, --img-size or --train-img-sizes."
+        with told(what, AssertionError, RuntimeError, ValueError, remedy=remedy), torch.no_grad():
             model(torch.zeros(1, channels, height, width, dtype=model_dtype(args), device=device))
     model.train()
 

@@ -394,7 +394,8 @@ def create_data(
     def loader(dataset: Any) -> Any:
         interpolation = (not args.no_aug and args.train_interpolation) or config["interpolation"]
         options = {**_named(args, LOADER_ARGUMENTS), **machine, "interpolation": interpolation, "is_training": True}
-        with told("These flags of the training images do not go together", Exception):
+        unfit = (AssertionError, LookupError, RuntimeError, TypeError, ValueError)
+        with told("These flags of the training images do not go together", *unfit):
             if args.naflex_loader:
                 options |= patches | _patch_sizes(args, patch_size) | {"mean": config["mean"], "std": config["std"]}
                 ranks = dict(rank=PartialState().process_index, world_size=PartialState().num_processes)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from kd_accelerate import TurnPlayer
 from kd_accelerate.command import signals
 from kd_plugins import DistillError
-from kd_plugins.finite import Watch, check_weights
+from kd_plugins.finite import Watch, check_loss, check_weights
 from kd_timm.compat import (
     ClassificationEvaluator,
     MultiLabelClassificationEvaluator,
@@ -406,6 +406,8 @@ def evaluate(
             run.reporter.line(f"{label}: [{number:>4d}/{last}]  {time_}  {listed(judge.summary())}")
     distributed = accelerator.num_processes > 1
     metrics = dict(judge.compute(distributed=distributed))
+    if not run.args.allow_nonfinite:
+        check_loss(metrics["loss"])
     if label:
         run.reporter.line(f"{label}: {listed(metrics)}")
     if others:

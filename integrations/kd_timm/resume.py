@@ -43,18 +43,19 @@ def save_state(session: Parts, epoch: int) -> None:
         save_weights(session.student, folder / "model.safetensors")
         if session.ema is not None:
             save_weights(session.ema.module, folder / "ema.safetensors")
-        torch.save(
-            {
-                "optimizer": session.optimizer.state_dict(),
-                "scaler": session.accelerator.scaler.state_dict() if session.accelerator.scaler else None,
-                "scheduler": _plateau_state(session.scheduler),
-                "stream": None if (own := _stream(session)) is None else own.get_state(),
-                "task": session.task.get_task_state() if session.task is not None else {},
-            },
-            folder / "optimizer.pt",
-        )
-        for rank, state in enumerate(streams):
-            torch.save(state, folder / f"random-{rank}.pt")
+        with states.writing(folder):
+            torch.save(
+                {
+                    "optimizer": session.optimizer.state_dict(),
+                    "scaler": session.accelerator.scaler.state_dict() if session.accelerator.scaler else None,
+                    "scheduler": _plateau_state(session.scheduler),
+                    "stream": None if (own := _stream(session)) is None else own.get_state(),
+                    "task": session.task.get_task_state() if session.task is not None else {},
+                },
+                folder / "optimizer.pt",
+            )
+            for rank, state in enumerate(streams):
+                torch.save(state, folder / f"random-{rank}.pt")
         content = {
             "epoch": epoch,
             "processes": session.processes,
@@ -76,8 +77,7 @@ def save_state(session: Parts, epoch: int) -> None:
 def load_state(session: Parts) -> tuple[int, bool]:
     """Takes up the state of `--resume`; returns the epoch to go on with, and whether it goes on as it would have."""
     assert session.state is not None
-    remedy = "it is damaged, was edited, or is of another version."
-    with told(f"--resume: the state {session.state} cannot be taken up", Exception, remedy=remedy):
+    with states.taking_up(session.state):
         return _load_state(session, session.state)
 
 

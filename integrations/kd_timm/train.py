@@ -15,7 +15,7 @@ from timm.utils import distribute_bn, setup_default_logging
 
 from kd_accelerate.command import Stopped, run_command
 from kd_plugins import DistillError
-from kd_plugins.states import slots, write_json
+from kd_plugins.states import slots, write_json, writing
 from kd_report.uncertainty import Doubts, dirichlet_offset
 from kd_timm.arguments import parse_args
 from kd_timm.checkpoint import load_weights, rank
@@ -62,14 +62,14 @@ class Session(Parts):
 
     def fit(self) -> dict[str, Any]:
         """Trains to the end, or to an interrupt, and evaluates the best student."""
-        start, self.saved = self._start(), time.monotonic()
+        self.first, self.saved = self._start(), time.monotonic()
         self.reporter.line(
             f"{self.args.model}: {sum(p.numel() for p in self.student.parameters()):,} parameters,"
             f" {self.epochs} epochs of {self.updates_per_epoch} updates, output in {self.folder}"
         )
-        self.recorder = Recorder(self, start)
+        self.recorder = Recorder(self, self.first)
         try:
-            for epoch in range(start, self.last):
+            for epoch in range(self.first, self.last):
                 self._epoch(epoch)
             results = self._finish()
         except KeyboardInterrupt as stop:
@@ -120,6 +120,10 @@ class Session(Parts):
         done = epoch - self.stage_start
         began = time.monotonic()
         training = train_one_epoch(self, epoch, first_update=done * self.updates_per_epoch)
+        if self.primary and self.state is None and epoch == self.first:
+            # An earlier run of this folder would go on from its states with the best weights of this one.
+            for slot in slots(self.folder):
+                shutil.rmtree(slot, ignore_errors=True)
         self.seconds += time.monotonic() - began
         self.updates += self.updates_per_epoch
         rate = self.rate
@@ -151,7 +155,9 @@ class Session(Parts):
         self.told.append({"epoch": epoch, "train": training} | ({"validation": evaluation} if evaluation else {}))
         self._save(epoch + 1)
         if epoch + 1 in args.save_epochs and self.primary:
-            shutil.copytree(self.folder / "state", self.folder / f"milestone-{epoch + 1}", dirs_exist_ok=True)
+            milestone = self.folder / f"milestone-{epoch + 1}"
+            with writing(milestone):
+                shutil.copytree(self.folder / "state", milestone, dirs_exist_ok=True)
 
     def _save(self, epoch: int) -> None:
         save_state(self, epoch)

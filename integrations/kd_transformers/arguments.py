@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from transformers import HfArgumentParser, TrainingArguments
 
 from kd_accelerate.command import explain, flags, given, with_file
-from kd_plugins.catalog.values import AtLeastOne, NonNegative, Range, Share, convert
+from kd_plugins.catalog.values import AtLeastOne, NonNegative, Positive, Range, Share, convert
 from kd_transformers.docstrings import DOCSTRINGS_DEFAULTS
 
 # What TrainingArguments take, and the training fails at or makes nonsense of.
@@ -30,7 +30,9 @@ _RANGES: dict[str, tuple[Any, str]] = {
         name: (Annotated[float, Range(low=0, below=1)], "a number from 0, below 1")
         for name in ("adam_beta1", "adam_beta2")
     },
-    **{name: (NonNegative, "a number, at least 0") for name in ("learning_rate", "adam_epsilon")},
+    **{name: (NonNegative, "a number, at least 0") for name in ("learning_rate", "adam_epsilon", "weight_decay")},
+    "neftune_noise_alpha": (NonNegative | None, "a number, at least 0"),
+    **{name: (Positive | None, "a number above 0") for name in ("save_steps", "eval_steps", "logging_steps")},
     "label_smoothing_factor": (Share, "a number from 0 to 1"),
     "seed": (Annotated[int, Range(low=0, high=2**32 - 1)], f"a whole number from 0 to {2**32 - 1}"),
     "dataloader_num_workers": (Annotated[int, Range(low=0)], "a whole number, at least 0"),
@@ -254,6 +256,8 @@ def _problem(arguments: Arguments, named: set[str]) -> str | None:
         return "--cache_teacher expects --distill and a teacher"
     if distillation.cache_teacher and not trains:
         return "--cache_teacher asks the teachers about the training rows: add --do_train"
+    if "labels" not in (training.label_names or ["labels"]):
+        return "--label_names: the rows have their labels in the column labels: leave it out"
     if training.do_predict:
         return "--do_predict is not supported: evaluate with --do_eval"
     shape = ("teacher_layers", "teacher_hidden_size", "teacher_heads")

@@ -13,7 +13,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from kd_plugins import DistillError, states
-from kd_plugins.errors import told
 from kd_plugins.finite import Watch, check_weights
 from kd_transformers.compat import Hooks
 
@@ -102,6 +101,11 @@ def check_same_run(checkpoint: Path, ours: Mapping[str, Any], *, named: bool) ->
     """Refuses a checkpoint of another run, or warns where it was named: somebody goes on with it on purpose."""
     before = states.facts(checkpoint).get("arguments") or {}
     changed = [f"{k} {before[k]} (here {now})" for k, now in ours.items() if before.get(k, now) != now]
+    if named and before.get("optim", ours["optim"]) != ours["optim"]:
+        raise DistillError(
+            f"{checkpoint} holds the state of --optim {before['optim']}, which {ours['optim']} cannot take up: give"
+            " that, or begin anew with the weights, --model_name_or_path."
+        )
     if changed and named:
         logger.warning(f"Resuming {checkpoint} with other arguments: it was written with {'; '.join(changed)}.")
     elif changed:
@@ -160,7 +164,17 @@ class Resumable(Hooks):
         last = checkpoints(self._output) if resume_from_checkpoint is True else []
         self._resumed = Path(str(resume_from_checkpoint)) if isinstance(resume_from_checkpoint, str) else None
         self._resumed = last[0] if last else self._resumed
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        # The last steps are too few for the watch.
+        self._check_weights()
+        return output
+
+    def _check_weights(self) -> None:
+        if not self.allow_nonfinite and not self.is_fsdp_enabled:
+            remedy = (
+                "nothing was saved, and the checkpoints before are good; lower the learning rate, or clip gradients."
+            )
+            check_weights({"The student": self.model}, remedy)
 
     @property
     def _output(self) -> str:
@@ -175,17 +189,15 @@ class Resumable(Hooks):
                 self.watch.update(step, step / max(self.state.max_steps, 1) * self.state.num_train_epochs)
         return loss
 
+    def loading(self, folder: str) -> Any:
+        return states.taking_up(folder)
+
     def saving(self, folder: Path) -> Any:
-        if not self.allow_nonfinite and not self.is_fsdp_enabled:
-            remedy = (
-                "nothing was saved, and the checkpoints before are good; lower the learning rate, or clip gradients."
-            )
-            check_weights({"The student": self.model}, remedy)
+        self._check_weights()
         # A checkpoint of that name may be left from a run that went further.
         if self.args.should_save:
             (folder / states.MANIFEST).unlink(missing_ok=True)
-        # Every library has errors of its own for a full disk.
-        return told(f"{folder} cannot be written", Exception, remedy="make room, or mend the rights of its folder.")
+        return states.writing(folder)
 
     def saved(self, folder: Path) -> None:
         states.write_json(folder / self._losses, self.loss_sums)

@@ -77,6 +77,10 @@ class Hooks(Trainer):
     def optimizer_loaded(self, folder: str) -> None:
         """Called when a checkpoint's optimizer has been read."""
 
+    def loading(self, folder: str) -> AbstractContextManager[Any]:
+        """What surrounds the reading of a checkpoint: of the model, then of the optimizer."""
+        return nullcontext()
+
     def saving(self, folder: Path) -> AbstractContextManager[Any]:
         """What surrounds the writing of a checkpoint."""
         return nullcontext()
@@ -176,10 +180,16 @@ class Hooks(Trainer):
             if self.args.should_save:
                 rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
 
+    def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
+        with self.loading(checkpoint):
+            super()._load_from_checkpoint(checkpoint, model)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self.optimizer_loaded(checkpoint)
+        if checkpoint is None:
+            return
+        with self.loading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+        self.optimizer_loaded(checkpoint)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._begun = False

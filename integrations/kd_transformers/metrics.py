@@ -10,17 +10,22 @@ import numpy as np
 from scipy import stats
 from sklearn import metrics
 from transformers import EvalPrediction
+from transformers.utils import logging
 
-from kd_plugins.errors import did_you_mean, told
+from kd_plugins.errors import DistillError, did_you_mean, told
 from kd_transformers.compat import averages
+
+logger = logging.get_logger(__name__)
 
 _LOCAL: dict[str, Callable[[Any, Any, str], Any]] = {
     "accuracy": lambda truth, guess, average: metrics.accuracy_score(truth, guess),
     "f1": lambda truth, guess, average: metrics.f1_score(truth, guess, average=average),
     "matthews_correlation": lambda truth, guess, average: metrics.matthews_corrcoef(truth, guess),
-    "pearsonr": lambda truth, guess, average: stats.pearsonr(truth, guess)[0],
-    "spearmanr": lambda truth, guess, average: stats.spearmanr(truth, guess)[0],
+    "pearsonr": lambda truth, guess, average: correlation(stats.pearsonr, truth, guess),
+    "spearmanr": lambda truth, guess, average: correlation(stats.spearmanr, truth, guess),
 }
+# Those that score other problems than one class of several.
+_FITTING = {"regression": {"pearsonr", "spearmanr"}, "multi_label_classification": {"accuracy", "f1"}}
 # As GLUE scores its tasks; the others by accuracy.
 _GLUE = {
     "cola": ["matthews_correlation"],
@@ -56,14 +61,23 @@ def build_metrics(names: Sequence[str], problem: str, classes: int) -> Callable[
         names: Of those that need no network, of modules on the hub, or paths of modules.
         problem: transformers' name of the kind of problem.
         classes: Number of classes.
+
+    Raises:
+        DistillError: A metric does not fit the problem, or cannot be loaded.
     """
+    fitting = _FITTING.get(problem, set(_LOCAL))
+    if unfit := [name for name in names if name in _LOCAL and name not in fitting]:
+        raise DistillError(
+            f"--metric {', '.join(unfit)} does not score a {problem.replace('_', ' ')} problem, which the labels make:"
+            f" expected {' or '.join(sorted(fitting))}, or a module of evaluate."
+        )
     multi = problem == "multi_label_classification"
     average = "micro" if multi else "macro" if classes > 2 else "binary"
     found = [_metric(name, "multilabel" if multi else None, average) for name in dict.fromkeys(names)]
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
         guess, labels = decide(logits_of(prediction.predictions), problem), prediction.label_ids
-        truth = labels.astype(np.int64) if multi else np.squeeze(labels)
+        truth = labels.astype(np.int64) if multi else labels.reshape(len(labels))
         return {name: value for metric in found for name, value in metric(truth, guess).items()}
 
     return compute
@@ -79,7 +93,7 @@ def decide(logits: np.ndarray, problem: str) -> np.ndarray:
 def agreement(student: np.ndarray, teacher: np.ndarray, problem: str) -> float:
     """How far two networks say the same of the same inputs.
 
-    The share of equal decisions, or of a regression Pearson's correlation.
+    The share of equal decisions, or of a regression Pearson's correlation (0 where that has none).
 
     Args:
         student: Logits `[B, classes]`.
@@ -87,7 +101,19 @@ def agreement(student: np.ndarray, teacher: np.ndarray, problem: str) -> float:
         problem: transformers' name of the kind of problem.
     """
     ours, theirs = decide(student, problem), decide(teacher, problem)
-    return float(np.corrcoef(ours, theirs)[0, 1]) if problem == "regression" else float((ours == theirs).mean())
+    if problem == "regression":
+        return correlation(stats.pearsonr, theirs, ours)
+    return float((ours == theirs).mean())
+
+
+def correlation(kind: Callable[[Any, Any], Any], truth: np.ndarray, guess: np.ndarray) -> float:
+    """A correlation of numbers `[B]`; 0 with a warning where all of one side are equal, which has none."""
+    flat = [who for who, values in (("labels", truth), ("predictions", guess)) if np.ptp(values) == 0]
+    if flat:
+        told = f"All {len(truth)} {' and '.join(flat)} are equal, so no correlation is defined"
+        logger.warning(f"{told}: it counts as 0.")
+        return 0.0
+    return float(kind(truth, guess)[0])
 
 
 def logits_of(predictions: Any) -> np.ndarray:

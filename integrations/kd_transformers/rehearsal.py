@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import EvalPrediction, Trainer, TrainingArguments, get_scheduler
-from transformers.utils import logging
+from transformers.utils import is_liger_kernel_available, logging
 
 from kd_plugins.errors import DistillError, told
 
@@ -22,6 +22,8 @@ _PLAIN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "ad
 
 def check_recipe(training: TrainingArguments) -> None:
     """Makes optimizer and schedule of one parameter, so that what is wrong with them is said before any training."""
+    if training.use_liger_kernel and not is_liger_kernel_available():
+        raise DistillError("--use_liger_kernel needs a package that is not here: pip install liger-kernel.")
     with told("Optimizer and schedule cannot be made with these arguments", Exception):
         made: torch.optim.Optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=training.learning_rate)
         if training.optim in _PLAIN_OPTIMIZERS:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers.utils import logging
 
 from kd_plugins.errors import DistillError, told
+from kd_plugins.finite import check_weights
 from kd_plugins.methods.internal import uniform
 from kd_transformers.cache import Absent, files_id
 from kd_transformers.checks import class_names, class_order
@@ -46,6 +47,7 @@ def from_checkpoint(name: str, labels: Labels, *, fresh_head: bool, **hub: Any) 
             name, config=config, output_loading_info=True, ignore_mismatched_sizes=fresh_head, **hub
         )
     _check_weights(name, info["missing_keys"], fresh_head)
+    check_weights({f"The checkpoint {name}": model}, "take weights that were trained to their end.")
     return model
 
 

@@ -19,19 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import disable_progress_bars
-from transformers import (
-    DataCollatorWithPadding,
-    EvalPrediction,
-    Trainer,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import DataCollatorWithPadding, EvalPrediction, Trainer, TrainerCallback, set_seed
 from transformers.utils import logging
 
 from kd_accelerate.command import Stopped, run_command, signals
 from kd_plugins import Batch, View
 from kd_plugins.catalog.registry import distiller_classes, from_json, options_from_strings
 from kd_plugins.errors import DistillError, told
+from kd_plugins.finite import check_loss
 from kd_plugins.states import MANIFEST, damage, read_json, seal, write_json
 from kd_report import page_hint
 from kd_report.measures import decisions
@@ -151,7 +146,7 @@ class Session:
             check_best(training.metric_for_best_model, self.compute_metrics, rows, self.labels.count)
         self.timer = _StepTimer()
         self.checkpoint = asked_for(training, self._fingerprint)
-        with told("The training cannot be set up with these arguments", Exception):
+        with told("The training cannot be set up with these arguments", ImportError, OSError, RuntimeError, ValueError):
             self.trainer = self._trainer()
         self.trainer.facts = {"arguments": self._fingerprint} if training.do_train else {}
         self.trainer.allow_nonfinite = self.arguments.model.allow_nonfinite
@@ -196,6 +191,8 @@ class Session:
         training = self.arguments.training
         self._forget_torn_results()
         if self.trains_teacher:
+            if isinstance(self.trainer, DistillationTrainer):
+                self.trainer.rehearse()
             self._train_teacher(self.teachers[0])
         if self.arguments.distillation.cache_teacher and training.do_train:
             self.trainer.train_dataset = self._cached(self.train_set)
@@ -472,6 +469,8 @@ class Session:
     def _evaluate(self) -> None:
         trainer, problem = self.trainer, self.labels.problem
         predicted = trainer.predict(self.evaluation_set, metric_key_prefix="eval")
+        if not self.trainer.allow_nonfinite:
+            check_loss(predicted.metrics["eval_loss"])
         metrics: dict[str, Any] = {**predicted.metrics, "eval_samples": len(predicted.label_ids)}
         told: list[np.ndarray] = []
         if self.teachers:

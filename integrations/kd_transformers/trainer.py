@@ -405,6 +405,20 @@ class DistillationTrainer(Resumable):
                 peer.load_state_dict(state)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def rehearse(self) -> None:
+        """Sets copies of everything up on one batch, for a training that is to begin only after something long.
+
+        Raises:
+            DistillError: The method does not fit the networks or the data.
+        """
+        distiller, student, *others = copy.deepcopy([self._unused, self.model, *self.teachers, *self.peer_models])
+        networks = [adapt(network.to(self.args.device)) for network in (student, *others)]
+        count = len(self.teachers) + 1
+        nets = connect(distiller, networks[0], networks[1:count], networks[count:])
+        batch = next(self._pass(self.get_train_dataloader()), None)
+        if batch is not None:
+            set_up(distiller, nets, batch)
+
     def search_options(self, found: Mapping[str, Any]) -> None:
         if self.distiller is None or self._named is None:
             raise DistillError(

@@ -157,7 +157,7 @@ def from_json(source: str | Path | Mapping[str, Any]) -> Distiller:
     Args:
         source: A path to a JSON file, or the dict.
     """
-    config = source if isinstance(source, Mapping) else read_json(source)
+    config = read_json(source) if isinstance(source, (str, Path)) else source
     if not isinstance(config, Mapping) or "distiller" not in config:
         got = f"the keys {list(config)}" if isinstance(config, Mapping) else type(config).__name__
         raise DistillError(f"expected a config with the key 'distiller', got {got} — see config_of()")

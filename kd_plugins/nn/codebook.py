@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError
+from kd_plugins.states import damage, replacing, seal, writing
 
 __all__ = ["Sample", "cached_codebook", "fingerprint_of", "fit_codebook"]
 
@@ -102,11 +101,11 @@ def fit_codebook(vectors: Tensor, words: int, seed: int, least: int = 0) -> tupl
 def cached_codebook(
     vectors: Tensor, words: int, seed: int, folder: str | Path, described: Mapping[str, Any], least: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """`fit_codebook`, or what it gave the last time for the same vectors, as a file of a folder.
+    """`fit_codebook`, or what it gave the last time for the same vectors, as a sealed folder (`kd_plugins.states`).
 
-    The file is named by the hash of everything that the codebook depends on: the vectors themselves, so that any change
+    It is named by the hash of everything that the codebook depends on: the vectors themselves, so that any change
     of data, augmentation or teacher is seen; the number of words, the seed, the version of scikit-learn; and what the
-    caller says. It stands in the JSON file beside it.
+    caller says. All of that stands in its manifest.
 
     Args:
         vectors: As `fit_codebook` takes them.
@@ -115,6 +114,9 @@ def cached_codebook(
         folder: The cache; made if it is not there.
         described: What else tells this codebook from others, as JSON: the teacher's hash, its layer, the pooling.
         least: As `fit_codebook` takes it.
+
+    Raises:
+        DistillError: The vectors give no codebook, or it cannot be written.
     """
     from safetensors.torch import load_file, save_file
 
@@ -127,21 +129,19 @@ def cached_codebook(
         "vectors": {"shape": list(vectors.shape), "sha256": fingerprint_of({"vectors": vectors})},
         "scikit-learn": version("scikit-learn"),
     }
-    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-    name = hashlib.sha256(text.encode()).hexdigest()[:24]
-    folder = Path(folder)
-    path, beside = folder / f"{name}.safetensors", folder / f"{name}.json"
-    if path.is_file() and beside.is_file() and beside.read_text(encoding="utf-8") == text:
+    name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
+    entry = Path(folder) / name
+    path = entry / "codebook.safetensors"
+    # Another run's is taken once it is whole, and made anew where it is damaged.
+    if not damage(entry, [path.name]):
         stored = load_file(path)
         return stored["codebook"], stored["counts"]
     codebook, counts = fit_codebook(vectors, words, seed, least)
-    folder.mkdir(parents=True, exist_ok=True)
-    # Under another name first: a run beside this one never sees half a file.
-    with tempfile.TemporaryDirectory(dir=folder) as unfinished:
-        save_file({"codebook": codebook, "counts": counts}, Path(unfinished) / path.name)
-        (Path(unfinished) / beside.name).write_text(text, encoding="utf-8")
-        os.replace(Path(unfinished) / path.name, path)
-        os.replace(Path(unfinished) / beside.name, beside)
+    with writing(entry):
+        entry.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial:
+            save_file({"codebook": codebook, "counts": counts}, partial)
+        seal(entry, **content)
     return codebook, counts
 
 

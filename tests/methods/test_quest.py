@@ -15,7 +15,7 @@ from image_kit import image_classifier, image_trainer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kd_plugins import Batch, DistillError, bind, create_distiller, make_optimizers, play
+from kd_plugins import Batch, DistillError, bind, create_distiller, make_optimizers, play, states
 from kd_plugins import functional as KF
 from kd_plugins.methods import quest as quest_method
 from kd_plugins.methods.quest import QUEST
@@ -307,9 +307,17 @@ def test_the_cache_is_refitted_when_anything_differs(tmp_path, monkeypatch):
         again, fitted = words(**unchanged)
         assert fitted == 0
         assert torch.equal(again, first)
-    names = {path.suffix for path in tmp_path.iterdir()}
-    assert names == {".json", ".safetensors"}
-    assert len(list(tmp_path.iterdir())) == 2 * (1 + len(different))
+    assert len(list(tmp_path.iterdir())) == 1 + len(different)
+    assert not any(states.damage(entry, ["codebook.safetensors"]) for entry in tmp_path.iterdir())
+    for path in tmp_path.glob("*/codebook.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    again, fitted = words()
+    assert fitted == 1
+    assert torch.equal(again, first)
+    assert words()[1] == 0
+    (tmp_path / "file").touch()
+    with pytest.raises(DistillError, match="cannot be written"):
+        words(cache=str(tmp_path / "file"))
 
 
 # The picture

@@ -120,6 +120,19 @@ def test_resume_refuses_other_settings(run):
         run("--resume", str(first.folder.parent / "nothing"))
 
 
+def test_a_run_over_an_earlier_one_leaves_no_state_of_it(run, tmp_path):
+    earlier = run("--epochs", "2", name="parts")
+    assert (earlier.folder / "state.old").is_dir()
+    weights = load_file(earlier.folder / "last.safetensors")
+    weights["fc.bias"].fill_(math.nan)
+    save_file(weights, tmp_path / "broken.safetensors")
+    with pytest.raises(DistillError, match="has a NaN or an infinity in"):
+        run("--initial-checkpoint", str(tmp_path / "broken.safetensors"), name="parts")
+    assert (earlier.folder / "state.old").is_dir()
+    run("--epochs", "1", "--seed", "3", name="parts")
+    assert not (earlier.folder / "state.old").exists()
+
+
 def test_a_damaged_state_is_skipped_for_the_one_before_it(run, caplog):
     whole = run("--epochs", "3", name="whole")
     parts = run("--epochs", "3", "--resume", "auto", name="parts")

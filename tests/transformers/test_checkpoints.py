@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from kd_plugins import DistillError, states
 from kd_transformers import compat
+from kd_transformers.checkpoints import check_same_run
 
 # Six steps of eight; logs and checkpoints fall apart.
 RUN: dict[str, Any] = dict(max_steps=6, logging_steps=4, save_strategy="steps", save_steps=2)
@@ -70,6 +71,30 @@ def test_no_step_follows_the_last(whole, tmp_path) -> None:
     assert again.training_loss == result.training_loss
 
 
+def test_one_of_another_student_or_optimizer_is_refused(whole, tmp_path) -> None:
+    distiller, _, _, folder = whole
+    for student in (bert(hidden_size=32), bert(3)):
+        with pytest.raises(DistillError, match=r"checkpoint-4 cannot be read \((Runtime|Value)Error: .*another run"):
+            trainer(tmp_path, distiller, student=student, **RUN).train(str(folder / "checkpoint-4"))
+    checkpoint = tmp_path / "checkpoint-2"
+    checkpoint.mkdir()
+    states.seal(checkpoint, arguments={"optim": "adamw_torch", "seed": 1})
+    check_same_run(checkpoint, {"optim": "adamw_torch", "seed": 2}, named=True)
+    with pytest.raises(DistillError, match="the state of --optim adamw_torch, which sgd cannot take up"):
+        check_same_run(checkpoint, {"optim": "sgd", "seed": 1}, named=True)
+
+
+def test_a_rehearsal_says_what_does_not_fit_and_changes_nothing(tmp_path) -> None:
+    with pytest.raises(DistillError, match="no module 'nix'"):
+        trainer(tmp_path, "fitnet", options={"layers": ("nix",)}).rehearse()
+    tried = made(tmp_path / "a", "kd")
+    tried.rehearse()
+    tried.train()
+    plain = made(tmp_path / "b", "kd")
+    plain.train()
+    assert difference(weights(tried.model), weights(plain.model)) == 0.0
+
+
 def test_an_older_one_goes_only_when_the_new_one_is_sealed(tmp_path, monkeypatch) -> None:
     sealed = []
     real = compat.rotate_checkpoints
@@ -110,6 +135,11 @@ def test_a_loss_that_stays_nan_stops_the_run(distiller, tmp_path) -> None:
     with pytest.raises(DistillError, match=r"since step 4 \(epoch"):
         run.train()
     assert run.state.global_step <= 10
+    # The last steps are too few for the watch.
+    run = made(tmp_path, distiller, max_steps=4, save_strategy="no", logging_steps=100)
+    run.add_callback(Breaks())
+    with pytest.raises(DistillError, match="The student has a NaN"):
+        run.train()
     run = made(tmp_path, distiller, max_steps=12, save_strategy="no", logging_steps=100)
     run.allow_nonfinite = True
     run.add_callback(Breaks())

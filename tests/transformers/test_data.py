@@ -331,6 +331,30 @@ def test_metrics_of_multi_label_and_regression_problems(offline):
     assert scores["spearmanr"] == pytest.approx(ranks, abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("problem", "name"),
+    [("regression", "accuracy"), ("multi_label_classification", "pearsonr")],
+)
+def test_a_metric_that_does_not_score_the_problem_is_refused(problem, name):
+    with pytest.raises(DistillError, match=f"--metric {name} does not score a {problem.split('_')[0]}"):
+        build_metrics([name], problem, 2)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_correlation_that_is_not_defined_counts_as_0_and_is_told(rows, offline, caplog):
+    numbers, truth = np.full((rows, 1), 0.5), np.arange(rows, dtype=np.float32)
+    with caplog.at_level("WARNING"):
+        scores = build_metrics(["pearsonr", "spearmanr"], "regression", 1)(EvalPrediction(numbers, truth))
+    assert scores == {"pearsonr": 0.0, "spearmanr": 0.0}
+    assert f"All {rows}" in caplog.text
+    assert "predictions are equal" in caplog.text
+
+
+def test_one_row_is_scored():
+    compute = build_metrics(["accuracy"], "single_label_classification", 2)
+    assert compute(EvalPrediction(np.eye(2)[:1], np.array([0]))) == {"accuracy": 1.0}
+
+
 def test_agreement_counts_equal_decisions():
     ours, theirs = np.array([[1.0, 0], [0, 1], [2, 0], [0, 3]]), np.array([[5.0, 1], [3, 1], [2, 0], [0, 3]])
     assert agreement(ours, theirs, "single_label_classification") == 0.75
