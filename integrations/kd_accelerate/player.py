@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+from kd_accelerate.sharding import check_reached, check_sharded, gather_for_taps, is_sharded
 from kd_plugins import Batch, Distiller, DistillError, Nets, Run
 from kd_plugins.averaging import distributed
 from kd_plugins.distiller import overrides
@@ -18,7 +18,6 @@ from kd_plugins.groups import Group
 
 __all__ = ["TurnPlayer"]
 
-_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 class TurnPlayer(Run):
@@ -27,7 +26,12 @@ class TurnPlayer(Run):
     Only the host's own optimizer is prepared by Accelerate: a second prepared optimizer would step the same gradient
     scaler, and divide shared parameters' gradients by the scale twice. Each extra group has a scaler of its own.
 
-    With several processes every turn runs without DDP's reducer, and gradients are averaged by hand at the accumulation
+    A student that is sharded (FSDP2, DeepSpeed ZeRO) has its gradients averaged by what shards it, and runs every forward
+    to its end; where layers are read, FSDP2 keeps its weights from the forward to the backward, whose gradients may begin
+    inside a layer. Clipping is joint but under DeepSpeed, which clips and steps the student within the backward: the own
+    parts are then clipped on their own.
+
+    With several processes every turn of any other runs without DDP's reducer, and gradients are averaged by hand at the accumulation
     boundary, which is exact for taps, early stops, unused parameters and several forwards. A method of one turn that
     reads logits alone and has no parts of its own leaves DDP as it is.
 
@@ -41,7 +45,8 @@ class TurnPlayer(Run):
             gradient; None does not clip.
 
     Raises:
-        DistillError: The student is sharded (FSDP, DeepSpeed), or fp16 meets a stage that does not train the student.
+        DistillError: The student is sharded and the method does not fit that, or fp16 meets a stage that does not train
+            the student.
     """
 
     nets: Nets
@@ -57,11 +62,10 @@ class TurnPlayer(Run):
         model: nn.Module | None = None,
         max_grad_norm: float | None = None,
     ) -> None:
-        if accelerator.distributed_type in _SHARDED:
-            raise DistillError(
-                f"Distillation under {accelerator.distributed_type.value} is not supported yet: taps and turns need"
-                " whole parameters. Use DDP (torchrun, accelerate launch), or train without a distiller."
-            )
+        self.sharded = is_sharded(accelerator)
+        if self.sharded:
+            check_sharded(distiller, nets)
+            gather_for_taps(distiller, nets)
         super().__init__(distiller, optimizer, nets, max_grad_norm=max_grad_norm)
         self.accelerator = accelerator
         forward = nets.student.forward
@@ -89,7 +93,7 @@ class TurnPlayer(Run):
 
     @property
     def by_hand(self) -> bool:
-        return self.joined and not self._reduced
+        return self.joined and not self._reduced and not self.sharded
 
     def autocast(self) -> AbstractContextManager[Any]:
         return self.accelerator.autocast()
@@ -111,6 +115,8 @@ class TurnPlayer(Run):
     def after_backward(self) -> None:
         super().after_backward()
         if self.sync:
+            if self.sharded:
+                check_reached(self.distiller, self.student)
             self._unscale_own()
 
     def _unscale_own(self) -> None:

@@ -17,6 +17,7 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from kd_accelerate import TurnPlayer
+from kd_accelerate.sharding import is_sharded
 from kd_accelerate.streams import StagedDataset, Streams
 from kd_plugins import Batch, Distiller, DistillError, Nets, Reads, create_distiller
 from kd_plugins.binding import connect, needs_in, needs_of_stages, needs_pass, prepare, schedule, set_up
@@ -125,7 +126,8 @@ class DistillationTrainer(Resumable):
             return
         if not (self.teachers or self.peer_models) and self.distiller.teachers:
             self.teachers = list(absent_teachers(self.train_dataset))
-        check_host(self.args, fsdp=self.is_fsdp_enabled, deepspeed=self.is_deepspeed_enabled)
+        check_host(self.args)
+        is_sharded(self.accelerator)
         if not self.distiller.data:
             raise DistillError(
                 f"{self.distiller.name} makes its own data and Trainer needs a data set: use kd-timm-train or a bare"
