@@ -19,21 +19,19 @@ from kd_plugins.groups import Group
 __all__ = ["TurnPlayer"]
 
 
-
 class TurnPlayer(Run):
     """Plays a distiller's turns under an Accelerator: `Run` with its precision, accumulation and processes.
 
     Only the host's own optimizer is prepared by Accelerate: a second prepared optimizer would step the same gradient
     scaler, and divide shared parameters' gradients by the scale twice. Each extra group has a scaler of its own.
 
-    A student that is sharded (FSDP2, DeepSpeed ZeRO) has its gradients averaged by what shards it, and runs every forward
-    to its end; where layers are read, FSDP2 keeps its weights from the forward to the backward, whose gradients may begin
-    inside a layer. Clipping is joint but under DeepSpeed, which clips and steps the student within the backward: the own
-    parts are then clipped on their own.
+    A student that is sharded (FSDP2, DeepSpeed ZeRO) has its gradients averaged by what shards it, and every forward
+    of it runs to its end. Where layers are read, FSDP2 keeps its weights until the backward, which may begin inside a layer.
+    Clipping is joint but under DeepSpeed, which clips and steps the student in the backward, and the own parts apart.
 
-    With several processes every turn of any other runs without DDP's reducer, and gradients are averaged by hand at the accumulation
-    boundary, which is exact for taps, early stops, unused parameters and several forwards. A method of one turn that
-    reads logits alone and has no parts of its own leaves DDP as it is.
+    With several processes every turn of any other runs without DDP's reducer, and gradients are averaged by hand at the
+    accumulation boundary, which is exact for taps, early stops, unused parameters and several forwards. A method of one
+    turn that reads logits alone and has no parts of its own leaves DDP as it is.
 
     Args:
         accelerator: The host's accelerator.

@@ -536,7 +536,10 @@ class DistillationTrainer(Resumable):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
-        if self.distiller is not None and self.distiller.ready and self.args.should_save and not _internal_call:
+        if self.distiller is None or not self.distiller.ready or _internal_call:
+            return
+        self.save_shards_whole(output_dir or str(self.args.output_dir))
+        if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             to_json(self.distiller, folder / "distiller.json")
             save_weights(self.distiller, folder / "distiller.safetensors")
