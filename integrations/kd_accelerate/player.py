@@ -25,8 +25,8 @@ class TurnPlayer(Run):
     Only the host's own optimizer is prepared by Accelerate: a second prepared optimizer would step the same gradient
     scaler, and divide shared parameters' gradients by the scale twice. Each extra group has a scaler of its own.
 
-    A student that is sharded (FSDP2, DeepSpeed ZeRO) has its gradients averaged by what shards it, and every forward
-    of it runs to its end. Where layers are read, FSDP2 keeps its weights until the backward, which may begin inside a layer.
+    A student that is sharded (FSDP2, DeepSpeed ZeRO) has its gradients averaged by what shards it; its forwards
+    run to their end. Where layers are read, FSDP2 keeps its weights until the backward, as it may start in a layer.
     Clipping is joint but under DeepSpeed, which clips and steps the student in the backward, and the own parts apart.
 
     With several processes every turn of any other runs without DDP's reducer, and gradients are averaged by hand at the
