@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from kd_accelerate.sharding import check_reached, check_sharded, gather_for_taps, is_sharded
 from kd_plugins import Batch, Distiller, DistillError, Nets, Run
@@ -82,6 +84,13 @@ class TurnPlayer(Run):
         self._reduced = plain and not needs.student.taps and needs.student.logits and not self.groups
 
     @property
+    def plain_optimizer(self) -> Optimizer:
+        inner = super().plain_optimizer
+        while hasattr(inner, "optimizer"):  # DeepSpeed wraps once more.
+            inner = inner.optimizer
+        return inner
+
+    @property
     def sync(self) -> bool:
         return bool(self.accelerator.sync_gradients)
 
@@ -113,9 +122,16 @@ class TurnPlayer(Run):
     def after_backward(self) -> None:
         super().after_backward()
         if self.sync:
-            if self.sharded:
+            if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+                self.clip_apart()
+            elif self.sharded:
                 check_reached(self.distiller, self.student)
             self._unscale_own()
+
+    def clip_apart(self) -> None:
+        """Clips the own parts alone."""
+        if self.max_grad_norm is not None and self.clip_parameters:
+            nn.utils.clip_grad_norm_(self.clip_parameters, self.max_grad_norm)
 
     def _unscale_own(self) -> None:
         """Divides the own group's gradients by the host's loss scale; an overflow leaves them out of this update."""

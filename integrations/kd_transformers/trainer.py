@@ -88,7 +88,7 @@ class DistillationTrainer(Resumable):
 
     Raises:
         DistillError: A combination that cannot work, in one sentence, before any training: a task that the method does
-            not fit, other classes or tokens in teacher and student, no teacher, DataParallel, FSDP or DeepSpeed.
+            not fit, other classes or tokens in teacher and student, no teacher, DataParallel, FSDP1.
     """
 
     lr_scheduler: Any
@@ -536,16 +536,26 @@ class DistillationTrainer(Resumable):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
-        if self.distiller is None or not self.distiller.ready or _internal_call:
+        if not _internal_call:
+            self._save_beside(output_dir)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        self._save_beside(None)
+        return super().push_to_hub(*args, **kwargs)
+
+    def _save_beside(self, folder: str | None) -> None:
+        """Writes what is saved beside the student, and the student in one piece where Trainer does not."""
+        if self.distiller is None or not self.distiller.ready:
             return
-        self.save_shards_whole(output_dir or str(self.args.output_dir))
+        path = Path(folder or str(self.args.output_dir))
+        self.save_shards_whole(str(path))
         if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            to_json(self.distiller, folder / "distiller.json")
-            save_weights(self.distiller, folder / "distiller.safetensors")
-            self.distiller.export(folder)
+            path.mkdir(parents=True, exist_ok=True)
+            to_json(self.distiller, path / "distiller.json")
+            save_weights(self.distiller, path / "distiller.safetensors")
+            self.distiller.export(path)
             for i, peer in enumerate(self.peer_models, 1):
-                export(peer, folder / f"peer{i}")
+                export(peer, path / f"peer{i}")
 
     def create_model_card(self, *args: Any, gain: Gain | None = None, **kwargs: Any) -> None:
         """Trainer's card, with method, paper, options, teachers and data of the distillation.

@@ -77,7 +77,8 @@ class OnCPU(DistillationTrainer):
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         loss = super().training_step(model, *args, **kwargs)
-        assert (self.args.world_size == 1) == (not any(isinstance(p, DTensor) for p in self.model.parameters()))
+        sharded = any(isinstance(p, DTensor) for p in self.model.parameters())
+        assert sharded == (self.args.fsdp_plugin_args is not None)
         return loss
 
 
