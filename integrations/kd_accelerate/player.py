@@ -64,7 +64,8 @@ class TurnPlayer(Run):
     ) -> None:
         self.sharded = is_sharded(accelerator)
         if self.sharded:
-            check_sharded(distiller, nets)
+            plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+            check_sharded(distiller, nets, zero=plugin.zero_stage if plugin is not None else 0)
             gather_for_taps(distiller, nets)
         super().__init__(distiller, optimizer, nets, max_grad_norm=max_grad_norm)
         self.accelerator = accelerator

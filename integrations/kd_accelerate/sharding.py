@@ -31,9 +31,16 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return kind in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
-def check_sharded(distiller: Distiller, nets: Nets) -> None:
-    """Refuses methods that need the student's weights as they are between its forward and its own backward."""
+def check_sharded(distiller: Distiller, nets: Nets, *, zero: int = 0) -> None:
+    """Refuses methods that need the student's weights as they are between its forward and its own backward.
+
+    Args:
+        distiller: The method.
+        nets: The networks.
+        zero: DeepSpeed's stage; 3 frees the weights after the forward.
+    """
     reason = ""
+    inside = any(needs.student.taps and not needs.student.logits for needs in needs_of_stages(distiller))
     if any(distiller.shared(nets).values()):
         reason = "moves weights of the student in a turn beside its own"
     elif any(stage.fresh_student for stage in distiller.stages()):
@@ -42,6 +49,8 @@ def check_sharded(distiller: Distiller, nets: Nets) -> None:
         reason = "has a stage that leaves the student alone"
     elif len(nets.peers) > 1:
         reason = "trains peers, which nobody shards"
+    elif zero == 3 and inside:
+        reason = "has a phase whose backward begins inside a layer, where ZeRO-3 has freed the weights (ZeRO-2 has not)"
     if reason:
         raise DistillError(
             f"Expected a method that a sharded student fits (FSDP, DeepSpeed), got {distiller.name}, which {reason}:"

@@ -72,6 +72,7 @@ def test_export_is_whole(fsdp: Path) -> None:
         ("afd", "moves weights of the student in a turn beside its own"),
         ("dfa", "begins with the student's first weights anew"),
         ("ksanc", "leaves the student alone"),
+        ("internal", "begins inside a layer"),
     ],
 )
 def test_refusals(name: str, reason: str) -> None:
@@ -79,7 +80,7 @@ def test_refusals(name: str, reason: str) -> None:
     distiller = create_distiller(name)
     nets = bind(distiller, bert(), teacher())
     with pytest.raises(DistillError, match=reason):
-        check_sharded(distiller, nets)
+        check_sharded(distiller, nets, zero=3)
 
 
 def test_other_shards_are_refused() -> None:
