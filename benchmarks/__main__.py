@@ -19,6 +19,7 @@ NAMES = {
     "filters": "a picture of networks' first filters",
     "results": "the tables of docs/results.md, from the runs' results",
     "timm_parity": "timm's own train.py and kd-timm-train with the same flags",
+    "trainer_tests": "transformers' own Trainer tests, with DistillationTrainer in Trainer's place",
     "idx_data": "MNIST and Fashion-MNIST as parquet files",
     "demo_data": "the demo's training paragraphs, a part of them held out to choose its settings on",
 }
@@ -27,7 +28,7 @@ NAMES = {
 def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1] not in NAMES:
         print(
-            "usage: python -m benchmarks NAME [options]\n" + "\n".join(f"  {n:11} {what}" for n, what in NAMES.items())
+            "usage: python -m benchmarks NAME [options]\n" + "\n".join(f"  {n:13} {what}" for n, what in NAMES.items())
         )
         return 2
     return int(importlib.import_module(f"benchmarks.{sys.argv[1]}").main(sys.argv[2:]))

@@ -1,6 +1,6 @@
 """Runs transformers' own Trainer tests twice, as they are and with DistillationTrainer in Trainer's place.
 
-    python benchmarks/trainer_tests.py CHECKOUT [PYTEST OPTIONS]
+    python -m benchmarks trainer_tests CHECKOUT [PYTEST OPTIONS]
 
 CHECKOUT is a clone of transformers at the tag of the installed version, which is what is tested; of the clone only the
 tests are used, `tests/trainer` where no test is named. Prints the number of tests of each outcome and every test whose

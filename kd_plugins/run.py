@@ -253,8 +253,8 @@ class Run(Saving):
             self._finish()
             return
         self._step_held(self._last)
-        if self.by_hand:
-            for parameters in (self.student, self.clip_parameters):
+        if self.joined:
+            for parameters in (self.student if self.by_hand else [], self.clip_parameters):
                 averaged = average_gradients([p.grad for p in parameters], parameters)
                 for parameter, gradient in zip(parameters, averaged, strict=True):
                     parameter.grad = gradient

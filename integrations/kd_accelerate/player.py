@@ -10,15 +10,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from kd_accelerate.sharding import check_reached, check_sharded, gather_for_taps, is_sharded
 from kd_plugins import Batch, Distiller, DistillError, Nets, Run
 from kd_plugins.authors import overrides
 from kd_plugins.averaging import distributed
 from kd_plugins.groups import Group
 
 __all__ = ["TurnPlayer"]
-
-_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 class TurnPlayer(Run):
@@ -27,9 +27,13 @@ class TurnPlayer(Run):
     Only the host's own optimizer is prepared by Accelerate: a second prepared optimizer would step the same gradient
     scaler, and divide shared parameters' gradients by the scale twice. Each extra group has a scaler of its own.
 
-    With several processes every turn runs without DDP's reducer, and gradients are averaged by hand at the accumulation
-    boundary, which is exact for taps, early stops, unused parameters and several forwards. A method of one turn that
-    reads logits alone and has no parts of its own leaves DDP as it is.
+    A student that is sharded (FSDP2, DeepSpeed ZeRO) has its gradients averaged by what shards it; its forwards
+    run to their end. Where layers are read, FSDP2 keeps its weights until the backward, as it may start in a layer.
+    Clipping is joint but under DeepSpeed, which clips and steps the student in the backward, and the own parts apart.
+
+    With several processes every turn of any other runs without DDP's reducer, and gradients are averaged by hand at the
+    accumulation boundary, which is exact for taps, early stops, unused parameters and several forwards. A method of one
+    turn that reads logits alone and has no parts of its own leaves DDP as it is.
 
     Args:
         accelerator: The host's accelerator.
@@ -41,7 +45,8 @@ class TurnPlayer(Run):
             gradient; None does not clip.
 
     Raises:
-        DistillError: The student is sharded (FSDP, DeepSpeed), or fp16 meets a stage that does not train the student.
+        DistillError: The student is sharded and the method does not fit that, or fp16 meets a stage that does not train
+            the student.
     """
 
     nets: Nets
@@ -57,11 +62,11 @@ class TurnPlayer(Run):
         model: nn.Module | None = None,
         max_grad_norm: float | None = None,
     ) -> None:
-        if accelerator.distributed_type in _SHARDED:
-            raise DistillError(
-                f"Distillation under {accelerator.distributed_type.value} is not supported yet: taps and turns need"
-                " whole parameters. Use DDP (torchrun, accelerate launch), or train without a distiller."
-            )
+        self.sharded = is_sharded(accelerator)
+        if self.sharded:
+            plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+            check_sharded(distiller, nets, zero=plugin.zero_stage if plugin is not None else 0)
+            gather_for_taps(distiller, nets)
         super().__init__(distiller, optimizer, nets, max_grad_norm=max_grad_norm)
         self.accelerator = accelerator
         forward = nets.student.forward
@@ -80,6 +85,13 @@ class TurnPlayer(Run):
         self._reduced = plain and not needs.student.taps and needs.student.logits and not self.groups
 
     @property
+    def plain_optimizer(self) -> Optimizer:
+        inner = super().plain_optimizer
+        while hasattr(inner, "optimizer"):  # DeepSpeed wraps once more.
+            inner = inner.optimizer
+        return inner
+
+    @property
     def sync(self) -> bool:
         return bool(self.accelerator.sync_gradients)
 
@@ -89,7 +101,7 @@ class TurnPlayer(Run):
 
     @property
     def by_hand(self) -> bool:
-        return self.joined and not self._reduced
+        return self.joined and not self._reduced and not self.sharded
 
     def autocast(self) -> AbstractContextManager[Any]:
         return self.accelerator.autocast()
@@ -111,7 +123,16 @@ class TurnPlayer(Run):
     def after_backward(self) -> None:
         super().after_backward()
         if self.sync:
+            if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+                self.clip_apart()
+            elif self.sharded:
+                check_reached(self.distiller, self.student)
             self._unscale_own()
+
+    def clip_apart(self) -> None:
+        """Clips the own parts alone."""
+        if self.max_grad_norm is not None and self.clip_parameters:
+            nn.utils.clip_grad_norm_(self.clip_parameters, self.max_grad_norm)
 
     def _unscale_own(self) -> None:
         """Divides the own group's gradients by the host's loss scale; an overflow leaves them out of this update."""

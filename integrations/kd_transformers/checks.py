@@ -95,17 +95,12 @@ def inputs_of(model: nn.Module) -> frozenset[str]:
     return _parameters(cls) if issubclass(cls, PreTrainedModel) else frozenset()
 
 
-def check_host(args: TrainingArguments, *, fsdp: bool, deepspeed: bool) -> None:
-    """Refuses ways of training that taps and turns do not survive."""
+def check_host(args: TrainingArguments) -> None:
+    """Refuses ways of training that taps do not survive."""
     if args.n_gpu > 1:
         raise DistillError(
             "Expected one GPU for each process, got DataParallel, which replicates the student in every step, so that"
             " taps read nothing: start one process for each GPU (torchrun, accelerate launch) or make one GPU visible."
-        )
-    if fsdp or deepspeed:
-        raise DistillError(
-            f"Distillation under {'FSDP' if fsdp else 'DeepSpeed'} is not supported yet: taps and turns need whole"
-            " parameters. Use DDP (torchrun, accelerate launch), or train without a distiller."
         )
 
 

@@ -111,6 +111,11 @@ class Hooks(Trainer):
         items: Tensor | int | None = self._get_num_items_in_batch([inputs], self.args.device)
         return items
 
+    def save_shards_whole(self, folder: str) -> None:
+        """Writes a student in one piece where Trainer leaves that out (SHARDED_STATE_DICT); called on all processes."""
+        if self.is_fsdp_enabled and "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+            self._save(folder, state_dict=self.accelerator.get_state_dict(self.model))
+
     @property
     def loss_sums(self) -> list[float]:
         """The losses that have been logged, those that have not, and the step of the last log."""

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from kd_plugins import Batch, Net, View, binding
+from kd_plugins import Batch, DistillError, Net, View, binding
 from kd_transformers.inputs import with_labels
 
 
@@ -69,6 +69,14 @@ class Trained(Net):
         whole = not trainer._drawn or bool(self._batch.streams)
         items = (trainer._items if whole else trainer.count_items(inputs)) if self.counts else None
         self._loss, outputs = trainer.host_loss(model, inputs, items)
+        logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
+        if isinstance(logits, Tensor) and self._loss.requires_grad and not logits.requires_grad:
+            raise DistillError(
+                f"Expected compute_loss of what follows DistillationTrainer in the bases of {type(trainer).__name__} to"
+                " return the output of its own forward, got scores without a gradient (a head that is fused with the"
+                " loss, as in TRL's SFTTrainer): derive a class from it whose compute_loss is Trainer.compute_loss, and"
+                " take that as the base."
+            )
         if items is not None and whole:
             # Everything is divided by the accumulation steps afterwards, which this loss is already.
             self._loss = self._loss * trainer.current_gradient_accumulation_steps

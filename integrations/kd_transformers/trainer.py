@@ -17,6 +17,7 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from kd_accelerate import TurnPlayer
+from kd_accelerate.sharding import is_sharded
 from kd_accelerate.streams import StagedDataset, Streams
 from kd_plugins import Batch, Distiller, DistillError, Nets, Reads, create_distiller
 from kd_plugins.binding import connect, needs_in, needs_of_stages, needs_pass, prepare, schedule, set_up
@@ -87,7 +88,7 @@ class DistillationTrainer(Resumable):
 
     Raises:
         DistillError: A combination that cannot work, in one sentence, before any training: a task that the method does
-            not fit, other classes or tokens in teacher and student, no teacher, DataParallel, FSDP or DeepSpeed.
+            not fit, other classes or tokens in teacher and student, no teacher, DataParallel, FSDP1.
     """
 
     lr_scheduler: Any
@@ -125,7 +126,8 @@ class DistillationTrainer(Resumable):
             return
         if not (self.teachers or self.peer_models) and self.distiller.teachers:
             self.teachers = list(absent_teachers(self.train_dataset))
-        check_host(self.args, fsdp=self.is_fsdp_enabled, deepspeed=self.is_deepspeed_enabled)
+        check_host(self.args)
+        is_sharded(self.accelerator)
         if not self.distiller.data:
             raise DistillError(
                 f"{self.distiller.name} makes its own data and Trainer needs a data set: use kd-timm-train or a bare"
@@ -548,13 +550,26 @@ class DistillationTrainer(Resumable):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
-        if self.distiller is not None and self.distiller.ready and self.args.should_save and not _internal_call:
-            folder = Path(output_dir or self.args.output_dir)
-            to_json(self.distiller, folder / "distiller.json")
-            save_weights(self.distiller, folder / "distiller.safetensors")
-            self.distiller.export(folder)
+        if not _internal_call:
+            self._save_beside(output_dir)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        self._save_beside(None)
+        return super().push_to_hub(*args, **kwargs)
+
+    def _save_beside(self, folder: str | None) -> None:
+        """Writes what is saved beside the student, and the student in one piece where Trainer does not."""
+        if self.distiller is None or not self.distiller.ready:
+            return
+        path = Path(folder or str(self.args.output_dir))
+        self.save_shards_whole(str(path))
+        if self.args.should_save:
+            path.mkdir(parents=True, exist_ok=True)
+            to_json(self.distiller, path / "distiller.json")
+            save_weights(self.distiller, path / "distiller.safetensors")
+            self.distiller.export(path)
             for i, peer in enumerate(self.peer_models, 1):
-                export(peer, folder / f"peer{i}")
+                export(peer, path / f"peer{i}")
 
     def create_model_card(self, *args: Any, gain: Gain | None = None, **kwargs: Any) -> None:
         """Trainer's card, with method, paper, options, teachers and data of the distillation.

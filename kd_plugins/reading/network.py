@@ -37,6 +37,8 @@ class Network:
     """How the attention of such networks is read; None where it is not."""
     channels_last = False
     """Whether modules keep maps as `[B, H, W, C]`."""
+    whole = False
+    """Whether every forward runs to its end, as a network needs whose own hooks gather and free its weights."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -75,7 +77,7 @@ class Network:
         maps: dict[str | int, Tensor] = {}
         record = self.tap.record(
             list(calls),
-            stop=bool(calls) and not reads.logits and not self._stage_numbers(reads),
+            stop=bool(calls) and not (self.whole or reads.logits or self._stage_numbers(reads)),
             calls=calls,
             replace=replace,
             cut=[self._single(number) for number in reads.cut],

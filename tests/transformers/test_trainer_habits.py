@@ -6,8 +6,10 @@ import copy
 import inspect
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -347,3 +349,68 @@ def test_adapters_of_every_task(tmp_path: Path, model: str) -> None:
     runs[1].save_model(str(tmp_path / "saved"))
     assert "adapter_model.safetensors" in parts(tmp_path / "saved")
     assert "model.safetensors" not in parts(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("method", ["kd", "internal"])
+def test_the_active_adapter_trains(tmp_path: Path, method: str) -> None:
+    """Of several adapters of a student; all are saved, and no more."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"])
+    student = peft.get_peft_model(bert(), config)
+    student.add_adapter("second", config)
+    student.set_adapter("second")
+    before = weights(student)
+    run = trainer(tmp_path, method, {"schedule": "all"} if method == "internal" else {}, student=student, max_steps=1)
+    run.train()
+    names = moved(before, student)
+    assert names
+    assert all(".second." in name for name in names)
+    run.save_model(str(tmp_path / "saved"))
+    assert "model.safetensors" not in parts(tmp_path / "saved")
+    assert "adapter_model.safetensors" in parts(tmp_path / "saved" / "second")
+
+
+# Classes that change the loss
+
+
+class Fused(Trainer):
+    """A loss whose own forward makes no scores, as TRL's SFTTrainer."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        return (loss, {**outputs, "logits": outputs.logits.detach()}) if return_outputs else loss
+
+
+def test_a_fused_head_is_refused(tmp_path: Path) -> None:
+    """Its scores have no gradient; with Trainer's own loss in a class between, it distils."""
+
+    class Mixed(DistillationTrainer, Fused):
+        pass
+
+    with pytest.raises(DistillError, match="whose compute_loss is Trainer.compute_loss"):
+        trainer(tmp_path, cls=Mixed).train()
+
+    class Plain(Fused):
+        compute_loss = Trainer.compute_loss
+
+    class Distils(DistillationTrainer, Plain):
+        pass
+
+    run = trainer(tmp_path, cls=Distils, max_steps=1)
+    run.train()
+    assert logged(run, "distill/kd")[0] > 0
+
+
+def test_what_is_pushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The student, the card, and the distiller beside it."""
+    pushed: list[set[str]] = []
+    hub = huggingface_hub.HfApi
+    monkeypatch.setattr(hub, "create_repo", lambda *_, **__: SimpleNamespace(repo_id="me/student"))
+    monkeypatch.setattr(hub, "upload_folder", lambda *_, folder_path, **__: pushed.append(parts(folder_path)))
+    run = trainer(tmp_path, max_steps=1)
+    run.train()
+    run.push_to_hub(gain={"accuracy": (0.8, 0.3, 1.3)})
+    assert {"README.md", "config.json", "model.safetensors", "distiller.json", "distiller.safetensors"} <= pushed[0]
+    assert "improves accuracy" in (tmp_path / "README.md").read_text()

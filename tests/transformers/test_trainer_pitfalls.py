@@ -452,19 +452,6 @@ def test_p19_data_parallel_is_refused(tmp_path: Path) -> None:
         DistillationTrainer(bert(), args, train_dataset=Texts(), teacher_model=teacher(), distiller="kd")
 
 
-@pytest.mark.parametrize(("name", "flag"), [("FSDP", "is_fsdp_enabled"), ("DeepSpeed", "is_deepspeed_enabled")])
-def test_p19_sharding_is_refused(tmp_path: Path, name: str, flag: str) -> None:
-    """Taps and turns need whole parameters."""
-
-    class Sharded(DistillationTrainer):
-        def create_accelerator_and_postprocess(self) -> None:
-            super().create_accelerator_and_postprocess()
-            setattr(self, flag, True)
-
-    with pytest.raises(DistillError, match=f"{name} is not supported yet"):
-        trainer(tmp_path, cls=Sharded)
-
-
 def test_p20_no_step_waits_for_a_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A log call in compute_loss waits for the device at every micro-step and floods the history.
 

@@ -1,0 +1,77 @@
+"""Students whose weights lie in parts on several processes: what fits them, and what they need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from kd_plugins import Distiller, DistillError, Nets
+from kd_plugins.binding import needs_of_stages
+
+__all__ = ["check_reached", "check_sharded", "gather_for_taps", "is_sharded"]
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether the student is sharded, by FSDP2 or DeepSpeed.
+
+    Raises:
+        DistillError: It is sharded by what has no weights of the student's own shapes: FSDP1, Megatron-LM.
+    """
+    kind = accelerator.distributed_type
+    if kind == DistributedType.MEGATRON_LM or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
+        name = "Megatron-LM" if kind == DistributedType.MEGATRON_LM else "FSDP1"
+        raise DistillError(
+            f"Expected a student that keeps its modules, got {name}, which replaces them, so that taps find nothing:"
+            " use FSDP2 (fsdp_version 2), DeepSpeed ZeRO or DDP."
+        )
+    return kind in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def check_sharded(distiller: Distiller, nets: Nets, *, zero: int = 0) -> None:
+    """Refuses methods that need the student's weights as they are between its forward and its own backward.
+
+    Args:
+        distiller: The method.
+        nets: The networks.
+        zero: DeepSpeed's stage; 3 frees the weights after the forward.
+    """
+    reason = ""
+    inside = any(needs.student.taps and not needs.student.logits for needs in needs_of_stages(distiller))
+    if any(distiller.shared(nets).values()):
+        reason = "moves weights of the student in a turn beside its own"
+    elif any(stage.fresh_student for stage in distiller.stages()):
+        reason = "has a stage that begins with the student's first weights anew"
+    elif any(stage.ends_with != "student" for stage in distiller.stages()):
+        reason = "has a stage that leaves the student alone"
+    elif len(nets.peers) > 1:
+        reason = "trains peers, which nobody shards"
+    elif zero == 3 and inside:
+        reason = "has a phase whose backward begins inside a layer, where ZeRO-3 has freed the weights (ZeRO-2 has not)"
+    if reason:
+        raise DistillError(
+            f"Expected a method that a sharded student fits (FSDP, DeepSpeed), got {distiller.name}, which {reason}:"
+            " use DDP (torchrun, accelerate launch), or another method."
+        )
+
+
+def gather_for_taps(distiller: Distiller, nets: Nets) -> None:
+    """Lets every forward run to its end, and keeps weights for a backward that begins inside a layer."""
+    for net in nets:
+        sharded = isinstance(net.module, FSDPModule)
+        net.network.whole = net is nets.student or sharded
+        if net is nets.student and sharded and any(needs.student.taps for needs in needs_of_stages(distiller)):
+            # Weights that are freed after the forward come back when a gradient passes the output of their layer.
+            net.module.set_reshard_after_forward(False)
+
+
+def check_reached(distiller: Distiller, student: Sequence[nn.Parameter]) -> None:
+    """Refuses a step whose backward never passed an output of a sharded module, so that no gradient was reduced."""
+    if student and all(p.grad is None for p in student):
+        raise DistillError(
+            f"No gradient of {distiller.name} has reached the sharded student: shard its layers, too"
+            " (fsdp_transformer_layer_cls_to_wrap), as what is read lies inside the only sharded module."
+        )

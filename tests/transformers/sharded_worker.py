@@ -1,0 +1,156 @@
+"""One of two processes of trainings whose student is sharded; started by torchrun from test_trainer_sharded.py."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+from trainer_kit import Texts, bert, logged, shifted, teacher, trainer, weights
+
+from kd_plugins import Batch, Distiller, Needs, Nets, Reads
+from kd_plugins.distiller import Turn
+from kd_transformers import DistillationTrainer
+
+RUNS: dict[str, dict[str, Any]] = {
+    "kd": {"options": {"alpha": 0.5}, "gradient_accumulation_steps": 2},
+    "stacked": {"options": {"schedule": "stacked", "gold": 0.5}, "gradient_accumulation_steps": 2},
+    # Gradients that begin inside a layer and never pass its output.
+    "attention": {"options": {"schedule": "stacked", "hidden_weight": 0.0}},
+    "own": {"options": {"schedule": "all", "project": True}, "max_grad_norm": 0.1},
+    "critic": {},
+}
+FSDP: dict[str, Any] = {
+    "fsdp": True,
+    "fsdp_config": {
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": ["BertLayer"],
+        "cpu_ram_efficient_loading": False,
+        "state_dict_type": "SHARDED_STATE_DICT",
+    },
+}
+
+
+class Critic(Distiller):
+    """A judge of its own turn, which tells the student's vectors from the teacher's."""
+
+    def needs(self) -> Needs:
+        return Needs(student=Reads(hidden=(1,)), teacher=Reads(hidden=(1,)))
+
+    def setup(self, nets: Nets, batch: Batch) -> None:
+        torch.manual_seed(0)
+        self.judge = nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def extras(self) -> dict[str, nn.Module]:
+        return {"judge": self.judge}
+
+    def turns(self, nets: Nets, batch: Batch) -> Iterator[Turn]:
+        student, teacher = nets.student(batch), nets.teacher(batch)
+        ours, theirs = (view.hidden[1].mean(1) for view in (student, teacher))
+        told = self.judge(torch.cat([ours.detach(), theirs]))[:, 0]
+        real = torch.arange(len(told)) >= len(ours)
+        yield {"judge": {"told": F.binary_cross_entropy_with_logits(told, real.float())}}
+        yield {"student": {**self.task(student, batch), "fools": F.softplus(-self.judge(ours)).mean()}}
+
+
+class OnCPU(DistillationTrainer):
+    """Accelerate shards on accelerators alone, and trains by DDP on CPUs whatever was asked for; torch shards there."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp_plugin_args is not None:
+            state: Any = self.accelerator.state
+            state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        loss = super().training_step(model, *args, **kwargs)
+        sharded = any(isinstance(p, DTensor) for p in self.model.parameters())
+        assert sharded == (self.args.fsdp_plugin_args is not None)
+        return loss
+
+
+def run_of(name: str, folder: Path, processes: int, **changes: Any) -> Any:
+    """A training at a global batch of 8, however many processes share it."""
+    given = {
+        "distiller": Critic() if name == "critic" else "kd" if name == "kd" else "internal",
+        **RUNS[name],
+        **changes,
+    }
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": 8 // processes,
+        "num_train_epochs": 3,
+        "optim": "sgd",
+        "learning_rate": 0.05,
+        "seed": 5,
+        "data_seed": 5,
+        "accelerator_config": {"use_seedable_sampler": True},
+    }
+    if processes > 1 and "deepspeed" not in changes:
+        settings |= FSDP
+    of = given.pop("of", None) or teacher(**({"hidden_size": 32} if name == "own" else {}))
+    return trainer(folder, of=of, data=Texts(48), cls=OnCPU, **{**settings, **given})
+
+
+def whole(run: Any) -> dict[str, Any]:
+    """All weights of the student and the distiller; of a sharded student, where a process has them."""
+    student = weights(run.model) if run.args.world_size == 1 else run.accelerator.get_state_dict(run.model_wrapped)
+    own = {f"distiller.{k}": v for k, v in weights(run.distiller).items() if not k.endswith("cosine")}
+    return {k: v.detach().clone().contiguous() for k, v in {**(student or {}), **own}.items()}
+
+
+def record(run: Any, folder: Path, name: str) -> None:
+    """Writes what the first process ended with."""
+    state = whole(run)
+    if run.args.process_index == 0:
+        save_file(state, folder / f"{name}.safetensors")
+        log = {term: logged(run, term) for term in ("loss", "grad_norm")}
+        (folder / f"{name}.json").write_text(json.dumps(log))
+
+
+def main(folder: Path) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    for name in RUNS:
+        run = run_of(name, folder / "out", 2)
+        run.train()
+        record(run, folder, name)
+    run.save_model(str(folder / "saved"))
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 5}
+    for name in ("stacked", "own"):
+        run = run_of(name, folder / f"resume {name}", 2, **saving)
+        run.train()
+        record(run, folder, f"{name} unbroken")
+        torch.manual_seed(run.args.process_index)
+        run = run_of(name, folder / f"resume {name}", 2, student=shifted(bert()), **saving)
+        run.train(resume_from_checkpoint=str(folder / f"resume {name}" / "checkpoint-5"))
+        record(run, folder, f"{name} resumed")
+    of = teacher()
+    for module in (*of.bert.encoder.layer, of):
+        fully_shard(module)
+    run = run_of("stacked", folder / "out", 2, of=of)
+    run.train()
+    record(run, folder, "teacher")
+
+
+if __name__ == "__main__":
+    gc.freeze()
+    main(Path(sys.argv[1]))
+    gc.unfreeze()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    # Everything is written: the interpreter's own teardown may abort on a thread of gloo that is still running.
+    sys.stdout.flush()
+    os._exit(0)

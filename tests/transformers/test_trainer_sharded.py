@@ -1,0 +1,93 @@
+"""A student that lies in parts on two processes learns what a whole one learns on one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import transformers as hf
+from accelerate.utils import DistributedType
+from distributed_kit import on_two_processes
+from safetensors.torch import load_file
+from sharded_worker import RUNS, run_of, whole
+from torch import nn
+from trainer_kit import bert, difference, logged, teacher
+
+from kd_accelerate.sharding import check_reached, check_sharded, is_sharded
+from kd_plugins import DistillError, bind, create_distiller
+
+
+@pytest.fixture(scope="module")
+def fsdp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes ended with under FSDP2; one start for all tests, because importing takes most of the time."""
+    folder = tmp_path_factory.mktemp("fsdp")
+    on_two_processes(str(Path(__file__).with_name("sharded_worker.py")), str(folder), timeout=600)
+    return folder
+
+
+def ended(folder: Path, name: str) -> dict[str, Any]:
+    return load_file(folder / f"{name}.safetensors")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", RUNS)
+def test_fsdp_equals_one_process(tmp_path: Path, fsdp: Path, name: str) -> None:
+    """Weights of student, own parts and extra groups, losses and joint norms."""
+    one = run_of(name, tmp_path, 1)
+    one.train()
+    assert difference(ended(fsdp, name), whole(one)) < 1e-5
+    log = json.loads((fsdp / f"{name}.json").read_text())
+    for term in ("loss", "grad_norm"):
+        assert log[term] == pytest.approx(logged(one, term), rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["stacked", "own"])
+def test_resume_of_shards_is_exact(fsdp: Path, name: str) -> None:
+    """From sharded checkpoints, in the middle of a phase, by a student that began elsewhere."""
+    assert (fsdp / f"resume {name}" / "checkpoint-5" / "pytorch_model_fsdp_0").is_dir()
+    assert difference(ended(fsdp, f"{name} unbroken"), ended(fsdp, f"{name} resumed")) == 0.0
+
+
+@pytest.mark.distributed
+def test_teacher_may_be_sharded(fsdp: Path) -> None:
+    """By the user, `fully_shard`; the student is the same to the last bit."""
+    assert difference(ended(fsdp, "stacked"), ended(fsdp, "teacher")) == 0.0
+
+
+@pytest.mark.distributed
+def test_export_is_whole(fsdp: Path) -> None:
+    """`save_model` writes the student in one piece, also where checkpoints hold shards."""
+    loaded = hf.AutoModelForSequenceClassification.from_pretrained(fsdp / "saved").state_dict()
+    expected = {k: v for k, v in ended(fsdp, "critic").items() if not k.startswith("distiller.")}
+    assert difference(loaded, expected) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("afd", "moves weights of the student in a turn beside its own"),
+        ("dfa", "begins with the student's first weights anew"),
+        ("ksanc", "leaves the student alone"),
+        ("internal", "begins inside a layer"),
+    ],
+)
+def test_refusals(name: str, reason: str) -> None:
+    """What needs the student's whole weights beside its own backward."""
+    distiller = create_distiller(name)
+    nets = bind(distiller, bert(), teacher())
+    with pytest.raises(DistillError, match=reason):
+        check_sharded(distiller, nets, zero=3)
+
+
+def test_other_shards_are_refused() -> None:
+    """FSDP1 and Megatron replace modules; a step without a gradient of the student moves nothing."""
+    for kind, name in ((DistributedType.FSDP, "FSDP1"), (DistributedType.MEGATRON_LM, "Megatron-LM")):
+        accelerator: Any = SimpleNamespace(distributed_type=kind, is_fsdp2=False)
+        with pytest.raises(DistillError, match=name):
+            is_sharded(accelerator)
+    with pytest.raises(DistillError, match="shard its layers, too"):
+        check_reached(create_distiller("kd"), list(nn.Linear(2, 2).parameters()))
