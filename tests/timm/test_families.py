@@ -45,7 +45,7 @@ def make(name: str) -> tuple[nn.Module, int]:
     cfg = timm.get_pretrained_cfg(name)
     default = cfg.input_size[-1] if cfg else 224
     for side in (64, 128, default):
-        for given in (SIZES.get(name, {}) | {"img_size": side}, {"depth": 2, "img_size": side}, {"img_size": side}, {}):
+        for given in ({"depth": 2, "img_size": side}, SIZES.get(name, {}) | {"img_size": side}, {"img_size": side}, {}):
             with suppress(Exception):
                 model = timm.create_model(name, num_classes=10, **given)
                 with torch.no_grad():

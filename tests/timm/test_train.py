@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -15,11 +17,12 @@ import torch
 from accelerate_kit import fresh_accelerate
 from distributed_kit import on_two_processes
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from timm.data import create_loader
 
 from kd_plugins import DistillError, states
-from kd_timm import build, checkpoint, data, engine, train
+from kd_timm import build, checkpoint, data, engine, progress, train
 from kd_timm.arguments import parse_args
 from kd_timm.digits import Digits
 
@@ -61,6 +64,23 @@ def test_resume_is_exact(run, flags, monkeypatch):
     rows = list(csv.DictReader((parts.folder / "summary.csv").open()))
     assert [row["epoch"] for row in rows] == ["0", "1", "2", "3"]
     assert whole.checkpoints.kept == parts.checkpoints.kept
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_log_is_that_of_timms_script(run, monkeypatch, caplog, terminal):
+    caplog.set_level("INFO")
+    screen = io.StringIO()
+    narrow = Console(file=screen, force_terminal=terminal, width=60)
+    monkeypatch.setattr(progress, "Console", lambda **_: narrow)
+    run("--epochs", "1")
+    two = r"Loss: +{0} \( *{0}\)  Acc@1: +{0} \( *{0}\)  Acc@5: +{0} \( *{0}\)".format(r"\d+\.\d{3}")
+    tested = re.findall(rf"Test: \[ +\d/1\]  Time: [\d.]+ \([\d.]+\)  {two}\n", caplog.text)
+    trained = re.findall(r"Train: 0 \[ +(\d)/4 .*  Loss: .*  Time: .*  LR: 2.000e-02  Data: ", caplog.text)
+    assert len(tested) == 2
+    assert trained == (["3"] if terminal else ["0", "3"])
+    # What does not fit beside the bar stands below it.
+    shown = re.search(r"epoch 0 .*4/4.*0:00:0\d.*0:00:0\d\S*\s+loss 2\.\d+  lr 0\.02", screen.getvalue())
+    assert bool(shown) is terminal
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
