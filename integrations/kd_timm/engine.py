@@ -410,7 +410,8 @@ def evaluate(
         if label and (number % run.args.log_interval == 0 or number == last):
             here = evaluator(run.args, device=accelerator.device)
             here.update(output, targets)
-            numbers = [_beside(*of, judge.summary()[of[0]]) for of in here.summary().items()]
+            means = judge.summary()
+            numbers = [_beside(name, value, means[name]) for name, value in here.summary().items()]
             time_ = f"Time: {taken.val:.3f} ({taken.avg:.3f})"
             run.reporter.line("  ".join([f"{label}: [{number:>4d}/{last}]", time_, *numbers]))
     distributed = accelerator.num_processes > 1

@@ -11,6 +11,7 @@ import re
 import signal
 from pathlib import Path
 
+import datasets
 import pytest
 import timm
 import torch
@@ -324,10 +325,31 @@ def test_an_evaluation_of_the_training_images_is_told(tmp_path, caplog):
     for folder in ("train/a", "validation/a"):
         (tmp_path / folder).mkdir(parents=True)
         Image.new("L", (8, 8)).save(tmp_path / folder / "0.png")
-    for flags, told in (("", False), ("--val-split other", True), ("--train-split other --val-split other", False)):
+    for folder, told in ((tmp_path, False), (tmp_path / "train", True)):
         caplog.clear()
-        data.create_datasets(parse_args(["--data-dir", str(tmp_path), *flags.split()]), 1)
+        data.create_datasets(parse_args(["--data-dir", str(folder)]), 1)
         assert ("read the same images" in caplog.text) is told
+    for flags, match in (
+        ("--val-split other", "no folder other, but train, validation"),
+        ("--train-split train[:9]", "parts"),
+    ):
+        with pytest.raises(DistillError, match=match):
+            data.create_datasets(parse_args(["--data-dir", str(tmp_path), *flags.split()]), 1)
+
+
+def test_columns_that_are_not_there_are_named(tmp_path):
+    image = Image.new("L", (8, 8))
+    datasets.Dataset.from_dict({"img": [image], "label": [0]}).to_parquet(tmp_path / "train.parquet")
+    words = ["--dataset", f"hfds/{tmp_path}", "--val-split", ""]
+    for flags, match in (
+        ([], "'image', but img, label: .* --input-key"),
+        (["--input-key", "img", "--target-key", "y"], "'y', .* --target-key"),
+    ):
+        with pytest.raises(DistillError, match=match):
+            data.create_datasets(parse_args([*words, *flags]), 1)
+    assert data.create_datasets(parse_args([*words, "--input-key", "img"]), 1)[0][0][1] == 0
+    with pytest.raises(DistillError, match="lies in a folder"):
+        data.create_datasets(parse_args(["--dataset", "torch/cifar10"]), 3)
 
 
 def test_epochs_are_ranked_in_one_order(run, capsys):
