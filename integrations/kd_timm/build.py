@@ -22,6 +22,7 @@ from timm.models import (
     load_state_dict,
     parse_model_name,
     resolve_model_input_args,
+    safe_model_name,
 )
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
@@ -111,7 +112,7 @@ def create_student(
     Args:
         args: Parsed arguments, after `apply_data_defaults`.
         flag: Where the model was named.
-        verbose: Whether timm logs the data configuration, as for its own script.
+        verbose: Whether the log has the lines of timm's script about both.
 
     Returns:
         The model, on the CPU, and the data configuration (input size, mean, std, interpolation, crop).
@@ -138,6 +139,9 @@ def create_student(
             args.model, vars(args), pretrained_cfg_overlay=overlay or None, **{**wanted, **args.model_kwargs}
         )
         model = timm.create_model(pretrained=args.pretrained or bool(args.pretrained_path), **resolved)
+        if verbose:
+            count = sum(p.numel() for p in model.parameters())
+            _logger.info(f"Model {safe_model_name(args.model)} created, param count:{count}")
         config = data_config(model, vars(args), verbose=verbose)
     if args.pretrained_path:
         _check_filled(model, resolved, args)

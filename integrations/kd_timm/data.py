@@ -254,6 +254,8 @@ def create_datasets(
             f"--dataset: expected digits or <type>/<name>, with a type of {', '.join(_WITHOUT_FOLDER)}, got"
             f" {args.dataset!r}; a folder of images is --data-dir."
         )
+    if not args.data_dir and args.dataset.startswith("torch/"):
+        raise DistillError(f"{args.dataset} lies in a folder, with --dataset-download also put there: --data-dir DIR.")
     if not args.dataset and not os.path.exists(args.data_dir):
         raise DistillError(f"Expected a folder or tar of images, but {args.data_dir} does not exist: mend --data-dir.")
     common = _named(args, DATASET_ARGUMENTS) | {"name": args.dataset, "input_img_mode": mode}
@@ -294,7 +296,37 @@ def _read(told_as: str, **options: Any) -> Any:
     if not isinstance(dataset, IterableDataset) and (options.get("num_samples") or options.get("repeats")):
         flags = ", ".join(map(as_flag, _OF_STREAMS))
         raise DistillError(f"{named} is no streamed data set, where alone {flags} do something: leave them out.")
+    _check_split(dataset, options["name"], options["root"], options["split"])
+    _check_columns(dataset, named)
     return dataset
+
+
+def _check_split(dataset: Any, name: str, root: str, split: str) -> None:
+    """Refuses the name of a split that a folder of images does not have, for which timm reads the whole folder.
+
+    Those that the flags have by themselves are told of as a warning: a folder need not have splits.
+    """
+    if name or not os.path.isdir(root):
+        return
+    if "[" in split:
+        raise DistillError(f"{split}: parts of splits are for digits and hfds/, and {root} is a folder of images.")
+    if split not in ("train", "validation") and os.path.samefile(dataset.reader.root, root):
+        there = _few(sorted(entry.name for entry in os.scandir(root) if entry.is_dir()))
+        raise DistillError(f"{root} has no folder {split}, but {there}: mend the name of the split.")
+
+
+def _check_columns(dataset: Any, named: str) -> None:
+    """Refuses a data set of `datasets` without the columns of images and labels, which timm would add empty."""
+    reader: Any = getattr(dataset, "reader", None)
+    columns = list(getattr(getattr(reader, "dataset", None), "features", None) or ())
+    if not columns or isinstance(dataset, IterableDataset) or not len(dataset):
+        return
+    first = reader.dataset[0]
+    for flag, key in (("--input-key", reader.image_key), ("--target-key", reader.label_key)):
+        # Fields in fields are written with a slash, several with commas.
+        if "," not in key and first.get(key if key in first else key.partition("/")[0]) is None:
+            there = ", ".join(column for column in columns if first[column] is not None)
+            raise DistillError(f"{named} has no column {key!r}, but {there}: name the one that is meant, {flag}.")
 
 
 def _other_kind(args: argparse.Namespace, channels: int) -> Any:

@@ -353,6 +353,12 @@ def answers(
         yield output, targets, told, rows
 
 
+def _beside(name: str, value: float, mean: float) -> str:
+    """A number of a batch and the mean so far, as timm's script tells them of an evaluation."""
+    words = {"loss": "Loss", "top1": "Acc@1", "top5": "Acc@5"}
+    return f"{words[name]}: {value:>7.3f} ({mean:>{6 if name == 'loss' else 7}.3f})"
+
+
 def listed(metrics: Mapping[str, float]) -> str:
     """Metrics as a log line has them."""
     return "  ".join(f"{name}: {value:.4f}" for name, value in metrics.items())
@@ -402,13 +408,17 @@ def evaluate(
         taken.update(time.monotonic() - begun)
         begun = time.monotonic()
         if label and (number % run.args.log_interval == 0 or number == last):
+            here = evaluator(run.args, device=accelerator.device)
+            here.update(output, targets)
+            means = judge.summary()
+            numbers = [_beside(name, value, means[name]) for name, value in here.summary().items()]
             time_ = f"Time: {taken.val:.3f} ({taken.avg:.3f})"
-            run.reporter.line(f"{label}: [{number:>4d}/{last}]  {time_}  {listed(judge.summary())}")
+            run.reporter.line("  ".join([f"{label}: [{number:>4d}/{last}]", time_, *numbers]))
     distributed = accelerator.num_processes > 1
     metrics = dict(judge.compute(distributed=distributed))
     if not run.args.allow_nonfinite:
         check_loss(metrics["loss"])
-    if label:
+    if label and (distributed or run.args.task == "multilabel"):
         run.reporter.line(f"{label}: {listed(metrics)}")
     if others:
         if distributed:

@@ -157,12 +157,12 @@ class Parts(TrainingRun):
         self.reporter.line(f"Created {type(optimizer).__name__} ({args.opt}) optimizer: {defaults}")
         self.updates_per_epoch = -(-len(self.data.train) // args.grad_accum_steps)
         self.scheduler, self.epochs = create_scheduler(args, optimizer, self.updates_per_epoch)
-        stepped = (
-            "Constant LR"
-            if self.scheduler is None
-            else f"LR stepped per {'update' if args.sched_on_updates else 'epoch'}"
-        )
-        self.reporter.line(f"Scheduled epochs: {self.epochs} of {self.updates_per_epoch} updates. {stepped}.")
+        counted = "(epochs + cooldown_epochs). Warmup within epochs when warmup_prefix=False."
+        if args.warmup_prefix:
+            counted = "(warmup_epochs + epochs + cooldown_epochs). Warmup added to total when warmup_prefix=True."
+        stepped = f"LR stepped per {'update' if args.sched_on_updates else 'epoch'}"
+        stepped = "Constant LR" if self.scheduler is None else stepped
+        self.reporter.line(f"Scheduled epochs: {self.epochs} {counted} {stepped}.")
         for flag, asked in (("--stop-epoch", [args.stop_epoch or 1]), ("--save-epochs", args.save_epochs)):
             if max(asked, default=1) > self.epochs:
                 raise DistillError(f"{flag}: expected at most the {self.epochs} epochs of the run, got {max(asked)}.")

@@ -1,14 +1,25 @@
-"""Progress of a run: a bar on a terminal, the log lines of timm's script elsewhere."""
+"""Progress of a run: the log lines of timm's script, and a bar on a terminal instead of all but an epoch's last."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 _logger = logging.getLogger("kd_timm.train")
+
+
+class _Bar(Progress):
+    """A bar with the numbers below, where they cannot take its place on a narrow terminal."""
+
+    values = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        yield Text(self.values)
 
 
 class Reporter:
@@ -22,16 +33,15 @@ class Reporter:
         self.primary = primary
         console = Console(stderr=True)
         shown = ("{task.description}", BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
-        left = (TimeRemainingColumn(), "{task.fields[values]}")
         self.terminal = primary and console.is_terminal
-        self.bar = Progress(*shown, *left, console=console, transient=True, disable=not self.terminal)
-        self.task = self.bar.add_task("", values="")
-        self.epoch, self.total = 0, 0
+        self.bar = _Bar(*shown, TimeRemainingColumn(), console=console, transient=True, disable=not self.terminal)
+        self.task = self.bar.add_task("")
+        self.epoch, self.total, self.said = 0, 0, ""
 
     def begin(self, epoch: int, total: int) -> None:
         """Starts an epoch of `total` updates."""
-        self.epoch, self.total = epoch, total
-        self.bar.reset(self.task, description=f"epoch {epoch}", total=total, values="")
+        self.epoch, self.total, self.said, self.bar.values = epoch, total, "", ""
+        self.bar.reset(self.task, description=f"epoch {epoch}", total=total)
         self.bar.start()
 
     def advance(self, updates: int) -> None:
@@ -49,17 +59,19 @@ class Reporter:
         if not self.primary:
             return
         terms = [f"  {name}: {value:.4g}" for name, value in values.items() if name not in ("loss", "lr")]
-        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        self.bar.update(self.task, completed=updates, values=text)
+        self.bar.values = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        place = f"[{updates - 1:>4d}/{self.total} ({100.0 * updates / self.total:>3.0f}%)]"
+        self.said = f"Train: {self.epoch} {place}  {line}{''.join(terms)}"
         if not self.terminal:
-            place = f"[{updates - 1:>4d}/{self.total} ({100.0 * updates / self.total:>3.0f}%)]"
-            _logger.info(f"Train: {self.epoch} {place}  {line}{''.join(terms)}")
+            _logger.info(self.said)
 
     def end(self) -> None:
         """Ends an epoch."""
         # Off a terminal it would print an empty line.
         if self.terminal:
             self.bar.stop()
+            if self.said:
+                self.line(self.said)
 
     def line(self, text: str) -> None:
         """Writes a line of text."""

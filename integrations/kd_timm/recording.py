@@ -95,8 +95,10 @@ class Recorder:
         args, data = self.session.args, self.session.data
         size, config = min(args.validation_batch_size or args.batch_size, MOST_AT_ONCE), data.config
         device, dtype = self.session.accelerator.device, next(self.session.evaluated.parameters()).dtype
-        options: dict[str, Any] = dict(device=device, num_workers=args.workers, img_dtype=dtype)
-        loader = plain_loader(some_rows(data.evaluation.dataset, self.rows or 8), config, size, **options)
+        # A worker alone reads a batch, and more of them only start where there is one.
+        count = self.rows or 8
+        options: dict[str, Any] = dict(device=device, num_workers=args.workers if count > size else 0, img_dtype=dtype)
+        loader = plain_loader(some_rows(data.evaluation.dataset, count), config, size, **options)
         for inputs, labels in loader:
             yield image_batch(config, inputs, labels)
 

@@ -63,10 +63,7 @@ class Session(Parts):
     def fit(self) -> dict[str, Any]:
         """Trains to the end, or to an interrupt, and evaluates the best student."""
         self.first, self.saved = self._start(), time.monotonic()
-        self.reporter.line(
-            f"{self.args.model}: {sum(p.numel() for p in self.student.parameters()):,} parameters,"
-            f" {self.epochs} epochs of {self.updates_per_epoch} updates, output in {self.folder}"
-        )
+        self.reporter.line(f"Output in {self.folder}")
         self.recorder = Recorder(self, self.first)
         try:
             for epoch in range(self.first, self.last):

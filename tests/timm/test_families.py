@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -44,10 +45,10 @@ def make(name: str) -> tuple[nn.Module, int]:
     """The model, of two layers where it can be, and the side of the smallest images that it takes."""
     cfg = timm.get_pretrained_cfg(name)
     default = cfg.input_size[-1] if cfg else 224
-    for side in (64, 128, default):
-        for given in (SIZES.get(name, {}) | {"img_size": side}, {"depth": 2, "img_size": side}, {"img_size": side}, {}):
+    for given in ({"depth": 2}, SIZES.get(name, {}), {}):
+        for side, sized in product((64, 128, default), (True, False)):
             with suppress(Exception):
-                model = timm.create_model(name, num_classes=10, **given)
+                model = timm.create_model(name, num_classes=10, **given, **({"img_size": side} if sized else {}))
                 with torch.no_grad():
                     model.eval()(torch.zeros(1, model.pretrained_cfg.get("input_size", (3,))[0], side, side))
                 return model.train(), side

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
+import re
 import signal
 from pathlib import Path
 
+import datasets
 import pytest
 import timm
 import torch
 from accelerate_kit import fresh_accelerate
 from distributed_kit import on_two_processes
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from timm.data import create_loader
 
 from kd_plugins import DistillError, states
-from kd_timm import build, checkpoint, data, engine, train
+from kd_timm import build, checkpoint, data, engine, progress, train
 from kd_timm.arguments import parse_args
 from kd_timm.digits import Digits
 
@@ -61,6 +65,23 @@ def test_resume_is_exact(run, flags, monkeypatch):
     rows = list(csv.DictReader((parts.folder / "summary.csv").open()))
     assert [row["epoch"] for row in rows] == ["0", "1", "2", "3"]
     assert whole.checkpoints.kept == parts.checkpoints.kept
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_log_is_that_of_timms_script(run, monkeypatch, caplog, terminal):
+    caplog.set_level("INFO")
+    screen = io.StringIO()
+    narrow = Console(file=screen, force_terminal=terminal, width=60)
+    monkeypatch.setattr(progress, "Console", lambda **_: narrow)
+    run("--epochs", "1")
+    two = r"Loss: +{0} \( *{0}\)  Acc@1: +{0} \( *{0}\)  Acc@5: +{0} \( *{0}\)".format(r"\d+\.\d{3}")
+    tested = re.findall(rf"Test: \[ +\d/1\]  Time: [\d.]+ \([\d.]+\)  {two}\n", caplog.text)
+    trained = re.findall(r"Train: 0 \[ +(\d)/4 .*  Loss: .*  Time: .*  LR: 2.000e-02  Data: ", caplog.text)
+    assert len(tested) == 2
+    assert trained == (["3"] if terminal else ["0", "3"])
+    # What does not fit beside the bar stands below it.
+    shown = re.search(r"epoch 0 .*4/4.*0:00:0\d.*0:00:0\d\S*\s+loss 2\.\d+  lr 0\.02", screen.getvalue())
+    assert bool(shown) is terminal
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -317,10 +338,31 @@ def test_an_evaluation_of_the_training_images_is_told(tmp_path, caplog):
     for folder in ("train/a", "validation/a"):
         (tmp_path / folder).mkdir(parents=True)
         Image.new("L", (8, 8)).save(tmp_path / folder / "0.png")
-    for flags, told in (("", False), ("--val-split other", True), ("--train-split other --val-split other", False)):
+    for folder, told in ((tmp_path, False), (tmp_path / "train", True)):
         caplog.clear()
-        data.create_datasets(parse_args(["--data-dir", str(tmp_path), *flags.split()]), 1)
+        data.create_datasets(parse_args(["--data-dir", str(folder)]), 1)
         assert ("read the same images" in caplog.text) is told
+    for flags, match in (
+        ("--val-split other", "no folder other, but train, validation"),
+        ("--train-split train[:9]", "parts"),
+    ):
+        with pytest.raises(DistillError, match=match):
+            data.create_datasets(parse_args(["--data-dir", str(tmp_path), *flags.split()]), 1)
+
+
+def test_columns_that_are_not_there_are_named(tmp_path):
+    image = Image.new("L", (8, 8))
+    datasets.Dataset.from_dict({"img": [image], "label": [0]}).to_parquet(tmp_path / "train.parquet")
+    words = ["--dataset", f"hfds/{tmp_path}", "--val-split", ""]
+    for flags, match in (
+        ([], "'image', but img, label: .* --input-key"),
+        (["--input-key", "img", "--target-key", "y"], "'y', .* --target-key"),
+    ):
+        with pytest.raises(DistillError, match=match):
+            data.create_datasets(parse_args([*words, *flags]), 1)
+    assert data.create_datasets(parse_args([*words, "--input-key", "img"]), 1)[0][0][1] == 0
+    with pytest.raises(DistillError, match="lies in a folder"):
+        data.create_datasets(parse_args(["--dataset", "torch/cifar10"]), 3)
 
 
 def test_epochs_are_ranked_in_one_order(run, capsys):
