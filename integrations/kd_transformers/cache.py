@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from kd_accelerate.cached import check_twice, drop_damaged, note_facts, seal_file
 from kd_plugins import Batch, Distiller, DistillError, Net, Reads
 from kd_plugins.binding import needs_of_stages
 from kd_plugins.reading.network import Network, adapt
-from kd_plugins.states import read_json, write_json
 from kd_transformers.checks import base, class_names, inputs_of
 from kd_transformers.columns import TEACHER, TEACHER_LOGITS, Padded, with_padding
 from kd_transformers.compat import rows_id
@@ -29,8 +27,6 @@ from kd_transformers.streams import undisturbed
 if TYPE_CHECKING:
     from datasets import Dataset
 
-
-logger = logging.getLogger(__name__)
 
 _BLOCK = 4096
 _ASIDE = ("problem_type", "_name_or_path", "transformers_version")
@@ -123,7 +119,7 @@ def cache_teacher(
             batch = Batch.of(own, name=name, teacher_kwargs=theirs).to(device)
             scores = [net(batch).logits.float().cpu() for net in nets]
             if not asked:
-                _check_twice(scores, [net(batch).logits.float().cpu() for net in nets])
+                check_twice(scores, [net(batch).logits.float().cpu() for net in nets])
                 asked = True
             shapes = [list(x.shape) for x in scores]
             if scores[0].dim() != 2 or any(shape != shapes[0] for shape in shapes):
@@ -143,13 +139,13 @@ def cache_teacher(
     known = _hash(facts)
     folder = Path(plain.cache_files[0]["filename"]).parent if plain.cache_files else None
     if folder is not None:
-        _note_facts(folder / f"teacher-{known}.json", facts)
+        note_facts(folder / f"teacher-{known}.json", facts, folder.glob("teacher-*.json"), same=["split"])
     try:
         for start in range(0, len(plain), _BLOCK):
             end = min(start + _BLOCK, len(plain))
             file = None if folder is None else folder / f"teacher-{known}-{start}.arrow"
             if file is not None:
-                _drop_damaged(file)
+                drop_damaged(file)
             blocks.append(
                 plain.select(range(start, end)).map(
                     logits,
@@ -162,7 +158,7 @@ def cache_teacher(
                 )
             )
             if file is not None:
-                _sum_file(file).write_text(_sum(file))
+                seal_file(file)
         # The logits alone are written; the rows stay where they are.
         whole = concatenate_datasets([plain, concatenate_datasets(blocks)], axis=1)
         whole.info.description = _noted(plain.info.description, teachers, whole[0][TEACHER_LOGITS])
@@ -279,31 +275,6 @@ def _noted(description: str | None, teachers: Sequence[nn.Module], logits: Any) 
     return "\n".join([*others, _NOTE + json.dumps(facts)])
 
 
-def _check_twice(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
-    """Refuses a teacher whose answers to one question differ."""
-    if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(first, second, strict=True)):
-        raise DistillError(
-            "Expected a teacher that says the same of the same rows, got one whose two forwards differ in evaluation"
-            " mode: it draws random numbers, so train without a cache."
-        )
-
-
-def _sum(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def _sum_file(file: Path) -> Path:
-    return file.with_suffix(".sha256")
-
-
-def _drop_damaged(file: Path) -> None:
-    """Removes a cached file that is not what was written."""
-    known = _sum_file(file)
-    if file.is_file() and not (known.is_file() and known.read_text() == _sum(file)):
-        logger.warning("%s is damaged or unfinished: its rows are asked for anew.", file)
-        file.unlink()
-
-
 def called(teacher: nn.Module) -> str:
     """The name of a teacher's class, whether it is loaded or not."""
     module = base(teacher)
@@ -360,36 +331,6 @@ def _weights_id(teacher: nn.Module) -> str:
         bits = value.detach().cpu().flatten().contiguous().view(torch.uint8)
         found += [name, str(value.dtype), bits.numpy().tobytes()]
     return _hash(*found)
-
-
-def files_id(*paths: str | Path) -> str:
-    """Changes with the files of checkpoints: configurations, weights and code, each a folder or a file."""
-    kinds = ("config.json", "*.index.json", "*.safetensors", "*.bin", "*.py")
-    digest = hashlib.sha256()
-    for path in map(Path, paths):
-        files: Iterable[Path] = {f for kind in kinds for f in path.glob(kind)} if path.is_dir() else [path]
-        for file in sorted(files):
-            with file.open("rb") as stream:
-                digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()
-
-
-def _note_facts(file: Path, facts: Mapping[str, str]) -> None:
-    """Writes down what a cache is made of; one that is new is told apart from those that lie beside it."""
-    if file.is_file():
-        return
-    others: list[list[str]] = []
-    for other in file.parent.glob("teacher-*.json"):
-        try:
-            before = read_json(other)
-        except DistillError:
-            continue  # Half a file says nothing of its cache.
-        if before.get("split") == facts["split"]:
-            others.append([name for name in facts if before.get(name) != facts[name]])
-    if others:
-        nearest: list[str] = min(others, key=len)
-        logger.warning("The teacher is asked anew: since it was last asked these have changed: %s.", ", ".join(nearest))
-    write_json(file, facts)
 
 
 def check_cache(cached: Tensor, logits: Tensor) -> None:
