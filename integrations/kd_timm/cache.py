@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 from bisect import bisect_right
@@ -23,9 +24,11 @@ from torch.utils.data import Dataset, IterableDataset
 
 from kd_accelerate.cached import check_twice, drop_damaged, files_id, note_facts, seal_file
 from kd_plugins import Batch, Distiller, DistillError, Net, Reads
+from kd_plugins import functional as KF
 from kd_plugins.binding import needs_of_stages
 from kd_plugins.errors import told
 from kd_plugins.reading.network import Network
+from kd_plugins.reading.view import TopK
 from kd_plugins.states import read_json, replacing, write_json
 from kd_timm.data import DATASET_ARGUMENTS, LOADER_ARGUMENTS, Replayed, Targets, batches, plain_loader
 from kd_timm.engine import TrainingRun
@@ -33,6 +36,7 @@ from kd_timm.teachers import Teacher
 
 _BLOCK = 4096
 _LOOKED_AT = 16
+_KEPT = "logits", "classes"
 
 Question = tuple[int, int, int]
 """A view, and its rows from and to."""
@@ -66,19 +70,20 @@ class Answers:
 
     def __init__(self, folder: Path, rows: int) -> None:
         self.folder, self.rows = folder, rows
-        self._view, self._open = -1, dict[int, Tensor]()
+        self._view, self._open = -1, dict[int, list[Tensor]]()
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_view": -1, "_open": {}}  # A worker maps the files itself.
 
-    def __call__(self, view: int, row: int) -> Tensor:
-        """The logits of one row, `[K]`, of several teachers `[teachers, K]`."""
+    def __call__(self, view: int, row: int) -> tuple[Tensor, ...]:
+        """The logits of one row `[teachers, K]`, or the highest of them and their classes."""
         if view != self._view:
             self._view, self._open = view, {}
         start = row - row % _BLOCK
         if start not in self._open:
-            self._open[start] = load_file(self.file((view, start, 0)))["logits"]
-        return self._open[start][row - start]
+            kept = load_file(self.file((view, start, 0)))
+            self._open[start] = [kept[name] for name in _KEPT if name in kept]
+        return tuple(tensor[row - start] for tensor in self._open[start])
 
     def questions(self, views: int) -> list[Question]:
         """All blocks of so many views."""
@@ -123,6 +128,9 @@ class TeacherCache:
             "classes": _digest([args.num_classes, classes]),
             "precision": f"{args.device} {args.amp_dtype if args.amp else 'float32'}",
         }
+        self.top, self.temperature = args.cache_top_k, float(getattr(distiller, "temperature", None) or 1.0)
+        if self.top and self.top < args.num_classes:
+            self.facts["top k"] = f"{self.top} at temperature {self.temperature:g}"
         root = Path(args.cache_teacher)
         self.folder = root / _digest(self.facts)[:16]
         self.answers = Answers(self.folder, len(dataset))
@@ -182,8 +190,14 @@ class TeacherCache:
         assert run.data.replayed is not None
         size = min(self.args.batch_size, self.answers.rows, _BLOCK)
         inputs, labels = next(self._read(run, run.data.replayed, [(0, 0, size)]))
-        logits = torch.stack([self.answers(0, row) for row in range(size)])
-        return inputs, Targets(labels, torch.arange(size), logits).to(inputs.device)
+        told = zip(*(self.answers(0, row) for row in range(size)), strict=True)
+        return inputs, Targets(labels, torch.arange(size), tuple(map(torch.stack, told))).to(inputs.device)
+
+    def logits(self, told: tuple[Tensor, ...]) -> tuple[Tensor | TopK, ...]:
+        """What each teacher says of a batch."""
+        whole = len(told) == 1
+        each = (x.unbind(1) for x in told)
+        return next(each) if whole else tuple(TopK(s, c.long(), self.temperature) for s, c in zip(*each, strict=True))
 
     def asked(self, teachers: Sequence[Teacher]) -> list[Callable[[Tensor], Tensor]]:
         """What the teachers of the student's classes say of the evaluation images, in the order of the loaders."""
@@ -241,18 +255,29 @@ class TeacherCache:
                     "--cache-teacher holds one vector of scores of each teacher, all of one length, got"
                     f" {', '.join(str(list(s.shape)) for s in scores)}: leave it out."
                 )
-            found.append(torch.stack(scores, 1) if len(scores) > 1 else scores[0])
+            found.append(torch.stack(scores, 1))
             while question is not None and sum(map(len, found)) >= (size := question[2] - question[1]):
                 rows = torch.cat(found)
-                _save(self.answers.file(question), {"logits": rows[:size].contiguous()})
+                _save(self.answers.file(question), self._kept(rows[:size]))
                 found, question = [rows[size:]], next(pending, None)
+
+    def _kept(self, scores: Tensor) -> dict[str, Tensor]:
+        """What is written of scores `[N, teachers, K]`."""
+        if "top k" not in self.facts:
+            return {"logits": scores.contiguous()}
+        kept, classes = KF.top_k(scores, self.top, self.temperature)
+        return {"logits": kept.contiguous(), "classes": classes.int().contiguous()}
 
     def _ask_evaluation(self, run: TrainingRun, nets: Sequence[Net], teachers: Sequence[Teacher]) -> Tensor:
         """Scores `[N, teachers, K]` of this process's evaluation images, and those of another kind behind them."""
         known = [net for net, teacher in zip(nets, teachers, strict=True) if not teacher.misfit]
         found = []
         for loader in filter(None, (run.data.evaluation, run.data.other)):
-            for inputs, _ in batches(loader):
+            # A copy: workers that outlive a pass would be there when the run first reads, which draws random numbers.
+            read = copy.copy(loader)
+            if hasattr(read, "loader"):
+                read.loader = copy.copy(read.loader)
+            for inputs, _ in batches(read):
                 if known:
                     found.append(torch.stack(_scores(run, known, run.images(inputs)), 1))
         return torch.cat(found) if found else torch.empty(0, 0, 0)

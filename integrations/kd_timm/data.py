@@ -71,16 +71,18 @@ class Targets(NamedTuple):
     Attributes:
         labels: Targets of timm's loader.
         index: Row numbers of the examples, where a distiller asks for them.
-        logits: What the teachers say of the images, where `--cache-teacher` holds it.
+        told: What the teachers say of the images, where `--cache-teacher` holds it: their logits, or the highest of
+            them and their classes.
     """
 
     labels: Tensor
     index: Tensor | None = None
-    logits: Tensor | None = None
+    told: tuple[Tensor, ...] = ()
 
     def to(self, *args: Any, **kwargs: Any) -> Targets:
         """All on another device, as timm's prefetcher asks of a target."""
-        return Targets(*(None if x is None else x.to(*args, **kwargs) for x in self))  # type: ignore[arg-type]
+        index = None if self.index is None else self.index.to(*args, **kwargs)
+        return Targets(self.labels.to(*args, **kwargs), index, tuple(x.to(*args, **kwargs) for x in self.told))
 
 
 class _Transformed:
@@ -154,7 +156,7 @@ class Replayed(_Transformed, Dataset[tuple[Any, ...]]):
 
     def __init__(self, dataset: Any) -> None:
         self.dataset, self.views = dataset, 1
-        self.answers: Callable[[int, int], Tensor] | None = None
+        self.answers: Callable[[int, int], tuple[Tensor, ...]] | None = None
         # In shared memory, where workers that outlive an epoch see it change.
         self._view = torch.tensor(0).share_memory_()
 
@@ -185,17 +187,17 @@ class CollateTargets:
     Args:
         collate: timm's.
         index: Whether the last of an item is its row number.
-        logits: Whether the third of an item is what the teachers say of it.
+        told: Whether the third of an item is what the teachers say of it.
     """
 
-    def __init__(self, collate: Callable[[Any], tuple[Tensor, Tensor]], *, index: bool, logits: bool) -> None:
-        self.collate, self.index, self.logits = collate, index, logits
+    def __init__(self, collate: Callable[[Any], tuple[Tensor, Tensor]], *, index: bool, told: bool) -> None:
+        self.collate, self.index, self.told = collate, index, told
 
     def __call__(self, samples: Sequence[tuple[Any, ...]]) -> tuple[Tensor, Targets]:
         images, labels = self.collate([sample[:2] for sample in samples])
         index = torch.tensor([sample[-1] for sample in samples]) if self.index else None
-        logits = torch.stack([sample[2] for sample in samples]) if self.logits else None
-        return images, Targets(labels, index, logits)
+        told = zip(*(sample[2] for sample in samples), strict=True) if self.told else ()
+        return images, Targets(labels, index, tuple(map(torch.stack, told)))
 
 
 @dataclass
@@ -460,7 +462,7 @@ def create_data(
         collate = mixup
     if index or replayed is not None:
         plain = default_collate if args.no_prefetcher else fast_collate
-        collate = CollateTargets(collate or plain, index=index, logits=replayed is not None)
+        collate = CollateTargets(collate or plain, index=index, told=replayed is not None)
     machine: dict[str, Any] = dict(
         num_workers=args.workers,
         pin_memory=args.pin_mem,

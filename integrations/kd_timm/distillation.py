@@ -88,7 +88,7 @@ class Distillation:
 
     def batch(self, inputs: Tensor, targets: Any, streams: Mapping[str, Batch] | None = None) -> Batch:
         """A batch of timm's loader, as methods see it."""
-        labels, index, logits = targets if isinstance(targets, Targets) else (targets, None, None)
+        labels, index, told = targets if isinstance(targets, Targets) else (targets, None, ())
         data = self.distiller.data
         return image_batch(
             self.config,
@@ -96,7 +96,7 @@ class Distillation:
             labels if data else None,
             size=len(inputs),
             index=index,
-            teacher_logits=logits,
+            teacher_logits=self.cache.logits(told) if self.cache is not None and told else None,
             rows=self.rows,
             classes=self.args.num_classes,
             criterion=lambda view, labels: self.criterion(view.logits, labels),

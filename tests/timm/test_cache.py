@@ -49,7 +49,7 @@ def test_it_trains_the_student_of_the_same_images_asked_online(run, teacher, loa
 
     def asked(self, inputs, targets, accumulate):
         with forked_random_state(), torch.no_grad():
-            assert torch.equal(self.run.distillation.cache.make()[0].module(inputs), targets.logits)
+            assert torch.equal(self.run.distillation.cache.make()[0].module(inputs), targets.told[0][:, 0])
         kept.setdefault("images", []).append(inputs.clone())
         return loss(self, inputs, targets, accumulate)
 
@@ -173,3 +173,22 @@ def test_several_teachers(run, teacher, loads, tmp_path):
     assert cold.results["evaluation"] == warm.results["evaluation"]
     (file,) = tmp_path.glob("cache/*/view-0-0.safetensors")
     assert load_file(file)["logits"].shape == (256, 2, 10)
+
+
+def test_the_highest_scores_stand_for_all(run, teacher, tmp_path):
+    """With the rest as one class: all of them are the whole, and fewer another training."""
+    words = [*AUGMENTED.split(), *teacher, "--cache-teacher", str(tmp_path / "cache")]
+    runs = [
+        run(*words, *extra, name="top" + "".join(extra[1:]))
+        for extra in ((), ("--cache-top-k", "10"), ("--cache-top-k", "3"))
+    ]
+    whole, same, few = (load_file(s.folder / "last.safetensors") for s in runs)
+    assert all(torch.equal(whole[k], same[k]) for k in whole)
+    assert not all(torch.equal(whole[k], few[k]) for k in whole)
+    kept = [load_file(f) for f in sorted(tmp_path.glob("cache/*/view-0-0.safetensors"), key=lambda f: f.stat().st_size)]
+    assert [{k: list(v.shape) for k, v in x.items()} for x in kept] == [
+        {"logits": [256, 1, 4], "classes": [256, 1, 3]},
+        {"logits": [256, 1, 10]},
+    ]
+    with pytest.raises(DistillError, match="the 3 highest of the teacher's scores"):
+        run(*words, "--distill", "dkd", "--distill-args", "temperature=4", "--cache-top-k", "3")
