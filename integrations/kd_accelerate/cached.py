@@ -56,8 +56,9 @@ def note_facts(file: Path, facts: Mapping[str, Any], others: Iterable[Path], sam
 
 
 def seal_file(file: Path) -> None:
-    """Writes down what a file of a cache is, once it is whole."""
-    write_text(_sum_file(file), _digest(file))
+    """Writes down what a file of a cache is, once it is whole; one that was found whole is left alone."""
+    if not _sum_file(file).is_file():
+        write_text(_sum_file(file), _digest(file))
 
 
 def drop_damaged(file: Path) -> None:
@@ -66,6 +67,8 @@ def drop_damaged(file: Path) -> None:
     if file.is_file() and not (known.is_file() and known.read_text() == _digest(file)):
         logger.warning("%s is damaged or unfinished: its rows are asked for anew.", file)
         file.unlink()
+    if not file.is_file():
+        known.unlink(missing_ok=True)
 
 
 def check_twice(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:

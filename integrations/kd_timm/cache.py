@@ -241,7 +241,7 @@ class TeacherCache:
         # In the teachers' own class order; a method's view of them is in the student's.
         raw = [Net(net.network, Reads, frozen=True, transform=net.transform) for net in nets]
         pending, found, first = iter(missing), list[Tensor](), True
-        question = next(pending)
+        question: Question | None = next(pending)
         whole = sum(end - start for _, start, end in missing)
         read, steps = self._read(run, replayed, missing), -(-whole // self.args.batch_size)
         quiet = not run.reporter.terminal

@@ -76,7 +76,7 @@ class Targets(NamedTuple):
     """
 
     labels: Tensor
-    index: Tensor | None = None
+    index: Tensor | None = None  # type: ignore[assignment]
     told: tuple[Tensor, ...] = ()
 
     def to(self, *args: Any, **kwargs: Any) -> Targets:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from kd_accelerate.cached import check_twice, drop_damaged, note_facts, seal_file
@@ -145,32 +146,41 @@ def cache_teacher(
     plain = plain.remove_columns([c for c in TOLD if c in plain.column_names])
     if not len(plain):
         raise DistillError("Expected at least one row to ask the teacher about, got an empty data set.")
-    facts, blocks = _facts(plain, teachers, collate), []
+    facts = _facts(plain, teachers, collate)
     if top_k:
         facts["column"] += f", the {top_k} highest at temperature {temperature:g}"
     known = _hash(facts)
     folder = Path(plain.cache_files[0]["filename"]).parent if plain.cache_files else None
-    if folder is not None:
+    processes = PartialState()
+    if folder is not None and processes.is_main_process:
         note_facts(folder / f"teacher-{known}.json", facts, folder.glob("teacher-*.json"), same=["split"])
+
+    def block(start: int) -> Dataset:
+        end = min(start + _BLOCK, len(plain))
+        file = None if folder is None else folder / f"teacher-{known}-{start}.arrow"
+        if file is not None:
+            drop_damaged(file)
+        made = plain.select(range(start, end)).map(
+            logits,
+            batched=True,
+            batch_size=16 * batch_size,
+            cache_file_name=None if file is None else str(file),
+            new_fingerprint=f"{known}-{start}",
+            remove_columns=plain.column_names,
+            desc=f"Asking the teacher, rows {start} to {end} of {len(plain)}",
+        )
+        if file is not None:
+            seal_file(file)
+        return made
+
+    starts = range(0, len(plain), _BLOCK)
     try:
-        for start in range(0, len(plain), _BLOCK):
-            end = min(start + _BLOCK, len(plain))
-            file = None if folder is None else folder / f"teacher-{known}-{start}.arrow"
-            if file is not None:
-                drop_damaged(file)
-            blocks.append(
-                plain.select(range(start, end)).map(
-                    logits,
-                    batched=True,
-                    batch_size=16 * batch_size,
-                    cache_file_name=None if file is None else str(file),
-                    new_fingerprint=f"{known}-{start}",
-                    remove_columns=plain.column_names,
-                    desc=f"Asking the teacher, rows {start} to {end} of {len(plain)}",
-                )
-            )
-            if file is not None:
-                seal_file(file)
+        if folder is not None and processes.num_processes > 1:
+            # Each process asks about blocks of its own, and then finds those of the others.
+            for start in starts[processes.process_index :: processes.num_processes]:
+                block(start)
+            processes.wait_for_everyone()
+        blocks = [block(start) for start in starts]
         # The logits alone are written; the rows stay where they are.
         whole = concatenate_datasets([plain, concatenate_datasets(blocks)], axis=1)
         whole.info.description = _noted(plain.info.description, teachers, whole[0], temperature)
@@ -212,24 +222,36 @@ class Absent(nn.Module):
         return self.load()(*args, **kwargs)
 
 
-class AbsentNetwork(Network):
-    """A teacher that is not loaded before something is read of it."""
+class AbsentNetwork:
+    """The adapter of a teacher that is not loaded before it is read, or asked how it is built."""
+
+    def __init__(self, module: Absent) -> None:
+        self._absent = module
+
+    @property
+    def module(self) -> nn.Module:
+        """The teacher, or what stands for it."""
+        return self._loaded.module if "_loaded" in vars(self) else self._absent
 
     @cached_property
     def _loaded(self) -> Network:
         # A part of what stands for it from then on, so that it follows its modes and devices.
-        self.module.loaded = self.module.load()
-        return adapt(self.module.loaded)
+        self._absent.loaded = self._absent.load()
+        return adapt(self._absent.loaded)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._loaded, name)
 
     def read(self, batch: Batch, reads: Reads, **options: Any) -> Any:
+        """As `Network.read`."""
         if isinstance(batch.inputs, Tensor):
             self._loaded.module.to(batch.inputs.device)
         return self._loaded.read(batch, reads, **options)
 
-    def layers(self, batch: Batch) -> int:
-        return self._loaded.layers(batch)
-
     def install(self, reads: Reads) -> None:
+        """As `Network.install`; scores alone need no hooks."""
         if reads.taps:
             self._loaded.install(reads)
 

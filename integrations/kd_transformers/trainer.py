@@ -144,7 +144,9 @@ class DistillationTrainer(Resumable):
         self._unused = copy.deepcopy(self.distiller)
         self._named = (distiller, dict(distiller_args or {})) if isinstance(distiller, str) else None
         self.teachers = loaded_where_read(self.teachers, self.distiller)
-        self._teacher_networks = [AbsentNetwork(t) if isinstance(t, Absent) else adapt(t) for t in self.teachers]
+        self._teacher_networks: list[Any] = [
+            AbsentNetwork(t) if isinstance(t, Absent) else adapt(t) for t in self.teachers
+        ]
         self._nets = self._connect(self.distiller)
         self._tokens = special_tokens(self.model)
         # model_init makes a new student in every run; its peers begin anew with it.
@@ -256,7 +258,8 @@ class DistillationTrainer(Resumable):
             )
         uncached = dataclasses.replace(batch, teacher_logits=None)
         for teacher in (net for net in nets.teachers if not isinstance(net.module, Absent)):
-            check_cache(*(teacher(asked, reads=Reads()) for asked in (batch, uncached)), batch.mask)
+            cached_view, asked = (teacher(one, reads=Reads()) for one in (batch, uncached))
+            check_cache(cached_view, asked, batch.mask)
 
     def _counts_items(self, net: Trained, batch: Batch, loader: Any) -> bool:
         """Whether a network's task loss divides by the number of items it is given; BERT's classifiers ignore it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import trainer_kit as kit
 import transformers
 from datasets import Dataset
+from image_kit import Images, image_classifier
 from torch import nn
 from transformers import BertTokenizer, DataCollatorWithPadding, default_data_collator
 
@@ -147,6 +149,19 @@ def test_a_teacher_is_loaded_where_a_method_reads_more(rows, tmp_path):
         assert any(True for t in quick.teachers for _ in t.parameters()) == (distiller != "kd")
 
 
+@pytest.mark.parametrize("distiller", ["dfa", "reviewkd"])
+def test_a_method_of_layers_loads_the_teacher(distiller, tmp_path):
+    """Also one that looks for its layers in the set-up."""
+    images = Images(16)
+    rows = Dataset.from_dict({"pixel_values": images.images.tolist(), "labels": images.labels.tolist()})
+    teacher = image_classifier([8, 16], 1)
+    cached = cache_teacher(rows.with_format("torch"), teacher)
+    absent = Absent(type(teacher), teacher.config, "a", lambda: copy.deepcopy(teacher))
+    options = {"distiller": distiller, "distiller_args": {"layers": [-2, -1]} if distiller == "reviewkd" else {}}
+    plain, quick = (train(tmp_path, cached, t, image_classifier([4, 8], 0), **options) for t in (teacher, absent))
+    assert kit.difference(kit.weights(plain.model), kit.weights(quick.model)) == 0.0
+
+
 def test_an_interrupted_pass_goes_on_and_a_damaged_file_is_made_anew(rows, monkeypatch):
     """Blocks of rows that are there are not asked about again."""
     monkeypatch.setattr("kd_transformers.cache._BLOCK", 4)
@@ -179,6 +194,23 @@ def test_an_interrupted_pass_goes_on_and_a_damaged_file_is_made_anew(rows, monke
     order = torch.tensor([mixed[i]["input_ids"] == rows[j]["input_ids"] for i in range(16) for j in range(16)])
     found = torch.tensor(cache_teacher(mixed, teacher)[TEACHER_LOGITS][:])
     torch.testing.assert_close(found, expected[order.view(16, 16).int().argmax(1)], rtol=1e-5, atol=1e-5)
+
+
+def test_each_of_several_processes_asks_about_blocks_of_its_own(rows, monkeypatch):
+    monkeypatch.setattr("kd_transformers.cache._BLOCK", 4)
+    folder, own = Path(rows.cache_files[0]["filename"]).parent, []
+
+    def wait() -> None:
+        own.extend(sorted(int(f.stem.rpartition("-")[2]) for f in folder.glob("teacher-*.arrow")))
+
+    processes = SimpleNamespace(process_index=1, num_processes=2, is_main_process=False, wait_for_everyone=wait)
+    monkeypatch.setattr("kd_transformers.cache.PartialState", lambda: processes)
+    teacher = kit.teacher()
+    cached = cache_teacher(rows, teacher)
+    assert own == [4, 12]
+    with torch.no_grad():
+        expected = teacher.eval()(**kit.Texts().batch()).logits
+    torch.testing.assert_close(torch.tensor(cached[TEACHER_LOGITS][:]), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_teacher_that_draws_random_numbers_is_refused(rows):
