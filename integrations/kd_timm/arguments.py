@@ -191,9 +191,15 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             parser.error(f"{as_flag(name)}: expected the smaller number first and the larger above 0, got {low} {high}")
     if args.aa:
         _check_policy(parser, args.aa)
-    alone = sorted(changed & set(_RULES["alone"])) if args.distill else []
-    if alone:
-        parser.error(f"{as_flag(alone[0])} does not go with --distill: {_RULES['alone'][alone[0]]}")
+    for owner, reasons in _RULES["alone"].items():
+        alone = sorted(changed & set(reasons)) if _given(args, owner, changed) else []
+        if alone:
+            parser.error(f"{as_flag(alone[0])} does not go with {owner}: {reasons[alone[0]]}")
+    if args.cache_teacher and args.reprob and not args.no_prefetcher:
+        parser.error(
+            "--reprob erases on the device, a batch at a time, which --cache-teacher cannot replay: add"
+            " --no-prefetcher, with which every image is erased by itself"
+        )
     for one, other in _RULES["exclude"]:
         if {one, other} <= changed:
             parser.error(f"{as_flag(one)} and {as_flag(other)} exclude each other")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, repeat
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from timm.data import (
@@ -63,14 +66,23 @@ MIXUP_ARGUMENTS = {
 
 
 class Targets(NamedTuple):
-    """Labels with the row numbers of their examples, where a distiller asks for them."""
+    """Labels, with what a distillation asks beside them.
+
+    Attributes:
+        labels: Targets of timm's loader.
+        index: Row numbers of the examples, where a distiller asks for them.
+        told: What the teachers say of the images, where `--cache-teacher` holds it: their logits, or the highest of
+            them and their classes.
+    """
 
     labels: Tensor
-    index: Tensor
+    index: Tensor | None = None  # type: ignore[assignment]
+    told: tuple[Tensor, ...] = ()
 
     def to(self, *args: Any, **kwargs: Any) -> Targets:
-        """Both on another device, as timm's prefetcher asks of a target."""
-        return Targets(self.labels.to(*args, **kwargs), self.index.to(*args, **kwargs))
+        """All on another device, as timm's prefetcher asks of a target."""
+        index = None if self.index is None else self.index.to(*args, **kwargs)
+        return Targets(self.labels.to(*args, **kwargs), index, tuple(x.to(*args, **kwargs) for x in self.told))
 
 
 class _Transformed:
@@ -112,15 +124,80 @@ class StagedRows(_Transformed, StagedDataset):
     """The training set of a distillation, whose stages may hold rows out for other streams."""
 
 
-class CollateIndex:
-    """Collates `(image, target, row)` with timm's collate function for the first two."""
+@contextmanager
+def _seeded(*key: int) -> Iterator[None]:
+    """Python's, NumPy's and torch's random numbers follow from a key, and go on afterwards as if nothing had been."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    first, second = np.random.SeedSequence(key).generate_state(2, np.uint32).tolist()
+    random.seed(first << 32 | second)
+    np.random.seed(first)  # noqa: NPY002
+    # The generator of the CPU alone: a worker must not touch a GPU.
+    torch.default_generator.manual_seed(first << 32 | second)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])
 
-    def __init__(self, collate: Callable[[Any], tuple[Tensor, Tensor]]) -> None:
-        self.collate = collate
 
-    def __call__(self, samples: Sequence[tuple[Any, Any, int]]) -> tuple[Tensor, Targets]:
+class Replayed(_Transformed, Dataset[tuple[Any, ...]]):
+    """A training set whose augmentation follows from row and view, so that it can be shown again.
+
+    The view is the number of the epoch, modulo the number of views, wherever a run begins.
+
+    Args:
+        dataset: The training set; its `transform` is shared.
+
+    Attributes:
+        views: How many of each image there are.
+        answers: What the teachers say of a view of a row; then an item carries it.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset, self.views = dataset, 1
+        self.answers: Callable[[int, int], tuple[Tensor, ...]] | None = None
+        # In shared memory, where workers that outlive an epoch see it change.
+        self._view = torch.tensor(0).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Takes the view of an epoch; loaders call it before every epoch."""
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+        self._view.fill_(epoch % self.views)
+
+    def item(self, row: int, view: int) -> tuple[Any, Any]:
+        """Image and label of a view."""
+        with _seeded(row, view):
+            image, label = self.dataset[row]
+        return image, label
+
+    def __getitem__(self, row: int) -> tuple[Any, ...]:
+        view, row = int(self._view), int(row)
+        item = self.item(row, view)
+        return item if self.answers is None else (*item, self.answers(view, row))
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+class CollateTargets:
+    """Collates images and labels with timm's collate function, and what a distillation asks beside them.
+
+    Args:
+        collate: timm's.
+        index: Whether the last of an item is its row number.
+        told: Whether the third of an item is what the teachers say of it.
+    """
+
+    def __init__(self, collate: Callable[[Any], tuple[Tensor, Tensor]], *, index: bool, told: bool) -> None:
+        self.collate, self.index, self.told = collate, index, told
+
+    def __call__(self, samples: Sequence[tuple[Any, ...]]) -> tuple[Tensor, Targets]:
         images, labels = self.collate([sample[:2] for sample in samples])
-        return images, Targets(labels, torch.tensor([sample[2] for sample in samples]))
+        index = torch.tensor([sample[-1] for sample in samples]) if self.index else None
+        told = zip(*(sample[2] for sample in samples), strict=True) if self.told else ()
+        return images, Targets(labels, index, tuple(map(torch.stack, told)))
 
 
 @dataclass
@@ -138,6 +215,7 @@ class Data:
         staged: The training set of a distillation that wants row numbers or streams; its `epoch_steps`, the updates in
             an epoch, must be set before training.
         other: Loader of the images of another kind; None without them.
+        replayed: The training set whose augmentation is replayed, with `--cache-teacher`.
     """
 
     train: Any
@@ -149,6 +227,7 @@ class Data:
     mean_batch: float = 0.0
     staged: StagedRows | None = None
     other: Any = None
+    replayed: Replayed | None = None
 
     def set_epoch(self, epoch: int, mixup_off_epoch: int = 0) -> None:
         """Reshuffles distributed samplers and ends mixup when its time has come."""
@@ -396,6 +475,7 @@ def create_data(
     index = any(n.index for n in needs)
     streams: dict[str, Any] = {}
     staged = None
+    replayed = Replayed(train) if args.cache_teacher else None
     for shares in (n.streams for n in needs if n.streams):
         streams |= split(len(train), shares, args.seed)
     if distiller is not None and (index or streams):
@@ -404,14 +484,17 @@ def create_data(
         if index and args.aug_splits:
             raise DistillError(f"--aug-splits shows a row several times at once, and {distiller.name} counts rows.")
         whole = train
-        train = staged = StagedRows(whole, distiller, 1, args.seed, _numbered if index else None)
+        train = staged = StagedRows(replayed or whole, distiller, 1, args.seed, _numbered if index else None)
         streams = {name: Rows(whole, rows, index) for name, rows in streams.items() if name}
+    elif replayed is not None:
+        train = replayed
     mixup = _mixup(args)
     collate: Any = None
     if mixup is not None and not args.no_prefetcher:
         collate = mixup
-    if index:
-        collate = CollateIndex(collate or (default_collate if args.no_prefetcher else fast_collate))
+    if index or replayed is not None:
+        plain = default_collate if args.no_prefetcher else fast_collate
+        collate = CollateTargets(collate or plain, index=index, told=replayed is not None)
     machine: dict[str, Any] = dict(
         num_workers=args.workers,
         pin_memory=args.pin_mem,
@@ -472,6 +555,7 @@ def create_data(
         mean_batch=float(mean_batch),
         staged=staged,
         other=plainly(_other_kind(args, config["input_size"][0])),
+        replayed=replayed,
     )
 
 

@@ -19,11 +19,12 @@ from kd_plugins.binding import connect, needs_pass, prepare, schedule, set_up
 from kd_plugins.catalog.registry import options_from_strings
 from kd_plugins.stages import StageTable
 from kd_timm.build import create_student
+from kd_timm.cache import Absent, AbsentNetwork, TeacherCache
 from kd_timm.checkpoint import forked_random_state
 from kd_timm.data import Targets, batches, plain_loader
 from kd_timm.engine import PlainStep, TrainingRun
 from kd_timm.network import TimmNetwork, image_batch
-from kd_timm.teachers import check_classes, create_teacher
+from kd_timm.teachers import Teacher, check_classes, create_teacher
 
 
 class Distillation:
@@ -35,6 +36,7 @@ class Distillation:
         config: Its data configuration.
         classes: Its class names, where they are known.
         device: Where teachers and peers go.
+        dataset: The training set, which `--cache-teacher` tells from others.
     """
 
     def __init__(
@@ -44,12 +46,15 @@ class Distillation:
         config: Mapping[str, Any],
         classes: tuple[str, ...] | None,
         device: torch.device,
+        dataset: Any = None,
     ) -> None:
         self.args, self.config, self.distiller = args, config, make_distiller(args)
         self.criterion: Callable[..., Tensor] = nn.functional.cross_entropy
-        given = zip_longest(args.teacher, args.teacher_checkpoint, args.teacher_kwargs)
-        common: dict[str, Any] = dict(config=config, num_classes=args.num_classes, classes=classes)
-        self.teachers = [create_teacher(name, path or "", kwargs or {}, **common) for name, path, kwargs in given]
+        make = partial(_teachers, args, config=config, num_classes=args.num_classes, classes=classes)
+        self.cache = None
+        if args.cache_teacher:
+            self.cache = TeacherCache(args, config, classes, dataset, self.distiller)
+        self.teachers = make() if self.cache is None else self.cache.teachers(make)
         self.peers = [self._peer(i, name) for i, name in enumerate(args.peer)]
         for module in (*(t.module for t in self.teachers), *self.peers):
             module.to(device)
@@ -59,7 +64,7 @@ class Distillation:
         self.nets = connect(
             self.distiller,
             self.network,
-            [TimmNetwork(teacher.module) for teacher in self.teachers],
+            [AbsentNetwork(t.module) if isinstance(t.module, Absent) else TimmNetwork(t.module) for t in self.teachers],
             [TimmNetwork(peer) for peer in self.peers],
             transforms=[teacher.transform for teacher in self.teachers],
             orders=[teacher.order for teacher in self.teachers],
@@ -83,7 +88,7 @@ class Distillation:
 
     def batch(self, inputs: Tensor, targets: Any, streams: Mapping[str, Batch] | None = None) -> Batch:
         """A batch of timm's loader, as methods see it."""
-        labels, index = (targets.labels, targets.index) if isinstance(targets, Targets) else (targets, None)
+        labels, index, told = targets if isinstance(targets, Targets) else (targets, None, ())
         data = self.distiller.data
         return image_batch(
             self.config,
@@ -91,11 +96,25 @@ class Distillation:
             labels if data else None,
             size=len(inputs),
             index=index,
+            teacher_logits=self.cache.logits(told) if self.cache is not None and told else None,
             rows=self.rows,
             classes=self.args.num_classes,
             criterion=lambda view, labels: self.criterion(view.logits, labels),
             streams=streams or {},
         )
+
+    def fill(self, run: TrainingRun, epochs: int, dataset: Any) -> None:
+        """Asks the teachers what the cache lacks; from then on it stands for them."""
+        assert self.cache is not None
+        with forked_random_state():
+            self.cache.fill(run, self.nets.teachers, self.teachers, epochs)
+            for net, teacher in zip(self.nets.teachers, self.teachers, strict=True):
+                teacher.module = Absent()
+                net.network = AbsentNetwork(teacher.module)
+            self.rows = len(dataset)
+            set_up(self.distiller, self.nets, self.batch(*self.cache.first_batch(run)))
+            check_classes(self.distiller, self.teachers)
+        self.distiller.to(self.device)
 
     def set_up(self, dataset: Any, *, fresh: bool) -> None:
         """Lets the method build its parts on one batch, and pass over the training set where it wants to.
@@ -174,8 +193,16 @@ class Distillation:
         def scores(net: Net, images: Tensor) -> Tensor:
             return net(Batch.of(images), reads=Reads()).logits
 
+        if self.cache is not None:
+            return self.cache.asked(self.teachers)
         known = zip(self.teachers, self.nets.teachers, strict=True)
         return [partial(scores, net) for teacher, net in known if not teacher.misfit]
+
+
+def _teachers(args: argparse.Namespace, **common: Any) -> list[Teacher]:
+    """The teachers that the flags name."""
+    given = zip_longest(args.teacher, args.teacher_checkpoint, args.teacher_kwargs)
+    return [create_teacher(name, path or "", kwargs or {}, **common) for name, path, kwargs in given]
 
 
 def make_distiller(args: argparse.Namespace) -> Distiller:

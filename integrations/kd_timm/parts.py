@@ -56,6 +56,8 @@ class Parts(TrainingRun):
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
+        if args.cache_teacher and not args.teacher:
+            raise DistillError("--cache-teacher does nothing without --teacher NAME: name one.")
         for name in ("teacher", "peer", "distill_args"):
             if getattr(args, name) and not args.distill:
                 raise DistillError(f"{as_flag(name)} does nothing without --distill NAME: name a distiller.")
@@ -106,8 +108,9 @@ class Parts(TrainingRun):
         self.distillation: Distillation | None = None
         if args.distill:
             with forked_random_state():
-                self.distillation = Distillation(args, self.student, config, classes, accelerator.device)
-            self.distillation.set_up(datasets[0], fresh=self.state is None and self.primary)
+                self.distillation = Distillation(args, self.student, config, classes, accelerator.device, datasets[0])
+            if self.distillation.cache is None:
+                self.distillation.set_up(datasets[0], fresh=self.state is None and self.primary)
         self.reporter = Reporter(self.primary)
         if data_free and datasets[1] is not None:
             named = f"{args.dataset or args.data_dir} ({args.val_split})"
@@ -167,6 +170,8 @@ class Parts(TrainingRun):
             if max(asked, default=1) > self.epochs:
                 raise DistillError(f"{flag}: expected at most the {self.epochs} epochs of the run, got {max(asked)}.")
         if distillation is not None:
+            if distillation.cache is not None:
+                distillation.fill(self, self.epochs, datasets[0])
             model = distillation.network.staged
             distillation.schedule(self.epochs, self.updates_per_epoch)
             if self.data.staged is not None:

@@ -79,7 +79,8 @@ class Recorder:
         distillation = self.session.distillation
         if distillation is None:
             return Nets(student)
-        return Nets(student, distillation.nets.teachers, distillation.nets.peers[1:])
+        teachers = [] if distillation.cache is not None else distillation.nets.teachers
+        return Nets(student, teachers, distillation.nets.peers[1:])
 
     def _analyse(self, phase: str) -> None:
         args = self.session.args

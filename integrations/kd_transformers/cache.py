@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
+from kd_accelerate.cached import check_twice, drop_damaged, note_facts, seal_file
 from kd_plugins import Batch, Distiller, DistillError, Net, Reads
+from kd_plugins import functional as KF
 from kd_plugins.binding import needs_of_stages
 from kd_plugins.reading.network import Network, adapt
-from kd_plugins.states import read_json, write_json
-from kd_transformers.checks import base, class_names, inputs_of
-from kd_transformers.columns import TEACHER, TEACHER_LOGITS, Padded, with_padding
+from kd_plugins.reading.view import View
+from kd_transformers.checks import base, class_names, inputs_of, task_of
+from kd_transformers.columns import TEACHER, TEACHER_CLASSES, TEACHER_LOGITS, TOLD, Padded, Told, with_padding
 from kd_transformers.compat import rows_id
 from kd_transformers.playing import listed
 from kd_transformers.streams import undisturbed
@@ -29,8 +29,6 @@ from kd_transformers.streams import undisturbed
 if TYPE_CHECKING:
     from datasets import Dataset
 
-
-logger = logging.getLogger(__name__)
 
 _BLOCK = 4096
 _ASIDE = ("problem_type", "_name_or_path", "transformers_version")
@@ -41,12 +39,17 @@ def cache_teacher(
     teacher: nn.Module | Sequence[nn.Module],
     data_collator: Any = None,
     *,
+    top_k: int | None = None,
+    temperature: float = 1.0,
     batch_size: int = 64,
     device: torch.device | str | None = None,
 ) -> Dataset:
-    """Runs a classifier over a data set once and adds its logits `[K]`, float32, as the column `teacher_logits`.
+    """Runs a teacher over a data set once and adds its logits, float32, as the column `teacher_logits`.
 
-    Of several teachers the column holds all logits, `[teachers, K]`, in their order.
+    They are `[K]` of a classifier, and `[L, K]` of a model with scores per token, padding left out. Of several teachers
+    the column holds all logits, `[teachers, K]` or `[L, teachers, K]`, in their order. Large vocabularies need `top_k`:
+    the column then holds the k highest logits with that of all other classes taken as one behind them (`[k + 1]`; see
+    `kd_plugins.functional.merge_rest`), and a column `teacher_classes` which they are. `kd` reads them.
 
     `DistillationTrainer` takes the column in place of the teacher's forward wherever a method reads the teacher's
     logits alone (`kd`, and the last phase of `internal`); a step then costs what training without a teacher costs. Give
@@ -66,9 +69,11 @@ def cache_teacher(
     Args:
         dataset: Tokenized rows, as for `Trainer`; columns that the teacher does not take are left out. Columns of its
             own (`teacher_input_ids`, ...) are given to it in place of the student's.
-        teacher: A classifier with scores `[B, K]`, or several. One that is not loaded (`Absent`) is loaded where it has
-            to be asked.
+        teacher: A model with scores `[B, K]`, or `[B, L, K]` of tokens, or several. One that is not loaded (`Absent`)
+            is loaded where it has to be asked.
         data_collator: Makes a batch of rows; by default `transformers`' own, which needs rows of one length.
+        top_k: How many of the logits are kept, of a softmax over many classes; by default all.
+        temperature: Of the loss that will read the highest ones, at which the rest is summed; whole logits fit any.
         batch_size: Rows in a forward. Padding follows the batch, so logits agree with those of another batch size to
             rounding only.
         device: Where the teacher runs; by default where it is.
@@ -77,8 +82,9 @@ def cache_teacher(
         The data set with the column.
 
     Raises:
-        DistillError: A data set that is not of `datasets` or that is transformed on access; a teacher that gives
-            anything but `[B, K]`, or two answers to one question.
+        DistillError: A data set that is not of `datasets` or that is transformed on access; a collator that makes two
+            batches of the same rows (random masks); a teacher that gives anything but scores of rows or of their
+            tokens, or two answers to one question.
     """
     from datasets import Dataset, concatenate_datasets
     from transformers import default_data_collator
@@ -101,7 +107,7 @@ def cache_teacher(
     device = torch.device(device) if device is not None else weight.device
     collate = with_padding(data_collator or default_data_collator, teachers)
     taken = set().union(*map(inputs_of, teachers)) or set(dataset.column_names)
-    names = [c for c in dataset.column_names if c != TEACHER_LOGITS and not c.startswith("label")]
+    names = [c for c in dataset.column_names if c not in TOLD and not c.startswith("label")]
     columns = [c for c in names if c in taken or c.startswith(TEACHER)]
 
     @cache
@@ -116,56 +122,68 @@ def cache_teacher(
         nets = loaded()
         name = getattr(base(nets[0].module), "main_input_name", None)
         items = [dict(zip(columns, values, strict=True)) for values in zip(*(rows[c] for c in columns), strict=True)]
-        found = []
-        for inputs in DataLoader(items, batch_size=batch_size, collate_fn=collate):  # type: ignore[arg-type]
+        found: dict[str, list[Any]] = {TEACHER_LOGITS: [], **({TEACHER_CLASSES: []} if top_k else {})}
+        for start in range(0, len(items), batch_size):
+            rows_of = items[start : start + batch_size]
+            inputs = collate(list(map(dict, rows_of)))
             theirs = {k.removeprefix(TEACHER): v for k, v in inputs.items() if k.startswith(TEACHER)}
-            own = {k: v for k, v in inputs.items() if not k.startswith(TEACHER)}
+            own = {k: v for k, v in inputs.items() if not k.startswith((TEACHER, "label"))}
             batch = Batch.of(own, name=name, teacher_kwargs=theirs).to(device)
             scores = [net(batch).logits.float().cpu() for net in nets]
             if not asked:
-                _check_twice(scores, [net(batch).logits.float().cpu() for net in nets])
+                _check_collator(inputs, collate(list(map(dict, rows_of))))
+                check_twice(scores, [net(batch).logits.float().cpu() for net in nets])
                 asked = True
-            shapes = [list(x.shape) for x in scores]
-            if scores[0].dim() != 2 or any(shape != shapes[0] for shape in shapes):
-                raise DistillError(
-                    f"Expected a teacher with logits [B, K], got {', '.join(map(str, shapes))}: the cache holds one"
-                    " vector of each teacher for each row; train without it."
-                )
-            found.append(scores[0] if isinstance(teacher, nn.Module) else torch.stack(scores, 1))
-        return {TEACHER_LOGITS: torch.cat(found).numpy()}
+            told = _rows(scores, nets, batch.teacher_mask, many=not isinstance(teacher, nn.Module))
+            if top_k:
+                kept, classes = zip(*(KF.top_k(x, min(top_k, x.shape[-1]), temperature) for x in told), strict=True)
+                found[TEACHER_CLASSES] += [x.int().numpy() for x in classes]
+                told = list(kept)
+            found[TEACHER_LOGITS] += [x.numpy() for x in told]
+        return found
 
     plain = dataset.with_format(None)
-    if TEACHER_LOGITS in plain.column_names:
-        plain = plain.remove_columns(TEACHER_LOGITS)
+    plain = plain.remove_columns([c for c in TOLD if c in plain.column_names])
     if not len(plain):
         raise DistillError("Expected at least one row to ask the teacher about, got an empty data set.")
-    facts, blocks = _facts(plain, teachers, collate), []
+    facts = _facts(plain, teachers, collate)
+    if top_k:
+        facts["column"] += f", the {top_k} highest at temperature {temperature:g}"
     known = _hash(facts)
     folder = Path(plain.cache_files[0]["filename"]).parent if plain.cache_files else None
-    if folder is not None:
-        _note_facts(folder / f"teacher-{known}.json", facts)
+    processes = PartialState()
+    if folder is not None and processes.is_main_process:
+        note_facts(folder / f"teacher-{known}.json", facts, folder.glob("teacher-*.json"), same=["split"])
+
+    def block(start: int) -> Dataset:
+        end = min(start + _BLOCK, len(plain))
+        file = None if folder is None else folder / f"teacher-{known}-{start}.arrow"
+        if file is not None:
+            drop_damaged(file)
+        made = plain.select(range(start, end)).map(
+            logits,
+            batched=True,
+            batch_size=16 * batch_size,
+            cache_file_name=None if file is None else str(file),
+            new_fingerprint=f"{known}-{start}",
+            remove_columns=plain.column_names,
+            desc=f"Asking the teacher, rows {start} to {end} of {len(plain)}",
+        )
+        if file is not None:
+            seal_file(file)
+        return made
+
+    starts = range(0, len(plain), _BLOCK)
     try:
-        for start in range(0, len(plain), _BLOCK):
-            end = min(start + _BLOCK, len(plain))
-            file = None if folder is None else folder / f"teacher-{known}-{start}.arrow"
-            if file is not None:
-                _drop_damaged(file)
-            blocks.append(
-                plain.select(range(start, end)).map(
-                    logits,
-                    batched=True,
-                    batch_size=16 * batch_size,
-                    cache_file_name=None if file is None else str(file),
-                    new_fingerprint=f"{known}-{start}",
-                    remove_columns=plain.column_names,
-                    desc=f"Asking the teacher, rows {start} to {end} of {len(plain)}",
-                )
-            )
-            if file is not None:
-                _sum_file(file).write_text(_sum(file))
+        if folder is not None and processes.num_processes > 1:
+            # Each process asks about blocks of its own, and then finds those of the others.
+            for start in starts[processes.process_index :: processes.num_processes]:
+                block(start)
+            processes.wait_for_everyone()
+        blocks = [block(start) for start in starts]
         # The logits alone are written; the rows stay where they are.
         whole = concatenate_datasets([plain, concatenate_datasets(blocks)], axis=1)
-        whole.info.description = _noted(plain.info.description, teachers, whole[0][TEACHER_LOGITS])
+        whole.info.description = _noted(plain.info.description, teachers, whole[0], temperature)
         return whole.with_format(dataset.format["type"])
     finally:
         for t, training in zip(teachers, modes, strict=True):
@@ -204,24 +222,36 @@ class Absent(nn.Module):
         return self.load()(*args, **kwargs)
 
 
-class AbsentNetwork(Network):
-    """A teacher that is not loaded before something is read of it."""
+class AbsentNetwork:
+    """The adapter of a teacher that is not loaded before it is read, or asked how it is built."""
+
+    def __init__(self, module: Absent) -> None:
+        self._absent = module
+
+    @property
+    def module(self) -> nn.Module:
+        """The teacher, or what stands for it."""
+        return self._loaded.module if "_loaded" in vars(self) else self._absent
 
     @cached_property
     def _loaded(self) -> Network:
         # A part of what stands for it from then on, so that it follows its modes and devices.
-        self.module.loaded = self.module.load()
-        return adapt(self.module.loaded)
+        self._absent.loaded = self._absent.load()
+        return adapt(self._absent.loaded)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._loaded, name)
 
     def read(self, batch: Batch, reads: Reads, **options: Any) -> Any:
+        """As `Network.read`."""
         if isinstance(batch.inputs, Tensor):
             self._loaded.module.to(batch.inputs.device)
         return self._loaded.read(batch, reads, **options)
 
-    def layers(self, batch: Batch) -> int:
-        return self._loaded.layers(batch)
-
     def install(self, reads: Reads) -> None:
+        """As `Network.install`; scores alone need no hooks."""
         if reads.taps:
             self._loaded.install(reads)
 
@@ -230,6 +260,22 @@ def absent_teachers(dataset: Any) -> list[Absent]:
     """Stand-ins for the teachers whose logits a data set has."""
     if TEACHER_LOGITS not in (getattr(dataset, "column_names", None) or ()):
         return []
+    return [
+        Absent(
+            facts["stands_for"],
+            SimpleNamespace(num_labels=facts["scores"], id2label=dict(enumerate(facts["classes"] or ()))),
+        )
+        for facts in _note_of(dataset)
+    ]
+
+
+def temperature_of(dataset: Any) -> float:
+    """That at which the rest of the highest logits was summed."""
+    return float(_note_of(dataset)[0].get("temperature", 1.0))
+
+
+def _note_of(dataset: Any) -> list[dict[str, Any]]:
+    """What a data set says of the teachers that wrote its column."""
     lines = (getattr(getattr(dataset, "info", None), "description", None) or "").splitlines()
     noted = next((line for line in lines if line.startswith(_NOTE)), None)
     if noted is None:
@@ -237,13 +283,8 @@ def absent_teachers(dataset: Any) -> list[Absent]:
             f"The data set does not say which teacher wrote its column {TEACHER_LOGITS}, so that its classes are not"
             " known: give teacher_model, or make the column anew with cache_teacher."
         )
-    return [
-        Absent(
-            facts["stands_for"],
-            SimpleNamespace(num_labels=facts["scores"], id2label=dict(enumerate(facts["classes"] or ()))),
-        )
-        for facts in json.loads(noted.removeprefix(_NOTE))
-    ]
+    found: list[dict[str, Any]] = json.loads(noted.removeprefix(_NOTE))
+    return found
 
 
 def loaded_where_read(teachers: Sequence[nn.Module], distiller: Distiller) -> list[nn.Module]:
@@ -264,44 +305,47 @@ def cached_logits(cached: Dataset) -> list[np.ndarray]:
 _NOTE = f"{TEACHER_LOGITS}: "
 
 
-def _noted(description: str | None, teachers: Sequence[nn.Module], logits: Any) -> str:
-    """A data set's description with what its column is."""
-    scores = torch.as_tensor(logits).shape[-1]
+def _rows(scores: Sequence[Tensor], nets: Sequence[Net], mask: Tensor | None, *, many: bool) -> list[Tensor]:
+    """The logits of each row of a batch: of a text's tokens without the padding, of several teachers side by side."""
+    shapes = [list(x.shape) for x in scores]
+    tokens = all(task_of(net.module) in ("token", "causal-lm") for net in nets)
+    if scores[0].dim() != (3 if tokens else 2) or any(shape != shapes[0] for shape in shapes):
+        raise DistillError(
+            f"Expected a teacher with logits [B, K], or [B, L, K] of tokens, got {', '.join(map(str, shapes))}: the"
+            " cache holds one vector of each teacher for each row, or token; train without it."
+        )
+    whole = torch.stack(list(scores), -2) if many else scores[0]
+    if not tokens or mask is None:
+        return list(whole)
+    return [row[real.bool()] for row, real in zip(whole, mask.cpu(), strict=True)]
+
+
+def _check_collator(first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
+    """Refuses a collator that draws random numbers: cached logits would belong to other inputs."""
+    for name, value in first.items():
+        if isinstance(value, Tensor) and not torch.equal(value, second[name]):
+            raise DistillError(
+                f"Expected a data_collator that makes the same batch of the same rows, got two {name}: it draws random"
+                " numbers (masks, crops). Apply them once with map, or train without a cache."
+            )
+
+
+def _noted(description: str | None, teachers: Sequence[nn.Module], row: Mapping[str, Any], temperature: float) -> str:
+    """A data set's description with what its columns are."""
+    scores = torch.as_tensor(row[TEACHER_LOGITS]).shape[-1]
+    if TEACHER_CLASSES in row:
+        scores = getattr(getattr(base(teachers[0]), "config", None), "num_labels", scores)
     facts = [
         {
             "stands_for": called(teacher),
             "classes": class_names(getattr(base(teacher), "config", None)),
             "scores": scores,
+            "temperature": temperature,
         }
         for teacher in teachers
     ]
     others = [line for line in (description or "").splitlines() if not line.startswith(_NOTE)]
     return "\n".join([*others, _NOTE + json.dumps(facts)])
-
-
-def _check_twice(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
-    """Refuses a teacher whose answers to one question differ."""
-    if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(first, second, strict=True)):
-        raise DistillError(
-            "Expected a teacher that says the same of the same rows, got one whose two forwards differ in evaluation"
-            " mode: it draws random numbers, so train without a cache."
-        )
-
-
-def _sum(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def _sum_file(file: Path) -> Path:
-    return file.with_suffix(".sha256")
-
-
-def _drop_damaged(file: Path) -> None:
-    """Removes a cached file that is not what was written."""
-    known = _sum_file(file)
-    if file.is_file() and not (known.is_file() and known.read_text() == _sum(file)):
-        logger.warning("%s is damaged or unfinished: its rows are asked for anew.", file)
-        file.unlink()
 
 
 def called(teacher: nn.Module) -> str:
@@ -321,7 +365,8 @@ def _hash(*values: Any) -> str:
 
 def _facts(dataset: Any, teachers: Sequence[nn.Module], collate: Any) -> dict[str, str]:
     """What the logits depend on, each by a word for it that a user knows."""
-    collate = collate.collate if isinstance(collate, Padded) else collate
+    while isinstance(collate, (Told, Padded)):
+        collate = collate.collate
     settings = dict(getattr(collate, "__dict__", {}))
     tokenizer = settings.pop("tokenizer", None)
     return {
@@ -362,44 +407,22 @@ def _weights_id(teacher: nn.Module) -> str:
     return _hash(*found)
 
 
-def files_id(*paths: str | Path) -> str:
-    """Changes with the files of checkpoints: configurations, weights and code, each a folder or a file."""
-    kinds = ("config.json", "*.index.json", "*.safetensors", "*.bin", "*.py")
-    digest = hashlib.sha256()
-    for path in map(Path, paths):
-        files: Iterable[Path] = {f for kind in kinds for f in path.glob(kind)} if path.is_dir() else [path]
-        for file in sorted(files):
-            with file.open("rb") as stream:
-                digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()
-
-
-def _note_facts(file: Path, facts: Mapping[str, str]) -> None:
-    """Writes down what a cache is made of; one that is new is told apart from those that lie beside it."""
-    if file.is_file():
-        return
-    others: list[list[str]] = []
-    for other in file.parent.glob("teacher-*.json"):
-        try:
-            before = read_json(other)
-        except DistillError:
-            continue  # Half a file says nothing of its cache.
-        if before.get("split") == facts["split"]:
-            others.append([name for name in facts if before.get(name) != facts[name]])
-    if others:
-        nearest: list[str] = min(others, key=len)
-        logger.warning("The teacher is asked anew: since it was last asked these have changed: %s.", ", ".join(nearest))
-    write_json(file, facts)
-
-
-def check_cache(cached: Tensor, logits: Tensor) -> None:
+def check_cache(cached: View, asked: View, mask: Tensor | None) -> None:
     """Refuses a column that another teacher wrote, or the same teacher for other rows.
 
     Args:
-        cached: The column's logits of one batch.
-        logits: What the teacher says of this batch now.
+        cached: What the column says of one batch.
+        asked: What the teacher says of it now.
+        mask: The tokens that are there, where the scores are of tokens.
     """
-    if cached.shape != logits.shape or not torch.allclose(cached.float(), logits.float(), rtol=2e-2, atol=2e-2):
+    logits, top = asked.logits, cached.top
+    told = cached.logits if top is None else top.scores
+    if top is not None and told.shape[:-1] == logits.shape[:-1]:
+        logits = KF.merge_rest(logits, top.classes, top.temperature)
+    same = told.shape == logits.shape
+    if same and mask is not None and told.shape[:2] == mask.shape and told.dim() == 3:
+        told, logits = told[mask.bool()], logits[mask.bool()]
+    if not same or not torch.allclose(told.float(), logits.float(), rtol=2e-2, atol=2e-2):
         raise DistillError(
             f"The column {TEACHER_LOGITS} is not what teacher_model says of these rows: make it anew with"
             " cache_teacher(dataset, teacher), or remove the column."

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kd_plugins import DistillError
 from kd_transformers.checks import base
@@ -16,14 +16,48 @@ TEACHER = "teacher_"
 """A column of this prefix goes to the teacher."""
 TEACHER_LOGITS = "teacher_logits"
 """The column that stands for the teacher's forward."""
+TEACHER_CLASSES = "teacher_classes"
+"""The classes of these logits, where they are the highest alone."""
+TOLD = TEACHER_LOGITS, TEACHER_CLASSES
 
 
 def with_padding(collate: Any, teachers: Sequence[nn.Module]) -> Any:
-    """A collator; transformers' own, which do not know the teacher's columns, get these padded."""
-    if not teachers or not getattr(collate, "__module__", "").startswith("transformers."):
+    """A collator that knows the teacher's columns: what teachers have said, and where it is transformers' own the rest.
+
+    Collators of transformers do not know the teacher's columns, which they get padded.
+    """
+    if not teachers:
         return collate
     pads = [getattr(getattr(base(t), "config", None), "pad_token_id", None) for t in teachers]
-    return Padded(collate, next((p for p in pads if p is not None), None))
+    pad = next((p for p in pads if p is not None), None)
+    return Told(Padded(collate, pad) if getattr(collate, "__module__", "").startswith("transformers.") else collate)
+
+
+class Told:
+    """A collator that carries what teachers have said past another one.
+
+    Logits of tokens are put where the mask of the batch has a token, whichever side is padded.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, items: list[Any]) -> Any:
+        names = [name for name in TOLD if isinstance(items[0], Mapping) and name in items[0]]
+        if not names:
+            return self.collate(items)
+        batch = self.collate([{k: v for k, v in item.items() if k not in names} for item in items])
+        mask = batch.get(f"{TEACHER}attention_mask", batch.get("attention_mask"))
+        for name in names:
+            rows = [torch.as_tensor(item[name]) for item in items]
+            lengths = mask.sum(1).tolist() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+            if rows[0].dim() == 1 or lengths != list(map(len, rows)):
+                batch[name] = torch.stack(rows)
+                continue
+            told = torch.cat(rows)
+            batch[name] = told.new_zeros(*mask.shape, *told.shape[1:])
+            batch[name][mask.bool()] = told
+        return batch
 
 
 class Padded:

@@ -224,14 +224,13 @@ class Session:
         training, teachers = self.arguments.training, self.teachers
         if self.trains_teacher:
             teachers = [absent_teacher(str(self.teacher_folder), None, self.labels)]
-        with training.main_process_first(desc="asking the teacher"):
-            return cache_teacher(
-                rows,
-                teachers if len(teachers) > 1 else teachers[0],
-                self.collate,
-                batch_size=training.per_device_eval_batch_size,
-                device=training.device,
-            )
+        return cache_teacher(
+            rows,
+            teachers if len(teachers) > 1 else teachers[0],
+            self.collate,
+            batch_size=training.per_device_eval_batch_size,
+            device=training.device,
+        )
 
     def _say(self, text: str) -> None:
         if self.arguments.training.process_index == 0:

@@ -23,7 +23,8 @@ from kd_plugins import Batch, Distiller, DistillError, Nets, Reads, create_disti
 from kd_plugins.binding import connect, needs_in, needs_of_stages, needs_pass, prepare, schedule, set_up
 from kd_plugins.catalog.registry import to_json
 from kd_plugins.reading.network import adapt
-from kd_transformers.cache import Absent, AbsentNetwork, absent_teachers, check_cache, loaded_where_read
+from kd_plugins.reading.view import TopK
+from kd_transformers.cache import Absent, AbsentNetwork, absent_teachers, check_cache, loaded_where_read, temperature_of
 from kd_transformers.card import Gain, add_to_card, check_gain, section
 from kd_transformers.checkpoints import Resumable
 from kd_transformers.checks import (
@@ -41,7 +42,7 @@ from kd_transformers.checks import (
     special_tokens,
     task_of,
 )
-from kd_transformers.columns import INDEX, TEACHER, TEACHER_LOGITS, Indexed, with_index, with_padding
+from kd_transformers.columns import INDEX, TEACHER, TEACHER_LOGITS, TOLD, Indexed, with_index, with_padding
 from kd_transformers.compat import ALWAYS_DIVIDES, on_device, used_columns
 from kd_transformers.inputs import decoder_inputs, labels_of
 from kd_transformers.playing import Trained, Updates, export, ignored_label, listed, save_weights
@@ -145,7 +146,9 @@ class DistillationTrainer(Resumable):
         self._unused = copy.deepcopy(self.distiller)
         self._named = (distiller, dict(distiller_args or {})) if isinstance(distiller, str) else None
         self.teachers = loaded_where_read(self.teachers, self.distiller)
-        self._teacher_networks = [AbsentNetwork(t) if isinstance(t, Absent) else adapt(t) for t in self.teachers]
+        self._teacher_networks: list[Any] = [
+            AbsentNetwork(t) if isinstance(t, Absent) else adapt(t) for t in self.teachers
+        ]
         self._nets = self._connect(self.distiller)
         self._tokens = special_tokens(self.model)
         # model_init makes a new student in every run; its peers begin anew with it.
@@ -197,7 +200,7 @@ class DistillationTrainer(Resumable):
 
     def _check_vocabularies(self, columns: Iterable[Any]) -> None:
         """Networks that read the same token ids must share a vocabulary."""
-        own = any(str(column).startswith(TEACHER) and column != TEACHER_LOGITS for column in columns)
+        own = any(str(column).startswith(TEACHER) and column not in TOLD for column in columns)
         for network in [*([] if own else self.teachers), *self.peer_models]:
             check_vocabulary(self.model, network)
 
@@ -249,7 +252,7 @@ class DistillationTrainer(Resumable):
         """Asks the teachers once, to see that the column of their logits is their own."""
         if batch.teacher_logits is None:
             return
-        cached = batch.teacher_logits.shape[1] if batch.teacher_logits.dim() == 3 else 1
+        cached = len(batch.teacher_logits) if isinstance(batch.teacher_logits, tuple) else 1
         if cached != len(self.teachers):
             raise DistillError(
                 f"The column {TEACHER_LOGITS} holds the logits of {cached} teachers, got {len(self.teachers)}: make it"
@@ -257,7 +260,8 @@ class DistillationTrainer(Resumable):
             )
         uncached = dataclasses.replace(batch, teacher_logits=None)
         for teacher in (net for net in nets.teachers if not isinstance(net.module, Absent)):
-            check_cache(*(teacher(asked, reads=Reads()).logits for asked in (batch, uncached)))
+            cached_view, asked = (teacher(one, reads=Reads()) for one in (batch, uncached))
+            check_cache(cached_view, asked, batch.mask)
 
     def _counts_items(self, net: Trained, batch: Batch, loader: Any) -> bool:
         """Whether a network's task loss divides by the number of items it is given; BERT's classifiers ignore it."""
@@ -310,22 +314,38 @@ class DistillationTrainer(Resumable):
         own, only = self._own_inputs(inputs), self._teacher_only()
         theirs = {name: value for name, value in inputs.items() if name in only}
         theirs |= {k.removeprefix(TEACHER): v for k, v in inputs.items() if k.startswith(TEACHER)}
-        cached = theirs.pop(TEACHER_LOGITS.removeprefix(TEACHER), None)
+        logits, classes = (theirs.pop(name.removeprefix(TEACHER), None) for name in TOLD)
         student = base(self.model)
         labels, mask = labels_of(student, own, self._label)
+        task = self.task or task_of(student, labels)
         return Batch.of(
             own | decoder_inputs(student, own, labels),
             labels,
             name=getattr(student, "main_input_name", None),
-            task=self.task or task_of(student, labels),
+            task=task,
             ignore_index=ignored_label(getattr(student, "config", None)),
             mask=mask,
             teacher_kwargs=theirs,
-            teacher_logits=cached,
+            teacher_logits=self._told(logits, classes, tokens=task in ("token", "causal-lm")),
             index=inputs.get(INDEX),
             rows=len(self.train_dataset) if has_length(self.train_dataset) else 0,
             **self._normalisation(),
         )
+
+    def _told(self, logits: Tensor | None, classes: Tensor | None, *, tokens: bool) -> Any:
+        """What the columns of `cache_teacher` say, of several teachers each."""
+        if logits is None:
+            return None
+        several, classes = logits.dim() == (4 if tokens else 3), None if classes is None else classes.long()
+        temperature = 1.0 if classes is None else temperature_of(self.train_dataset)
+
+        def told(logits: Tensor, classes: Tensor | None) -> Tensor | TopK:
+            return logits if classes is None else TopK(logits, classes, temperature)
+
+        if not several:
+            return told(logits, classes)
+        each = [None] * logits.shape[-2] if classes is None else classes.unbind(-2)
+        return tuple(map(told, logits.unbind(-2), each))
 
     @property
     def _label(self) -> str:
@@ -394,7 +414,7 @@ class DistillationTrainer(Resumable):
         if self.distiller is None:
             return []
         only = sorted(self._teacher_only() - set(columns))
-        return [*only, *(TEACHER + name for name in (*columns, *only)), TEACHER_LOGITS, INDEX]
+        return [*only, *(TEACHER + name for name in (*columns, *only)), *TOLD, INDEX]
 
     # Training
 

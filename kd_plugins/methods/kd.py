@@ -24,7 +24,7 @@ def soft_labels(student: View, teacher: View, batch: Batch, temperature: float, 
         temperature: Softens both sides, but of a regression; the term is multiplied by its square.
         standardize: Standardise both sides over the classes first.
     """
-    rows = class_scores(student, teacher, batch)
+    rows = class_scores(student, teacher, batch, None if standardize else temperature)
     s, t = rows.student, rows.teacher
     if standardize:
         rows.exclusive("standardize=true")

@@ -18,7 +18,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from kd_plugins.errors import DistillError
 from kd_plugins.reading.network import Forward, Network
 from kd_plugins.reading.tap import Replacement
-from kd_plugins.reading.view import Batch, Reads, View
+from kd_plugins.reading.view import Batch, Reads, TopK, View
 
 _logger = logging.getLogger(__name__)
 
@@ -100,7 +100,9 @@ class Net:
             self.module.eval()
         if batch.teacher_logits is not None and not (reads.taps or replace or input_grad or dropout):
             known = batch.teacher_logits
-            view = View(known if known.dim() < 3 else known[:, self.number], labels=batch.labels)
+            mine = known[self.number] if isinstance(known, tuple) else known
+            top = mine if isinstance(mine, TopK) else None
+            view = View(None if top is not None else mine, labels=batch.labels, top=top)
         else:
             with torch.set_grad_enabled(input_grad and torch.is_grad_enabled()), _dropout(self.module, dropout):
                 view = self.network.read(self._translate(batch), reads, forward=self.forward, replace=replace)
@@ -108,6 +110,9 @@ class Net:
             # As in `class_scores`: of tokens the classes are the last axis, of images and maps the second.
             axis = -1 if batch.task in ("token", "causal-lm", "ctc") else 1
             view._logits = view._logits.index_select(axis, torch.tensor(self.order, device=view._logits.device))
+        elif self.order is not None and view.top is not None:
+            place = torch.tensor(self.order, device=view.top.classes.device).argsort()
+            view.top = dataclasses.replace(view.top, classes=place[view.top.classes])
         return view
 
     def begin(self, batch: Batch) -> None:

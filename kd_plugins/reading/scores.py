@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_plugins.errors import DistillError
+from kd_plugins.functional.topk import merge_rest
 from kd_plugins.reading.view import Batch, View
 
 
@@ -51,7 +52,7 @@ class Rows(NamedTuple):
         return self.labels if self.mask is None else self.labels.masked_fill(~self.mask, 0)
 
 
-def class_scores(student: View, teacher: View, batch: Batch) -> Rows:
+def class_scores(student: View, teacher: View, batch: Batch, temperature: float | None = None) -> Rows:
     """The class scores of two networks for one batch.
 
     Classes are the last axis of scores per token (`batch.task` is `"token"`, `"causal-lm"` or `"ctc"`) and the second
@@ -65,14 +66,30 @@ def class_scores(student: View, teacher: View, batch: Batch) -> Rows:
         student: Scores `[B, K]`, `[B, L, K]`, `[B, K, L]` or `[B, K, H, W]`.
         teacher: Scores of the same classes.
         batch: Its task, labels, mask and ignored label.
+        temperature: Of a loss between two softmaxes that asks nothing but how far they are apart. Where a cache holds
+            the highest of the teacher's scores, it gets these with the rest as one class; other losses need them all.
 
     Raises:
         DistillError: Scores of different classes or positions.
     """
-    s, t = student.logits, teacher.logits
+    s = student.logits
+    top = teacher.top if temperature is not None else None
+    t = teacher.logits if top is None else top.scores
     # The labels of CTC are not aligned with the frames.
     labels = batch.labels if isinstance(batch.labels, Tensor) and batch.task != "ctc" else None
     last = _classes_last(s, labels, batch)
+    if top is not None:
+        if batch.task in ("regression", "multilabel") or s.shape[-1] == 1 or not (last or s.dim() == 2):
+            raise DistillError(
+                f"The highest of a teacher's scores are kept of a softmax, got scores {list(s.shape)} of the task"
+                f" {batch.task}: make the cache without top k."
+            )
+        if temperature != top.temperature:
+            raise DistillError(
+                f"The cache holds the highest of the teacher's scores at temperature {top.temperature:g}, and the loss"
+                f" has {temperature:g}: make it anew with that temperature."
+            )
+        s = merge_rest(s, top.classes, top.temperature)
     if not last and s.dim() == 4 and t.dim() == 4:
         t = _resized(t, s)
     if s.shape != t.shape:

@@ -211,8 +211,10 @@ def _probe(net: Net, batch: Batch) -> dict[str, Tensor]:
     def began(module: nn.Module, args: Any, kwargs: Any) -> None:
         images.extend(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() == 4)
 
-    handles = [m.register_forward_hook(ended(path)) for path, m in net.module.named_modules() if path]
-    handles.append(net.module.register_forward_pre_hook(began, with_kwargs=True))
+    # That of the hooks: a host may load a network no sooner than it is read.
+    root = net.network.tap.root
+    handles = [m.register_forward_hook(ended(path)) for path, m in root.named_modules() if path]
+    handles.append(root.register_forward_pre_hook(began, with_kwargs=True))
     try:
         with torch.no_grad():
             # Cached logits would stand for the forward.

@@ -29,6 +29,25 @@ class Attention(NamedTuple):
 
 
 @dataclass(frozen=True)
+class TopK:
+    """A teacher's k highest scores, and all other classes as one, as `functional.top_k` makes them.
+
+    Attributes:
+        scores: `[B, ..., k + 1]`.
+        classes: Class numbers `[B, ..., k]`.
+        temperature: That of the loss which reads them.
+    """
+
+    scores: Tensor
+    classes: Tensor
+    temperature: float = 1.0
+
+    def to(self, *args: Any, **options: Any) -> TopK:
+        """The same on another device."""
+        return TopK(self.scores.to(*args, **options), self.classes.to(*args, **options), self.temperature)
+
+
+@dataclass(frozen=True)
 class Reads:
     """What a method reads of one network in one forward; the network runs no deeper than this needs.
 
@@ -122,7 +141,7 @@ class Needs:
 
 
 def _move(value: Any, device: torch.device | str) -> Any:
-    if isinstance(value, Tensor):
+    if isinstance(value, (Tensor, TopK)):
         return value.to(device, non_blocking=True)
     if isinstance(value, Mapping):
         return {k: _move(v, device) for k, v in value.items()}
@@ -145,8 +164,8 @@ class Batch:
         kwargs: The networks' other inputs by name (`attention_mask`, ...).
         name: Keyword of the main input; None passes it by position.
         teacher_kwargs: Inputs that a teacher gets in place of the student's.
-        teacher_logits: What the teacher says of these inputs, where it was asked before the training: `[B, K]`, of
-            several `[B, teachers, K]`.
+        teacher_logits: What the teacher says of these inputs, where it was asked before the training: its logits
+            `[B, K]`, `[B, L, K]` per token, or the highest of them; of several teachers a tuple with those of each.
         mask: `[B, L]`, 1 for a real token, 0 for padding; None when nothing is padded.
         mean: Per-channel mean that the images were normalised with.
         std: Per-channel standard deviation that the images were normalised with.
@@ -168,7 +187,7 @@ class Batch:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     name: str | None = None
     teacher_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    teacher_logits: Tensor | None = None
+    teacher_logits: Tensor | TopK | tuple[Tensor | TopK, ...] | None = None
     mask: Tensor | None = None
     mean: Any = None
     std: Any = None
@@ -314,6 +333,7 @@ class View:
         loss: The task loss, where the host's forward computes it.
         labels: The labels of the batch that was asked with.
         missing: Why the output has no scores, where it has none.
+        top: The highest scores, where no others are known.
     """
 
     _logits: Tensor | None = None
@@ -324,11 +344,17 @@ class View:
     loss: Tensor | None = None
     labels: Any = None
     missing: str = ""
+    top: TopK | None = None
 
     @property
     def logits(self) -> Tensor:
         """The network's output scores: `[B, K]`, `[B, L, K]` per token, `[B, K, H, W]` per pixel."""
         if self._logits is None:
+            if self.top is not None:
+                raise DistillError(
+                    f"The cache holds the {self.top.classes.shape[-1]} highest of the teacher's scores, which kd can"
+                    " read, and this needs all of them: make the cache without top k."
+                )
             if self.missing:
                 raise DistillError(self.missing)
             raise DistillError(

@@ -23,7 +23,7 @@ DEFAULTS = {**_module.DEFAULTS, **_module.NEWER}
 
 OURS = {"distill", "distill_args", "teacher", "teacher_checkpoint", "teacher_kwargs", "peer", "peer_kwargs"}
 OURS |= {"checkpoint_format", "report_to", "list_layers", "ood_dataset", "ood_split", "epoch_updates", "best_on_eval"}
-OURS |= {"allow_nonfinite", "no_record"}
+OURS |= {"allow_nonfinite", "no_record", "cache_teacher", "cache_views", "cache_top_k"}
 # Of the script of timm 1.0.31, known by its tests alone.
 UNSEEN = {"stop_epoch", "save_epochs"}
 
@@ -129,10 +129,10 @@ def test_the_rules_name_flags():
     names = set(vars(parse_args([])))
     from kd_timm.arguments import _RULES
 
-    assert {name for listed in _RULES["needs"].values() for name in listed} | set(_RULES["alone"]) <= names
+    assert {name for rule in ("needs", "alone") for listed in _RULES[rule].values() for name in listed} <= names
     assert {name for pair in _RULES["exclude"] for name in pair} <= names
     flags = build_parser()._option_string_actions
-    assert {flag.partition(" ")[0] for flag in _RULES["needs"]} <= set(flags)
+    assert {flag.partition(" ")[0] for rule in ("needs", "alone") for flag in _RULES[rule]} <= set(flags)
 
 
 def test_config_sits_between_defaults_and_command_line(tmp_path):

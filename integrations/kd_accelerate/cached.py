@@ -1,0 +1,89 @@
+"""What caches of teachers' answers have in common: known by all that the answers depend on, and whole or made anew."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kd_plugins import DistillError
+from kd_plugins.states import read_json, write_json, write_text
+
+__all__ = ["check_twice", "drop_damaged", "files_id", "note_facts", "seal_file"]
+
+logger = logging.getLogger(__name__)
+
+
+def files_id(*paths: str | Path) -> str:
+    """Changes with the files of checkpoints: configurations, weights and code, each a folder or a file."""
+    kinds = ("config.json", "*.index.json", "*.safetensors", "*.bin", "*.py")
+    digest = hashlib.sha256()
+    for path in map(Path, paths):
+        files: Iterable[Path] = {f for kind in kinds for f in path.glob(kind)} if path.is_dir() else [path]
+        for file in sorted(files):
+            digest.update(f"{file.name} {_digest(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def note_facts(file: Path, facts: Mapping[str, Any], others: Iterable[Path], same: Sequence[str] = ()) -> None:
+    """Writes down what a cache is made of; one that is new is told apart from those that lie beside it.
+
+    Args:
+        file: Where the facts of this cache are written, unless they are there.
+        facts: What the answers depend on, each by a word for it that a user knows.
+        others: Files of the facts of other caches.
+        same: Facts in which a cache must agree to be compared at all.
+    """
+    if file.is_file():
+        return
+    changed: list[list[str]] = []
+    for other in others:
+        try:
+            before = read_json(other)
+        except DistillError:
+            continue  # Half a file says nothing of its cache.
+        if all(before.get(name) == facts[name] for name in same):
+            changed.append([name for name in facts if before.get(name) != facts[name]])
+    if changed:
+        nearest: list[str] = min(changed, key=len)
+        logger.warning("The teacher is asked anew: since it was last asked these have changed: %s.", ", ".join(nearest))
+    write_json(file, facts)
+
+
+def seal_file(file: Path) -> None:
+    """Writes down what a file of a cache is, once it is whole; one that was found whole is left alone."""
+    if not _sum_file(file).is_file():
+        write_text(_sum_file(file), _digest(file))
+
+
+def drop_damaged(file: Path) -> None:
+    """Removes a file of a cache that is not what was written."""
+    known = _sum_file(file)
+    if file.is_file() and not (known.is_file() and known.read_text() == _digest(file)):
+        logger.warning("%s is damaged or unfinished: its rows are asked for anew.", file)
+        file.unlink()
+    if not file.is_file():
+        known.unlink(missing_ok=True)
+
+
+def check_twice(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
+    """Refuses a teacher whose answers to one question differ."""
+    if not all(torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-3) for a, b in zip(first, second, strict=True)):
+        raise DistillError(
+            "Expected a teacher that says the same of the same rows, got one whose two forwards differ in evaluation"
+            " mode: it draws random numbers, so train without a cache."
+        )
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sum_file(file: Path) -> Path:
+    return file.with_suffix(".sha256")

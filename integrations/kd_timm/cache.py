@@ -1,0 +1,415 @@
+"""--cache-teacher: what the teachers say of each view of each training image, asked once and replayed."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from accelerate.utils import gather_object
+from huggingface_hub import try_to_load_from_cache
+from rich.progress import track
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
+
+from kd_accelerate.cached import check_twice, drop_damaged, files_id, note_facts, seal_file
+from kd_plugins import Batch, Distiller, DistillError, Net, Reads
+from kd_plugins import functional as KF
+from kd_plugins.binding import needs_of_stages
+from kd_plugins.errors import told
+from kd_plugins.reading.network import Network
+from kd_plugins.reading.view import TopK
+from kd_plugins.states import read_json, replacing, write_json
+from kd_timm.data import DATASET_ARGUMENTS, LOADER_ARGUMENTS, Replayed, Targets, batches, plain_loader
+from kd_timm.engine import TrainingRun
+from kd_timm.teachers import Teacher
+
+_BLOCK = 4096
+_LOOKED_AT = 16
+_KEPT = "logits", "classes"
+
+Question = tuple[int, int, int]
+"""A view, and its rows from and to."""
+
+
+class Absent(nn.Module):
+    """A teacher that is not loaded, since what it says is in the cache."""
+
+
+class AbsentNetwork(Network):
+    """Refuses whatever the cache does not hold."""
+
+    def read(self, batch: Batch, reads: Reads, **options: Any) -> Any:
+        raise DistillError(
+            "--cache-teacher holds the teacher's scores of the images as they are, and this method asks for more"
+            " (other images, layers, dropout): leave --cache-teacher out."
+        )
+
+    def install(self, reads: Reads) -> None:
+        if reads.taps:
+            self.read(Batch(), reads)
+
+
+class Answers:
+    """The files of a cache: of each view, blocks of rows with the teachers' logits, mapped into memory.
+
+    Args:
+        folder: Where they lie.
+        rows: Rows of the training set.
+    """
+
+    def __init__(self, folder: Path, rows: int) -> None:
+        self.folder, self.rows = folder, rows
+        self._view, self._open = -1, dict[int, list[Tensor]]()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_view": -1, "_open": {}}  # A worker maps the files itself.
+
+    def __call__(self, view: int, row: int) -> tuple[Tensor, ...]:
+        """The logits of one row `[teachers, K]`, or the highest of them and their classes."""
+        if view != self._view:
+            self._view, self._open = view, {}
+        start = row - row % _BLOCK
+        if start not in self._open:
+            kept = load_file(self.file((view, start, 0)))
+            self._open[start] = [kept[name] for name in _KEPT if name in kept]
+        return tuple(tensor[row - start] for tensor in self._open[start])
+
+    def questions(self, views: int) -> list[Question]:
+        """All blocks of so many views."""
+        starts = range(0, self.rows, _BLOCK)
+        return [(view, start, min(start + _BLOCK, self.rows)) for view in range(views) for start in starts]
+
+    def file(self, question: Question) -> Path:
+        """Where the answers lie."""
+        return self.folder / f"view-{question[0]}-{question[1]}.safetensors"
+
+
+class TeacherCache:
+    """What the teachers of a run say, in a folder under all that it depends on.
+
+    Args:
+        args: Parsed arguments.
+        config: The student's data configuration.
+        classes: Its class names, where they are known.
+        dataset: The training set.
+        distiller: The method.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        config: Mapping[str, Any],
+        classes: Sequence[str] | None,
+        dataset: Any,
+        distiller: Distiller,
+    ) -> None:
+        self.args, self.config = args, config
+        _check_fit(distiller, len(args.teacher))
+        if dataset is None or isinstance(dataset, IterableDataset):
+            raise DistillError(
+                "--cache-teacher needs training rows by number, which data that are streamed or made do not have."
+            )
+        self.facts = {
+            "data": _data_id(args, dataset),
+            "teachers": _teachers_id(args),
+            "augmentation": _digest({k: getattr(args, k) for k in (*LOADER_ARGUMENTS.values(), "no_prefetcher")}),
+            "images": _digest([{k: v for k, v in config.items()}, args.train_interpolation, args.input_img_mode]),
+            "classes": _digest([args.num_classes, classes]),
+            "precision": f"{args.device} {args.amp_dtype if args.amp else 'float32'}",
+        }
+        self.top, self.temperature = args.cache_top_k, float(getattr(distiller, "temperature", None) or 1.0)
+        if self.top and self.top < args.num_classes:
+            self.facts["top k"] = f"{self.top} at temperature {self.temperature:g}"
+        root = Path(args.cache_teacher)
+        self.folder = root / _digest(self.facts)[:16]
+        self.answers = Answers(self.folder, len(dataset))
+        self.known = self.folder / "teachers.json"
+
+    def teachers(self, make: Callable[[], list[Teacher]]) -> list[Teacher]:
+        """The teachers; where the cache knows them, without their networks."""
+        self.make = make
+        if not self.known.is_file():
+            return make()
+        return [Teacher(module=Absent(), transform=None, **about) for about in read_json(self.known)]
+
+    def fill(self, run: TrainingRun, nets: Sequence[Net], teachers: Sequence[Teacher], epochs: int) -> None:
+        """Asks the teachers what they have not been asked, and puts the answers beside the training images.
+
+        Args:
+            run: The run, with its loaders.
+            nets: The teachers' networks, which are not kept.
+            teachers: The teachers.
+            epochs: Of the training.
+        """
+        replayed, accelerator = run.data.replayed, run.accelerator
+        assert replayed is not None
+        replayed.views = self.args.cache_views or epochs
+        share = slice(accelerator.process_index, None, accelerator.num_processes)
+        kept = self.folder / f"evaluation-{_evaluation_id(run)}.safetensors"
+        questions, nets = self.answers.questions(replayed.views)[share], list(nets)
+        if accelerator.is_main_process:
+            with told("--cache-teacher: the folder cannot be made", OSError, remedy="name one that can be written"):
+                self.folder.mkdir(parents=True, exist_ok=True)
+            note_facts(self.folder / "facts.json", self.facts, self.folder.parent.glob("*/facts.json"))
+            self._look(replayed)
+        accelerator.wait_for_everyone()
+        for file in (kept, *map(self.answers.file, questions)):
+            drop_damaged(file)
+        missing = [question for question in questions if not self.answers.file(question).is_file()]
+        # Every process must come here, whoever of them has something to ask.
+        if any(gather_object([bool(missing) or not kept.is_file()])):
+            if missing or not kept.is_file():
+                teachers = self._loaded(run, nets, teachers)
+                self._ask(run, nets, replayed, missing)
+                if not kept.is_file():
+                    _save(kept, {"scores": self._ask_evaluation(run, nets, teachers)})
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                about = [{"name": t.name, "order": t.order, "misfit": t.misfit} for t in teachers]
+                if not self.known.is_file():
+                    write_json(self.known, about)
+        accelerator.wait_for_everyone()
+        self.told = load_file(kept)["scores"]
+        replayed.answers = self.answers
+        size = sum(self.answers.file(q).stat().st_size for q in questions) / sum(q[2] - q[1] for q in questions)
+        run.reporter.line(f"{self.folder} holds {replayed.views} views of each image, {size:.0f} bytes each.")
+
+    def first_batch(self, run: TrainingRun) -> tuple[Tensor, Targets]:
+        """The first rows in their first view, with what the teachers say of them."""
+        assert run.data.replayed is not None
+        size = min(self.args.batch_size, self.answers.rows, _BLOCK)
+        inputs, labels = next(self._read(run, run.data.replayed, [(0, 0, size)]))
+        told = zip(*(self.answers(0, row) for row in range(size)), strict=True)
+        return inputs, Targets(labels, torch.arange(size), tuple(map(torch.stack, told))).to(inputs.device)
+
+    def logits(self, told: tuple[Tensor, ...]) -> tuple[Tensor | TopK, ...]:
+        """What each teacher says of a batch."""
+        whole = len(told) == 1
+        each = (x.unbind(1) for x in told)
+        return next(each) if whole else tuple(TopK(s, c.long(), self.temperature) for s, c in zip(*each, strict=True))
+
+    def asked(self, teachers: Sequence[Teacher]) -> list[Callable[[Tensor], Tensor]]:
+        """What the teachers of the student's classes say of the evaluation images, in the order of the loaders."""
+        known = [t for t in teachers if not t.misfit]
+        return [_Told(self.told[:, i]) for i, _ in enumerate(known)]
+
+    def _look(self, replayed: Replayed) -> None:
+        """Compares some images with those that the teachers were asked about."""
+        rows = sorted({i * self.answers.rows // _LOOKED_AT for i in range(_LOOKED_AT)})
+        digest = hashlib.sha256()
+        for row in rows:
+            image, label = replayed.item(row, 0)
+            digest.update(np.ascontiguousarray(image).tobytes() + str(label).encode())
+        seen, file = {"images": digest.hexdigest()}, self.folder / "images.json"
+        if not file.is_file():
+            write_json(file, seen)
+        elif read_json(file) != seen:
+            raise DistillError(
+                f"The images are not those that the teachers of {self.folder} were asked about: files or the libraries"
+                " that read and augment them have changed. Name another folder, --cache-teacher DIR."
+            )
+
+    def _loaded(self, run: TrainingRun, nets: list[Net], teachers: Sequence[Teacher]) -> Sequence[Teacher]:
+        """Teachers that can be asked; their networks take the place of those in the list."""
+        if any(isinstance(t.module, Absent) for t in teachers):
+            from kd_timm.network import TimmNetwork
+
+            teachers = self.make()
+            for i, teacher in enumerate(teachers):
+                module = teacher.module.to(run.accelerator.device)
+                if self.args.channels_last:
+                    module.to(memory_format=torch.channels_last)
+                options: dict[str, Any] = {"transform": teacher.transform, "order": teacher.order, "number": i}
+                nets[i] = Net(TimmNetwork(module), Reads, frozen=True, **options)
+        return teachers
+
+    def _ask(self, run: TrainingRun, nets: Sequence[Net], replayed: Replayed, missing: Sequence[Question]) -> None:
+        """Asks about blocks of rows, and writes each as soon as it is whole."""
+        if not missing:
+            return
+        # In the teachers' own class order; a method's view of them is in the student's.
+        raw = [Net(net.network, Reads, frozen=True, transform=net.transform) for net in nets]
+        pending, found, first = iter(missing), list[Tensor](), True
+        question: Question | None = next(pending)
+        whole = sum(end - start for _, start, end in missing)
+        read, steps = self._read(run, replayed, missing), -(-whole // self.args.batch_size)
+        quiet = not run.reporter.terminal
+        for inputs, _ in track(read, "asking the teachers", total=steps, disable=quiet, transient=True):
+            scores = _scores(run, raw, inputs, self.args.batch_size)
+            if first:
+                check_twice(scores, _scores(run, raw, inputs, self.args.batch_size))
+                first = False
+            if len({s.shape for s in scores}) > 1 or scores[0].dim() != 2:
+                raise DistillError(
+                    "--cache-teacher holds one vector of scores of each teacher, all of one length, got"
+                    f" {', '.join(str(list(s.shape)) for s in scores)}: leave it out."
+                )
+            found.append(torch.stack(scores, 1))
+            while question is not None and sum(map(len, found)) >= (size := question[2] - question[1]):
+                rows = torch.cat(found)
+                _save(self.answers.file(question), self._kept(rows[:size]))
+                found, question = [rows[size:]], next(pending, None)
+
+    def _kept(self, scores: Tensor) -> dict[str, Tensor]:
+        """What is written of scores `[N, teachers, K]`."""
+        if "top k" not in self.facts:
+            return {"logits": scores.contiguous()}
+        kept, classes = KF.top_k(scores, self.top, self.temperature)
+        return {"logits": kept.contiguous(), "classes": classes.int().contiguous()}
+
+    def _ask_evaluation(self, run: TrainingRun, nets: Sequence[Net], teachers: Sequence[Teacher]) -> Tensor:
+        """Scores `[N, teachers, K]` of this process's evaluation images, and those of another kind behind them."""
+        known = [net for net, teacher in zip(nets, teachers, strict=True) if not teacher.misfit]
+        found = []
+        for loader in filter(None, (run.data.evaluation, run.data.other)):
+            # A copy: workers that outlive a pass would be there when the run first reads, which draws random numbers.
+            read = copy.copy(loader)
+            if hasattr(read, "loader"):
+                read.loader = copy.copy(read.loader)
+            for inputs, _ in batches(read):
+                if known:
+                    found.append(torch.stack(_scores(run, known, run.images(inputs)), 1))
+        return torch.cat(found) if found else torch.empty(0, 0, 0)
+
+    def _read(
+        self, run: TrainingRun, replayed: Replayed, questions: Sequence[Question]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels of blocks of rows, as training shows them, in batches of its size."""
+        args, transform = self.args, replayed.transform
+        options = {"num_workers": args.workers, "use_prefetcher": not args.no_prefetcher}
+        loader = plain_loader(
+            _Asked(replayed, questions), self.config, args.batch_size, device=run.accelerator.device, **options
+        )
+        # The loader has set that of an evaluation.
+        replayed.transform = transform
+        for inputs, labels in batches(loader):
+            yield run.images(inputs), labels
+
+
+class _Asked(Dataset[tuple[Any, Any]]):
+    """The rows of blocks, one block after the other."""
+
+    def __init__(self, replayed: Replayed, questions: Sequence[Question]) -> None:
+        self.replayed, self.questions = replayed, questions
+        self.ends = list(accumulate(end - start for _, start, end in questions))
+
+    @property
+    def transform(self) -> Any:
+        """That of the training set."""
+        return self.replayed.transform
+
+    @transform.setter
+    def transform(self, transform: Any) -> None:
+        self.replayed.transform = transform
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, item: int) -> tuple[Any, Any]:
+        number = bisect_right(self.ends, item)
+        view, _, end = self.questions[number]
+        return self.replayed.item(end - (self.ends[number] - item), view)
+
+
+class _Told:
+    """A teacher's scores of images in the order in which they come, pass after pass."""
+
+    def __init__(self, scores: Tensor) -> None:
+        self.scores, self.at = scores, 0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        start, self.at = self.at, (self.at + len(images)) % len(self.scores)
+        return self.scores[start : start + len(images)].to(images.device)
+
+
+@torch.no_grad()
+def _scores(run: TrainingRun, nets: Sequence[Net], images: Tensor, size: int = 0) -> list[Tensor]:
+    """The teachers' scores; a batch that is too small is filled up, since its size may change the last bits."""
+    rows = len(images)
+    if rows < size:
+        images = torch.cat([images, images[:1].expand(size - rows, -1, -1, -1)])
+        images = run.images(images)
+    with run.autocast():
+        return [net(Batch.of(images), reads=Reads()).logits[:rows].cpu() for net in nets]
+
+
+def _save(file: Path, tensors: dict[str, Tensor]) -> None:
+    with replacing(file) as partial:
+        save_file(tensors, partial)
+    seal_file(file)
+
+
+def _check_fit(distiller: Distiller, teachers: int) -> None:
+    """Refuses a method that reads more of a teacher than the cache holds."""
+    needs = needs_of_stages(distiller)
+    if any(n.of_teacher(i).taps for n in needs for i in range(teachers)):
+        raise DistillError(
+            f"--cache-teacher holds the teachers' scores, and {distiller.name} reads their layers: leave it out."
+        )
+    if any(n.streams for n in needs):
+        raise DistillError(
+            f"--cache-teacher follows the training stream, and {distiller.name} reads others too: leave it out."
+        )
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _data_id(args: argparse.Namespace, dataset: Any) -> str:
+    """Changes with the rows of a data set, as far as their kind can tell without reading every image."""
+    named = {k: getattr(args, k) for k in ("dataset", "train_split", "epoch_repeats", *DATASET_ARGUMENTS.values())}
+    # A batch size of streamed data alone; a folder may have moved.
+    named = {k: v for k, v in named.items() if k not in ("batch_size", "data_dir", "dataset_download")}
+    reader = getattr(dataset, "reader", None)
+    root = getattr(reader, "root", "")
+    samples = getattr(reader, "samples", ())
+    files = [(str(Path(path).relative_to(root)), Path(path).stat().st_size, int(label)) for path, label in samples]
+    inner = getattr(reader, "dataset", dataset)
+    digest = hashlib.sha256(_digest([named, len(dataset), files, getattr(inner, "_fingerprint", "")]).encode())
+    for name in ("data", "targets"):
+        held = getattr(inner, name, None)
+        if isinstance(held, (np.ndarray, Tensor, list)):
+            digest.update(np.ascontiguousarray(held).tobytes())
+    return digest.hexdigest()
+
+
+def _teachers_id(args: argparse.Namespace) -> str:
+    """Changes with the teachers' names, arguments and weights: of a file its hash, of published ones where they are."""
+    found: list[Any] = []
+    for i, name in enumerate(args.teacher):
+        path = args.teacher_checkpoint[i] if i < len(args.teacher_checkpoint) else ""
+        kwargs = args.teacher_kwargs[i] if i < len(args.teacher_kwargs) else {}
+        found.append([name, kwargs])
+        if path:
+            beside = [Path(path).with_suffix(".json"), Path(path).with_name("config.json")]
+            found.append(files_id(*(p for p in (path, *beside) if Path(p).is_file())))
+        else:
+            cfg = timm.get_pretrained_cfg(name.rpartition("/")[2].removeprefix("hf-hub:"))
+            kept = None
+            if cfg is not None and cfg.hf_hub_id:
+                kept = try_to_load_from_cache(cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors")
+            # The hub's cache calls a file by its hash.
+            found.append([timm.__version__, cfg.to_dict() if cfg else "", Path(kept).resolve().name if kept else ""])
+    return _digest(found)
+
+
+def _evaluation_id(run: TrainingRun) -> str:
+    """Changes with the evaluation images and their order, and with a process's share of them."""
+    args, parts = run.args, []
+    for loader in filter(None, (run.data.evaluation, run.data.other)):
+        names = ("dataset", "val_split", "ood_dataset", "ood_split", "no_prefetcher", *DATASET_ARGUMENTS.values())
+        named = {k: getattr(args, k) for k in names if k not in ("batch_size", "data_dir", "dataset_download")}
+        parts.append([named, len(loader.dataset) if hasattr(loader.dataset, "__len__") else 0, len(loader)])
+    return _digest([parts, run.accelerator.process_index, run.accelerator.num_processes])[:16]

@@ -1,0 +1,194 @@
+"""--cache-teacher: each view of each image is asked about once, and shown again."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from kd_plugins import DistillError
+from kd_timm import cache, data, distillation
+from kd_timm.arguments import parse_args
+from kd_timm.checkpoint import forked_random_state
+from kd_timm.distillation import DistillStep
+
+AUGMENTED = "--hflip 0.5 --color-jitter 0.4 --aa rand-m9-n2 --distill kd"
+KWARGS = "--teacher resnet10t --teacher-kwargs channels=(8,8,16,16) stem_width=8".split()
+
+
+@pytest.fixture
+def teacher(tmp_path_factory) -> list[str]:
+    """A teacher of the digits, as flags."""
+    torch.manual_seed(3)
+    model = timm.create_model("resnet10t", num_classes=10, channels=(8, 8, 16, 16), stem_width=8)
+    path = tmp_path_factory.mktemp("teacher") / "model.safetensors"
+    save_file(model.state_dict(), path)
+    return [*KWARGS, "--teacher-checkpoint", str(path)]
+
+
+@pytest.fixture
+def loads(monkeypatch) -> list[str]:
+    """The teachers that were loaded."""
+    seen, create = [], distillation.create_teacher
+    monkeypatch.setattr(
+        distillation, "create_teacher", lambda name, *a, **k: seen.append(name) or create(name, *a, **k)
+    )
+    return seen
+
+
+@pytest.mark.parametrize("extra", ["", "--no-prefetcher --reprob 0.5 --workers 2"])
+def test_it_trains_the_student_of_the_same_images_asked_online(run, teacher, loads, tmp_path, monkeypatch, extra):
+    """To the last bit: the targets are those of the very images that the student sees, in every epoch."""
+    words = [*AUGMENTED.split(), *teacher, *extra.split(), "--cache-teacher", str(tmp_path / "cache")]
+    images, loss = [], DistillStep.loss
+
+    def asked(self, inputs, targets, accumulate):
+        with forked_random_state(), torch.no_grad():
+            assert torch.equal(self.run.distillation.cache.make()[0].module(inputs), targets.told[0][:, 0])
+        images.append(inputs.clone())
+        return loss(self, inputs, targets, accumulate)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(DistillStep, "loss", asked)
+        cold = run(*words, name="cold")
+    assert len(images) == 8
+    assert not torch.equal(images[0], images[4])
+    loads.clear()
+    warm = run(*words, name="warm")
+    assert not loads, "a warm cache needs no teacher"
+    one, two = (load_file(s.folder / "last.safetensors") for s in (cold, warm))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    assert (cold.folder / "summary.csv").read_text() == (warm.folder / "summary.csv").read_text()
+    assert [cold.results[k] == warm.results[k] for k in ("evaluation", "uncertainty")] == [True, True]
+
+
+def test_an_interrupted_pass_goes_on_and_a_damaged_file_is_made_anew(run, teacher, tmp_path, monkeypatch, caplog):
+    """Another number of views asks about the new ones alone, and no run changes what lies there."""
+    monkeypatch.setattr(cache, "_BLOCK", 100)
+    words, asked, scores = [*AUGMENTED.split(), *teacher, "--cache-teacher", str(tmp_path / "cache")], [], cache._scores
+
+    def counted(run, nets, images, size=0):
+        asked.append(len(images))
+        if sum(asked) > 350:
+            raise KeyboardInterrupt
+        return scores(run, nets, images, size)
+
+    monkeypatch.setattr(cache, "_scores", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(*words, "--cache-views", "2")
+    files = lambda: sorted(tmp_path.glob("cache/*/view-*.safetensors"))  # noqa: E731
+    assert [f.stem for f in files()] == ["view-0-0", "view-0-100", "view-0-200"]
+    monkeypatch.setattr(cache, "_scores", scores)
+    run(*words, "--cache-views", "2")
+    assert len(files()) == 6
+    whole = {f: f.read_bytes() for f in files()}
+    files()[1].write_bytes(files()[1].read_bytes()[:-8])
+    run(*words, "--cache-views", "3", "--seed", "7")
+    assert "view-0-100.safetensors is damaged or unfinished" in caplog.text
+    assert {f: f.read_bytes() for f in files() if f in whole} == whole
+    assert len(files()) == 9
+
+
+def test_resume_is_exact(run, teacher, tmp_path, monkeypatch):
+    words = [*AUGMENTED.split(), *teacher, "--cache-teacher", str(tmp_path / "cache"), "--epochs", "4"]
+    words += ["--cache-views", "3", "--drop", "0.2"]
+    whole = run(*words, name="whole")
+    run(*words, "--stop-epoch", "2", name="parts")
+    parts = run(*words, "--resume", str(whole.folder.parent / "parts"), name="parts")
+    one, two = (load_file(s.folder / "last.safetensors") for s in (whole, parts))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_what_the_answers_depend_on(teacher, few_digits, tiny, tmp_path):
+    def facts(*extra: str) -> dict[str, str]:
+        words = [*tiny, *AUGMENTED.split(), *teacher, "--cache-teacher", str(tmp_path), *extra]
+        args = parse_args(words)
+        args.dataset = "digits"
+        data.apply_data_defaults(args)
+        rows, _, classes = data.create_datasets(args, 3)
+        made = cache.TeacherCache(args, {"mean": (0.5,)}, classes, rows, distillation.make_distiller(args))
+        return made.facts
+
+    plain = facts()
+
+    def changed(*extra: str) -> list[str]:
+        found = facts(*extra)
+        return [name for name in found if plain.get(name) != found[name]]
+
+    assert changed("--lr", "0.1", "-b", "32", "--seed", "3", "--epochs", "9", "--cache-views", "2") == []
+    assert changed("--hflip", "0.2") == ["augmentation"]
+    assert changed("--train-split", "train[:200]") == ["data"]
+    assert changed("--amp", "--amp-dtype", "bfloat16") == ["precision"]
+    assert changed("--cache-top-k", "3") == ["top k"]
+    assert changed("--cache-top-k", "10") == []
+    save_file({k: v + 1 for k, v in load_file(teacher[-1]).items()}, tmp_path / "model.safetensors")
+    teacher[-1] = str(tmp_path / "model.safetensors")
+    assert changed() == ["teachers"]
+
+
+def test_images_that_have_changed_are_refused(run, teacher, tmp_path, monkeypatch):
+    words = [*AUGMENTED.split(), *teacher, "--cache-teacher", str(tmp_path / "cache"), "--epochs", "1"]
+    run(*words)
+    item = data.Replayed.item
+    monkeypatch.setattr(data.Replayed, "item", lambda self, row, view: item(self, row, view + 1))
+    with pytest.raises(DistillError, match="The images are not those that the teachers"):
+        run(*words)
+
+
+@pytest.mark.parametrize(
+    ("extra", "reason"),
+    [
+        ("--mixup 0.2", "mixes the images of a batch"),
+        ("--aug-repeats 3", "a row several times in an epoch"),
+        ("--reprob 0.2", "add --no-prefetcher"),
+        ("--use-multi-epochs-loader", "read ahead"),
+    ],
+)
+def test_augmentation_that_cannot_be_replayed_is_refused(extra, reason, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--distill", "kd", "--teacher", "resnet10t", "--cache-teacher", "x", *extra.split()])
+    assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("distill", "reason"),
+    [
+        ("nst", "nst reads their layers"),
+        ("noisy --distill-args fickle=true", "leave its cached logits out"),
+    ],
+)
+def test_a_method_that_asks_more_is_refused(run, teacher, tmp_path, distill, reason):
+    with pytest.raises(DistillError, match=reason):
+        run("--distill", *distill.split(), *teacher, "--cache-teacher", str(tmp_path / "cache"))
+
+
+def test_a_teacher_that_draws_random_numbers_is_refused(run, teacher, tmp_path, monkeypatch):
+    create = distillation.create_teacher
+
+    def noisy(*args, **kwargs):
+        made = create(*args, **kwargs)
+        made.module.register_forward_hook(lambda module, args, out: out + torch.randn_like(out))
+        return made
+
+    monkeypatch.setattr(distillation, "create_teacher", noisy)
+    with pytest.raises(DistillError, match="two forwards differ"):
+        run("--distill", "kd", *teacher, "--cache-teacher", str(tmp_path / "cache"))
+
+
+def test_several_teachers(run, teacher, loads, tmp_path):
+    words = ["--distill", "endd", *teacher, *teacher, "--cache-teacher", str(tmp_path / "cache")]
+    cold, warm = run(*words), run(*words)
+    assert len(loads) == 2
+    assert cold.results["evaluation"] == warm.results["evaluation"]
+    (file,) = tmp_path.glob("cache/*/view-0-0.safetensors")
+    assert load_file(file)["logits"].shape == (256, 2, 10)
+
+
+def test_the_highest_scores_stand_for_all(run, teacher, tmp_path):
+    words = [*AUGMENTED.split(), *teacher, "--cache-teacher", str(tmp_path / "cache"), "--epochs", "1"]
+    run(*words, "--cache-top-k", "3")
+    (file,) = tmp_path.glob("cache/*/view-0-0.safetensors")
+    assert {k: list(v.shape) for k, v in load_file(file).items()} == {"logits": [256, 1, 4], "classes": [256, 1, 3]}
+    with pytest.raises(DistillError, match="the 3 highest of the teacher's scores"):
+        run(*words, "--distill", "dkd", "--distill-args", "temperature=4", "--cache-top-k", "3")
