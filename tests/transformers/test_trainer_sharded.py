@@ -84,7 +84,7 @@ def test_refusals(name: str, reason: str) -> None:
 
 def test_zero_3_refuses_a_backward_from_inside(tmp_path: Path) -> None:
     """A phase without scores; ZeRO-2 keeps the weights."""
-    run = run_of("stacked", tmp_path, 1, max_steps=1)
+    run = run_of("stacked", tmp_path, 1, max_steps=3)
     run.train()
     check_sharded(run.distiller, run._nets, zero=2)
     with pytest.raises(DistillError, match="begins inside a layer"):
