@@ -72,7 +72,6 @@ def test_export_is_whole(fsdp: Path) -> None:
         ("afd", "moves weights of the student in a turn beside its own"),
         ("dfa", "begins with the student's first weights anew"),
         ("ksanc", "leaves the student alone"),
-        ("internal", "begins inside a layer"),
     ],
 )
 def test_refusals(name: str, reason: str) -> None:
@@ -81,6 +80,15 @@ def test_refusals(name: str, reason: str) -> None:
     nets = bind(distiller, bert(), teacher())
     with pytest.raises(DistillError, match=reason):
         check_sharded(distiller, nets, zero=3)
+
+
+def test_zero_3_refuses_a_backward_from_inside(tmp_path: Path) -> None:
+    """A phase without scores; ZeRO-2 keeps the weights."""
+    run = run_of("stacked", tmp_path, 1, max_steps=3)
+    run.train()
+    check_sharded(run.distiller, run._nets, zero=2)
+    with pytest.raises(DistillError, match="begins inside a layer"):
+        check_sharded(run.distiller, run._nets, zero=3)
 
 
 def test_other_shards_are_refused() -> None:
