@@ -46,7 +46,7 @@ def make(name: str) -> tuple[nn.Module, int]:
     cfg = timm.get_pretrained_cfg(name)
     default = cfg.input_size[-1] if cfg else 224
     for given in ({"depth": 2}, SIZES.get(name, {}), {}):
-        for side, sized in product((64, 128, default), (True, False)):
+        for side, sized in product((64, 128, 126, default), (True, False)):
             with suppress(Exception):
                 model = timm.create_model(name, num_classes=10, **given, **({"img_size": side} if sized else {}))
                 with torch.no_grad():
