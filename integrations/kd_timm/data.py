@@ -5,14 +5,11 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, repeat
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from timm.data import (
@@ -25,16 +22,16 @@ from timm.data import (
     create_loader,
     create_naflex_loader,
 )
-from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, default_collate
+from torch.utils.data import IterableDataset, default_collate
 
-from kd_accelerate.streams import StagedDataset, split
+from kd_accelerate.streams import split
 from kd_plugins import Distiller, DistillError
 from kd_plugins.binding import needs_of_stages
 from kd_plugins.errors import told
 from kd_timm.arguments import as_flag, parse_args
 from kd_timm.compat import fast_collate
 from kd_timm.digits import DIGITS_DEFAULTS, Digits
+from kd_timm.rows import CollateTargets, Replayed, Rows, StagedRows, numbered
 
 _logger = logging.getLogger("kd_timm.train")
 
@@ -63,141 +60,6 @@ MIXUP_ARGUMENTS = {
     **dict(mixup_alpha="mixup", cutmix_alpha="cutmix", cutmix_minmax="cutmix_minmax", label_smoothing="smoothing"),
     **dict(prob="mixup_prob", switch_prob="mixup_switch_prob", mode="mixup_mode"),
 }
-
-
-class Targets(NamedTuple):
-    """Labels, with what a distillation asks beside them.
-
-    Attributes:
-        labels: Targets of timm's loader.
-        index: Row numbers of the examples, where a distiller asks for them.
-        told: What the teachers say of the images, where `--cache-teacher` holds it: their logits, or the highest of
-            them and their classes.
-    """
-
-    labels: Tensor
-    index: Tensor | None = None  # type: ignore[assignment]
-    told: tuple[Tensor, ...] = ()
-
-    def to(self, *args: Any, **kwargs: Any) -> Targets:
-        """All on another device, as timm's prefetcher asks of a target."""
-        index = None if self.index is None else self.index.to(*args, **kwargs)
-        return Targets(self.labels.to(*args, **kwargs), index, tuple(x.to(*args, **kwargs) for x in self.told))
-
-
-class _Transformed:
-    """timm's loader sets the transform of what it is given; here it is that of the whole data set."""
-
-    dataset: Any
-
-    @property
-    def transform(self) -> Any:
-        """The transform of the whole data set."""
-        return self.dataset.transform
-
-    @transform.setter
-    def transform(self, transform: Any) -> None:
-        self.dataset.transform = transform
-
-
-class Rows(_Transformed, Dataset[Any]):
-    """Some rows of a data set, optionally with their numbers in the whole of it.
-
-    Args:
-        dataset: The whole data set; its `transform` is shared.
-        rows: Row numbers.
-        index: Whether an item carries its row number.
-    """
-
-    def __init__(self, dataset: Any, rows: Sequence[int], index: bool = False) -> None:
-        self.dataset, self.rows, self.index = dataset, rows, index
-
-    def __getitem__(self, item: int) -> tuple[Any, ...]:
-        row = self.rows[item]
-        return _numbered(self.dataset[row], row) if self.index else self.dataset[row]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
-class StagedRows(_Transformed, StagedDataset):
-    """The training set of a distillation, whose stages may hold rows out for other streams."""
-
-
-@contextmanager
-def _seeded(*key: int) -> Iterator[None]:
-    """Python's, NumPy's and torch's random numbers follow from a key, and go on afterwards as if nothing had been."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    first, second = np.random.SeedSequence(key).generate_state(2, np.uint32).tolist()
-    random.seed(first << 32 | second)
-    np.random.seed(first)  # noqa: NPY002
-    # The generator of the CPU alone: a worker must not touch a GPU.
-    torch.default_generator.manual_seed(first << 32 | second)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        torch.set_rng_state(states[2])
-
-
-class Replayed(_Transformed, Dataset[tuple[Any, ...]]):
-    """A training set whose augmentation follows from row and view, so that it can be shown again.
-
-    The view is the number of the epoch, modulo the number of views, wherever a run begins.
-
-    Args:
-        dataset: The training set; its `transform` is shared.
-
-    Attributes:
-        views: How many of each image there are.
-        answers: What the teachers say of a view of a row; then an item carries it.
-    """
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset, self.views = dataset, 1
-        self.answers: Callable[[int, int], tuple[Tensor, ...]] | None = None
-        # In shared memory, where workers that outlive an epoch see it change.
-        self._view = torch.tensor(0).share_memory_()
-
-    def set_epoch(self, epoch: int) -> None:
-        """Takes the view of an epoch; loaders call it before every epoch."""
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
-        self._view.fill_(epoch % self.views)
-
-    def item(self, row: int, view: int) -> tuple[Any, Any]:
-        """Image and label of a view."""
-        with _seeded(row, view):
-            image, label = self.dataset[row]
-        return image, label
-
-    def __getitem__(self, row: int) -> tuple[Any, ...]:
-        view, row = int(self._view), int(row)
-        item = self.item(row, view)
-        return item if self.answers is None else (*item, self.answers(view, row))
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-
-class CollateTargets:
-    """Collates images and labels with timm's collate function, and what a distillation asks beside them.
-
-    Args:
-        collate: timm's.
-        index: Whether the last of an item is its row number.
-        told: Whether the third of an item is what the teachers say of it.
-    """
-
-    def __init__(self, collate: Callable[[Any], tuple[Tensor, Tensor]], *, index: bool, told: bool) -> None:
-        self.collate, self.index, self.told = collate, index, told
-
-    def __call__(self, samples: Sequence[tuple[Any, ...]]) -> tuple[Tensor, Targets]:
-        images, labels = self.collate([sample[:2] for sample in samples])
-        index = torch.tensor([sample[-1] for sample in samples]) if self.index else None
-        told = zip(*(sample[2] for sample in samples), strict=True) if self.told else ()
-        return images, Targets(labels, index, tuple(map(torch.stack, told)))
 
 
 @dataclass
@@ -441,10 +303,6 @@ def _class_names(dataset: Any, target_key: str | None) -> tuple[str, ...] | None
     return tuple(names) if names else None
 
 
-def _numbered(item: tuple[Any, Any], row: int) -> tuple[Any, Any, int]:
-    return (*item, row)
-
-
 def create_data(
     args: argparse.Namespace,
     config: dict[str, Any],
@@ -484,7 +342,7 @@ def create_data(
         if index and args.aug_splits:
             raise DistillError(f"--aug-splits shows a row several times at once, and {distiller.name} counts rows.")
         whole = train
-        train = staged = StagedRows(replayed or whole, distiller, 1, args.seed, _numbered if index else None)
+        train = staged = StagedRows(replayed or whole, distiller, 1, args.seed, numbered if index else None)
         streams = {name: Rows(whole, rows, index) for name, rows in streams.items() if name}
     elif replayed is not None:
         train = replayed

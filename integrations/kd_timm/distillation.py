@@ -21,9 +21,10 @@ from kd_plugins.stages import StageTable
 from kd_timm.build import create_student
 from kd_timm.cache import Absent, AbsentNetwork, TeacherCache
 from kd_timm.checkpoint import forked_random_state
-from kd_timm.data import Targets, batches, plain_loader
+from kd_timm.data import batches, plain_loader
 from kd_timm.engine import PlainStep, TrainingRun
 from kd_timm.network import TimmNetwork, image_batch
+from kd_timm.rows import Targets
 from kd_timm.teachers import Teacher, check_classes, create_teacher
 
 

@@ -28,9 +28,10 @@ from kd_timm.compat import (
     evaluation_sample_limit,
     set_sync_gradients,
 )
-from kd_timm.data import Data, Targets, batches, model_dtype
+from kd_timm.data import Data, batches, model_dtype
 from kd_timm.network import one_head
 from kd_timm.progress import Reporter
+from kd_timm.rows import Targets
 
 Seen = Callable[[Tensor, Tensor, list[Tensor]], None]
 """Takes a batch of a model's scores `[B, K]`, targets and what others say."""

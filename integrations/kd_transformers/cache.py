@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property
@@ -15,11 +16,11 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from kd_accelerate.cached import check_twice, drop_damaged, note_facts, seal_file
-from kd_plugins import Batch, Distiller, DistillError, Net, Reads
+from kd_plugins import Batch, Distiller, DistillError, Net, Nets, Reads
 from kd_plugins import functional as KF
 from kd_plugins.binding import needs_of_stages
 from kd_plugins.reading.network import Network, adapt
-from kd_plugins.reading.view import View
+from kd_plugins.reading.view import TopK, View
 from kd_transformers.checks import base, class_names, inputs_of, task_of
 from kd_transformers.columns import TEACHER, TEACHER_CLASSES, TEACHER_LOGITS, TOLD, Padded, Told, with_padding
 from kd_transformers.compat import rows_id
@@ -427,3 +428,35 @@ def check_cache(cached: View, asked: View, mask: Tensor | None) -> None:
             f"The column {TEACHER_LOGITS} is not what teacher_model says of these rows: make it anew with"
             " cache_teacher(dataset, teacher), or remove the column."
         )
+
+
+def told_by(dataset: Any, logits: Tensor | None, classes: Tensor | None, *, tokens: bool) -> Any:
+    """What the columns of a batch of a data set say, of several teachers each."""
+    if logits is None:
+        return None
+    several, classes = logits.dim() == (4 if tokens else 3), None if classes is None else classes.long()
+    temperature = 1.0 if classes is None else temperature_of(dataset)
+
+    def told(logits: Tensor, classes: Tensor | None) -> Tensor | TopK:
+        return logits if classes is None else TopK(logits, classes, temperature)
+
+    if not several:
+        return told(logits, classes)
+    each = [None] * logits.shape[-2] if classes is None else classes.unbind(-2)
+    return tuple(map(told, logits.unbind(-2), each))
+
+
+def check_told(nets: Nets, batch: Batch) -> None:
+    """Asks the teachers once, to see that the column of their logits is their own."""
+    if batch.teacher_logits is None:
+        return
+    cached = len(batch.teacher_logits) if isinstance(batch.teacher_logits, tuple) else 1
+    if cached != len(nets.teachers):
+        raise DistillError(
+            f"The column {TEACHER_LOGITS} holds the logits of {cached} teachers, got {len(nets.teachers)}: make it"
+            " anew, cache_teacher(dataset, teachers), or remove it."
+        )
+    uncached = dataclasses.replace(batch, teacher_logits=None)
+    for teacher in (net for net in nets.teachers if not isinstance(net.module, Absent)):
+        cached_view, asked = (teacher(one, reads=Reads()) for one in (batch, uncached))
+        check_cache(cached_view, asked, batch.mask)

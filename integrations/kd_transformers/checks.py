@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.models.auto import modeling_auto as auto
 
-from kd_plugins import Distiller, DistillError
+from kd_plugins import Batch, Distiller, DistillError
+from kd_plugins.binding import needs_of_stages
 from kd_transformers.compat import is_reentrant
 
 # The kinds of models: the task of their scores, and transformers' names for them. The choices of multiple choice are
@@ -228,3 +229,17 @@ def class_names(config: Any) -> list[str] | None:
     id2label = getattr(config, "id2label", None) or {}
     names = [str(id2label.get(i, id2label.get(str(i), ""))) for i in range(len(id2label))]
     return None if names == [f"LABEL_{i}" for i in range(len(names))] else names
+
+
+def reads_scores(distiller: Distiller, teacher: int = 0) -> bool:
+    """Whether a method reads the scores of a teacher in any of its stages."""
+    return any(needs.of_teacher(teacher).logits for needs in needs_of_stages(distiller))
+
+
+def check_aligned(distiller: Distiller, batch: Batch) -> None:
+    """Refuses scores per token of a teacher that reads other tokens."""
+    if not batch.aligned and batch.task in ("token", "causal-lm", "ctc") and reads_scores(distiller):
+        raise DistillError(
+            f"{distiller.name} compares scores token by token, and the column teacher_{batch.name} holds other"
+            " tokens than the student's: use a teacher with the student's tokenizer."
+        )

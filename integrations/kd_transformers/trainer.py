@@ -19,17 +19,17 @@ from transformers.utils import logging
 from kd_accelerate import TurnPlayer
 from kd_accelerate.sharding import is_sharded
 from kd_accelerate.streams import StagedDataset, Streams
-from kd_plugins import Batch, Distiller, DistillError, Nets, Reads, create_distiller
+from kd_plugins import Batch, Distiller, DistillError, Nets, create_distiller
 from kd_plugins.binding import connect, needs_in, needs_of_stages, needs_pass, prepare, schedule, set_up
 from kd_plugins.catalog.registry import to_json
 from kd_plugins.reading.network import adapt
-from kd_plugins.reading.view import TopK
-from kd_transformers.cache import Absent, AbsentNetwork, absent_teachers, check_cache, loaded_where_read, temperature_of
+from kd_transformers.cache import Absent, AbsentNetwork, absent_teachers, check_told, loaded_where_read, told_by
 from kd_transformers.card import Gain, add_to_card, check_gain, section
 from kd_transformers.checkpoints import Resumable
 from kd_transformers.checks import (
     TASKS,
     base,
+    check_aligned,
     check_checkpointing,
     check_fit,
     check_host,
@@ -38,11 +38,12 @@ from kd_transformers.checks import (
     class_order,
     follow_tokens,
     inputs_of,
+    reads_scores,
     same_class_order,
     special_tokens,
     task_of,
 )
-from kd_transformers.columns import INDEX, TEACHER, TEACHER_LOGITS, TOLD, Indexed, with_index, with_padding
+from kd_transformers.columns import INDEX, TEACHER, TOLD, Indexed, with_index, with_padding
 from kd_transformers.compat import ALWAYS_DIVIDES, on_device, used_columns
 from kd_transformers.inputs import decoder_inputs, labels_of
 from kd_transformers.playing import Trained, Updates, export, ignored_label, listed, save_weights
@@ -184,7 +185,7 @@ class DistillationTrainer(Resumable):
             self._teacher_networks,
             [adapt(p) for p in self.peer_models],
             orders=[
-                class_order(self.model, teacher) if _reads_scores(distiller, i) else None
+                class_order(self.model, teacher) if reads_scores(distiller, i) else None
                 for i, teacher in enumerate(self.teachers)
             ],
         )
@@ -224,12 +225,12 @@ class DistillationTrainer(Resumable):
             )
         check_fit(distiller, batch.task, self.model)
         self._check_vocabularies(TEACHER + name for name in batch.teacher_kwargs)
-        self._check_aligned(distiller, batch)
-        self._check_cache(nets, batch)
+        check_aligned(distiller, batch)
+        check_told(nets, batch)
         set_up(distiller, nets, batch)
         # Some methods know what they read of a teacher only now.
         for i, (net, teacher) in enumerate(zip(nets.teachers, self.teachers, strict=True)):
-            net.order = class_order(self.model, teacher) if _reads_scores(distiller, i) else None
+            net.order = class_order(self.model, teacher) if reads_scores(distiller, i) else None
         if any(needs.student.taps for needs in needs_of_stages(distiller)):
             check_checkpointing(self.model)
         if needs_pass(distiller) and not self._resuming and self.args.process_index == 0:
@@ -239,29 +240,6 @@ class DistillationTrainer(Resumable):
         for net in trained:
             net.counts = self._counts_items(net, batch, loader)
         self._bound_to = self.model
-
-    def _check_aligned(self, distiller: Distiller, batch: Batch) -> None:
-        """Refuses scores per token of a teacher that reads other tokens."""
-        if not batch.aligned and batch.task in ("token", "causal-lm", "ctc") and _reads_scores(distiller):
-            raise DistillError(
-                f"{distiller.name} compares scores token by token, and the column {TEACHER}{batch.name} holds other"
-                " tokens than the student's: use a teacher with the student's tokenizer."
-            )
-
-    def _check_cache(self, nets: Nets, batch: Batch) -> None:
-        """Asks the teachers once, to see that the column of their logits is their own."""
-        if batch.teacher_logits is None:
-            return
-        cached = len(batch.teacher_logits) if isinstance(batch.teacher_logits, tuple) else 1
-        if cached != len(self.teachers):
-            raise DistillError(
-                f"The column {TEACHER_LOGITS} holds the logits of {cached} teachers, got {len(self.teachers)}: make it"
-                " anew, cache_teacher(dataset, teachers), or remove it."
-            )
-        uncached = dataclasses.replace(batch, teacher_logits=None)
-        for teacher in (net for net in nets.teachers if not isinstance(net.module, Absent)):
-            cached_view, asked = (teacher(one, reads=Reads()) for one in (batch, uncached))
-            check_cache(cached_view, asked, batch.mask)
 
     def _counts_items(self, net: Trained, batch: Batch, loader: Any) -> bool:
         """Whether a network's task loss divides by the number of items it is given; BERT's classifiers ignore it."""
@@ -326,26 +304,11 @@ class DistillationTrainer(Resumable):
             ignore_index=ignored_label(getattr(student, "config", None)),
             mask=mask,
             teacher_kwargs=theirs,
-            teacher_logits=self._told(logits, classes, tokens=task in ("token", "causal-lm")),
+            teacher_logits=told_by(self.train_dataset, logits, classes, tokens=task in ("token", "causal-lm")),
             index=inputs.get(INDEX),
             rows=len(self.train_dataset) if has_length(self.train_dataset) else 0,
             **self._normalisation(),
         )
-
-    def _told(self, logits: Tensor | None, classes: Tensor | None, *, tokens: bool) -> Any:
-        """What the columns of `cache_teacher` say, of several teachers each."""
-        if logits is None:
-            return None
-        several, classes = logits.dim() == (4 if tokens else 3), None if classes is None else classes.long()
-        temperature = 1.0 if classes is None else temperature_of(self.train_dataset)
-
-        def told(logits: Tensor, classes: Tensor | None) -> Tensor | TopK:
-            return logits if classes is None else TopK(logits, classes, temperature)
-
-        if not several:
-            return told(logits, classes)
-        each = [None] * logits.shape[-2] if classes is None else classes.unbind(-2)
-        return tuple(map(told, logits.unbind(-2), each))
 
     @property
     def _label(self) -> str:
@@ -626,8 +589,3 @@ def _shown_signature() -> inspect.Signature:
 
 
 setattr(DistillationTrainer.__init__, "__signature__", _shown_signature())  # noqa: B010
-
-
-def _reads_scores(distiller: Distiller, teacher: int = 0) -> bool:
-    """Whether a method reads the scores of a teacher in any of its stages."""
-    return any(needs.of_teacher(teacher).logits for needs in needs_of_stages(distiller))

@@ -19,7 +19,7 @@ from torch.utils.data import RandomSampler
 from torch.utils.data.distributed import DistributedSampler
 
 from kd_timm.arguments import parse_args
-from kd_timm.data import Rows
+from kd_timm.rows import Rows
 from kd_timm.train import Session
 
 

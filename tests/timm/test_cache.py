@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from kd_plugins import DistillError
 from kd_timm import cache, data, distillation
+from kd_timm import rows as training_rows
 from kd_timm.arguments import parse_args
 from kd_timm.checkpoint import forked_random_state
 from kd_timm.distillation import DistillStep
@@ -130,8 +131,8 @@ def test_what_the_answers_depend_on(teacher, few_digits, tiny, tmp_path):
 def test_images_that_have_changed_are_refused(run, teacher, tmp_path, monkeypatch):
     words = [*AUGMENTED.split(), *teacher, "--cache-teacher", str(tmp_path / "cache"), "--epochs", "1"]
     run(*words)
-    item = data.Replayed.item
-    monkeypatch.setattr(data.Replayed, "item", lambda self, row, view: item(self, row, view + 1))
+    item = training_rows.Replayed.item
+    monkeypatch.setattr(training_rows.Replayed, "item", lambda self, row, view: item(self, row, view + 1))
     with pytest.raises(DistillError, match="The images are not those that the teachers"):
         run(*words)
 
