@@ -48,7 +48,7 @@ def note_facts(file: Path, facts: Mapping[str, Any], others: Iterable[Path], sam
         except DistillError:
             continue  # Half a file says nothing of its cache.
         if all(before.get(name) == facts[name] for name in same):
-            changed.append([name for name in facts if before.get(name) != facts[name]])
+            changed.append([name for name in {**facts, **before} if before.get(name) != facts.get(name)])
     if changed:
         nearest: list[str] = min(changed, key=len)
         logger.warning("The teacher is asked anew: since it was last asked these have changed: %s.", ", ".join(nearest))
