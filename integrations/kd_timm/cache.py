@@ -183,7 +183,7 @@ class TeacherCache:
             if accelerator.is_main_process:
                 about = [{"name": t.name, "order": t.order, "misfit": t.misfit} for t in teachers]
                 if not self.known.is_file():
-                    write_json(self.known, about)
+                    write_json(self.known, about, shared=True)
         accelerator.wait_for_everyone()
         self.told = load_file(kept)["scores"]
         replayed.answers = self.answers
@@ -220,7 +220,7 @@ class TeacherCache:
             digest.update(np.ascontiguousarray(image).tobytes() + str(label).encode())
         seen, file = {"images": digest.hexdigest()}, self.folder / "images.json"
         if not file.is_file():
-            write_json(file, seen)
+            write_json(file, seen, shared=True)
         elif read_json(file) != seen:
             raise DistillError(
                 f"The images are not those that the teachers of {self.folder} were asked about: files or the libraries"
@@ -352,7 +352,7 @@ def _scores(run: TrainingRun, nets: Sequence[Net], images: Tensor, size: int = 0
 
 
 def _save(file: Path, tensors: dict[str, Tensor]) -> None:
-    with replacing(file) as partial:
+    with replacing(file, shared=True) as partial:
         save_file(tensors, partial)
     seal_file(file)
 
