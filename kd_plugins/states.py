@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -62,14 +63,19 @@ def taking_up(folder: str | Path) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path, *, shared: bool = False) -> Iterator[Path]:
     """Gives a path to write to, which takes the place of `path` in one step when the block ends without an error.
+
+    Args:
+        path: The file.
+        shared: Whether other runs may write the same file meanwhile, as one of a cache; the last of them stays.
 
     Raises:
         DistillError: It cannot be written; what was there before is as it was.
     """
     path = Path(path)
-    partial = path.with_name(path.name + _PARTIAL)
+    # One name, where it can be: the next writing takes the place of what a kill has left.
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{_PARTIAL}" if shared else path.name + _PARTIAL)
     try:
         with writing(path):
             if partial.is_symlink():
@@ -89,15 +95,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Writes a text file in one step."""
-    with replacing(path) as partial:
+def write_text(path: str | Path, text: str, *, shared: bool = False) -> None:
+    """Writes a text file in one step; `shared` as in `replacing`."""
+    with replacing(path, shared=shared) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
-def write_json(path: str | Path, content: Any) -> None:
-    """Writes a JSON file in one step."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
+def write_json(path: str | Path, content: Any, *, shared: bool = False) -> None:
+    """Writes a JSON file in one step; `shared` as in `replacing`."""
+    write_text(path, json.dumps(content, indent=2) + "\n", shared=shared)
 
 
 def read_json(path: str | Path) -> Any:

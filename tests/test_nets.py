@@ -46,3 +46,11 @@ def test_freeze_lower_belongs_to_progressive(schedule: str) -> None:
     with pytest.raises(DistillError, match="schedule=progressive"):
         create_distiller("internal", schedule=schedule, freeze_lower=True)
     assert isinstance(create_distiller("internal", schedule="progressive", freeze_lower=True), Distiller)
+
+
+@pytest.mark.parametrize("known", [torch.zeros(2, 2), (torch.zeros(2, 2),)])
+def test_the_cached_logits_of_one_teacher_are_not_those_of_another(known):
+    nets = bind(create_distiller("kd"), Reader(), [Reader(), Reader()])
+    batch = Batch.of(torch.ones(2, 3), torch.tensor([0, 1]), teacher_logits=known)
+    with pytest.raises(DistillError, match="got that of 1 and a teacher number 2"):
+        nets.teachers[1](batch)

@@ -101,6 +101,14 @@ def test_a_kill_between_any_two_steps_of_a_save_leaves_a_whole_state(tmp_path, m
                     done = int(taken)
 
 
+def test_two_runs_may_write_one_file_of_a_cache(tmp_path):
+    path = tmp_path / "a"
+    with states.replacing(path, shared=True) as one, states.replacing(path, shared=True) as two:
+        one.write_text("1")
+        two.write_text("1")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a", "1")]
+
+
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a.json"
     states.write_json(path, {"a": 1})

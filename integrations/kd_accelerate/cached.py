@@ -48,17 +48,17 @@ def note_facts(file: Path, facts: Mapping[str, Any], others: Iterable[Path], sam
         except DistillError:
             continue  # Half a file says nothing of its cache.
         if all(before.get(name) == facts[name] for name in same):
-            changed.append([name for name in facts if before.get(name) != facts[name]])
+            changed.append([name for name in {**facts, **before} if before.get(name) != facts.get(name)])
     if changed:
         nearest: list[str] = min(changed, key=len)
         logger.warning("The teacher is asked anew: since it was last asked these have changed: %s.", ", ".join(nearest))
-    write_json(file, facts)
+    write_json(file, facts, shared=True)
 
 
 def seal_file(file: Path) -> None:
     """Writes down what a file of a cache is, once it is whole; one that was found whole is left alone."""
     if not _sum_file(file).is_file():
-        write_text(_sum_file(file), _digest(file))
+        write_text(_sum_file(file), _digest(file), shared=True)
 
 
 def drop_damaged(file: Path) -> None:

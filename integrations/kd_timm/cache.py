@@ -6,10 +6,12 @@ import argparse
 import copy
 import hashlib
 import json
+import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
+from tarfile import TarInfo
 from typing import Any
 
 import numpy as np
@@ -19,22 +21,24 @@ from accelerate.utils import gather_object
 from huggingface_hub import try_to_load_from_cache
 from rich.progress import track
 from safetensors.torch import load_file, save_file
+from timm.models import parse_model_name
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from kd_accelerate.cached import check_twice, drop_damaged, files_id, note_facts, seal_file
 from kd_plugins import Batch, Distiller, DistillError, Net, Reads
 from kd_plugins import functional as KF
-from kd_plugins.binding import needs_of_stages
+from kd_plugins.binding import needs_of_stages, needs_pass
 from kd_plugins.errors import told
 from kd_plugins.methods.kd import softness
 from kd_plugins.reading.network import Network
 from kd_plugins.reading.view import TopK
 from kd_plugins.states import read_json, replacing, write_json
+from kd_timm.build import check_model_name
 from kd_timm.data import DATASET_ARGUMENTS, LOADER_ARGUMENTS, batches, plain_loader
 from kd_timm.engine import TrainingRun
 from kd_timm.rows import Replayed, Targets
-from kd_timm.teachers import Teacher
+from kd_timm.teachers import Teacher, published
 
 _BLOCK = 4096
 _LOOKED_AT = 16
@@ -180,11 +184,13 @@ class TeacherCache:
             if accelerator.is_main_process:
                 about = [{"name": t.name, "order": t.order, "misfit": t.misfit} for t in teachers]
                 if not self.known.is_file():
-                    write_json(self.known, about)
+                    write_json(self.known, about, shared=True)
         accelerator.wait_for_everyone()
         self.told = load_file(kept)["scores"]
         replayed.answers = self.answers
-        size = sum(self.answers.file(q).stat().st_size for q in questions) / sum(q[2] - q[1] for q in questions)
+        # Of any block: a process need not have one of its own.
+        view, start, end = self.answers.questions(1)[0]
+        size = self.answers.file((view, start, end)).stat().st_size / (end - start)
         run.reporter.line(f"{self.folder} holds {replayed.views} views of each image, {size:.0f} bytes each.")
 
     def first_batch(self, run: TrainingRun) -> tuple[Tensor, Targets]:
@@ -215,7 +221,7 @@ class TeacherCache:
             digest.update(np.ascontiguousarray(image).tobytes() + str(label).encode())
         seen, file = {"images": digest.hexdigest()}, self.folder / "images.json"
         if not file.is_file():
-            write_json(file, seen)
+            write_json(file, seen, shared=True)
         elif read_json(file) != seen:
             raise DistillError(
                 f"The images are not those that the teachers of {self.folder} were asked about: files or the libraries"
@@ -347,7 +353,7 @@ def _scores(run: TrainingRun, nets: Sequence[Net], images: Tensor, size: int = 0
 
 
 def _save(file: Path, tensors: dict[str, Tensor]) -> None:
-    with replacing(file) as partial:
+    with replacing(file, shared=True) as partial:
         save_file(tensors, partial)
     seal_file(file)
 
@@ -358,6 +364,10 @@ def _check_fit(distiller: Distiller, teachers: int) -> None:
     if any(n.of_teacher(i).taps for n in needs for i in range(teachers)):
         raise DistillError(
             f"--cache-teacher holds the teachers' scores, and {distiller.name} reads their layers: leave it out."
+        )
+    if needs_pass(distiller):
+        raise DistillError(
+            f"--cache-teacher follows the training, and {distiller.name} looks at the images before it: leave it out."
         )
     if any(n.streams for n in needs):
         raise DistillError(
@@ -370,16 +380,23 @@ def _digest(value: Any) -> str:
 
 
 def _data_id(args: argparse.Namespace, dataset: Any) -> str:
+    """Changes with the rows of the training set."""
+    return _digest([_named(args, "dataset", "train_split", "epoch_repeats"), _rows_id(dataset)])
+
+
+def _named(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """What the flags say of data: but a batch size, of streamed data alone, and a folder, which may have moved."""
+    asides = ("batch_size", "data_dir", "dataset_download")
+    return {k: getattr(args, k) for k in (*names, *DATASET_ARGUMENTS.values()) if k not in asides}
+
+
+def _rows_id(dataset: Any) -> str:
     """Changes with the rows of a data set, as far as their kind can tell without reading every image."""
-    named = {k: getattr(args, k) for k in ("dataset", "train_split", "epoch_repeats", *DATASET_ARGUMENTS.values())}
-    # A batch size of streamed data alone; a folder may have moved.
-    named = {k: v for k, v in named.items() if k not in ("batch_size", "data_dir", "dataset_download")}
-    reader = getattr(dataset, "reader", None)
-    root = getattr(reader, "root", "")
-    samples = getattr(reader, "samples", ())
-    files = [(str(Path(path).relative_to(root)), Path(path).stat().st_size, int(label)) for path, label in samples]
-    inner = getattr(reader, "dataset", dataset)
-    digest = hashlib.sha256(_digest([named, len(dataset), files, getattr(inner, "_fingerprint", "")]).encode())
+    reader = getattr(dataset, "reader", dataset)
+    root, inner = getattr(reader, "root", ""), getattr(reader, "dataset", reader)
+    files = [_file_id(root, *sample) for sample in getattr(reader, "samples", ())]
+    rows = len(dataset) if hasattr(dataset, "__len__") else 0
+    digest = hashlib.sha256(_digest([rows, files, getattr(inner, "_fingerprint", "")]).encode())
     for name in ("data", "targets"):
         held = getattr(inner, name, None)
         if isinstance(held, (np.ndarray, Tensor, list)):
@@ -387,31 +404,57 @@ def _data_id(args: argparse.Namespace, dataset: Any) -> str:
     return digest.hexdigest()
 
 
+def _file_id(root: str, image: Any, *others: Any) -> list[Any]:
+    """Name and size of an image, in a folder or in a tar, and what lies beside it, such as its label."""
+    if isinstance(image, TarInfo):
+        known = [image.name, image.size, image.mtime]
+    else:
+        known = [os.path.relpath(image, root), os.path.getsize(image)]
+    return [*known, *(x.name if isinstance(x, TarInfo) else str(x) for x in others)]
+
+
 def _teachers_id(args: argparse.Namespace) -> str:
     """Changes with the teachers' names, arguments and weights: of a file its hash, of published ones where they are."""
     found: list[Any] = []
     for i, name in enumerate(args.teacher):
+        check_model_name(name, "--teacher")
+        source, model = parse_model_name(name)
         path = args.teacher_checkpoint[i] if i < len(args.teacher_checkpoint) else ""
         kwargs = args.teacher_kwargs[i] if i < len(args.teacher_kwargs) else {}
         found.append([name, kwargs])
         if path:
             beside = [Path(path).with_suffix(".json"), Path(path).with_name("config.json")]
             found.append(files_id(*(p for p in (path, *beside) if Path(p).is_file())))
+        elif source == "local-dir":
+            found.append(files_id(model))
         else:
-            cfg = timm.get_pretrained_cfg(name.rpartition("/")[2].removeprefix("hf-hub:"))
-            kept = None
-            if cfg is not None and cfg.hf_hub_id:
-                kept = try_to_load_from_cache(cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors")
-            # The hub's cache calls a file by its hash.
-            found.append([timm.__version__, cfg.to_dict() if cfg else "", Path(kept).resolve().name if kept else ""])
+            cfg: Any = timm.get_pretrained_cfg(model) if source is None else None
+            repository, file = (model, None) if source else (cfg and cfg.hf_hub_id, cfg and cfg.hf_hub_filename)
+            kept = _hub_file(repository, file)
+            if repository and not kept:
+                published(name, kwargs)  # Puts the file there.
+                kept = _hub_file(repository, file)
+            found.append([timm.__version__, cfg.to_dict() if cfg else "", kept])
     return _digest(found)
+
+
+def _hub_file(repository: str | None, file: str | None) -> str:
+    """What the hub's cache calls the weights of a repository, by their hash; empty where it has none."""
+    name, _, revision = (repository or "").partition("@")
+    file = file or "pytorch_model.bin"
+    # As timm, which takes safetensors where there are some.
+    safe = file.removesuffix(".bin").replace("pytorch_model", "model") + ".safetensors"
+    for one in (safe, file) if name else ():
+        kept = try_to_load_from_cache(name, one, revision=revision or None)
+        if isinstance(kept, str):  # and not the mark of a file that a repository does not have
+            return Path(kept).resolve().name
+    return ""
 
 
 def _evaluation_id(run: TrainingRun) -> str:
     """Changes with the evaluation images and their order, and with a process's share of them."""
     args, parts = run.args, []
     for loader in filter(None, (run.data.evaluation, run.data.other)):
-        names = ("dataset", "val_split", "ood_dataset", "ood_split", "no_prefetcher", *DATASET_ARGUMENTS.values())
-        named = {k: getattr(args, k) for k in names if k not in ("batch_size", "data_dir", "dataset_download")}
-        parts.append([named, len(loader.dataset) if hasattr(loader.dataset, "__len__") else 0, len(loader)])
+        named = _named(args, "dataset", "val_split", "ood_dataset", "ood_split", "no_prefetcher")
+        parts.append([named, _rows_id(loader.dataset), len(loader)])
     return _digest([parts, run.accelerator.process_index, run.accelerator.num_processes])[:16]

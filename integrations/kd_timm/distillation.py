@@ -107,6 +107,7 @@ class Distillation:
     def fill(self, run: TrainingRun, epochs: int, dataset: Any) -> None:
         """Asks the teachers what the cache lacks; from then on it stands for them."""
         assert self.cache is not None
+        check_classes(self.distiller, self.teachers)
         with forked_random_state():
             self.cache.fill(run, self.nets.teachers, self.teachers, epochs)
             for net, teacher in zip(self.nets.teachers, self.teachers, strict=True):
@@ -114,7 +115,6 @@ class Distillation:
                 net.network = AbsentNetwork(teacher.module)
             self.rows = len(dataset)
             set_up(self.distiller, self.nets, self.batch(*self.cache.first_batch(run)))
-            check_classes(self.distiller, self.teachers)
         self.distiller.to(self.device)
 
     def set_up(self, dataset: Any, *, fresh: bool) -> None:

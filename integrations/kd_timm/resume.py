@@ -183,6 +183,11 @@ def _bring_along(before: Path, folder: Path) -> None:
     """Copies what a run has left so far, best weights and curves, to the folder in which it goes on."""
     if before.resolve() == folder.resolve():
         return
+    if (folder / "last.safetensors").exists():
+        raise DistillError(
+            f"--resume: {folder} holds another run, whose weights would be taken for those of {before}: name another"
+            f" --experiment, or go on with that run, --resume {folder}."
+        )
     for path in before.iterdir():
         if path.is_file() and path.name != "results.json" and not (folder / path.name).exists():
             copy_file(path, folder / path.name)

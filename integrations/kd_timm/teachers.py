@@ -126,7 +126,7 @@ def create_teacher(
     if checkpoint:
         module, saved = _from_checkpoint(name, checkpoint, kwargs, num_classes)
     else:
-        module = _published(name, kwargs)
+        module = published(name, kwargs)
     theirs: Any = module
     cfg = {**theirs.pretrained_cfg, **saved.get("pretrained_cfg", {})}
     own = data_config(module, cfg=cfg)
@@ -146,7 +146,8 @@ def create_teacher(
     return Teacher(name, module.requires_grad_(False).eval(), transform, order, misfit)
 
 
-def _published(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
+def published(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
+    """The model with its published weights."""
     source, model = parse_model_name(name)
     cfg = timm.get_pretrained_cfg(model) if source is None else None
     if source is None and (cfg is None or not (cfg.has_weights)):

@@ -139,7 +139,7 @@ def cached_codebook(
     codebook, counts = fit_codebook(vectors, words, seed, least)
     with writing(entry):
         entry.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial:
+        with replacing(path, shared=True) as partial:
             save_file({"codebook": codebook, "counts": counts}, partial)
         seal(entry, **content)
     return codebook, counts

@@ -35,8 +35,8 @@ class Vocabulary(nn.Module):
         side: Height and width of the patches that show a word; 0 without patches.
 
     Attributes:
-        codebook: The words `[K, C_t]`, of which the last may be unused.
-        counts: How many of the vectors that k-means saw each word stands for `[K]`; 0 where it is unused.
+        codebook: The words `[K, C_t]`; the last may be unused, and are 0.
+        counts: How many of the vectors that k-means saw each word stands for `[K]`; 0 also where it is unused.
         temperature: Chosen for a sharpness, where that is asked for.
         sharpness: The mean largest probability of the targets before the training.
         patches: Of the words that stand for the most vectors, `[W, P, 3, side, side]`.
@@ -69,7 +69,7 @@ class Vocabulary(nn.Module):
         self.register_buffer("sharpness", torch.tensor(0.0))
         shown = min(_WORDS, words), _PATCHES, 3, side, side
         self.register_buffer("patches", torch.full(shown, 255, dtype=torch.uint8) if side else None)
-        self._used = 0  # read from `counts` once, since that waits for the device
+        self._used = 0  # read from the words once, since that waits for the device
 
     def fit(
         self,
@@ -102,8 +102,8 @@ class Vocabulary(nn.Module):
             place = {"layer": self.layer, "pooled to": list(self.size), "drawn of": sample.seen}
             codebook, counts = cached_codebook(vectors, words, seed, cache, {"teacher": teacher, **place}, least)
         words = len(codebook)
-        self.codebook[:words].copy_(codebook)
-        self.counts[:words].copy_(counts)
+        self.codebook.zero_()[:words].copy_(codebook)
+        self.counts.zero_()[:words].copy_(counts)
         self._used = words
         few = vectors[:_CALIBRATION]
         if sharpness is not None:
@@ -118,9 +118,14 @@ class Vocabulary(nn.Module):
     def forward(self, student_map: Tensor, teacher_map: Tensor, temperature: float | None = None) -> Tensor:
         """The divergence of the predicted words from the teacher's, of maps of the same positions."""
         given = self.temperature if temperature is None else temperature
-        self._used = self._used or int(self.counts.count_nonzero()) or len(self.counts)
+        self._used = self._used or self._made()
         weight, codebook = self.weight[: self._used], self.codebook[: self._used]
         return KF.quest(student_map, teacher_map, weight, self.scale, codebook, given)
+
+    def _made(self) -> int:
+        """How many words there are; k-means may leave one that stands for no vector among them."""
+        made = (self.counts > 0) | self.codebook.any(1)
+        return int(made.nonzero().max()) + 1 if made.any() else len(made)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)

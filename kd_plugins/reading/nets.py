@@ -99,8 +99,13 @@ class Net:
         if self.module.training:
             self.module.eval()
         if batch.teacher_logits is not None and not (reads.taps or replace or input_grad or dropout):
-            known = batch.teacher_logits
-            mine = known[self.number] if isinstance(known, tuple) else known
+            known = batch.teacher_logits if isinstance(batch.teacher_logits, tuple) else (batch.teacher_logits,)
+            if self.number >= len(known):
+                raise DistillError(
+                    f"Expected what each teacher says, got that of {len(known)} and a teacher number {self.number + 1}:"
+                    " give Batch.of(..., teacher_logits=(first, second, ...))."
+                )
+            mine = known[self.number]
             top = mine if isinstance(mine, TopK) else None
             view = View(None if top is not None else mine, labels=batch.labels, top=top)
         else:

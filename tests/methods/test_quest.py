@@ -220,6 +220,15 @@ def test_there_are_no_more_words_than_the_vectors_bear(monkeypatch):
     assert len(made.most(8)) == 7
 
 
+def test_a_word_that_stands_for_no_vector_is_a_word_after_a_resume():
+    made, other = (vocabulary.Vocabulary(6, 3, 3) for _ in range(2))
+    made.codebook[:4].copy_(torch.randn(4, 3))
+    made.counts[:4].copy_(torch.tensor([5, 0, 3, 0]))
+    other.load_state_dict(made.state_dict())
+    maps = torch.randn(2, 3, 2, 2), torch.randn(2, 3, 2, 2)
+    assert torch.equal(other(*maps), KF.quest(*maps, made.weight[:4], made.scale, made.codebook[:4], 5.0))
+
+
 def test_words_depend_on_their_own_layer_alone():
     def words(data: list[Batch], **options: Any) -> Tensor:
         distiller = create_distiller("quest", words=6, max_vectors=40, seed=5, **options)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
+from argparse import Namespace
+from types import SimpleNamespace
+
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from kd_plugins import DistillError
+from kd_accelerate.cached import note_facts, seal_file
+from kd_plugins import DistillError, create_distiller
+from kd_plugins.states import write_json
 from kd_timm import cache, data, distillation
 from kd_timm import rows as training_rows
 from kd_timm.arguments import parse_args
@@ -126,6 +134,99 @@ def test_what_the_answers_depend_on(teacher, few_digits, tiny, tmp_path):
     save_file({k: v + 1 for k, v in load_file(teacher[-1]).items()}, tmp_path / "model.safetensors")
     teacher[-1] = str(tmp_path / "model.safetensors")
     assert changed() == ["teachers"]
+
+
+def test_members_of_a_tar_and_images_of_the_evaluation_are_told_apart(tmp_path):
+    def rows(shade: int):
+        path = tmp_path / f"{shade}.tar"
+        with tarfile.open(path, "w") as tar:
+            for name in ("a/0.png", "b/0.png"):
+                stream = io.BytesIO()
+                Image.new("RGB", (4 + shade, 4)).save(stream, "PNG")
+                member = tarfile.TarInfo(name)
+                member.size = stream.tell()
+                stream.seek(0)
+                tar.addfile(member, stream)
+        return timm.data.create_dataset("", str(path))
+
+    one, two = rows(0), rows(60)
+    assert cache._rows_id(one) == cache._rows_id(rows(0)) != cache._rows_id(two)
+    where = SimpleNamespace(process_index=0, num_processes=1)
+    ids = [
+        cache._evaluation_id(
+            SimpleNamespace(
+                args=parse_args([]),
+                accelerator=where,
+                data=SimpleNamespace(evaluation=torch.utils.data.DataLoader(rows), other=None),
+            )
+        )
+        for rows in (one, two)
+    ]
+    assert ids[0] != ids[1]
+
+
+def test_a_teacher_is_known_by_its_weights_wherever_they_lie(tmp_path, monkeypatch):
+    def id_of(name: str) -> str:
+        return cache._teachers_id(Namespace(teacher=[name], teacher_checkpoint=[], teacher_kwargs=[]))
+
+    found = []
+    for content in ("1", "2"):
+        (tmp_path / "model.safetensors").write_text(content)
+        found.append(id_of(f"local-dir:{tmp_path}"))
+    assert found[0] != found[1]
+
+    # The hub's cache marks a file that a repository does not have, and has none before the first load.
+    loaded, there = [], {}
+    monkeypatch.setattr(cache, "published", lambda name, kwargs: loaded.append(name) or there.update(w="blobs/one"))
+    kept = lambda repo, file, revision: there.get("w") if file.endswith(".bin") else object()  # noqa: E731
+    monkeypatch.setattr(cache, "try_to_load_from_cache", kept)
+    first = id_of("hf-hub:me/mine")
+    assert first == id_of("hf-hub:me/mine")
+    assert loaded == ["hf-hub:me/mine"]
+    there["w"] = "blobs/two"
+    assert first != id_of("hf-hub:me/mine")
+
+
+def test_a_process_without_a_block_of_its_own_fills_nothing(teacher, few_digits, tiny, tmp_path):
+    args = parse_args([*tiny, *AUGMENTED.split(), *teacher, "--cache-teacher", str(tmp_path)])
+    args.dataset = "digits"
+    data.apply_data_defaults(args)
+    rows, _, classes = data.create_datasets(args, 3)
+    made = cache.TeacherCache(args, {"mean": (0.5,)}, classes, rows, distillation.make_distiller(args))
+    made.folder.mkdir()
+    block = made.answers.file((0, 0, 256))
+    save_file({"logits": torch.zeros(256, 1, 10)}, block)
+    seal_file(block)
+    said = []
+    run = SimpleNamespace(
+        args=args,
+        data=SimpleNamespace(replayed=training_rows.Replayed(rows), evaluation=None, other=None),
+        accelerator=SimpleNamespace(
+            process_index=1, num_processes=2, is_main_process=False, wait_for_everyone=lambda: None
+        ),
+        reporter=SimpleNamespace(line=said.append),
+    )
+    made.fill(run, [], [], epochs=1)
+    assert "1 views of each image, 40 bytes each" in said[0]
+
+
+def test_a_fact_that_has_gone_is_told(tmp_path, caplog):
+    write_json(tmp_path / "a.json", {"data": "x", "top k": "3"})
+    note_facts(tmp_path / "b.json", {"data": "x"}, [tmp_path / "a.json"])
+    assert "have changed: top k." in caplog.text
+
+
+def test_a_method_with_a_pass_of_its_own_is_refused(monkeypatch):
+    distiller = create_distiller("kd")
+    monkeypatch.setattr(type(distiller), "prepare", lambda self, nets, batches: None)
+    with pytest.raises(DistillError, match="kd looks at the images before it"):
+        cache._check_fit(distiller, 1)
+
+
+def test_other_classes_are_refused_before_a_teacher_is_asked(run, teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "_scores", lambda *a: pytest.fail("asked"))
+    with pytest.raises(DistillError, match="tells 10 classes apart and the student tells 12"):
+        run("--distill", "kd", *teacher, "--num-classes", "12", "--cache-teacher", str(tmp_path / "cache"))
 
 
 def test_images_that_have_changed_are_refused(run, teacher, tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from timm.data import create_loader
 
 from kd_plugins import DistillError, states
-from kd_timm import build, checkpoint, data, engine, progress, train
+from kd_timm import build, checkpoint, data, engine, progress, resume, train
 from kd_timm.arguments import parse_args
 from kd_timm.digits import Digits
 
@@ -124,6 +124,17 @@ def test_epochs_between_evaluations_are_saved(run, monkeypatch):
     assert parts.folder.samefile(folder)
     assert same(load_file(whole.folder / "last.safetensors"), load_file(folder / "last.safetensors"))
     assert (whole.folder / "summary.csv").read_text() == (folder / "summary.csv").read_text()
+
+
+def test_resume_refuses_the_folder_of_a_third_run(tmp_path):
+    """Whose best weights would stand for those of the run that goes on."""
+    before, folder = tmp_path / "before", tmp_path / "other"
+    for run in (before, folder):
+        run.mkdir()
+        (run / "model_best.safetensors").write_text(run.name)
+    (folder / "last.safetensors").touch()
+    with pytest.raises(DistillError, match="other holds another run"):
+        resume._bring_along(before, folder)
 
 
 def test_resume_refuses_other_settings(run):
