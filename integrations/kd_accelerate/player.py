@@ -65,7 +65,8 @@ class TurnPlayer(Run):
         self.sharded = is_sharded(accelerator)
         if self.sharded:
             plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-            check_sharded(distiller, nets, zero=plugin.zero_stage if plugin is not None else 0)
+            scaled = plugin is not None and accelerator.mixed_precision == "fp16"
+            check_sharded(distiller, nets, zero=plugin.zero_stage if plugin is not None else 0, scaled=scaled)
             gather_for_taps(distiller, nets)
         super().__init__(distiller, optimizer, nets, max_grad_norm=max_grad_norm)
         self.accelerator = accelerator

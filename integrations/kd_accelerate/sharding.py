@@ -31,13 +31,14 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return kind in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
-def check_sharded(distiller: Distiller, nets: Nets, *, zero: int = 0) -> None:
+def check_sharded(distiller: Distiller, nets: Nets, *, zero: int = 0, scaled: bool = False) -> None:
     """Refuses methods that need the student's weights as they are between its forward and its own backward.
 
     Args:
         distiller: The method.
         nets: The networks.
         zero: DeepSpeed's stage; 3 frees the weights after the forward.
+        scaled: Whether DeepSpeed scales the loss by itself (fp16), of which only its own optimizer knows.
     """
     reason = ""
     inside = any(needs.student.taps and not needs.student.logits for needs in needs_of_stages(distiller))
@@ -51,6 +52,8 @@ def check_sharded(distiller: Distiller, nets: Nets, *, zero: int = 0) -> None:
         reason = "trains peers, which nobody shards"
     elif zero == 3 and inside:
         reason = "has a phase whose backward begins inside a layer, where ZeRO-3 has freed the weights (ZeRO-2 has not)"
+    elif scaled and any(p.requires_grad for p in distiller.parameters()):
+        reason = "trains parts of its own, whose gradients DeepSpeed's fp16 leaves scaled (bf16 does not)"
     if reason:
         raise DistillError(
             f"Expected a method that a sharded student fits (FSDP, DeepSpeed), got {distiller.name}, which {reason}:"

@@ -91,6 +91,15 @@ def test_zero_3_refuses_a_backward_from_inside(tmp_path: Path) -> None:
         check_sharded(run.distiller, run._nets, zero=3)
 
 
+def test_own_parts_are_refused_where_deepspeed_scales_the_loss() -> None:
+    distiller = create_distiller("kd")
+    nets = bind(distiller, bert(), teacher())
+    check_sharded(distiller, nets, scaled=True)
+    distiller.part = nn.Linear(2, 2)
+    with pytest.raises(DistillError, match="DeepSpeed's fp16 leaves scaled"):
+        check_sharded(distiller, nets, scaled=True)
+
+
 def test_other_shards_are_refused() -> None:
     """FSDP1 and Megatron replace modules; a step without a gradient of the student moves nothing."""
     for kind, name in ((DistributedType.FSDP, "FSDP1"), (DistributedType.MEGATRON_LM, "Megatron-LM")):
