@@ -320,7 +320,8 @@ def _note_of(dataset: Any) -> list[dict[str, Any]]:
     if not noted:
         raise DistillError(
             f"The data set does not say which teacher wrote its column {TEACHER_LOGITS}, so that its classes are not"
-            " known: give teacher_model, or make the column anew with cache_teacher."
+            " known: train on what cache_teacher returns (no stream or torch Subset of it), or give teacher_model where"
+            " the column holds all logits."
         )
     found: list[dict[str, Any]] = json.loads(noted[0].removeprefix(_NOTE))
     return found
