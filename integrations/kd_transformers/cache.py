@@ -86,7 +86,7 @@ def cache_teacher(
     Raises:
         DistillError: A data set that is not of `datasets` or that is transformed on access; a collator that makes two
             batches of the same rows (random masks); a teacher that gives anything but scores of rows or of their
-            tokens, or two answers to one question.
+            tokens, two answers to one question, or another answer where a text is padded further.
     """
     from datasets import Dataset, concatenate_datasets
     from transformers import default_data_collator
