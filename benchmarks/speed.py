@@ -62,8 +62,13 @@ def pictures(size: int) -> kd_plugins.Batch:
     return kd_plugins.Batch.of(torch.randn(size, 3, 32, 32), torch.randint(CLASSES, (size,)))
 
 
-def logits(model: nn.Module, inputs: Any) -> Tensor:
-    return model(**inputs).logits if isinstance(inputs, Mapping) else model(inputs)
+def named(batch: kd_plugins.Batch) -> dict[str, Any]:
+    return {str(batch.name): batch.inputs, **batch.kwargs}
+
+
+def logits(model: nn.Module, batch: kd_plugins.Batch) -> Tensor:
+    scores: Tensor = model(batch.inputs) if batch.name is None else model(**named(batch)).logits
+    return scores
 
 
 def soft(student: Tensor, teacher: Tensor) -> Tensor:
@@ -82,11 +87,11 @@ def by_hand(student: nn.Module, batch: kd_plugins.Batch, teacher: nn.Module | No
     student.train()
 
     def step() -> None:
-        scores = logits(student, batch.inputs)
+        scores = logits(student, batch)
         loss = F.cross_entropy(scores, batch.labels)
         if teacher is not None:
             with torch.no_grad():
-                target = logits(teacher, batch.inputs)
+                target = logits(teacher, batch)
             loss = (1 - ALPHA) * loss + ALPHA * soft(scores, target) if kd else loss
         loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -299,7 +304,7 @@ def textbrewer(student: nn.Module, teacher: nn.Module, batch: kd_plugins.Batch) 
     def adaptor(batch: Any, outputs: Any) -> dict[str, Any]:
         return {"logits": outputs.logits, "losses": outputs.loss}
 
-    data = {**batch.inputs, "labels": batch.labels}
+    data = {**named(batch), "labels": batch.labels}
     config = DistillationConfig(temperature=TEMPERATURE, hard_label_weight=1 - ALPHA, kd_loss_weight=ALPHA)
     folder = tempfile.mkdtemp()
     train = TrainingConfig(device=torch.device("cpu"), log_dir=folder, output_dir=folder)

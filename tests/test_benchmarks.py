@@ -8,17 +8,22 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from datasets import load_dataset
+from torch import nn
+
+from kd_plugins import Batch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import idx_data, quality, results  # noqa: E402
+from benchmarks import idx_data, quality, results, speed  # noqa: E402
 from benchmarks.__main__ import NAMES  # noqa: E402
 
 LISTS = sorted((ROOT / "benchmarks" / "lists").glob("*.yaml"))
@@ -34,6 +39,18 @@ def commands(path: Path) -> list[str]:
     ]
     folders = dict.fromkeys(before, "a/teacher")
     return [os.path.expandvars(command.format(out="a/run", seed=0, device="cpu", **folders)) for command in found]
+
+
+def test_speed_asks_networks_by_the_names_of_their_inputs():
+    class Model(nn.Module):
+        def forward(self, input_ids, attention_mask):
+            return SimpleNamespace(logits=input_ids * attention_mask)
+
+    inputs = speed.tokens(3, 2)
+    batch = Batch.of(inputs, inputs.pop("labels"))
+    assert torch.equal(speed.logits(Model(), batch), inputs["input_ids"])
+    images = speed.pictures(2)
+    assert speed.logits(nn.Identity(), images) is images.inputs
 
 
 @pytest.mark.parametrize("path", LISTS, ids=lambda path: path.stem)

@@ -76,12 +76,13 @@ def test_a_bare_loop_over_maps_gets_both_terms_over_the_classes():
 @pytest.mark.parametrize("task", ["token", "causal-lm"])
 def test_tokens_count_where_they_are_real_and_labelled(task):
     s, t = logits(3, 6, 4)
-    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]])
     labels = torch.randint(4, (3, 6))
     labels[0, :2] = -100
     real = (labels != -100) & mask.bool()
     rows = rows_kl(s, t, -1)
-    expected = per_example(rows[:, :-1], real[:, 1:]) if task == "causal-lm" else per_example(rows, real)
+    after = real[:, 1:] & mask[:, :-1].bool()
+    expected = per_example(rows[:, :-1], after) if task == "causal-lm" else per_example(rows, real)
     batch = Batch.of(torch.zeros(3, 6), labels, mask=mask, task=task)
     assert kd(batch, s, t) == pytest.approx(expected, rel=1e-5)
 

@@ -19,9 +19,10 @@ from kd_accelerate.cached import check_twice, drop_damaged, note_facts, seal_fil
 from kd_plugins import Batch, Distiller, DistillError, Net, Nets, Reads
 from kd_plugins import functional as KF
 from kd_plugins.binding import needs_of_stages
+from kd_plugins.catalog.values import AtLeastOne, Positive, convert
 from kd_plugins.reading.network import Network, adapt
 from kd_plugins.reading.view import TopK, View
-from kd_transformers.checks import base, class_names, inputs_of, task_of
+from kd_transformers.checks import base, class_names, counted_as, inputs_of, kind_of, scores_tokens
 from kd_transformers.columns import TEACHER, TEACHER_CLASSES, TEACHER_LOGITS, TOLD, Padded, Told, with_padding
 from kd_transformers.compat import rows_id
 from kd_transformers.playing import listed
@@ -85,7 +86,7 @@ def cache_teacher(
     Raises:
         DistillError: A data set that is not of `datasets` or that is transformed on access; a collator that makes two
             batches of the same rows (random masks); a teacher that gives anything but scores of rows or of their
-            tokens, or two answers to one question.
+            tokens, two answers to one question, or another answer where a text is padded further.
     """
     from datasets import Dataset, concatenate_datasets
     from transformers import default_data_collator
@@ -103,6 +104,21 @@ def cache_teacher(
     teachers = listed("teacher", teacher)
     if not teachers:
         raise DistillError("Expected at least one teacher to ask, got none.")
+    for what, value, hint, expected in (
+        ("top_k", top_k, AtLeastOne | None, "a whole number, at least 1"),
+        ("temperature", temperature, Positive, "a number above 0"),
+        ("batch_size", batch_size, AtLeastOne, "a whole number, at least 1"),
+    ):
+        try:
+            convert(value, hint)
+        except ValueError:
+            raise DistillError(f"{what}: expected {expected}, got {value!r}.") from None
+    for kind in map(kind_of, teachers):
+        if kind in ("sequence to sequence", "question answering"):
+            raise DistillError(
+                f"Expected a teacher that scores rows, or the tokens of its inputs, got one for {kind}: train without a"
+                " cache."
+            )
     modes = [t.training for t in teachers]
     weight = next(teachers[0].parameters(), torch.empty(0))
     device = torch.device(device) if device is not None else weight.device
@@ -116,26 +132,37 @@ def cache_teacher(
         found = [t.load() if isinstance(t, Absent) else t for t in teachers]
         return [Net(adapt(t.to(device)), Reads, frozen=True) for t in found]
 
-    asked = False
+    asked = alone = False
 
-    def logits(rows: Mapping[str, list[Any]]) -> dict[str, Any]:
-        nonlocal asked
+    def ask(rows: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], list[Tensor], Tensor | None]:
+        """The batch of some rows, what the teachers say of it, and the mask of what they read."""
         nets = loaded()
         name = getattr(base(nets[0].module), "main_input_name", None)
+        inputs = collate(list(map(dict, rows)))
+        theirs = {k.removeprefix(TEACHER): v for k, v in inputs.items() if k.startswith(TEACHER)}
+        own = {k: v for k, v in inputs.items() if not k.startswith((TEACHER, "label"))}
+        batch = Batch.of(own, name=name, teacher_kwargs=theirs).to(device)
+        return inputs, [net(batch).logits.float().cpu() for net in nets], batch.teacher_mask
+
+    def logits(rows: Mapping[str, list[Any]]) -> dict[str, Any]:
+        nonlocal asked, alone
+        many = not isinstance(teacher, nn.Module)
         items = [dict(zip(columns, values, strict=True)) for values in zip(*(rows[c] for c in columns), strict=True)]
         found: dict[str, list[Any]] = {TEACHER_LOGITS: [], **({TEACHER_CLASSES: []} if top_k else {})}
         for start in range(0, len(items), batch_size):
             rows_of = items[start : start + batch_size]
-            inputs = collate(list(map(dict, rows_of)))
-            theirs = {k.removeprefix(TEACHER): v for k, v in inputs.items() if k.startswith(TEACHER)}
-            own = {k: v for k, v in inputs.items() if not k.startswith((TEACHER, "label"))}
-            batch = Batch.of(own, name=name, teacher_kwargs=theirs).to(device)
-            scores = [net(batch).logits.float().cpu() for net in nets]
+            inputs, scores, mask = ask(rows_of)
             if not asked:
-                _check_collator(inputs, collate(list(map(dict, rows_of))))
-                check_twice(scores, [net(batch).logits.float().cpu() for net in nets])
+                again, same, _ = ask(rows_of)
+                _check_collator(inputs, again)
+                check_twice(scores, same)
                 asked = True
-            told = _rows(scores, nets, batch.teacher_mask, many=not isinstance(teacher, nn.Module))
+            told = _rows(scores, loaded(), mask, many=many)
+            if not alone and len(set(map(len, told))) > 1:
+                row = min(range(len(told)), key=lambda i: len(told[i]))
+                _, same, mask = ask(rows_of[row : row + 1])
+                _check_padding(told[row], _rows(same, loaded(), mask, many=many)[0])
+                alone = True
             if top_k:
                 kept, classes = zip(*(KF.top_k(x, min(top_k, x.shape[-1]), temperature) for x in told), strict=True)
                 found[TEACHER_CLASSES] += [x.int().numpy() for x in classes]
@@ -199,15 +226,21 @@ class Absent(nn.Module):
         config: Its configuration.
         identity: Changes with its weights.
         load: Loads it; None where it is not to be had.
+        kind: What it is for, where neither its class nor its configuration is known (`checks.kind_of`).
     """
 
     def __init__(
-        self, stands_for: type | str, config: Any, identity: str = "", load: Callable[[], nn.Module] | None = None
+        self,
+        stands_for: type | str,
+        config: Any,
+        identity: str = "",
+        load: Callable[[], nn.Module] | None = None,
+        kind: str = "",
     ) -> None:
         super().__init__()
         self.absent_class = stands_for if isinstance(stands_for, type) else None
         self.stands_for = stands_for.__name__ if isinstance(stands_for, type) else stands_for
-        self.config, self.identity, self._load = config, identity, load
+        self.config, self.identity, self._load, self.absent_kind = config, identity, load, kind
 
     def load(self) -> nn.Module:
         """The teacher itself, another one at each call; no random stream has moved."""
@@ -261,13 +294,13 @@ def absent_teachers(dataset: Any) -> list[Absent]:
     """Stand-ins for the teachers whose logits a data set has."""
     if TEACHER_LOGITS not in (getattr(dataset, "column_names", None) or ()):
         return []
-    return [
-        Absent(
-            facts["stands_for"],
-            SimpleNamespace(num_labels=facts["scores"], id2label=dict(enumerate(facts["classes"] or ()))),
-        )
-        for facts in _note_of(dataset)
-    ]
+    found = []
+    for facts in _note_of(dataset):
+        absent = Absent(facts["stands_for"], None, kind=facts.get("kind", ""))
+        names = dict(enumerate(facts["classes"] or ()))
+        absent.config = SimpleNamespace(**{counted_as(absent): facts["scores"]}, id2label=names)
+        found.append(absent)
+    return found
 
 
 def temperature_of(dataset: Any) -> float:
@@ -278,13 +311,19 @@ def temperature_of(dataset: Any) -> float:
 def _note_of(dataset: Any) -> list[dict[str, Any]]:
     """What a data set says of the teachers that wrote its column."""
     lines = (getattr(getattr(dataset, "info", None), "description", None) or "").splitlines()
-    noted = next((line for line in lines if line.startswith(_NOTE)), None)
-    if noted is None:
+    noted = sorted({line for line in lines if line.startswith(_NOTE)})
+    if len(noted) > 1:
+        raise DistillError(
+            f"The parts of the data set have columns {TEACHER_LOGITS} of other teachers or temperatures: make the"
+            " column of the whole anew with cache_teacher."
+        )
+    if not noted:
         raise DistillError(
             f"The data set does not say which teacher wrote its column {TEACHER_LOGITS}, so that its classes are not"
-            " known: give teacher_model, or make the column anew with cache_teacher."
+            " known: train on what cache_teacher returns (no stream or torch Subset of it), or give teacher_model where"
+            " the column holds all logits."
         )
-    found: list[dict[str, Any]] = json.loads(noted.removeprefix(_NOTE))
+    found: list[dict[str, Any]] = json.loads(noted[0].removeprefix(_NOTE))
     return found
 
 
@@ -309,7 +348,7 @@ _NOTE = f"{TEACHER_LOGITS}: "
 def _rows(scores: Sequence[Tensor], nets: Sequence[Net], mask: Tensor | None, *, many: bool) -> list[Tensor]:
     """The logits of each row of a batch: of a text's tokens without the padding, of several teachers side by side."""
     shapes = [list(x.shape) for x in scores]
-    tokens = all(task_of(net.module) in ("token", "causal-lm") for net in nets)
+    tokens = scores_tokens([net.module for net in nets])
     if scores[0].dim() != (3 if tokens else 2) or any(shape != shapes[0] for shape in shapes):
         raise DistillError(
             f"Expected a teacher with logits [B, K], or [B, L, K] of tokens, got {', '.join(map(str, shapes))}: the"
@@ -318,6 +357,11 @@ def _rows(scores: Sequence[Tensor], nets: Sequence[Net], mask: Tensor | None, *,
     whole = torch.stack(list(scores), -2) if many else scores[0]
     if not tokens or mask is None:
         return list(whole)
+    if mask.shape != whole.shape[:2]:
+        raise DistillError(
+            f"Expected scores of each of the inputs that the mask {list(mask.shape)} tells of, got {shapes[0]}, so that"
+            " padding among them is not known: train without a cache."
+        )
     return [row[real.bool()] for row, real in zip(whole, mask.cpu(), strict=True)]
 
 
@@ -331,16 +375,25 @@ def _check_collator(first: Mapping[str, Any], second: Mapping[str, Any]) -> None
             )
 
 
+def _check_padding(padded: Tensor, alone: Tensor) -> None:
+    """Refuses a teacher that says something else of a text beside a longer one: training has other batches."""
+    # On the scale of the scores, and of all of them: half precision rounds single ones.
+    if (padded - alone).abs().mean() > 5e-2 * alone.std(-1).mean():
+        raise DistillError(
+            "Expected a teacher that says the same of a text whatever it is padded to, got one that does not (positions"
+            " that are counted from padding on the left): pad on the right, or pad all rows to one length."
+        )
+
+
 def _noted(description: str | None, teachers: Sequence[nn.Module], row: Mapping[str, Any], temperature: float) -> str:
     """A data set's description with what its columns are."""
-    scores = torch.as_tensor(row[TEACHER_LOGITS]).shape[-1]
-    if TEACHER_CLASSES in row:
-        scores = getattr(getattr(base(teachers[0]), "config", None), "num_labels", scores)
+    whole = None if TEACHER_CLASSES in row else torch.as_tensor(row[TEACHER_LOGITS]).shape[-1]
     facts = [
         {
             "stands_for": called(teacher),
+            "kind": kind_of(teacher),
             "classes": class_names(getattr(base(teacher), "config", None)),
-            "scores": scores,
+            "scores": whole or getattr(getattr(base(teacher), "config", None), counted_as(teacher), None),
             "temperature": temperature,
         }
         for teacher in teachers

@@ -51,8 +51,8 @@ def kind_of(model: nn.Module) -> str:
     model = base(model)
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):
-        return "classification"
-    cls: Any = type(model)
+        return str(getattr(model, "absent_kind", None) or "classification")
+    cls: Any = getattr(model, "absent_class", None) or type(model)
     kind = _kind(cls)
     # Among transformers' models from sequence to sequence are decoders of sound, whose labels are one token ahead.
     return "other" if kind == "sequence to sequence" and not config.is_encoder_decoder else kind
@@ -94,6 +94,17 @@ def inputs_of(model: nn.Module) -> frozenset[str]:
     """The names that a transformers model's forward takes; empty for other models, which do not tell."""
     cls: Any = getattr(base(model), "absent_class", None) or type(base(model))
     return _parameters(cls) if issubclass(cls, PreTrainedModel) else frozenset()
+
+
+def scores_tokens(models: Sequence[nn.Module]) -> bool:
+    """Whether all of some models score each token of their inputs, so that padding among the scores is known."""
+    kinds = ("token classification", "masked language modelling", "causal-lm")
+    return all(kind_of(model) in kinds for model in models)
+
+
+def counted_as(model: nn.Module) -> str:
+    """What a model's configuration calls the number of its classes."""
+    return "vocab_size" if kind_of(model) in _VOCABULARY else "num_labels"
 
 
 def check_host(args: TrainingArguments) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_plugins import DistillError
-from kd_transformers.checks import base
+from kd_transformers.checks import base, scores_tokens
 
 INDEX = "kd_index"
 TEACHER = "teacher_"
@@ -30,17 +30,22 @@ def with_padding(collate: Any, teachers: Sequence[nn.Module]) -> Any:
         return collate
     pads = [getattr(getattr(base(t), "config", None), "pad_token_id", None) for t in teachers]
     pad = next((p for p in pads if p is not None), None)
-    return Told(Padded(collate, pad) if getattr(collate, "__module__", "").startswith("transformers.") else collate)
+    own = getattr(collate, "__module__", "").startswith("transformers.")
+    return Told(Padded(collate, pad) if own else collate, tokens=scores_tokens(teachers))
 
 
 class Told:
     """A collator that carries what teachers have said past another one.
 
     Logits of tokens are put where the mask of the batch has a token, whichever side is padded.
+
+    Args:
+        collate: The other one.
+        tokens: Whether the teachers have scored tokens.
     """
 
-    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
-        self.collate = collate
+    def __init__(self, collate: Callable[[list[Any]], Any], *, tokens: bool) -> None:
+        self.collate, self.tokens = collate, tokens
 
     def __call__(self, items: list[Any]) -> Any:
         names = [name for name in TOLD if isinstance(items[0], Mapping) and name in items[0]]
@@ -50,8 +55,15 @@ class Told:
         mask = batch.get(f"{TEACHER}attention_mask", batch.get("attention_mask"))
         for name in names:
             rows = [torch.as_tensor(item[name]) for item in items]
-            lengths = mask.sum(1).tolist() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-            if rows[0].dim() == 1 or lengths != list(map(len, rows)):
+            masked = self.tokens and isinstance(mask, Tensor) and mask.dim() == 2
+            fits = masked and mask.sum(1).tolist() == list(map(len, rows))
+            if not fits and len({row.shape for row in rows}) > 1:
+                raise DistillError(
+                    f"The column {name} holds scores of {', '.join(str(len(row)) for row in rows[:4])}, ... tokens, and"
+                    " the batch has no attention_mask with as many: give the rows and the data_collator with which"
+                    " cache_teacher asked the teacher."
+                )
+            if not fits:
                 batch[name] = torch.stack(rows)
                 continue
             told = torch.cat(rows)

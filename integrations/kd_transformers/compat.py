@@ -114,7 +114,10 @@ class Hooks(Trainer):
     def save_shards_whole(self, folder: str) -> None:
         """Writes a student in one piece where Trainer leaves that out (SHARDED_STATE_DICT); called on all processes."""
         if self.is_fsdp_enabled and "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
-            self._save(folder, state_dict=self.accelerator.get_state_dict(self.model))
+            state = self.accelerator.get_state_dict(self.model)
+            # In 5.17 `_save` writes in every process, and the states of the others are empty.
+            if self.args.should_save:
+                self._save(folder, state_dict=state)
 
     @property
     def loss_sums(self) -> list[float]:

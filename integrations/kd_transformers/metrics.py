@@ -102,13 +102,18 @@ def agreement(student: np.ndarray, teacher: np.ndarray, problem: str) -> float:
     """
     ours, theirs = decide(student, problem), decide(teacher, problem)
     if problem == "regression":
-        return correlation(stats.pearsonr, theirs, ours)
+        return correlation(stats.pearsonr, theirs, ours, names=("teacher's predictions", "student's predictions"))
     return float((ours == theirs).mean())
 
 
-def correlation(kind: Callable[[Any, Any], Any], truth: np.ndarray, guess: np.ndarray) -> float:
+def correlation(
+    kind: Callable[[Any, Any], Any],
+    truth: np.ndarray,
+    guess: np.ndarray,
+    names: Sequence[str] = ("labels", "predictions"),
+) -> float:
     """A correlation of numbers `[B]`; 0 with a warning where all of one side are equal, which has none."""
-    flat = [who for who, values in (("labels", truth), ("predictions", guess)) if np.ptp(values) == 0]
+    flat = [who for who, values in zip(names, (truth, guess), strict=True) if np.ptp(values) == 0]
     if flat:
         told = f"All {len(truth)} {' and '.join(flat)} are equal, so no correlation is defined"
         logger.warning(f"{told}: it counts as 0.")

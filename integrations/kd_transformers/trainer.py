@@ -396,6 +396,8 @@ class DistillationTrainer(Resumable):
         Raises:
             DistillError: The method does not fit the networks or the data.
         """
+        if self.distiller is None:
+            return
         distiller, student, *others = copy.deepcopy([self._unused, self.model, *self.teachers, *self.peer_models])
         networks = [adapt(network.to(self.args.device)) for network in (student, *others)]
         count = len(self.teachers) + 1

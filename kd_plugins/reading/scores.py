@@ -122,6 +122,8 @@ def class_scores(student: View, teacher: View, batch: Batch, temperature: float 
     if batch.task == "causal-lm":
         s, t = s[:, :-1], t[:, :-1]
         mask, labels = (None if x is None else x[:, 1:] for x in (mask, labels))
+        # Padding on the left stands before a token that counts.
+        mask = mask & real.bool()[:, :-1] if real is not None else mask
     mask, labels = (None if x is None else x.flatten(1) for x in (mask, labels))
     return Rows(s.flatten(1, -2), t.flatten(1, -2), mask, labels, binary, numbers)
 

@@ -11,15 +11,15 @@ import pytest
 import torch
 import trainer_kit as kit
 import transformers
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from image_kit import Images, image_classifier
 from torch import nn
 from transformers import BertTokenizer, DataCollatorWithPadding, default_data_collator
 
 from kd_plugins import Batch, Distiller, DistillError
 from kd_transformers import DistillationTrainer, cache_teacher
-from kd_transformers.cache import Absent
-from kd_transformers.columns import TEACHER_LOGITS
+from kd_transformers.cache import Absent, temperature_of
+from kd_transformers.columns import TEACHER_LOGITS, Told
 from kd_transformers.recording import RecordCallback
 
 
@@ -357,6 +357,87 @@ def test_several_teachers_of_tokens(task, tmp_path):
             distiller_args={"temperature": 1.0},
             data_collator=collate,
         )
+
+
+def test_language_models_need_no_teacher_beside_the_column(task, tmp_path):
+    """What the column is of is noted with it: the size of a vocabulary is no number of labels."""
+    kind, data, collate = task
+    for top_k in (None, 2):
+        cached = cache_teacher(data, tokens(kind, 2, 5), collate, top_k=top_k, temperature=4.0)
+        DistillationTrainer(
+            tokens(kind, 1, 0), kit.arguments(tmp_path), train_dataset=cached, distiller="kd", data_collator=collate
+        )
+
+
+def left_padded() -> Dataset:
+    """Rows of one length, padded on the left."""
+    rows = []
+    for i in range(8):
+        ids, gap = kit.Texts()[i]["input_ids"][: 5 + i % 6].tolist(), 5 - i % 6
+        row = {"input_ids": [0] * gap + ids, "attention_mask": [0] * gap + [1] * len(ids)}
+        rows.append({**row, "labels": [-100] * gap + ids})
+    return Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize("top_k", [None, 64])
+def test_a_token_that_follows_padding_is_not_compared(tmp_path, top_k):
+    data, teacher = left_padded(), tokens("causal", 2, 5)
+    cached = cache_teacher(data, teacher, top_k=top_k, temperature=4.0)
+    plain, quick = (kit.weights(train(tmp_path, d, teacher, tokens("causal", 1, 0)).model) for d in (data, cached))
+    assert kit.difference(plain, quick) < 1e-5
+
+
+def test_a_teacher_whose_answers_follow_the_padding_is_refused():
+    """GPT-2 counts positions from the padding on the left, which another batch has more or less of."""
+    teacher = tokens("causal", 2, 5)
+    teacher.transformer.wpe.weight.data.mul_(30)
+    rows = [{k: v[r["attention_mask"].index(1) :] for k, v in r.items() if k != "labels"} for r in left_padded()]
+    tokenizer = BertTokenizer(vocab={"[PAD]": 0, "[UNK]": 1, "[MASK]": 2}, padding_side="left")
+    collate = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    with pytest.raises(DistillError, match="pad on the right"):
+        cache_teacher(Dataset.from_list(rows), teacher, collate)
+
+
+def test_texts_as_long_as_there_are_teachers(tmp_path):
+    """Two vectors of two teachers are no scores of two tokens."""
+    row = {"input_ids": [0, 0, 5, 6], "attention_mask": [0, 0, 1, 1], "labels": 1}
+    data, teachers = Dataset.from_list([row] * 4), [kit.teacher(), kit.bert(3, seed=4)]
+    plain, quick = (kit.weights(train(tmp_path, d, teachers).model) for d in (data, cache_teacher(data, teachers)))
+    assert kit.difference(plain, quick) < 1e-5
+
+
+def test_columns_that_do_not_fit_are_told(task):
+    kind, data, collate = task
+    first, second = (cache_teacher(data, tokens(kind, 1, 5), collate, top_k=2, temperature=t) for t in (2.0, 4.0))
+    with pytest.raises(DistillError, match="of other teachers or temperatures"):
+        temperature_of(concatenate_datasets([first, second]))
+    told = Told(lambda items: {"input_ids": torch.zeros(len(items), 10)}, tokens=True)
+    with pytest.raises(DistillError, match="no attention_mask with as many"):
+        told([first[0], first[1]])
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"top_k": 0}, "top_k: expected a whole number, at least 1, got 0"),
+        ({"top_k": 1, "temperature": 0.0}, "temperature: expected a number above 0"),
+        ({"batch_size": 0}, "batch_size: expected"),
+    ],
+)
+def test_numbers_that_make_no_column(rows, options, match):
+    with pytest.raises(DistillError, match=match):
+        cache_teacher(rows, kit.teacher(), **options)
+
+
+def test_positions_of_answers_and_tokens_of_decoders_are_refused(rows):
+    sizes = {**kit.TINY, "num_hidden_layers": 1, "num_labels": 2}
+    answers = transformers.BertForQuestionAnswering(transformers.BertConfig(**sizes))
+    bart: dict[str, Any] = {f"{n}_{what}": 1 for n in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    bart |= {"vocab_size": 64, "d_model": 8, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    decoder = transformers.BartForConditionalGeneration(transformers.BartConfig(**bart))
+    for model, kind in ((answers, "question answering"), (decoder, "sequence to sequence")):
+        with pytest.raises(DistillError, match=f"got one for {kind}"):
+            cache_teacher(rows, model)
 
 
 def test_a_collator_that_draws_random_numbers_is_refused(task):

@@ -87,6 +87,7 @@ def test_one_of_another_student_or_optimizer_is_refused(whole, tmp_path) -> None
 def test_a_rehearsal_says_what_does_not_fit_and_changes_nothing(tmp_path) -> None:
     with pytest.raises(DistillError, match="no module 'nix'"):
         trainer(tmp_path, "fitnet", options={"layers": ("nix",)}).rehearse()
+    trainer(tmp_path, None).rehearse()
     tried = made(tmp_path / "a", "kd")
     tried.rehearse()
     tried.train()

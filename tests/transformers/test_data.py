@@ -348,6 +348,8 @@ def test_a_correlation_that_is_not_defined_counts_as_0_and_is_told(rows, offline
     assert scores == {"pearsonr": 0.0, "spearmanr": 0.0}
     assert f"All {rows}" in caplog.text
     assert "predictions are equal" in caplog.text
+    assert agreement(truth[:, None], numbers, "regression") == 0.0
+    assert "teacher's predictions" in caplog.text
 
 
 def test_one_row_is_scored():

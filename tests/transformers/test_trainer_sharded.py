@@ -18,6 +18,7 @@ from trainer_kit import bert, difference, logged, teacher
 
 from kd_accelerate.sharding import check_reached, check_sharded, is_sharded
 from kd_plugins import DistillError, bind, create_distiller
+from kd_transformers.compat import Hooks
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,19 @@ def test_own_parts_are_refused_where_deepspeed_scales_the_loss() -> None:
     distiller.part = nn.Linear(2, 2)
     with pytest.raises(DistillError, match="DeepSpeed's fp16 leaves scaled"):
         check_sharded(distiller, nets, scaled=True)
+
+
+@pytest.mark.parametrize("should_save", [True, False])
+def test_one_process_writes_the_whole_student(should_save: bool) -> None:
+    """All gather it; the states of the others are empty."""
+    saved: list[str] = []
+    plugin = SimpleNamespace(fsdp_plugin=SimpleNamespace(state_dict_type="SHARDED_STATE_DICT"))
+    accelerator = SimpleNamespace(state=plugin, get_state_dict=lambda model: saved.append("gathered") or {})
+    given: dict[str, Any] = {"is_fsdp_enabled": True, "accelerator": accelerator, "model": None}
+    args = SimpleNamespace(should_save=should_save)
+    host: Any = SimpleNamespace(**given, args=args, _save=lambda folder, state_dict: saved.append(folder))
+    Hooks.save_shards_whole(host, "a")
+    assert saved == (["gathered", "a"] if should_save else ["gathered"])
 
 
 def test_other_shards_are_refused() -> None:
