@@ -353,7 +353,7 @@ def test_maps_of_any_size_and_a_student_in_bfloat16():
     ("options", "student", "words"),
     [
         (LAYERS, TinyNet(classes=5), r"same K >= 2 classes, got \[8, 5\] from the student and \[8, 4\]"),
-        ({"layers": ("head",)}, TinyNet(), r"maps \[B, C, H, W\] or tokens \[B, L, C\], got \[8, 4\] at the student's"),
+        ({"layers": ("head",)}, TinyNet(), r"maps \[B, C, H, W\] or tokens \[B, L, C\], got \[8, 4\] at 'head'"),
         ({"layers": ("layer1", "layer2"), "teacher_layers": ("layer1",)}, TinyNet(), "as many teacher_layers"),
         ({"weight": 0, "logit_weight": 0, "adversarial_weight": 0}, TinyNet(), "nothing to distil"),
     ],
