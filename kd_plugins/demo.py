@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,7 @@ class Part:
 
 
 SEEDS = (0, 1, 2)
+_START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 _IMAGES = (
     "--weight-decay 0.01 --lr 5e-3 --opt adamw --smoothing 0 --hflip 0 --color-jitter 0 --scale 0.8 1 --ratio 0.9 1.1"
 )
@@ -203,21 +205,36 @@ def run(script: str, commands: dict[str, list[str]], folder: Path, console: Cons
     cores = os.cpu_count() or 1
     at_once = min(cores, len(commands))
     folder.mkdir(parents=True, exist_ok=True)
-    environment = {"OMP_NUM_THREADS": str(cores // at_once), **os.environ, "HF_HUB_OFFLINE": "1"}
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    context: Any = multiprocessing.get_context(_START)
+    if _START == "forkserver":
+        # The scripts' imports take longer than some of the trainings: once is enough.
+        context.set_forkserver_preload([part.script for part in PARTS.values()])
 
     def one(name: str) -> None:
         words, log = commands[name], folder / f"{name}.log"
         console.print(f"[bold]python -m {script}[/bold] {shlex.join(words)}", highlight=False, soft_wrap=True)
-        with log.open("w", encoding="utf-8") as file:
-            process = [sys.executable, "-m", script, *words]
-            code = subprocess.run(process, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
-        if code:
+        process = context.Process(target=_train, args=(script, words, log, cores // at_once))
+        process.start()
+        process.join()
+        if process.exitcode:
             last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-            raise DistillError(f"{script} ended with status {code}; {log} ends with: {''.join(last)}")
+            raise DistillError(f"{script} ended with status {process.exitcode}; {log} ends with: {''.join(last)}")
 
     with ThreadPoolExecutor(at_once) as pool:
         for done in [pool.submit(one, name) for name in commands]:
             done.result()
+
+
+def _train(script: str, words: Sequence[str], log: Path, threads: int) -> None:
+    """What a process does: `python -m script words`, with all that it prints in a file."""
+    import torch
+
+    with log.open("w", encoding="utf-8") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    torch.set_num_threads(threads)
+    sys.exit(import_module(script).main(list(words)))
 
 
 def figures(path: Path) -> dict[str, Any]:

@@ -314,11 +314,11 @@ def test_keeps_the_contract_with_a_teacher():
         assert check_distiller("afd", options=options, teacher=TinyNet(6), peers=[]) == CLAUSES
 
 
-def test_keeps_the_contract_with_three_peers():
+@pytest.mark.parametrize("topology", ["cycle", pytest.param("all", marks=pytest.mark.slow)])
+def test_keeps_the_contract_with_three_peers(topology):
     torch.manual_seed(1)
     peers = [TinyNet(5), TinyNet(4), TinyNet(3)]
-    for topology in ("cycle", "all"):
-        assert check_distiller("afd", options={"topology": topology}, peers=peers) == CLAUSES
+    assert check_distiller("afd", options={"topology": topology}, peers=peers) == CLAUSES
 
 
 def test_with_kd_from_a_teacher():

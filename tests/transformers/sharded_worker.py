@@ -28,7 +28,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "stacked": {"options": {"schedule": "stacked", "gold": 0.5}, "gradient_accumulation_steps": 2},
     # Gradients that begin inside a layer and never pass its output.
     "attention": {"options": {"schedule": "stacked", "hidden_weight": 0.0}},
-    "own": {"options": {"schedule": "all", "project": True}, "max_grad_norm": 0.1},
+    "own": {"options": {"schedule": "stacked", "project": True}, "max_grad_norm": 0.1},
     "critic": {},
 }
 FSDP: dict[str, Any] = {
@@ -129,14 +129,12 @@ def main(folder: Path) -> None:
         record(run, folder, name)
     run.save_model(str(folder / "saved"))
     saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 5}
-    for name in ("stacked", "own"):
-        run = run_of(name, folder / f"resume {name}", 2, **saving)
-        run.train()
-        record(run, folder, f"{name} unbroken")
+    for part in ("unbroken", "resumed"):
+        student = shifted(bert()) if part == "resumed" else None
+        run = run_of("own", folder / "resume", 2, student=student, **saving)
+        run.train(str(folder / "resume" / "checkpoint-5") if part == "resumed" else None)
+        record(run, folder, part)
         torch.manual_seed(run.args.process_index)
-        run = run_of(name, folder / f"resume {name}", 2, student=shifted(bert()), **saving)
-        run.train(resume_from_checkpoint=str(folder / f"resume {name}" / "checkpoint-5"))
-        record(run, folder, f"{name} resumed")
     of = teacher()
     for module in (*of.bert.encoder.layer, of):
         fully_shard(module)
