@@ -87,18 +87,6 @@ def test_tokens_count_where_they_are_real_and_labelled(task):
     assert kd(batch, s, t) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize(("task", "temperature"), [("classification", 4.0), ("token", 1.0), ("causal-lm", 1.0)])
-def test_scores_of_every_token_are_not_softened_unless_it_is_asked(task, temperature):
-    s, t = logits(2, 5) if task == "classification" else logits(2, 4, 5)
-    batch = Batch.of(torch.zeros(2, 3), task=task)
-    default, given = (
-        create_distiller("kd", **options).loss(View(s), View(t), batch)["kd"]
-        for options in ({}, {"temperature": temperature})
-    )
-    assert torch.equal(default, given)
-    assert default != create_distiller("kd", temperature=2.0).loss(View(s), View(t), batch)["kd"]
-
-
 def test_one_score_alone_is_the_logit_of_a_sigmoid():
     s, t = logits(8, 1)
     p = torch.stack([t.double() / T, torch.zeros_like(t).double()], -1)

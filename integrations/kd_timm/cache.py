@@ -30,7 +30,6 @@ from kd_plugins import Batch, Distiller, DistillError, Net, Reads
 from kd_plugins import functional as KF
 from kd_plugins.binding import needs_of_stages, needs_pass
 from kd_plugins.errors import told
-from kd_plugins.methods.kd import softness
 from kd_plugins.reading.network import Network
 from kd_plugins.reading.view import TopK
 from kd_plugins.states import read_json, replacing, write_json
@@ -134,7 +133,7 @@ class TeacherCache:
             "classes": _digest([args.num_classes, classes]),
             "precision": f"{args.device} {args.amp_dtype if args.amp else 'float32'}",
         }
-        self.top, self.temperature = args.cache_top_k, softness(getattr(distiller, "temperature", None), args.task)
+        self.top, self.temperature = args.cache_top_k, float(getattr(distiller, "temperature", None) or 1.0)
         if self.top and self.top < args.num_classes:
             self.facts["top k"] = f"{self.top} at temperature {self.temperature:g}"
         root = Path(args.cache_teacher)

@@ -11,27 +11,19 @@ from kd_plugins.distiller import Distiller, Terms
 from kd_plugins.reading.scores import class_scores
 from kd_plugins.reading.view import Batch, View
 
-__all__ = ["KD", "soft_labels", "softness"]
+__all__ = ["KD", "soft_labels"]
 
 
-def softness(temperature: float | None, task: str) -> float:
-    """The temperature that is given, or else that of the task."""
-    return temperature or (1.0 if task in ("token", "causal-lm") else 4.0)
-
-
-def soft_labels(
-    student: View, teacher: View, batch: Batch, temperature: float | None, standardize: bool = False
-) -> Tensor:
+def soft_labels(student: View, teacher: View, batch: Batch, temperature: float, standardize: bool = False) -> Tensor:
     """The soft-label term of a batch: per example, per label, or per token or pixel that counts; of numbers the MSE.
 
     Args:
         student: Student scores, as `class_scores` reads them.
         teacher: Teacher scores of the same classes.
         batch: Its task tells what the scores are; ignored labels and padding leave a token or pixel out.
-        temperature: Softens both sides, but of a regression; the term is multiplied by its square. None: the task's.
+        temperature: Softens both sides, but of a regression; the term is multiplied by its square.
         standardize: Standardise both sides over the classes first.
     """
-    temperature = softness(temperature, batch.task)
     rows = class_scores(student, teacher, batch, None if standardize else temperature)
     s, t = rows.student, rows.teacher
     if standardize:
@@ -57,8 +49,7 @@ class KD(Distiller):
     probabilities.
 
     Args:
-        temperature: Softens both distributions; the paper tried 1 to 20. By default 4, which the field's benchmarks
-            use, and 1 where every token has scores, where 4 was measured to hurt; our default.
+        temperature: Softens both distributions; 4 is what the field's benchmarks use, the paper tried 1 to 20.
         alpha: Weight of the soft labels; the task loss gets the rest. Our default, that of the field's benchmarks.
         standardize: Standardise the logits over the classes before the temperature: Sun et al., "Logit Standardization
             in Knowledge Distillation", CVPR 2024, arXiv 2403.01427.
@@ -74,7 +65,7 @@ class KD(Distiller):
     tasks = ("classification", "multilabel", "regression", "token", "causal-lm", "ctc", "segmentation")
     teachers: int | str = "many"
 
-    def __init__(self, *, temperature: Positive | None = None, alpha: Share = 0.9, standardize: bool = False) -> None:
+    def __init__(self, *, temperature: Positive = 4.0, alpha: Share = 0.9, standardize: bool = False) -> None:
         super().__init__()
 
     @property
