@@ -46,7 +46,9 @@ def loads(monkeypatch) -> list[str]:
     return seen
 
 
-@pytest.mark.parametrize("extra", ["", "--no-prefetcher --reprob 0.5 --workers 2"])
+@pytest.mark.parametrize(
+    "extra", ["", pytest.param("--no-prefetcher --reprob 0.5 --workers 2", marks=pytest.mark.slow)]
+)
 def test_it_trains_the_student_of_the_same_images_asked_online(run, teacher, loads, tmp_path, monkeypatch, extra):
     """To the last bit: the targets are those of the very images that the student sees, in every epoch."""
     words = [*AUGMENTED.split(), *teacher, *extra.split(), "--cache-teacher", str(tmp_path / "cache")]

@@ -127,7 +127,7 @@ def test_resume_is_exact(run, teacher, flags, monkeypatch):
     assert "train_distill/task" in columns
 
 
-@pytest.mark.parametrize("name", ["kd", "kd+nst"])
+@pytest.mark.parametrize("name", [pytest.param("kd", marks=pytest.mark.slow), "kd+nst"])
 def test_compiled_training_equals_eager(run, teacher, name):
     flags = ["--distill", *methods(name), *teacher]
     plain = run(*flags, name="plain")
@@ -460,7 +460,7 @@ def test_methods_know_the_size_of_the_training_set(run, monkeypatch):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["kd+nst", "timm_distillers:Adversary"])
+@pytest.mark.parametrize("name", [pytest.param("kd+nst", marks=pytest.mark.slow), "timm_distillers:Adversary"])
 def test_two_processes(run, teacher, tiny, tmp_path, name):
     flags = ["--distill", *methods(name), *teacher, "--output", str(tmp_path), "--experiment", "two"]
     on_two_processes("-m", "kd_timm.train", *tiny, *flags)

@@ -222,6 +222,7 @@ def test_evaluation_images_are_cropped_as_in_timms_script(overlay):
     assert torch.equal(next(iter(ours))[0], next(iter(theirs))[0])
 
 
+@pytest.mark.slow
 def test_batch_statistics_of_a_moving_average_on_the_cpu_stay(few_digits, tiny, tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(train, "distribute_bn", lambda model, *_: told.append(model))

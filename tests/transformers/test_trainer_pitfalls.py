@@ -418,6 +418,7 @@ def test_p16_permuted_labels_are_put_in_order(tmp_path: Path) -> None:
     assert logged(wrong, "distill/kd")[0] != pytest.approx(logged(runs[0], "distill/kd")[0], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_p18_compiled_training_is_the_same(tmp_path: Path) -> None:
     """A compiled forward gives zero gradients, not none, outside the loss, and AdamW then decays those weights."""
     torch.compiler.reset()
