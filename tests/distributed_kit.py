@@ -24,8 +24,14 @@ def on_two_processes(*words: str, timeout: int = 300) -> str:
 
 
 def keep(result: Any, folder: str | Path) -> None:
-    """Saves what this process ended with and ends it at once: a thread of gloo may abort a process at its exit."""
+    """Saves what this process ended with, and ends it."""
     torch.save(result, Path(folder) / f"{torch.distributed.get_rank()}.pt")
+    leave()
+
+
+def leave() -> None:
+    """Ends this process at once, when both have come here: a thread of gloo may abort a process at its exit."""
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()

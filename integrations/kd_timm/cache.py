@@ -36,7 +36,7 @@ from kd_plugins.states import read_json, replacing, write_json
 from kd_timm.build import check_model_name
 from kd_timm.data import DATASET_ARGUMENTS, LOADER_ARGUMENTS, batches, plain_loader
 from kd_timm.engine import TrainingRun
-from kd_timm.rows import Replayed, Targets
+from kd_timm.rows import Replayed, Targets, Transformed
 from kd_timm.teachers import Teacher, published
 
 _BLOCK = 4096
@@ -304,21 +304,12 @@ class TeacherCache:
             yield run.images(inputs), labels
 
 
-class _Asked(Dataset[tuple[Any, Any]]):
+class _Asked(Transformed, Dataset[tuple[Any, Any]]):
     """The rows of blocks, one block after the other."""
 
     def __init__(self, replayed: Replayed, questions: Sequence[Question]) -> None:
-        self.replayed, self.questions = replayed, questions
+        self.dataset, self.questions = replayed, questions
         self.ends = list(accumulate(end - start for _, start, end in questions))
-
-    @property
-    def transform(self) -> Any:
-        """That of the training set."""
-        return self.replayed.transform
-
-    @transform.setter
-    def transform(self, transform: Any) -> None:
-        self.replayed.transform = transform
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -326,7 +317,7 @@ class _Asked(Dataset[tuple[Any, Any]]):
     def __getitem__(self, item: int) -> tuple[Any, Any]:
         number = bisect_right(self.ends, item)
         view, _, end = self.questions[number]
-        return self.replayed.item(end - (self.ends[number] - item), view)
+        return self.dataset.item(end - (self.ends[number] - item), view)
 
 
 class _Told:

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from kd_accelerate.streams import StagedDataset
 
-__all__ = ["CollateTargets", "Replayed", "Rows", "StagedRows", "Targets", "numbered"]
+__all__ = ["CollateTargets", "Replayed", "Rows", "StagedRows", "Targets", "Transformed", "numbered"]
 
 
 class Targets(NamedTuple):
@@ -37,7 +37,7 @@ class Targets(NamedTuple):
         return Targets(self.labels.to(*args, **kwargs), index, tuple(x.to(*args, **kwargs) for x in self.told))
 
 
-class _Transformed:
+class Transformed:
     """timm's loader sets the transform of what it is given; here it is that of the whole data set."""
 
     dataset: Any
@@ -52,7 +52,7 @@ class _Transformed:
         self.dataset.transform = transform
 
 
-class Rows(_Transformed, Dataset[Any]):
+class Rows(Transformed, Dataset[Any]):
     """Some rows of a data set, optionally with their numbers in the whole of it.
 
     Args:
@@ -72,7 +72,7 @@ class Rows(_Transformed, Dataset[Any]):
         return len(self.rows)
 
 
-class StagedRows(_Transformed, StagedDataset):
+class StagedRows(Transformed, StagedDataset):
     """The training set of a distillation, whose stages may hold rows out for other streams."""
 
 
@@ -93,7 +93,7 @@ def _seeded(*key: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-class Replayed(_Transformed, Dataset[tuple[Any, ...]]):
+class Replayed(Transformed, Dataset[tuple[Any, ...]]):
     """A training set whose augmentation follows from row and view, so that it can be shown again.
 
     The view is the number of the epoch, modulo the number of views, wherever a run begins.

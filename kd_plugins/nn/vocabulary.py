@@ -133,9 +133,8 @@ class Vocabulary(nn.Module):
 
     def most(self, words: int = _WORDS) -> list[int]:
         """The words that stand for the most vectors, most first."""
-        return self.counts.argsort(descending=True, stable=True)[
-            : min(words, int(self.counts.count_nonzero()))
-        ].tolist()
+        found = min(words, int(self.counts.count_nonzero()))
+        return self.counts.argsort(descending=True, stable=True)[:found].tolist()
 
     def search(self, words: int = _WORDS, patches: int = _PATCHES) -> NearestPatches:
         """What looks for the patches that are nearest to the words that stand for the most vectors."""

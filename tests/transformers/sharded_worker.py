@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from distributed_kit import leave
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -147,8 +147,4 @@ if __name__ == "__main__":
     gc.freeze()
     main(Path(sys.argv[1]))
     gc.unfreeze()
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    # Everything is written: the interpreter's own teardown may abort on a thread of gloo that is still running.
-    sys.stdout.flush()
-    os._exit(0)
+    leave()

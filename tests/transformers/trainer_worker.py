@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as hf
+from distributed_kit import leave
 from safetensors.torch import save_file
 from trainer_kit import Texts, bert, logged, shifted, teacher, trainer, weights
 
@@ -88,8 +88,4 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
     gc.unfreeze()
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    # Everything is written: the interpreter's own teardown may abort on a thread of gloo that is still running.
-    sys.stdout.flush()
-    os._exit(0)
+    leave()
