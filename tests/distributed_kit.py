@@ -2,25 +2,83 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import runpy
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 HERE = Path(__file__).parent
+# Importing takes longer than what most of the programs do: a server has done it, and every process is a fork of that.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["kd_timm.train", "kd_transformers.train"])
 
 
-def on_two_processes(*words: str, timeout: int = 300) -> str:
-    """Runs `python WORDS` on two processes of one thread each, and gives what they printed."""
+def torchrun(*words: str, timeout: int = 300) -> str:
+    """Runs `torchrun WORDS` on two processes of one thread each, and gives what they printed."""
     paths = os.pathsep.join([str(HERE), str(HERE / "timm"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
+
+
+def on_processes(count: int, *words: str, timeout: float = 300) -> str:
+    """Runs `python WORDS` on processes of one thread each with torchrun's environment, and gives what they printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as name:
+        files = [Path(name) / f"{rank}.txt" for rank in range(count)]
+        runs = [SERVER.Process(target=_one, args=(i, count, port, words, str(f))) for i, f in enumerate(files)]
+        for run in runs:
+            run.start()
+        end = time.monotonic() + timeout
+        # The others wait for one that has failed.
+        while any(run.exitcode is None for run in runs) and not any(run.exitcode for run in runs):
+            if not wait([run.sentinel for run in runs if run.exitcode is None], max(end - time.monotonic(), 0)):
+                break
+        codes = [run.exitcode for run in runs]
+        for run in runs:
+            run.kill()
+            run.join()
+        said = "".join(file.read_text(errors="replace")[-100_000:] for file in files if file.exists())
+    assert codes == [0] * count, f"{codes}: {said[-6000:]}"
+    return said
+
+
+def on_two_processes(*words: str, timeout: float = 300) -> str:
+    """`on_processes` with two."""
+    return on_processes(2, *words, timeout=timeout)
+
+
+def _one(rank: int, count: int, port: int, words: tuple[str, ...], file: str) -> None:
+    said = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+    environment = {"MASTER_ADDR": "127.0.0.1", "CUDA_VISIBLE_DEVICES": ""}
+    os.environ |= environment | ({key: str(value) for key, value in place.items()} if count > 1 else {})
+    torch.set_num_threads(1)
+    np.random.seed()  # Python seeds its own stream after a fork.
+    if words[0] == "-m":
+        sys.argv = list(words[1:])
+        sys.path[:0] = [str(HERE), str(HERE / "timm")]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = list(words)
+        sys.path[:0] = [str(Path(words[0]).parent), str(HERE), str(HERE / "timm")]
+        runpy.run_path(words[0], run_name="__main__")
 
 
 def keep(result: Any, folder: str | Path) -> None:

@@ -29,7 +29,9 @@ from kd_transformers.train import main as transformers_main
 
 ROOT = Path(__file__).parents[1]
 CLASSES = 10
-TIMM = "--device cpu -j 0 -b 4 --log-interval 100 --val-interval 100".split()
+TIMM = "--device cpu -j 0 -b 4 -vb 100 --log-interval 100 --val-interval 100".split()
+# What has stages: they take an epoch or two each.
+EPOCHS = {"search_epochs": "7", "search_only": "4", "distill internal": "4", "distill ksanc": "2"}
 TRANSFORMERS = (
     "--use_cpu --max_train_samples 32 --max_eval_samples 8 --max_seq_length 16 --per_device_train_batch_size 8"
     " --disable_tqdm True --save_strategy no"
@@ -121,9 +123,11 @@ def test_timm_commands(page, data, weights, tmp_path, monkeypatch):
         if "--epoch-updates" in argv:
             argv += ["--epoch-updates", "1"]
             _narrow(argv)
-        # Stages take an epoch or two each.
-        argv += ["--epochs", "9" if "search_" in line or "internal" in argv else "2" if "ksanc" in argv else "1"]
-        size = [] if any(word in line for word in ("patch16_224", "cifar_", "lenet")) else ["--img-size", "64"]
+        argv += ["--epochs", next((epochs for word, epochs in EPOCHS.items() if word in line), "1")]
+        if "hfds" not in line and not {"--data-dir", "--train-split", "--epoch-updates"} & {*argv}:  # the digits
+            argv += ["--train-split", "train[:64]"]
+        size = ["--img-size", "32" if "dfa" in line else "64"]
+        size = [] if any(word in line for word in ("patch16_224", "cifar_", "lenet")) else size
         folder = [] if "--output" in argv else ["--output", "output", "--experiment", str(i)]
         assert timm_main([*argv, *TIMM, *size, *folder, "--num-classes", str(CLASSES)]) == 0, line
         fresh_accelerate()
@@ -131,8 +135,9 @@ def test_timm_commands(page, data, weights, tmp_path, monkeypatch):
 
 
 def _small(line: str) -> str:
-    """A command with small residual networks, but where a search needs several blocks in a stage."""
-    return line if "dfa" in line else re.sub(r"(--(?:model|teacher|peer) )resnet\w+", r"\1test_resnet", line)
+    """A command with small networks; a search needs several blocks in a stage."""
+    model = "cifar_resnet20" if "dfa" in line else "test_resnet"
+    return re.sub(r"(--(?:model|teacher|peer) )resnet\w+", rf"\1{model}", line).replace("depth=6", "depth=2")
 
 
 def _copy(weights: Path, to: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -37,11 +38,19 @@ def _importable(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory) -> Path:
+    """The output folder of the teacher, which is trained once."""
+    return tmp_path_factory.mktemp("teacher")
+
+
 @pytest.fixture
-def teacher(run) -> list[str]:
+def teacher(run, kept) -> list[str]:
     """The flags that name a teacher which was trained by the same command."""
-    session = run(*WIDE, name="teacher")
-    return ["--teacher", "resnet10t", "--teacher-checkpoint", str(session.folder / "model_best.safetensors")]
+    path = kept / "teacher" / "model_best.safetensors"
+    if not path.is_file():
+        run(*WIDE, "--output", str(kept), name="teacher")
+    return ["--teacher", "resnet10t", "--teacher-checkpoint", str(path)]
 
 
 def methods(name: str) -> list[str]:
@@ -476,9 +485,9 @@ def test_an_ensemble_teaches_and_uncertainty_is_told(run, teacher, tmp_path):
     for i in range(6):
         pixels = torch.randint(256, (16, 16, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
-    snapshots = [*teacher, *teacher[:3], str(best.with_name("last.safetensors"))]
-    other = best.with_name("last.safetensors")
+    other = shutil.copytree(best.parent, tmp_path / "other") / "last.safetensors"
     save_file({k: v + 0.02 * (k == "fc.bias") for k, v in load_file(best).items()}, other)
+    snapshots = [*teacher, *teacher[:3], str(other)]
     flags = ["--distill", "endd", "--clip-grad", "10", "--ood-dataset", str(folder), *snapshots]
     session = run(*flags, "--epochs", "1")
     student, teachers_ = session.results["uncertainty"]["student"], session.results["uncertainty"]["teachers"]

@@ -16,7 +16,7 @@ import pytest
 import timm
 import torch
 from accelerate_kit import fresh_accelerate
-from distributed_kit import on_two_processes
+from distributed_kit import torchrun
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -394,7 +394,7 @@ def test_epochs_are_ranked_in_one_order(run, capsys):
 def test_two_processes(tiny, tmp_path):
     """Two processes, with an odd number of evaluation images: every process counts its own, none counts twice."""
     flags = ["--epochs", "1", "-vb", "33", "--output", str(tmp_path), "--experiment", "two"]
-    on_two_processes("-m", "kd_timm.train", *tiny, *flags)
+    torchrun("-m", "kd_timm.train", *tiny, *flags)
     folder = Path(tmp_path) / "two"
     results = json.loads((folder / "results.json").read_text())
     state = json.loads((folder / "state" / "state.json").read_text())
