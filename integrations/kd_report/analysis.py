@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kd_accelerate.randomness import undisturbed
 from kd_plugins import Batch, Distiller, DistillError, Net, Nets, Reads
 from kd_plugins import functional as KF
 from kd_plugins.binding import untouched
@@ -178,16 +179,12 @@ def _sized(nets: Nets, batches: Iterable[Batch]) -> Iterator[Batch]:
 @contextmanager
 def _without_trace(nets: Nets) -> Iterator[None]:
     """`untouched`; neither a hook remains, nor a draw from NumPy's random stream."""
-    import numpy
-
     modules = {m for net in nets for m in net.module.modules()}
     hooks = [(d, set(d)) for m in modules for name, d in vars(m).items() if name.startswith("_forward_")]
-    state = numpy.random.get_state()
     try:
-        with untouched(nets):
+        with undisturbed(), untouched(nets):
             yield
     finally:
-        numpy.random.set_state(state)
         # A network's own hooks, which transformers installs in a first forward, are here to stay.
         ours = {
             key

@@ -29,9 +29,9 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import set_jit_fuser
 from torch import Tensor, nn
 
+from kd_accelerate.randomness import undisturbed
 from kd_plugins.errors import DistillError, did_you_mean, told
 from kd_plugins.finite import check_weights
-from kd_timm.checkpoint import forked_random_state
 from kd_timm.compat import FeatureDistillationTask, LogitDistillationTask, TokenDistillationTask, TrainingTask
 from kd_timm.data import model_dtype, uses_mixup
 
@@ -179,7 +179,7 @@ def _check_filled(model: nn.Module, resolved: Mapping[str, Any], args: argparse.
         resolved: What it was made with.
         args: Parsed arguments.
     """
-    with forked_random_state():
+    with undisturbed(gpu=True):
         # A second time the file gives the same weights, and the random stream others.
         again = dict(timm.create_model(pretrained=True, **resolved).named_parameters())
     heads = model.pretrained_cfg.get("classifier") or ()

@@ -6,15 +6,11 @@ import argparse
 import csv
 import logging
 import math
-import random
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -37,36 +33,6 @@ def save_weights(model: nn.Module, path: Path) -> None:
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
     with replacing(path) as partial:
         save_file(tensors, partial, metadata={"format": "pt"})
-
-
-def random_state() -> dict[str, Any]:
-    """The state of Python's, NumPy's and torch's random generators."""
-    name, keys, *rest = np.random.get_state(legacy=True)
-    return {
-        "python": random.getstate(),
-        "numpy": [name, list(map(int, keys)), *rest],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def load_random_state(state: Mapping[str, Any]) -> None:
-    """Sets all random generators to a state that `random_state` returned."""
-    random.setstate(state["python"])
-    np.random.set_state(tuple(state["numpy"]))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-@contextmanager
-def forked_random_state() -> Iterator[None]:
-    """Runs a block whose draws of random numbers leave no trace outside it."""
-    state = random_state()
-    try:
-        yield
-    finally:
-        load_random_state(state)
 
 
 def rank(kept: Sequence[float], decreasing: bool) -> tuple[float, float]:

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from kd_accelerate import TurnPlayer
+from kd_accelerate.randomness import undisturbed
 from kd_plugins import Batch, Distiller, DistillError, Net, Reads, create_distiller
 from kd_plugins.binding import connect, needs_pass, prepare, schedule, set_up
 from kd_plugins.catalog.registry import options_from_strings
 from kd_plugins.stages import StageTable
 from kd_timm.build import create_student
 from kd_timm.cache import Absent, AbsentNetwork, TeacherCache
-from kd_timm.checkpoint import forked_random_state
 from kd_timm.data import batches, plain_loader
 from kd_timm.engine import PlainStep, TrainingRun
 from kd_timm.network import TimmNetwork, image_batch
@@ -108,7 +108,7 @@ class Distillation:
         """Asks the teachers what the cache lacks; from then on it stands for them."""
         assert self.cache is not None
         check_classes(self.distiller, self.teachers)
-        with forked_random_state():
+        with undisturbed(gpu=True):
             self.cache.fill(run, self.nets.teachers, self.teachers, epochs)
             for net, teacher in zip(self.nets.teachers, self.teachers, strict=True):
                 teacher.module = Absent()
@@ -124,7 +124,7 @@ class Distillation:
             dataset: The training set; its transform is left alone.
             fresh: False where what a pass would find comes from a checkpoint, or from the first process.
         """
-        with forked_random_state():
+        with undisturbed(gpu=True):
             self.rows = 0 if dataset is None or isinstance(dataset, IterableDataset) else len(dataset)
             set_up(self.distiller, self.nets, next(self._pass(dataset)))
             check_classes(self.distiller, self.teachers)

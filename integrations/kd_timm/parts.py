@@ -21,6 +21,7 @@ from timm.utils import CheckpointSaver, ModelEmaV3, random_seed
 from torch import nn
 
 from kd_accelerate import broadcast
+from kd_accelerate.randomness import undisturbed
 from kd_plugins import DistillError
 from kd_plugins.errors import told
 from kd_plugins.states import slots, write_text
@@ -35,7 +36,7 @@ from kd_timm.build import (
     create_task,
     resolve_learning_rate,
 )
-from kd_timm.checkpoint import Checkpoints, Summary, find_state, forked_random_state, output_folder
+from kd_timm.checkpoint import Checkpoints, Summary, find_state, output_folder
 from kd_timm.compat import ClassificationTask, TrainingTask, native_scaler
 from kd_timm.data import apply_data_defaults, check_data_free, create_data, create_datasets, model_dtype
 from kd_timm.distillation import Distillation, make_distiller
@@ -78,7 +79,7 @@ class Parts(TrainingRun):
         self.state = None if self.checkpoint else find_state(args)
         # As it comes back from a file: JSON has no tuples.
         self.given = json.loads(json.dumps(vars(args)))
-        with forked_random_state():
+        with undisturbed(gpu=True):
             # The run's own is made once its random streams have begun.
             data_free = bool(args.distill) and not make_distiller(args).data
         if data_free:
@@ -107,7 +108,7 @@ class Parts(TrainingRun):
         self.ema = create_average(args, self.student) if args.model_ema else None
         self.distillation: Distillation | None = None
         if args.distill:
-            with forked_random_state():
+            with undisturbed(gpu=True):
                 self.distillation = Distillation(args, self.student, config, classes, accelerator.device, datasets[0])
             if self.distillation.cache is None:
                 self.distillation.set_up(datasets[0], fresh=self.state is None and self.primary)

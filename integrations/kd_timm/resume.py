@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
+from kd_accelerate.randomness import load_random_state, random_state
 from kd_plugins import DistillError, states
 from kd_plugins.errors import told
 from kd_timm.arguments import as_flag
-from kd_timm.checkpoint import copy_file, load_random_state, load_weights, random_state, save_weights
+from kd_timm.checkpoint import copy_file, load_weights, save_weights
 from kd_timm.compat import load_task_ema_checkpoint, native_scaler, resume_task_checkpoint
 from kd_timm.data import LOADER_ARGUMENTS, MIXUP_ARGUMENTS
 from kd_timm.parts import Parts
@@ -34,7 +35,7 @@ _WARNED_ALONE |= {*LOADER_ARGUMENTS.values(), *MIXUP_ARGUMENTS.values(), "use_mu
 
 def save_state(session: Parts, epoch: int) -> None:
     """Writes what `--resume` needs to go on with `epoch`."""
-    streams = gather_object([random_state()])
+    streams = gather_object([random_state(gpu=True)])
     folder = states.open_state(session.folder) if session.primary else states.slots(session.folder)[0]
     session.accelerator.wait_for_everyone()
     if session.distillation is not None:

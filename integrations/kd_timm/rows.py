@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from kd_accelerate.randomness import undisturbed
 from kd_accelerate.streams import StagedDataset
 
 __all__ = ["CollateTargets", "Replayed", "Rows", "StagedRows", "Targets", "Transformed", "numbered"]
@@ -79,18 +80,13 @@ class StagedRows(Transformed, StagedDataset):
 @contextmanager
 def _seeded(*key: int) -> Iterator[None]:
     """Python's, NumPy's and torch's random numbers follow from a key, and go on afterwards as if nothing had been."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     first, second = np.random.SeedSequence(key).generate_state(2, np.uint32).tolist()
-    random.seed(first << 32 | second)
-    np.random.seed(first)  # noqa: NPY002
-    # The generator of the CPU alone: a worker must not touch a GPU.
-    torch.default_generator.manual_seed(first << 32 | second)
-    try:
+    with undisturbed():
+        random.seed(first << 32 | second)
+        np.random.seed(first)  # noqa: NPY002
+        # The generator of the CPU alone: a worker must not touch a GPU.
+        torch.default_generator.manual_seed(first << 32 | second)
         yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        torch.set_rng_state(states[2])
 
 
 class Replayed(Transformed, Dataset[tuple[Any, ...]]):

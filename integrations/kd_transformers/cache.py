@@ -16,6 +16,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from kd_accelerate.cached import check_twice, drop_damaged, note_facts, seal_file
+from kd_accelerate.randomness import undisturbed
 from kd_plugins import Batch, Distiller, DistillError, Net, Nets, Reads
 from kd_plugins import functional as KF
 from kd_plugins.binding import needs_of_stages
@@ -26,7 +27,6 @@ from kd_transformers.checks import base, class_names, counted_as, inputs_of, kin
 from kd_transformers.columns import TEACHER, TEACHER_CLASSES, TEACHER_LOGITS, TOLD, Padded, Told, with_padding
 from kd_transformers.compat import rows_id
 from kd_transformers.playing import listed
-from kd_transformers.streams import undisturbed
 
 if TYPE_CHECKING:
     from datasets import Dataset

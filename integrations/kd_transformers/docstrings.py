@@ -9,6 +9,7 @@ import sysconfig
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +45,7 @@ class Paragraph(NamedTuple):
     file: str
 
 
+@cache
 def load_docstrings(packages: int = 12, validation: float = 0.2, root: str | Path | None = None) -> DatasetDict:
     """The paragraphs of the docstrings of the largest packages, labelled by package, split by file.
 

@@ -21,10 +21,29 @@ from kd_transformers.checks import class_order, task_of
 from kd_transformers.columns import with_padding
 from kd_transformers.compat import on_device, used_columns
 
-__all__ = ["RecordCallback"]
+__all__ = ["RecordCallback", "StepTimer"]
 
 
-class RecordCallback(TrainerCallback):
+class StepTimer(TrainerCallback):
+    """Measures the mean duration of an update, without evaluation and saving."""
+
+    def __init__(self) -> None:
+        self._seconds, self._steps, self._start = 0.0, 0, 0.0
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """None before the first update."""
+        return self._seconds / self._steps if self._steps else None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._seconds += time.perf_counter() - self._start
+        self._steps += 1
+
+
+class RecordCallback(StepTimer):
     """Records a training in its output folder: what was run, every log, the networks before and after, cost by part.
 
     A `DistillationTrainer` has it by itself (`record=False` is without); to a `Trainer` it is added once that is made,
@@ -55,6 +74,7 @@ class RecordCallback(TrainerCallback):
         settings: Mapping[str, Any] | None = None,
         predicts: bool = True,
     ) -> None:
+        super().__init__()
         # One of the user's own takes the place of that which a DistillationTrainer has by itself.
         trainer.remove_callback(RecordCallback)
         self.trainer, self.teachers, self.predicts = trainer, tuple(teachers), predicts
@@ -62,7 +82,6 @@ class RecordCallback(TrainerCallback):
         self.record: RunRecord | None = None
         self.stopped = False
         self.results: dict[str, Any] = {}
-        self._seconds, self._steps, self._start = 0.0, 0, 0.0
         self._began, self._rows = 0.0, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -96,13 +115,6 @@ class RecordCallback(TrainerCallback):
         if player is not None:
             self.record.time_steps(player)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._start = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._seconds += time.perf_counter() - self._start
-        self._steps += 1
-
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **kwargs: Any
     ) -> None:
@@ -133,8 +145,7 @@ class RecordCallback(TrainerCallback):
         """
         if self.record is not None:
             self.record.predictions(found or {}, classes)
-            seconds = self._seconds / self._steps if self._steps else None
-            self.record.finish(results, seconds_per_step=seconds, pictures=self._pictures())
+            self.record.finish(results, seconds_per_step=self.seconds_per_step, pictures=self._pictures())
 
     def _pictures(self) -> Iterator[Picture]:
         """What is shown of the networks' predictions."""

@@ -1,38 +1,16 @@
-"""Streams that are looked at before the training, and the random state of a training."""
+"""Streams that are looked at before the training."""
 
 from __future__ import annotations
 
 import itertools
-import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
+from kd_accelerate.randomness import load_random_state, random_state, undisturbed
 from kd_plugins import DistillError
-
-
-def _state() -> tuple[Any, ...]:
-    return random.getstate(), np.random.get_state(), torch.get_rng_state()
-
-
-def _restore(state: tuple[Any, ...]) -> None:
-    random.setstate(state[0])
-    np.random.set_state(state[1])
-    torch.set_rng_state(state[2])
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Leaves the random states of Python, NumPy and torch (of the CPU) as they were."""
-    state = _state()
-    try:
-        yield
-    finally:
-        _restore(state)
 
 
 def check_anew(stream: Any) -> None:
@@ -60,7 +38,7 @@ class Peeked(IterableDataset):
         self.rows, self.workers = rows, workers
         self._first: list[Any] = []
         self._rest: Iterator[Any] | None = None
-        self._drawn: tuple[Any, ...] = ()
+        self._drawn: dict[str, Any] = {}
 
     def peek(self, number: int) -> list[Any]:
         """The first rows."""
@@ -69,7 +47,7 @@ class Peeked(IterableDataset):
             rest = iter(self.rows)
             first = list(itertools.islice(rest, number))
             if not self.workers or rest is self.rows:
-                self._first, self._rest, self._drawn = first, rest, _state()
+                self._first, self._rest, self._drawn = first, rest, random_state()
         return first
 
     def __iter__(self) -> Iterator[Any]:
@@ -79,7 +57,7 @@ class Peeked(IterableDataset):
             return
         for left, row in zip(range(len(first) - 1, -1, -1), first, strict=True):
             if left == 0:
-                _restore(self._drawn)
+                load_random_state(self._drawn)
             yield row
         yield from rest
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +37,7 @@ from kd_transformers.checkpoints import Resumable, asked_for, checkpoints, ident
 from kd_transformers.checks import class_order
 from kd_transformers.data import Labels, fingerprint, load_other, load_text
 from kd_transformers.metrics import agreement, build_metrics, default_metrics, logits_of
-from kd_transformers.recording import RecordCallback
+from kd_transformers.recording import RecordCallback, StepTimer
 from kd_transformers.rehearsal import check_best, check_recipe
 from kd_transformers.students import (
     absent_teacher,
@@ -144,7 +143,6 @@ class Session:
         if training.load_best_model_at_end and self.evaluation_set is not None:
             rows = self.evaluation_set["labels"][:8]
             check_best(training.metric_for_best_model, self.compute_metrics, rows, self.labels.count)
-        self.timer = _StepTimer()
         self.checkpoint = asked_for(training, self._fingerprint)
         with told("The training cannot be set up with these arguments", ImportError, OSError, RuntimeError, ValueError):
             self.trainer = self._trainer()
@@ -162,8 +160,8 @@ class Session:
             teachers=[] if distillation.distill else self.teachers,
             predicts=not training.do_eval,
         )
-        if data.record:
-            self.trainer.add_callback(self.recorder)
+        self.timer = self.recorder if data.record else StepTimer()
+        self.trainer.add_callback(self.timer)
         record = self.output / "run.json"
         if training.do_train and self.checkpoint is None and record.is_file():
             logger.warning(f"{self.output} holds an earlier run, whose files this one replaces.")
@@ -344,7 +342,7 @@ class Session:
             "data_collator": self.collate,
             "processing_class": self.tokenizer,
             "compute_metrics": self.compute_metrics,
-            "callbacks": [self.timer, _Stop(self)],
+            "callbacks": [_Stop(self)],
         }
         if not distillation.distill:
             return _trainer(**common)
@@ -452,12 +450,12 @@ class Session:
         trainer.save_state()
         trainer.accelerator.wait_for_everyone()
         weights = [*self.output.glob("model*.safetensors")]
-        facts = {
+        facts: dict[str, float] = {
             "parameters": sum(p.numel() for p in self.student.parameters()),
             "bytes": sum(path.stat().st_size for path in weights),
         }
-        if self.timer.steps:
-            facts["seconds_per_step"] = self.timer.total / self.timer.steps
+        if self.timer.seconds_per_step is not None:
+            facts["seconds_per_step"] = self.timer.seconds_per_step
         trainer.save_metrics("student", facts)
 
     @cached_property
@@ -547,20 +545,6 @@ def _trainer(**options: Any) -> Resumable:
     trainer = Resumable(**options)
     trainer.model_accepts_loss_kwargs = trainer.loss_is_scaled_for_ga = False
     return trainer
-
-
-class _StepTimer(TrainerCallback):
-    """The mean duration of an update, without evaluation and saving."""
-
-    def __init__(self) -> None:
-        self.total, self.steps, self.start = 0.0, 0, 0.0
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.start = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.total += time.perf_counter() - self.start
-        self.steps += 1
 
 
 class _Stop(TrainerCallback):

@@ -17,6 +17,7 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from kd_accelerate import TurnPlayer
+from kd_accelerate.randomness import undisturbed
 from kd_accelerate.sharding import is_sharded
 from kd_accelerate.streams import StagedDataset, Streams
 from kd_plugins import Batch, Distiller, DistillError, Nets, create_distiller
@@ -49,7 +50,7 @@ from kd_transformers.inputs import decoder_inputs, labels_of
 from kd_transformers.playing import Trained, Updates, export, ignored_label, listed, save_weights
 from kd_transformers.recording import RecordCallback
 from kd_transformers.schedule import refresh, staged_scheduler
-from kd_transformers.streams import Peeked, check_anew, undisturbed
+from kd_transformers.streams import Peeked, check_anew
 
 logger = logging.get_logger(__name__)
 

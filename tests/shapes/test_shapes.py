@@ -257,18 +257,14 @@ def test_trainer_refuses_what_needs_no_data(start):
 
 # Two processes
 
+# A run that is resumed, or accumulates, is also whole and updates.
 FURTHER = {
-    "online_accumulated": {"shape": "online", "accumulation": 2},
-    "wasserstein_accumulated": {"shape": "wasserstein", "accumulation": 2},
-    "search_resumed": {"shape": "search", "resume_at": 2 * EPOCH},
-    "noisy_resumed": {"shape": "noisy", "resume_at": EPOCH},
+    "online": {"accumulation": 2},
+    "wasserstein": {"accumulation": 2},
+    "search": {"resume_at": 2 * EPOCH},
+    "noisy": {"resume_at": EPOCH},
 }
-JOBS = {
-    f"{host}_{name}": {"host": host, **job}
-    for host in OTHERS
-    for name, job in ({shape: {"shape": shape} for shape in SHAPES} | FURTHER).items()
-    if HOSTS[host].fits(job["shape"])
-}
+JOBS = {f"{host}_{shape}": {"host": host, "shape": shape, **FURTHER.get(shape, {})} for host, shape in fits}
 # kd-timm-train seeds every process differently by itself.
 JOBS["accelerate_noisy_seeds"] = {"host": "accelerate", "shape": "noisy", "rank_seeds": True}
 

@@ -14,12 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from kd_accelerate.cached import note_facts, seal_file
+from kd_accelerate.randomness import undisturbed
 from kd_plugins import DistillError, create_distiller
 from kd_plugins.states import write_json
 from kd_timm import cache, data, distillation
 from kd_timm import rows as training_rows
 from kd_timm.arguments import parse_args
-from kd_timm.checkpoint import forked_random_state
 from kd_timm.distillation import DistillStep
 
 AUGMENTED = "--hflip 0.5 --color-jitter 0.4 --aa rand-m9-n2 --distill kd"
@@ -55,7 +55,7 @@ def test_it_trains_the_student_of_the_same_images_asked_online(run, teacher, loa
     images, loss = [], DistillStep.loss
 
     def asked(self, inputs, targets, accumulate):
-        with forked_random_state(), torch.no_grad():
+        with undisturbed(), torch.no_grad():
             assert torch.equal(self.run.distillation.cache.make()[0].module(inputs), targets.told[0][:, 0])
         images.append(inputs.clone())
         return loss(self, inputs, targets, accumulate)

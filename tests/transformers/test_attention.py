@@ -302,7 +302,7 @@ def test_checkpointing(arch: str) -> None:
     assert not seen[2].scores.requires_grad, "a frozen layer has no gradient, and that is no error"
 
 
-@pytest.mark.parametrize("arch", ["bert", "albert", "deberta-v2", "gpt2"])
+@pytest.mark.parametrize("arch", ["bert", "albert", "deberta-v2"])
 def test_compiled(arch: str) -> None:
     from torch._dynamo.utils import counters
 

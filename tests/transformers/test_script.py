@@ -23,7 +23,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from kd_plugins import Distiller, DistillError
 from kd_plugins import functional as KF
 from kd_report import load_run
-from kd_transformers import data as data_module
 from kd_transformers import students, train
 from kd_transformers.arguments import build_parser, parse_args
 from kd_transformers.data import read_labels
@@ -39,15 +38,8 @@ SCRATCH = "--student_layers 1 --student_hidden_size 16 --student_heads 2".split(
 TEACHER = "--train_teacher --teacher_layers 4 --teacher_hidden_size 16 --teacher_heads 2".split()
 
 
-@pytest.fixture(scope="module")
-def docstrings():
-    return load_docstrings()
-
-
 @pytest.fixture(autouse=True)
-def _read_once(docstrings, monkeypatch):
-    """Reading the library's sources takes seconds, and every run of this file reads the same."""
-    monkeypatch.setattr(data_module, "load_docstrings", lambda: docstrings)
+def _fresh_accelerate():
     yield
     fresh_accelerate()
 
@@ -65,14 +57,11 @@ def run(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def taught(docstrings, tmp_path_factory):
+def taught(tmp_path_factory):
     """A folder with a teacher of four layers, trained for a few steps."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(data_module, "load_docstrings", lambda: docstrings)
     folder = tmp_path_factory.mktemp("taught")
     words = [*TINY, *"--student_layers 4 --student_hidden_size 16 --student_heads 2".split()]
     assert main([*words, "--output_dir", str(folder)]) == 0
-    patch.undo()
     return folder
 
 
@@ -105,8 +94,9 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 # Plain training
 
 
-def test_the_embedded_data_need_no_flags(run, docstrings):
+def test_the_embedded_data_need_no_flags(run):
     folder, results = run(*SCRATCH)
+    docstrings = load_docstrings()
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     names = docstrings["train"].features["label"].names
     assert [model.config.id2label[i] for i in range(12)] == names
@@ -190,18 +180,18 @@ def test_distillation_continues_from_the_last_checkpoint_exactly(run, taught):
 def test_a_signal_ends_the_run_with_a_checkpoint(run, tmp_path, monkeypatch, capsys, number, status):
     whole, _ = run(*SCRATCH)
     words = [*TINY, *SCRATCH, "--output_dir", str(tmp_path / "parts"), "--resume_from_checkpoint", "auto"]
-    end = train._StepTimer.on_step_end
+    end = train._Stop.on_step_end
 
     def interrupted(self, args, state, control, **kwargs):
         if state.global_step == 3:
             os.kill(os.getpid(), number)
         end(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(train._StepTimer, "on_step_end", interrupted)
+    monkeypatch.setattr(train._Stop, "on_step_end", interrupted)
     assert main(words) == status
     assert "--resume_from_checkpoint true" in capsys.readouterr().err
     assert load_run(tmp_path / "parts").info["status"] == "interrupted"
-    monkeypatch.setattr(train._StepTimer, "on_step_end", end)
+    monkeypatch.setattr(train._Stop, "on_step_end", end)
     assert main(words) == 0
     assert same(weights(whole), weights(tmp_path / "parts"))
     assert load_run(tmp_path / "parts").info["status"] == "finished"
