@@ -70,6 +70,7 @@ def _one(rank: int, count: int, port: int, words: tuple[str, ...], file: str) ->
     environment = {"MASTER_ADDR": "127.0.0.1", "CUDA_VISIBLE_DEVICES": ""}
     os.environ |= environment | ({key: str(value) for key, value in place.items()} if count > 1 else {})
     torch.set_num_threads(1)
+    os.fsync = lambda handle: None  # as in conftest.py
     np.random.seed()  # Python seeds its own stream after a fork.
     if words[0] == "-m":
         sys.argv = list(words[1:])

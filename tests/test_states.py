@@ -83,8 +83,7 @@ def test_a_kill_between_any_two_steps_of_a_save_leaves_a_whole_state(tmp_path, m
     left = [0]
     monkeypatch.setattr(states.shutil, "rmtree", counted(shutil.rmtree))
     monkeypatch.setattr(states.os, "replace", counted(os.replace))
-    # What is killed here is no machine: nothing has to be on the disk.
-    monkeypatch.setattr(states.os, "fsync", counted(lambda handle: None))
+    monkeypatch.setattr(states.os, "fsync", counted(os.fsync))
     for text in "012":
         left[0] = 1000
         state(tmp_path / "whole", text)

@@ -21,10 +21,10 @@ from kd_transformers.checks import class_order, task_of
 from kd_transformers.columns import with_padding
 from kd_transformers.compat import on_device, used_columns
 
-__all__ = ["RecordCallback", "StepTimer"]
+__all__ = ["RecordCallback", "UpdateTimer"]
 
 
-class StepTimer(TrainerCallback):
+class UpdateTimer(TrainerCallback):
     """Measures the mean duration of an update, without evaluation and saving."""
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class StepTimer(TrainerCallback):
         self._steps += 1
 
 
-class RecordCallback(StepTimer):
+class RecordCallback(UpdateTimer):
     """Records a training in its output folder: what was run, every log, the networks before and after, cost by part.
 
     A `DistillationTrainer` has it by itself (`record=False` is without); to a `Trainer` it is added once that is made,

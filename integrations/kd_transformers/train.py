@@ -37,7 +37,7 @@ from kd_transformers.checkpoints import Resumable, asked_for, checkpoints, ident
 from kd_transformers.checks import class_order
 from kd_transformers.data import Labels, fingerprint, load_other, load_text
 from kd_transformers.metrics import agreement, build_metrics, default_metrics, logits_of
-from kd_transformers.recording import RecordCallback, StepTimer
+from kd_transformers.recording import RecordCallback, UpdateTimer
 from kd_transformers.rehearsal import check_best, check_recipe
 from kd_transformers.students import (
     absent_teacher,
@@ -160,7 +160,7 @@ class Session:
             teachers=[] if distillation.distill else self.teachers,
             predicts=not training.do_eval,
         )
-        self.timer = self.recorder if data.record else StepTimer()
+        self.timer = self.recorder if data.record else UpdateTimer()
         self.trainer.add_callback(self.timer)
         record = self.output / "run.json"
         if training.do_train and self.checkpoint is None and record.is_file():
