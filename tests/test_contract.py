@@ -31,7 +31,6 @@ FURTHER: list[tuple[str, dict[str, Any], bool]] = [
     ("kd", {}, True),
     ("nst", {"kernel": "linear", "layers": ("layer1", "layer2")}, False),
     ("nst", {"kernel": "gaussian", "layers": ("conv1", "layer2.0"), "spatial": "pool"}, False),
-    ("kd+nst", {"kd.temperature": 2.0}, False),
     ("quest", {"words": 8, "layers": ("layer1", "layer2"), "sharpness": 0.6, "weight": 2.0}, False),
     ("kd+quest", {"words": 8, "quest.layers": ("layer2",), "teacher_layers": ("layer1",)}, False),
     ("internal", {"schedule": "all"}, False),

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -151,6 +152,20 @@ def train(folder: Path | None, method: str = "kd", *, seed: int = 0, steps: int 
         record.predict(nets, halves(batch))
         record.finish({"top1": 30.0, "evaluation": {"loss": 1.0}}, seconds_per_step=0.01)
     return student, player, record
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The record of a training, which several tests look at."""
+    folder = tmp_path_factory.mktemp("trained")
+    train(folder, "kd+nst")
+    return folder
+
+
+@pytest.fixture
+def copied(trained, tmp_path) -> Path:
+    """The same, to be changed."""
+    return shutil.copytree(trained, tmp_path / "run")
 
 
 def rewrite(folder: Path, **entries):
@@ -413,13 +428,11 @@ def test_channels_are_seen_in_the_teachers_main_plane():
     assert common_maps({"a": torch.zeros(1, 2, 1, 1)}, {"a": torch.zeros(1, 2, 1, 1)}) is None
 
 
-def test_channels_before_and_after_share_the_teachers_points(tmp_path):
-    train(tmp_path, "nst")
-    run = load_run(tmp_path)
+def test_channels_before_and_after_share_the_teachers_points(trained):
+    run = load_run(trained)
     before, after = (run.array(phase, "teacher/channels") for phase in ("before", "after"))
     assert torch.equal(before, after)
     assert not torch.equal(run.array("before", "student/channels"), run.array("after", "student/channels"))
-    assert "channels" in Page(render([tmp_path])).ids
 
     teacher = cnn(8, 1)
     nets = bind(create_distiller("kd"), cnn(8, 1), teacher, batch=images(8))
@@ -474,46 +487,43 @@ def test_recording_changes_no_number(tmp_path):
     assert not any(name in vars(player) for name in ("forward", "after_backward", "after_update"))
 
 
-def test_record_holds_what_was_run(tmp_path):
-    train(tmp_path)
-    info = json.loads((tmp_path / "run.json").read_text())
+def test_record_holds_what_was_run(trained):
+    info = json.loads((trained / "run.json").read_text())
     assert info["status"] == "finished"
-    assert info["method"]["name"] == "kd"
+    assert info["method"]["name"] == "kd+nst"
     assert info["method"]["parts"][0]["paper"]["arxiv"] == "1503.02531"
     assert info["teachers"][0]["name"] == "large"
     assert info["versions"]["torch"] == str(torch.__version__)
     parts = info["cost"]["parts"]
     assert {"student forward", "teacher forward", "backward", "optimizer"} <= set(parts)
     assert all(seconds >= 0 for seconds in parts.values())
-    assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 6
-    arrays = load_file(tmp_path / "analysis.safetensors")
+    assert len((trained / "history.jsonl").read_text().splitlines()) == 6
+    arrays = load_file(trained / "analysis.safetensors")
     assert {"before/cka", "after/cka", "after/images", "after/student/map/0"} <= set(arrays)
     assert not torch.equal(arrays["before/cka"], arrays["after/cka"])
 
 
-def test_nothing_of_the_record_stops_a_training(tmp_path, caplog):
-    train(tmp_path)
-    (tmp_path / "run.json").write_text('{"sec')
-    with (tmp_path / "history.jsonl").open("ab") as file:
+def test_nothing_of_the_record_stops_a_training(copied, caplog):
+    (copied / "run.json").write_text('{"sec')
+    with (copied / "history.jsonl").open("ab") as file:
         file.write(b'\xff\n{"step": null}\n[1]\n{"st')
-    train(tmp_path, resume=4)
-    run = load_run(tmp_path)
+    train(copied, resume=4)
+    run = load_run(copied)
     assert run.info["status"] == "finished"
     assert [row["step"] for row in run.history if "step" in row] == [1, 2, 3, 4, 5, 6]
     assert "cannot be read" in run.info["notes"][0]
-    (tmp_path / "history.jsonl").unlink()
-    (tmp_path / "history.jsonl").mkdir()
-    train(tmp_path, resume=4)
+    (copied / "history.jsonl").unlink()
+    (copied / "history.jsonl").mkdir()
+    train(copied, resume=5)
     assert "is incomplete: IsADirectoryError" in caplog.text
 
 
-def test_a_resumed_run_keeps_its_rows(tmp_path):
-    train(tmp_path)
-    before = load_run(tmp_path).info["before"]
-    train(tmp_path, resume=4)
-    steps = [json.loads(line)["step"] for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+def test_a_resumed_run_keeps_its_rows(copied):
+    before = load_run(copied).info["before"]
+    train(copied, resume=4)
+    steps = [json.loads(line)["step"] for line in (copied / "history.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6]
-    info = load_run(tmp_path).info
+    info = load_run(copied).info
     assert (info["resumed"], info["before"]) == (1, before)
 
 
@@ -536,24 +546,13 @@ def test_other_processes_write_nothing(tmp_path):
 # Pages
 
 
-def test_page_of_a_vision_run(tmp_path):
-    train(tmp_path, "kd+nst")
-    html = render([tmp_path])
+def test_page_of_a_vision_run(trained):
+    html = render([trained])
     page = Page(html)
     assert [key for key in VISION if key in page.ids] == VISION
     assert "attention" not in page.ids
-    for words in (
-        "train.py",
-        "<b>&",
-        "Hinton",
-        "arXiv:1707.01219",
-        "small",
-        "large",
-        "nst",
-        "north",
-        "stripes",
-        "torch",
-    ):
+    of_the_run = ("train.py", "<b>&", "Hinton", "arXiv:1707.01219", "small", "large", "nst", "stripes", "torch")
+    for words in (*of_the_run, "north", "48 examples"):
         assert words in page.words, words
     assert "--name '<b>" not in html
     assert page.tags.count("img") == 4 * (1 + 4 + 4 + 4)
@@ -620,9 +619,8 @@ def test_page_of_a_written_record(tmp_path):
 
 
 def test_comparison_sums_up_seeds(tmp_path):
-    for method in ("kd", "nst"):
-        for seed in (0, 1):
-            train(tmp_path / f"{method}-{seed}", method, seed=seed, steps=3)
+    for method, seed in (("kd", 0), ("kd", 1), ("nst", 0)):
+        train(tmp_path / f"{method}-{seed}", method, seed=seed, steps=3)
     folders = sorted(path for path in tmp_path.iterdir() if path.is_dir())
     page = Page(render(folders))
     assert {"results", "curves", "calibration", "similarity", "cost", "runs"} <= set(page.ids)
@@ -734,12 +732,10 @@ def test_folders_named_twice_or_alike(tmp_path, monkeypatch):
     assert len(results("kd_0", "kd_1", "kd")[0]) == 2
 
 
-def test_similarity_of_few_examples_is_not_drawn(tmp_path):
-    train(tmp_path)
-    assert "48 examples" in render([tmp_path]).split('id="similarity"')[1]
-    after = json.loads((tmp_path / "run.json").read_text())["after"]
-    rewrite(tmp_path, before=after | {"examples": 8}, after=after | {"examples": 8})
-    assert 'id="similarity"' not in render([tmp_path])
+def test_similarity_of_few_examples_is_not_drawn(copied):
+    info = json.loads((copied / "run.json").read_text())
+    rewrite(copied, **{phase: info[phase] | {"examples": 8} for phase in ("before", "after")})
+    assert 'id="similarity"' not in render([copied])
 
 
 def test_differences_are_paired_by_seed(tmp_path):
@@ -766,11 +762,11 @@ def test_a_folder_above_stands_for_its_runs(tmp_path, capsys):
 
 
 def test_command(tmp_path, capsys):
-    train(tmp_path / "a", steps=2)
-    assert kd_plugins_main(["report", str(tmp_path / "a")]) == 0
-    assert capsys.readouterr().out.strip() == str(tmp_path / "a" / "report.html")
-    Page((tmp_path / "a" / "report.html").read_text(encoding="utf-8"))
-    assert main([str(tmp_path / "a"), str(tmp_path / "a"), "-o", str(tmp_path / "out" / "both.html")]) == 0
+    run = written(tmp_path / "a", 90.0)
+    assert kd_plugins_main(["report", str(run)]) == 0
+    assert capsys.readouterr().out.strip() == str(run / "report.html")
+    Page((run / "report.html").read_text(encoding="utf-8"))
+    assert main([str(run), str(run), "-o", str(tmp_path / "out" / "both.html")]) == 0
     assert (tmp_path / "out" / "both.html").is_file()
     assert kd_plugins_main(["report", str(tmp_path / "missing")]) == 2
     assert "does not exist" in capsys.readouterr().err

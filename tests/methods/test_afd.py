@@ -310,7 +310,7 @@ def test_options_take_effect_in_the_training():
 
 
 def test_keeps_the_contract_with_a_teacher():
-    for options in ({}, {"discriminators": "one"}, {"teacher_layer": "layer1", "layer": "layer2"}):
+    for options in ({}, {"discriminators": "one", "teacher_layer": "layer1", "layer": "layer2"}):
         assert check_distiller("afd", options=options, teacher=TinyNet(6), peers=[]) == CLAUSES
 
 

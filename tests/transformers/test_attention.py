@@ -314,7 +314,8 @@ def test_compiled(arch: str) -> None:
         kl({i: a.scores for i, a in seen.items()}, given).backward()
         expected, maps = gradients(model), {i: a.scores for i, a in seen.items()}
         counters.clear()
-        compiled = torch.compile(model, backend="aot_eager")
+        # What a graph is made of does not hang on the backend; one kind goes through autograd's tracing too.
+        compiled = torch.compile(model, backend="aot_eager" if arch == "bert" else "eager")
         for _ in range(3):
             with taps.capture([1, 3], mode=mode) as seen:
                 compiled(**given)
