@@ -33,7 +33,7 @@ TIMM = "--device cpu -j 0 -b 4 -vb 100 --log-interval 100 --val-interval 100".sp
 # What has stages: they take an epoch or two each.
 EPOCHS = {"search_epochs": "7", "search_only": "4", "distill internal": "4", "distill ksanc": "2"}
 TRANSFORMERS = (
-    "--use_cpu --max_train_samples 32 --max_eval_samples 8 --max_seq_length 16 --per_device_train_batch_size 8"
+    "--use_cpu --max_train_samples 16 --max_eval_samples 8 --max_seq_length 16 --per_device_train_batch_size 8"
     " --disable_tqdm True --save_strategy no"
 ).split()
 

@@ -38,10 +38,10 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 @pytest.mark.parametrize(
     "flags",
     [
-        "--epochs 4",
-        "--epochs 4 --mixup 0.2 --reprob 0.3 --opt adamw --model-ema --drop 0.2 --workers 1 --no-persistent-workers",
-        "--epochs 4 --sched plateau --patience-epochs 0 --lr-noise 0.1 1",
-        "--epochs 4 --opt adahessian --train-split train[:64]",
+        "--epochs 3",
+        "--epochs 3 --mixup 0.2 --reprob 0.3 --opt adamw --model-ema --drop 0.2 --workers 1 --no-persistent-workers",
+        "--epochs 3 --sched plateau --patience-epochs 0 --lr-noise 0.1 1",
+        "--epochs 3 --opt adahessian --train-split train[:64]",
     ],
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -63,7 +63,7 @@ def test_resume_is_exact(run, flags, monkeypatch):
         assert same(load_file(whole.folder / name), load_file(parts.folder / name))
     assert (whole.folder / "summary.csv").read_text() == (parts.folder / "summary.csv").read_text()
     rows = list(csv.DictReader((parts.folder / "summary.csv").open()))
-    assert [row["epoch"] for row in rows] == ["0", "1", "2", "3"]
+    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
     assert whole.checkpoints.kept == parts.checkpoints.kept
 
 
