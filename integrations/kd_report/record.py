@@ -14,8 +14,8 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
@@ -51,12 +51,13 @@ _PACKAGES = ("kd-plugins", "torch", "accelerate", "timm", "transformers", "datas
 
 
 def _optional(write: Callable[..., None]) -> Callable[..., None]:
-    """A method whose failure (a full disk, a file that somebody edited) is a warning, and no end of the training."""
+    """A method that the first process runs, whose failure (a full disk, an edited file) is a warning and no more."""
 
     @wraps(write)
     def attempt(self: RunRecord, *args: Any, **kwargs: Any) -> None:
         try:
-            write(self, *args, **kwargs)
+            if self.enabled:
+                write(self, *args, **kwargs)
         except Exception as error:  # noqa: BLE001
             _logger.warning("The record in %s is incomplete: %s: %s", self.folder, type(error).__name__, error)
 
@@ -174,6 +175,7 @@ class RunRecord:
             self.run["notes"].append(f"What was recorded before the run was resumed cannot be read: {error}")
         self._begin(rows)
 
+    @_optional
     def analyse(self, phase: str, nets: Nets | nn.Module, batches: Iterable[Batch], **options: Any) -> None:
         """Analyses the networks; the same batches before and after the training make the two comparable.
 
@@ -183,15 +185,11 @@ class RunRecord:
             batches: Evaluation batches in a fixed order; made lazily, outside of the training's random state.
             **options: Of `kd_report.analysis.analyse`.
         """
-        if not self.enabled:
-            return
-        try:
+        with self._trying(f"The networks could not be analysed {phase} the training", f"No analysis {phase}"):
             found = analyse(nets, batches, decode=self.decode, attentions=_attentions(self.distiller), **options)
-        except Exception as error:  # noqa: BLE001
-            self._failed(f"The networks could not be analysed {phase} the training", f"No analysis {phase}", error)
-        else:
             self._keep(phase, found.summary, found.arrays)
 
+    @_optional
     def predict(self, nets: Nets | nn.Module, batches: Iterable[Batch], **options: Any) -> None:
         """Asks the networks for their predictions on the evaluation set, where no evaluation has done it.
 
@@ -200,13 +198,8 @@ class RunRecord:
             batches: Evaluation batches; made lazily, outside of the training's random state.
             **options: Of `kd_report.analysis.predict`.
         """
-        if not self.enabled:
-            return
-        try:
+        with self._trying("The networks could not be asked for their predictions", "No predictions"):
             answers = predict(nets, batches, distiller=self.distiller, **options)
-        except Exception as error:  # noqa: BLE001
-            self._failed("The networks could not be asked for their predictions", "No predictions", error)
-        else:
             self.predictions(answers.found(), answers.classes)
 
     @_optional
@@ -217,7 +210,7 @@ class RunRecord:
             found: Values of examples for `student`, `teacher`, `peer1`, ...
             classes: Number of classes.
         """
-        if self.enabled and found:
+        if found:
             summary, arrays = predictions(found, classes)
             self._keep("after", {"predictions": summary}, arrays)
 
@@ -236,9 +229,8 @@ class RunRecord:
     @_optional
     def log(self, row: Mapping[str, Any]) -> None:
         """Adds a row to the history: `step` (or `epoch`), losses and metrics by name."""
-        if self.enabled:
-            with (self.folder / "history.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_plain(dict(row))) + "\n")
+        with (self.folder / "history.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_plain(dict(row))) + "\n")
 
     def time_steps(self, player: Any) -> None:
         """Measures what a few early steps of a `TurnPlayer` spend their time on; removes itself afterwards."""
@@ -248,7 +240,7 @@ class RunRecord:
     @_optional
     def note(self, text: str) -> None:
         """Adds a remark that the report shows."""
-        if self.enabled and text not in self.run["notes"]:
+        if text not in self.run["notes"]:
             self.run["notes"].append(text)
             self._write()
 
@@ -269,8 +261,6 @@ class RunRecord:
             status: `"finished"` or `"interrupted"`.
             pictures: Others than the method's.
         """
-        if not self.enabled:
-            return
         cost = self.run["cost"]
         if seconds_per_step is not None:
             cost["seconds_per_step"] = seconds_per_step
@@ -280,13 +270,9 @@ class RunRecord:
                 cost["parts"] = self.timer.medians()
         cost |= _peak_memory(self._cuda)
         self.run |= {"results": dict(results), "status": status}
-        try:
+        with self._trying("The method's pictures could not be made", "No pictures of the method"):
             own = self.distiller.pictures() if self.distiller is not None else []
-            drawn = [p.to_json() for p in (*pictures, *own)]
-        except Exception as error:  # noqa: BLE001
-            self._failed("The method's pictures could not be made", "No pictures of the method", error)
-        else:
-            self.run["pictures"] = drawn
+            self.run["pictures"] = [p.to_json() for p in (*pictures, *own)]
         self._write()
 
     def _write(self) -> None:
@@ -297,9 +283,13 @@ class RunRecord:
         text = json.dumps(_plain(self.run), indent=2, ensure_ascii=False)
         write_text(self.folder / "run.json", text.encode(errors="replace").decode() + "\n")
 
-    def _failed(self, note: str, warning: str, error: Exception) -> None:
-        self.note(f"{note}: {error}")
-        warnings.warn(f"{warning}: {type(error).__name__}: {error}", stacklevel=4)
+    @contextmanager
+    def _trying(self, note: str, warning: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001
+            self.note(f"{note}: {error}")
+            warnings.warn(f"{warning}: {type(error).__name__}: {error}", stacklevel=5)
 
 
 def rows_to_analyse(trained: int) -> int:
