@@ -155,8 +155,7 @@ def test_threshold_survives_resume_at_the_end_of_an_epoch(tmp_path: Path) -> Non
     assert difference(weights(first.model), weights(again.model)) == 0.0
 
 
-@pytest.mark.parametrize("schedule", ["progressive", "stacked"])
-@pytest.mark.parametrize("step", [9, 12])
+@pytest.mark.parametrize(("schedule", "step"), [("progressive", 9), ("stacked", 12)])
 def test_resume_is_exact(tmp_path: Path, schedule: str, step: int) -> None:
     """Mid-phase and mid-epoch, or between two phases; accumulation, AdamW, dropout, clipping, an own group: 0.0."""
 
