@@ -324,11 +324,15 @@ def textbrewer(student: nn.Module, teacher: nn.Module, batch: kd_plugins.Batch) 
 def torchdistill(student: nn.Module, teacher: nn.Module, batch: kd_plugins.Batch) -> Step:
     from torchdistill.core.distillation import get_distillation_box
 
-    whole = {"requires_grad": False, "sequential": [], "forward_hook": {"input": [], "output": []}}
+    whole = {"requires_grad": False, "forward_proc": "forward_batch_only", "sequential": []}
     kwargs = {"student_module_path": ".", "student_module_io": "output", "teacher_module_path": "."}
-    kwargs |= {"teacher_module_io": "output", "temperature": TEMPERATURE, "alpha": ALPHA, "reduction": "batchmean"}
+    kwargs |= {"teacher_module_io": "output", "temperature": TEMPERATURE, "alpha": 1 - ALPHA, "reduction": "batchmean"}
     config = {
-        "train_data_loader": {"dataset_id": "train", "random_sample": False, "kwargs": {"batch_size": batch.size}},
+        "train_data_loader": {
+            "dataset_id": "train",
+            "sampler": {"class_or_func": torch.utils.data.SequentialSampler},
+            "kwargs": {"batch_size": batch.size},
+        },
         "num_epochs": 1,
         "teacher": whole,
         "student": {**whole, "requires_grad": True},
