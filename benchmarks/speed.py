@@ -284,7 +284,7 @@ def peers(args: argparse.Namespace) -> dict[str, dict[str, Step]]:
         cases["textbrewer, kd"] = textbrewer(bert(2), teacher, batch)
     except ImportError as error:
         print(f"textbrewer is left out: {error}.")
-    jobs = {f"BERT of 4 to 2 layers, length 64, batch {size}": cases}
+    jobs = {f"beside TextBrewer, BERT of 4 to 2 layers, length 64, batch {size}": cases}
     teacher, images = resnet("resnet56").eval().requires_grad_(False), pictures(args.batch)
     cases = {
         "floor": by_hand(resnet("resnet8"), images, teacher),
@@ -295,7 +295,7 @@ def peers(args: argparse.Namespace) -> dict[str, dict[str, Step]]:
         cases["torchdistill, kd"] = torchdistill(resnet("resnet8"), teacher, images)
     except ImportError as error:
         print(f"torchdistill is left out: {error}.")
-    return jobs | {f"resnet56 to resnet8, batch {args.batch}": cases}
+    return jobs | {f"beside torchdistill, resnet56 to resnet8, batch {args.batch}": cases}
 
 
 def textbrewer(student: nn.Module, teacher: nn.Module, batch: kd_plugins.Batch) -> Step:
