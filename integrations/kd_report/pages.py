@@ -277,7 +277,7 @@ def _rejection(about: Subject) -> Parts:
     for name, runs, key in about.networks:
         found = [x.tolist() for run in runs if (x := run.array("after", f"{key}/rejection")) is not None]
         drawn |= {name: found} if found else {}
-    words = {"title": "Error among the kept", "x_label": "share that is kept"}
+    words: dict[str, Any] = {"title": "Error among the kept", "x_label": "share that is kept"}
     return [
         ("legend", list(drawn) if len(drawn) > 1 else []),
         ("panels", [charts.lines(drawn, list(drawn), **words)] if drawn else []),
