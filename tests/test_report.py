@@ -623,7 +623,7 @@ def test_comparison_sums_up_seeds(tmp_path):
         train(tmp_path / f"{method}-{seed}", method, seed=seed, steps=3)
     folders = sorted(path for path in tmp_path.iterdir() if path.is_dir())
     page = Page(render(folders))
-    assert {"results", "curves", "calibration", "similarity", "cost", "runs"} <= set(page.ids)
+    assert {"results", "curves", "calibration", "rejection", "similarity", "cost", "runs"} <= set(page.ids)
     assert "27.50" in page.words
     assert "± 0.71" in page.words
     assert page.text.count("kd-0") == 1

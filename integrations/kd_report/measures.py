@@ -14,9 +14,18 @@ from kd_plugins import Batch
 from kd_plugins.reading.scores import class_scores
 from kd_plugins.reading.view import View
 
-__all__ = ["Similarity", "calibration", "common_maps", "decisions", "difference", "predictions", "project_channels"]
+__all__ = [
+    "Similarity",
+    "calibration",
+    "common_maps",
+    "decisions",
+    "difference",
+    "predictions",
+    "project_channels",
+    "rejection",
+]
 
-_ROWS, _CLASSES, _BINS, _POINTS = 2048, 100, 15, 256
+_ROWS, _CLASSES, _BINS, _POINTS, _SHARES = 2048, 100, 15, 256, 50
 _MEANS = ("nll", "kl", "agreement")
 
 
@@ -79,6 +88,19 @@ def calibration(confidence: Tensor, correct: Tensor, bins: int = _BINS) -> tuple
     return error, torch.cat([sums[:, :1], means], 1).float()
 
 
+def rejection(wrong: Tensor, uncertainty: Tensor) -> Tensor:
+    """The error among the n most certain predictions, for n from 1 to N.
+
+    Args:
+        wrong: Which predictions are wrong `[N]`.
+        uncertainty: How uncertain each is `[N]`.
+
+    >>> rejection(torch.tensor([True, False]), torch.tensor([0.9, 0.1])).tolist()
+    [0.0, 0.5]
+    """
+    return wrong[uncertainty.argsort(stable=True)].double().cumsum(0) / torch.arange(1, len(wrong) + 1)
+
+
 def predictions(found: Mapping[str, Mapping[str, Tensor]], classes: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What `kd_report.uncertainty.Answers` has collected, in numbers.
 
@@ -88,7 +110,8 @@ def predictions(found: Mapping[str, Mapping[str, Tensor]], classes: int) -> tupl
 
     Returns:
         Means by network for JSON (agreement and KL are with the student; the student's own are with the teacher, and
-        `peers` its mean agreement with them), and arrays: reliability diagrams and confusion matrices by network.
+        `peers` its mean agreement with them), and arrays: reliability diagrams, confusion matrices and rejection curves
+        (share of the predictions that is kept, error among them) by network.
     """
     summary: dict[str, Any] = {"classes": classes}
     arrays: dict[str, Tensor] = {}
@@ -103,6 +126,10 @@ def predictions(found: Mapping[str, Mapping[str, Tensor]], classes: int) -> tupl
             means["accuracy"] = float(correct.double().mean())
             if "confidence" in values:
                 means["ece"], arrays[f"{name}/reliability"] = calibration(1 - values["confidence"], correct)
+            if "total" in values and values["total"].isfinite().all():
+                kept = torch.linspace(1, len(labels), min(len(labels), _SHARES)).round().long()
+                error = rejection(~correct, values["total"])[kept - 1]
+                arrays[f"{name}/rejection"] = torch.stack([kept / len(labels), error], 1).float()
             if classes <= _CLASSES and predicted.max() < classes:
                 cells = torch.bincount(labels * classes + predicted, minlength=classes**2)
                 arrays[f"{name}/confusion"] = cells.view(classes, classes).int()

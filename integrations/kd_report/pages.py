@@ -272,6 +272,18 @@ def _calibration(about: Subject) -> Parts:
     return [("charts", drawn)]
 
 
+def _rejection(about: Subject) -> Parts:
+    drawn: dict[str, list[Any]] = {}
+    for name, runs, key in about.networks:
+        found = [x.tolist() for run in runs if (x := run.array("after", f"{key}/rejection")) is not None]
+        drawn |= {name: found} if found else {}
+    words: dict[str, Any] = {"title": "Error among the kept", "x_label": "share that is kept"}
+    return [
+        ("legend", list(drawn) if len(drawn) > 1 else []),
+        ("panels", [charts.lines(drawn, list(drawn), **words)] if drawn else []),
+    ]
+
+
 def _similarity(about: Subject) -> Parts:
     drawn = []
     words: dict[str, Any] = {"scale": 1.0, "space": 400 if about.one else 290}
@@ -483,7 +495,8 @@ def _of_one(find: Callable[[Run], Parts]) -> Callable[[Subject], Parts]:
 
 
 _SECTIONS: dict[str, Callable[[Subject], Parts]] = {
-    **{"run": _of_one(_run), "results": _results, "calibration": _calibration, "curves": _curves},
+    **{"run": _of_one(_run), "results": _results, "calibration": _calibration},
+    **{"rejection": _rejection, "curves": _curves},
     **{"method": _of_one(_method), "similarity": _similarity, "features": _of_one(_features)},
     **{"channels": _of_one(_channels), "attention": _of_one(_attention), "confusion": _of_one(_confusion)},
     **{"cost": _cost, "runs": _runs, "notes": _of_one(_notes)},

@@ -12,7 +12,7 @@ from torch import Tensor
 from kd_plugins import Distiller, uncertainty
 from kd_plugins.functional.dirichlet import log_expected
 from kd_plugins.methods.endd import ENDD
-from kd_report.measures import calibration
+from kd_report.measures import calibration, rejection
 
 __all__ = ["Answers", "dirichlet_offset", "doubts", "uncertainty_metrics"]
 
@@ -138,8 +138,7 @@ def uncertainty_metrics(known: Mapping[str, Tensor], other: Mapping[str, Tensor]
             continue
         if wrong.any() and not wrong.all():
             metrics[f"errors_auroc_{name}"] = float(roc_auc_score(wrong.numpy(), values.numpy()))
-        kept = wrong[values.argsort(stable=True)].double().cumsum(0)
-        metrics[f"rejection_{name}"] = float((kept / torch.arange(1, len(kept) + 1)).mean())
+        metrics[f"rejection_{name}"] = float(rejection(wrong, values).mean())
         if other is not None and other[name].isfinite().all():
             both = torch.cat([values, other[name]]).numpy()
             metrics[f"ood_auroc_{name}"] = float(roc_auc_score([0] * len(values) + [1] * len(other[name]), both))

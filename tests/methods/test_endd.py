@@ -9,7 +9,8 @@ import torch
 
 from kd_plugins import Batch, DistillError, View, create_distiller, uncertainty
 from kd_plugins import functional as KF
-from kd_report.uncertainty import dirichlet_offset, doubts, uncertainty_metrics
+from kd_report.measures import predictions
+from kd_report.uncertainty import Answers, dirichlet_offset, doubts, uncertainty_metrics
 
 
 def scores(*shape: int, seed: int = 0) -> View:
@@ -120,6 +121,20 @@ def test_metrics_are_counted_right(kind: str) -> None:
         assert found[f"rejection_{name}"] == pytest.approx(rejection, abs=1e-3)
         theirs = doubts(other, **options)[name]
         assert found[f"ood_auroc_{name}"] == pytest.approx(share_above(theirs, values), abs=2e-3)
+
+
+def test_the_curve_of_a_report_ends_at_the_error() -> None:
+    logits, labels = scores(200, 4).logits, torch.arange(200) % 4
+    answers = Answers()
+    answers.add("student", logits, labels)
+    summary, arrays = predictions(answers.found(), 4)
+    share, error = arrays["student/rejection"].T
+    assert len(share) == 50
+    assert share[-1] == 1
+    assert error[-1] == pytest.approx(1 - summary["student"]["accuracy"])
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    first = entropy.argsort()[: round(200 * share[20].item())]
+    assert error[20] == pytest.approx((logits.argmax(1) != labels)[first].double().mean().item())
 
 
 def test_without_errors_there_is_no_curve() -> None:
