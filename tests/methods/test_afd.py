@@ -423,7 +423,8 @@ def test_labels_of_several_classes():
 # Hosts
 
 DIGITS = [
-    *"--device cpu --in-chans 1 --model lenet5_half --epochs 2 --warmup-epochs 0 -b 64 -j 0".split(),
+    *"--device cpu --in-chans 1 --model lenet5_half --epochs 2 --warmup-epochs 0 -b 32 -j 0".split(),
+    *"--train-split train[:512] -vb 250".split(),
     *"--opt adamw --lr 5e-3 --smoothing 0 --hflip 0 --color-jitter 0 --log-interval 1000".split(),
 ]
 
