@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from accelerate_kit import fresh_accelerate
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -14,3 +15,11 @@ def _without_waiting_for_the_disk() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps one state for a process, and a run with another precision needs a fresh one."""
+    fresh_accelerate()
+    yield
+    fresh_accelerate()

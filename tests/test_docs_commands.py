@@ -49,12 +49,6 @@ def commands(program: str) -> dict[str, list[str]]:
     return found
 
 
-@pytest.fixture(autouse=True)
-def _single_process():
-    yield
-    fresh_accelerate()
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """A folder that stands for $DATA, with images as folders and as parquet files, and sentences."""

@@ -46,7 +46,6 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-    fresh_accelerate()
 
 
 # Options

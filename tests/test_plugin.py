@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from accelerate_kit import fresh_accelerate
 
 from kd_plugins import list_distillers
 from kd_plugins.catalog.cli import main as cli
@@ -17,13 +16,6 @@ pytestmark = pytest.mark.skipif(
     not set(NAMES) <= set(list_distillers()),
     reason="the example plug-in is not installed: pip install --no-deps tests/plugins/kd_plugins_example",
 )
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    fresh_accelerate()
-    yield
-    fresh_accelerate()
 
 
 def test_the_list_shows_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,12 +40,6 @@ VISION = ["run", "results", "calibration", "curves", "similarity", "features", "
 TEXT = ["run", "results", "calibration", "curves", "similarity", "attention", "confusion", "cost"]
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    yield
-    fresh_accelerate()
-
-
 class Page(HTMLParser):
     """What a page holds; balanced tags, and nothing that is fetched."""
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate_kit import fresh_accelerate
 from torch import nn
 
 from kd_plugins import DistillError, states
@@ -35,10 +34,8 @@ class Payload:
 @pytest.fixture
 def ran(tmp_path):
     """The folder that a payload makes; a test ends without it."""
-    fresh_accelerate()
     yield tmp_path / "ran"
     assert not (tmp_path / "ran").exists()
-    fresh_accelerate()
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +43,6 @@ def timm_run(tmp_path_factory):
     from kd_timm.train import main
 
     folder = tmp_path_factory.mktemp("run")
-    fresh_accelerate()
     assert main([*TIMM, "--output", str(folder), "--experiment", "run"]) == 0
     return folder / "run"
 

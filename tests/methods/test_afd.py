@@ -23,13 +23,6 @@ from kd_plugins.methods.afd import AFD, sources
 from kd_plugins.testing import CLAUSES, TinyNet, check_distiller
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    fresh_accelerate()
-    yield
-    fresh_accelerate()
-
-
 class Net(nn.Module):
     """Two layers and a classifier; counts its forwards. `stride` sets the size of the map at `features`."""
 

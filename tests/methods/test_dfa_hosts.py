@@ -22,13 +22,6 @@ from kd_plugins.methods.dfa import DFA
 from kd_plugins.testing.runs import difference
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    fresh_accelerate()
-    yield
-    fresh_accelerate()
-
-
 def test_by_name_in_kd_timm_train(tmp_path, monkeypatch):
     import timm
     from safetensors.torch import load_file, save_file

@@ -24,13 +24,6 @@ from kd_plugins.nn.codebook import Sample, fit_codebook
 from kd_plugins.nn.patches import NearestPatches, patch_side, pixels
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    fresh_accelerate()
-    yield
-    fresh_accelerate()
-
-
 class Net(nn.Module):
     """Two maps, `low` and half its size `high`, and a classifier."""
 

@@ -27,13 +27,6 @@ SMALL = {"critic_width": 2, "layers": ("layer1",)}
 PLAIN = {"critic.optimizer": "SGD", "critic.options": {"momentum": 0.5}, "critic.lr": 0.01}
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    fresh_accelerate()
-    yield
-    fresh_accelerate()
-
-
 def net(width: int, seed: int) -> TinyNet:
     with torch.random.fork_rng():
         torch.manual_seed(seed)

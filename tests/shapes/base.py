@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from shapes.distillers import SHAPES, DataFree
 from shapes.nets import BATCH, EPOCH, MEAN, ROWS, SEED, STD, Images, TinyNet, networks
 from torch import Tensor, nn
@@ -184,10 +183,3 @@ class Indexed:
 def with_row(item: dict[str, Any], row: int) -> dict[str, Any]:
     """An item with its row."""
     return {**item, "index": row}
-
-
-def fresh_accelerate() -> None:
-    """Forgets Accelerate's state of the process, so that the next run may have another precision."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    for state in (AcceleratorState, GradientState) if distributed else (AcceleratorState, GradientState, PartialState):
-        state._shared_state.clear()

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shapes.base import LR, MOMENTUM, Host, Job, fresh_accelerate
+from accelerate_kit import fresh_accelerate
+from shapes.base import LR, MOMENTUM, Host, Job
 from shapes.distillers import SHAPES
 from shapes.nets import MEAN, SEED, STD, TinyHFNet
 from transformers import TrainerCallback, TrainingArguments, ViTImageProcessor

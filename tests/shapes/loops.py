@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from shapes.base import Host, Job, fresh_accelerate, with_row
+from accelerate_kit import fresh_accelerate
+from shapes.base import Host, Job, with_row
 from shapes.nets import BATCH, EPOCH, ROWS, SEED
 from torch import Tensor
 from torch.utils.data import DataLoader

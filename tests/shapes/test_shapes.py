@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,8 +10,9 @@ from unittest import mock
 
 import pytest
 import torch
+from distributed_kit import torchrun
 from safetensors.torch import load_file
-from shapes.base import Host, Job, fresh_accelerate
+from shapes.base import Host, Job
 from shapes.distillers import SHAPES
 from shapes.hosts import HOSTS, finished, run
 from shapes.nets import EPOCH, ROWS, TinyNet, networks
@@ -36,7 +33,6 @@ def _fresh():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-    fresh_accelerate()
 
 
 def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
@@ -271,18 +267,12 @@ JOBS["accelerate_noisy_seeds"] = {"host": "accelerate", "shape": "noisy", "rank_
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    """Results of all jobs on two processes, by job and rank, and what went to stderr."""
+    """Results of all jobs on two processes, by job and rank, and what they have said."""
     folder: Path = tmp_path_factory.mktemp("two")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    command += [str(Path(__file__).with_name("worker.py")), str(folder), json.dumps(JOBS)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    said = torchrun(str(Path(__file__).with_name("worker.py")), str(folder), json.dumps(JOBS), timeout=600)
     files = {name: [folder / f"{name}_{rank}" for rank in range(2)] for name in JOBS}
     found = {name: [load_file(f) for f in each] for name, each in files.items() if all(f.is_file() for f in each)}
-    return found, done.stderr[-3000:]
+    return found, said[-3000:]
 
 
 @pytest.mark.distributed

@@ -10,9 +10,10 @@ from unittest import mock
 
 import timm
 import torch
+from accelerate_kit import fresh_accelerate
 from PIL import Image
 from safetensors.torch import save_file
-from shapes.base import LR, MOMENTUM, Host, Job, fresh_accelerate
+from shapes.base import LR, MOMENTUM, Host, Job
 from shapes.nets import CLASSES, EPOCH, MEAN, SEED, SIZE, STD, Images, TinyNet
 from timm.models import register_model
 from torch.utils.data import RandomSampler

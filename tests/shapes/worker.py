@@ -12,6 +12,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
     import torch
     import torch.distributed as dist
+    from distributed_kit import leave
     from safetensors.torch import save_file
     from shapes.hosts import run
 
@@ -27,4 +28,4 @@ if __name__ == "__main__":
             print(name, traceback.format_exc(), file=sys.stderr, flush=True)
             continue
         save_file({key: value.contiguous() for key, value in result.items()}, folder / f"{name}_{dist.get_rank()}")
-    dist.destroy_process_group()
+    leave()

@@ -22,10 +22,8 @@ def tiny() -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    """Accelerate keeps one state for a process; a run with another precision needs a fresh one."""
+def _seeded():
     yield
-    fresh_accelerate()
     torch.manual_seed(0)
 
 

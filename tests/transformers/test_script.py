@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from accelerate_kit import fresh_accelerate
 from datasets import Dataset
 from distributed_kit import on_two_processes
 from safetensors.torch import load_file, save_file
@@ -36,12 +35,6 @@ TINY = [
 ]
 SCRATCH = "--student_layers 1 --student_hidden_size 16 --student_heads 2".split()
 TEACHER = "--train_teacher --teacher_layers 4 --teacher_hidden_size 16 --teacher_heads 2".split()
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    yield
-    fresh_accelerate()
 
 
 @pytest.fixture
