@@ -254,7 +254,9 @@ def create_criterion(args: argparse.Namespace) -> nn.Module:
     return OneLogit(criterion) if one_logit else criterion
 
 
-def create_task(args: argparse.Namespace, student: nn.Module, device: torch.device) -> TrainingTask | None:
+def create_task(
+    args: argparse.Namespace, student: nn.Module, criterion: nn.Module, device: torch.device
+) -> TrainingTask | None:
     """timm's own distillation, as `--kd-model-name` and its like describe it; None without them."""
     if args.kd_model_name is None:
         return None
@@ -263,7 +265,7 @@ def create_task(args: argparse.Namespace, student: nn.Module, device: torch.devi
     check_model_name(args.kd_model_name, "--kd-model-name")
     kind, names = TASK_ARGUMENTS[args.kd_distill_type]
     options = {name: getattr(args, flag) for name, flag in names.items()}
-    common: dict[str, Any] = dict(criterion=create_criterion(args), device=device, dtype=model_dtype(args))
+    common: dict[str, Any] = dict(criterion=criterion, device=device, dtype=model_dtype(args))
     with told(f"--kd-model-name {args.kd_model_name} does not fit", Exception):
         return kind(student_model=student, teacher_model=args.kd_model_name, **options, **common)
 
@@ -298,8 +300,8 @@ def resolve_learning_rate(args: argparse.Namespace, processes: int, mean_batch: 
     ratio = batch / args.lr_base_size
     args.lr = args.lr_base * (ratio**0.5 if args.lr_base_scale == "sqrt" else ratio)
     _logger.info(
-        f"Learning rate ({args.lr}) calculated from base learning rate ({args.lr_base}) and global batch size ({batch})"
-        f" with {args.lr_base_scale} scaling."
+        f"Learning rate ({args.lr}) calculated from base learning rate ({args.lr_base}) and effective global batch size"
+        f" ({batch:g}) with {args.lr_base_scale} scaling."
     )
 
 
