@@ -76,7 +76,7 @@ class Parts(TrainingRun):
         if not self.primary:
             # What the first process tells of the run, timm's own lines included.
             for name in ("kd_timm", "timm"):
-                logging.getLogger(name).setLevel(logging.WARNING)
+                logging.getLogger(name).setLevel(logging.ERROR)
         if args.model_dtype == "float16":
             _logger.warning("float16 is not recommended for training, for half precision bfloat16 is recommended.")
         # A file is a checkpoint of timm's script, a folder what this one leaves.
