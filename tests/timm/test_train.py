@@ -354,6 +354,17 @@ def test_flags_of_streamed_data_are_refused_where_images_are_counted(tmp_path):
             data.create_datasets(args, 1, data_free)
 
 
+def test_a_file_with_more_than_the_model_is_told_of_with_a_number(tiny, tmp_path, caplog):
+    weights = timm.create_model("resnet10t", **MODEL).state_dict()
+    save_file(
+        weights | {"layer4.1.bn1.bias": torch.zeros(1), "layer4.1.a": torch.zeros(1)}, tmp_path / "more.safetensors"
+    )
+    args = parse_args([*tiny, "--pretrained-path", str(tmp_path / "more.safetensors"), "--num-classes", "10"])
+    build.create_student(args)
+    assert "fills resnet10t and has 2 tensors more, such as layer4.1.a" in caplog.text
+    assert caplog.text.count("Unexpected keys") == 1
+
+
 def test_an_evaluation_of_the_training_images_is_told(tmp_path, caplog):
     for folder in ("train/a", "validation/a"):
         (tmp_path / folder).mkdir(parents=True)
