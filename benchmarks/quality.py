@@ -5,14 +5,15 @@ A list is YAML:
     seeds: [0, 1, 2]
     metrics: {accuracy: evaluation.top1, agreement: evaluation.agreement}     # keys in the run's results file
     baseline: alone                   # optional: a column of the first metric's differences to this row, seed by seed
+    published: {kd: 70.7}             # optional: a column of figures by others
     scale: 1                          # what the metrics are multiplied by; 100 makes shares percentages
     results: results.json             # written by the run into {out}
     common: kd-timm-train ... --seed {seed} --output {out}
-    before: {teacher: kd-timm-train ...}   # runs once, first; {teacher} is its folder
+    before: {teacher: "{common} ..."}      # runs once, first, with seed 0; {teacher} is its folder
     rows:
       alone: ""
       kd: --distill kd --teacher ...
-    variants: {short: --epochs 4, long: --epochs 8}    # optional: every row with each of them
+    variants: {short: --epochs 4, long: --epochs 8}    # optional: every row with each of them, `kd, short`
 
 `$DATA` and other variables of the environment are expanded, and `{device}` is `--device`. One process for each core.
 """
@@ -95,14 +96,17 @@ def main(argv: list[str]) -> int:
     names = {"device": args.device}
     for name, command in (spec.get("before") or {}).items():
         folder = root / name
-        if run(os.path.expandvars(command.format(out=folder, **names)), folder, wanted) is None:
+        command = command.replace("{common}", spec["common"]).format(out=folder, seed=0, **names)
+        if run(os.path.expandvars(command), folder, wanted) is None:
             return 1
         names[name] = str(next(iter(sorted(folder.rglob(wanted)))).parent)
-    lines = {
-        f"{row}, {variant}" if variant else row: f"{flags} {more}"
-        for variant, more in (spec.get("variants") or {"": ""}).items()
-        for row, flags in spec["rows"].items()
-    }
+    lines, baselines = {}, {}
+    for variant, more in (spec.get("variants") or {"": ""}).items():
+        end = f", {variant}" if variant else ""
+        for row, flags in spec["rows"].items():
+            lines[row + end] = f"{flags} {more}"
+            # A variant is compared with the same variant of the baseline.
+            baselines[row + end] = f"{spec['baseline']}{end}" if "baseline" in spec else None
     if unknown := set(args.only or ()) - set(lines):
         parser.error(f"--only: expected rows of the list, got {sorted(unknown)}; it has {list(lines)}")
     jobs = {}
@@ -124,8 +128,9 @@ def main(argv: list[str]) -> int:
             for label, key in spec["metrics"].items()
         }
         values["seconds"] = {seed: result["seconds"] for seed, result in done.items() if result["seconds"]}
-        results[row] = {"flags": " ".join(flags.split()), **values}
-    report = {"list": Path(args.list).name, "machine": machine(), "baseline": spec.get("baseline"), "rows": results}
+        results[row] = {"flags": " ".join(flags.split()), "baseline": baselines[row], **values}
+    report = {"list": Path(args.list).name, "machine": machine()}
+    report |= {"baseline": spec.get("baseline"), "published": spec.get("published") or {}, "rows": results}
     head, *rows = table(report)
     print_table(spec.get("title", root.name), head, rows)
     target = args.json or f"benchmarks/results/{Path(args.list).stem}.json"
@@ -135,24 +140,28 @@ def main(argv: list[str]) -> int:
 
 def table(report: dict[str, Any]) -> list[list[Any]]:
     """A results file as a head and rows: mean and standard deviation of each metric, seeds, mean seconds."""
-    results, baseline = report["rows"], report.get("baseline")
+    results, baseline, published = report["rows"], report.get("baseline"), report.get("published")
     labels = metrics_of(results)
-    rows = [["", *labels, *([f"against {baseline}"] if baseline else []), "seeds", "CPU seconds"]]
+    more = [*([f"against {baseline}"] if baseline else []), *(["published"] if published else [])]
+    rows = [["", *labels, *more, "seeds", "CPU seconds"]]
     for row, values in results.items():
         found, seconds = values[labels[0]], list(values["seconds"].values())
         mean = f"{statistics.mean(seconds):.0f}" if seconds else "-"
-        gain = []
+        beside = []
         if baseline:
-            before = results[baseline][labels[0]]
+            name = values.get("baseline", baseline)
+            before = results.get(name, {}).get(labels[0], {})
             paired = {seed: value - before[seed] for seed, value in found.items() if seed in before}
-            gain = ["-" if row == baseline else mean_and_spread(paired, sign="+")]
-        rows.append([row, *(mean_and_spread(values[label]) for label in labels), *gain, len(found), mean])
+            beside.append("-" if row == name else mean_and_spread(paired, sign="+"))
+        if published:
+            beside.append(published.get(row, "-"))
+        rows.append([row, *(mean_and_spread(values[label]) for label in labels), *beside, len(found), mean])
     return rows
 
 
 def metrics_of(results: dict[str, Any]) -> list[str]:
     """The names of the metrics in a results file."""
-    return [label for label in next(iter(results.values())) if label not in ("flags", "seconds")]
+    return [label for label in next(iter(results.values())) if label not in ("flags", "baseline", "seconds")]
 
 
 def mean_and_spread(values: dict[str, float], sign: str = "") -> str:

@@ -1,7 +1,7 @@
 """Writes the tables of docs/results.md from the files in benchmarks/results, so that no figure is typed by hand.
 
 A table stands between `<!-- results: NAME -->` and `<!-- end -->`; its rows are those of `NAME.json`, what
-`python -m benchmarks quality lists/NAME.yaml` wrote.
+`python -m benchmarks quality lists/NAME.yaml` wrote, or `python -m benchmarks speed`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from benchmarks.quality import table
 
@@ -17,9 +18,21 @@ ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
 
 
+def costs(report: dict[str, Any]) -> list[list[Any]]:
+    """The times of `speed` as a head and rows."""
+    rows: list[list[Any]] = [["step", "CPU ms", "times the floor", "95 %"]]
+    for title, cases in report["jobs"].items():
+        rows.append([f"**{title}**", "", "", ""])
+        for case, found in cases.items():
+            low, high = found["interval"]
+            rows.append([case, f"{found['ms']:.0f}", f"{found['x_floor']:.2f}", f"{low:.2f} to {high:.2f}"])
+    return rows
+
+
 def markdown(name: str) -> str:
     """The table of one results file."""
-    head, *rows = table(json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text()))
+    report = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    head, *rows = costs(report) if "jobs" in report else table(report)
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n" + "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines) + "\n"
 

@@ -284,7 +284,7 @@ def peers(args: argparse.Namespace) -> dict[str, dict[str, Step]]:
         cases["textbrewer, kd"] = textbrewer(bert(2), teacher, batch)
     except ImportError as error:
         print(f"textbrewer is left out: {error}.")
-    jobs = {f"BERT of 4 to 2 layers, length 64, batch {size}": cases}
+    jobs = {f"beside TextBrewer, BERT of 4 to 2 layers, length 64, batch {size}": cases}
     teacher, images = resnet("resnet56").eval().requires_grad_(False), pictures(args.batch)
     cases = {
         "floor": by_hand(resnet("resnet8"), images, teacher),
@@ -295,7 +295,7 @@ def peers(args: argparse.Namespace) -> dict[str, dict[str, Step]]:
         cases["torchdistill, kd"] = torchdistill(resnet("resnet8"), teacher, images)
     except ImportError as error:
         print(f"torchdistill is left out: {error}.")
-    return jobs | {f"resnet56 to resnet8, batch {args.batch}": cases}
+    return jobs | {f"beside torchdistill, resnet56 to resnet8, batch {args.batch}": cases}
 
 
 def textbrewer(student: nn.Module, teacher: nn.Module, batch: kd_plugins.Batch) -> Step:
@@ -324,11 +324,15 @@ def textbrewer(student: nn.Module, teacher: nn.Module, batch: kd_plugins.Batch) 
 def torchdistill(student: nn.Module, teacher: nn.Module, batch: kd_plugins.Batch) -> Step:
     from torchdistill.core.distillation import get_distillation_box
 
-    whole = {"requires_grad": False, "sequential": [], "forward_hook": {"input": [], "output": []}}
+    whole = {"requires_grad": False, "forward_proc": "forward_batch_only", "sequential": []}
     kwargs = {"student_module_path": ".", "student_module_io": "output", "teacher_module_path": "."}
-    kwargs |= {"teacher_module_io": "output", "temperature": TEMPERATURE, "alpha": ALPHA, "reduction": "batchmean"}
+    kwargs |= {"teacher_module_io": "output", "temperature": TEMPERATURE, "alpha": 1 - ALPHA, "reduction": "batchmean"}
     config = {
-        "train_data_loader": {"dataset_id": "train", "random_sample": False, "kwargs": {"batch_size": batch.size}},
+        "train_data_loader": {
+            "dataset_id": "train",
+            "sampler": {"class_or_func": torch.utils.data.SequentialSampler},
+            "kwargs": {"batch_size": batch.size},
+        },
         "num_epochs": 1,
         "teacher": whole,
         "student": {**whole, "requires_grad": True},

@@ -16,8 +16,8 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -122,10 +122,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     check_pages()
     console = Console()
-    start, root, parts = time.perf_counter(), Path(args.output), [args.only] if args.only else list(PARTS)
-    for name in parts:
-        table = play(PARTS[name], root / name, console)
-        console.print(table)
+    start, root, names = time.perf_counter(), Path(args.output), [args.only] if args.only else list(PARTS)
+    play({root / name: PARTS[name] for name in names}, console)
+    for name in names:
+        console.print(table(PARTS[name], root / name))
         console.print(f"Report: {report(PARTS[name], root / name)}", soft_wrap=True)
     minutes, seconds = divmod(round(time.perf_counter() - start), 60)
     console.print(
@@ -134,45 +134,68 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(
         "against alone, the mean difference of students of one seed with its 95 % interval. Next, on your own data:"
     )
-    for name in parts:
+    for name in names:
         console.print(f"  {_NEXT[name]}", soft_wrap=True, highlight=False)
     return 0
 
 
-def play(part: Part, folder: Path, console: Console, seeds: Sequence[int] = SEEDS) -> Table:
-    """Runs all trainings of a part: the teacher's, then those of the students, as many at once as there are cores.
+def play(parts: Mapping[Path, Part], console: Console, seeds: Sequence[int] = SEEDS) -> None:
+    """Runs all trainings, as many at once as there are cores; the students of a part wait for its teacher.
 
     Args:
-        part: What to run.
-        folder: Where its runs go.
+        parts: What to run, by the folder where its runs go.
         console: Where the commands are printed.
         seeds: Of the students.
-
-    Returns:
-        The table of results.
     """
-    from rich.table import Table
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    cores = os.cpu_count() or 1
+    at_once = min(cores, sum(1 + len(seeds) * len(part.students) for part in parts.values()))
 
-    from kd_report.measures import difference
+    def one(folder: Path, name: str, words: list[str], teacher: Future[None] | None = None) -> None:
+        if teacher is not None:
+            teacher.result()
+        script = parts[folder].script
+        console.print(f"[bold]python -m {script}[/bold] {shlex.join(words)}", highlight=False, soft_wrap=True)
+        run(script, words, folder / f"{name}.log", cores // at_once)
+
+    with ThreadPoolExecutor(at_once) as pool:
+        lines = {folder: commands(part, folder, seeds) for folder, part in parts.items()}
+        # The teachers come first, so that no student waits in the place that its teacher needs.
+        teachers = {folder: pool.submit(one, folder, "teacher", own.pop("teacher")) for folder, own in lines.items()}
+        students = [pool.submit(one, f, name, own[name], teachers[f]) for f, own in lines.items() for name in own]
+        for done in (*teachers.values(), *students):
+            done.result()
+
+
+def commands(part: Part, folder: Path, seeds: Sequence[int] = SEEDS) -> dict[str, list[str]]:
+    """The arguments of the script for each run of a part, by the run's folder; the teacher's are the first."""
 
     def command(flags: str, name: str, seed: int = 0) -> list[str]:
         given = {"folder": folder, "name": name, "teacher": folder / "teacher", "seed": seed}
         return [word.format(**given) for word in shlex.split(f"{part.common} {flags}")]
 
     names = {(row, seed): folder_name(row, seed) for seed in seeds for row in part.students}
-    run(part.script, {"teacher": command(part.teacher, "teacher")}, folder, console)
-    run(part.script, {n: command(part.students[row], n, seed) for (row, seed), n in names.items()}, folder, console)
-    table = Table(title=part.title, title_justify="left")
-    table.add_column("", no_wrap=True)
+    students = {name: command(part.students[row], name, seed) for (row, seed), name in names.items()}
+    return {"teacher": command(part.teacher, "teacher")} | students
+
+
+def table(part: Part, folder: Path, seeds: Sequence[int] = SEEDS) -> Table:
+    """The results of a part whose runs are done."""
+    from rich.table import Table
+
+    from kd_report.measures import difference
+
+    shown = Table(title=part.title, title_justify="left")
+    shown.add_column("", no_wrap=True)
     for column in ("accuracy, %", "against alone", "agreement", "ms/step"):  # fits 80 characters
-        table.add_column(column, justify="right", no_wrap=True)
-    found = {row: {s: figures(folder / names[row, s] / part.results) for s in seeds} for row in part.students}
+        shown.add_column(column, justify="right", no_wrap=True)
+    found = {row: {s: figures(folder / folder_name(row, s) / part.results) for s in seeds} for row in part.students}
     found = {"teacher": {0: figures(folder / "teacher" / part.results)}} | found
     alone = {seed: values["accuracy"] for seed, values in found["alone"].items()}
     for row, runs in found.items():
         accuracy = {seed: values["accuracy"] for seed, values in runs.items()}
         told = [values["agreement"] for values in runs.values() if values["agreement"] is not None]
-        table.add_row(
+        shown.add_row(
             row,
             f"{statistics.fmean(accuracy.values()):.1f}"
             + (f" ± {statistics.stdev(accuracy.values()):.1f}" if len(accuracy) > 1 else ""),
@@ -180,7 +203,7 @@ def play(part: Part, folder: Path, console: Console, seeds: Sequence[int] = SEED
             f"{statistics.fmean(told):.1f} %" if told and row != "teacher" else "-",
             f"{statistics.fmean(values['step'] for values in runs.values()):.0f}",
         )
-    return table
+    return shown
 
 
 def report(part: Part, folder: Path) -> Path:
@@ -200,30 +223,19 @@ def folder_name(row: str, seed: int) -> str:
     return f"{row.replace(',', '').replace(' ', '-')}-{seed}"
 
 
-def run(script: str, commands: dict[str, list[str]], folder: Path, console: Console) -> None:
-    """Runs a training script, each command in a process of its own, whose output goes to a log beside its folder."""
-    cores = os.cpu_count() or 1
-    at_once = min(cores, len(commands))
-    folder.mkdir(parents=True, exist_ok=True)
-    os.environ["HF_HUB_OFFLINE"] = "1"
+def run(script: str, words: list[str], log: Path, threads: int) -> None:
+    """Runs a training script in a process of its own, whose output goes to a log."""
+    log.parent.mkdir(parents=True, exist_ok=True)
     context: Any = multiprocessing.get_context(_START)
     if _START == "forkserver":
         # The scripts' imports take longer than some of the trainings: once is enough.
         context.set_forkserver_preload([part.script for part in PARTS.values()])
-
-    def one(name: str) -> None:
-        words, log = commands[name], folder / f"{name}.log"
-        console.print(f"[bold]python -m {script}[/bold] {shlex.join(words)}", highlight=False, soft_wrap=True)
-        process = context.Process(target=_train, args=(script, words, log, cores // at_once))
-        process.start()
-        process.join()
-        if process.exitcode:
-            last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-            raise DistillError(f"{script} ended with status {process.exitcode}; {log} ends with: {''.join(last)}")
-
-    with ThreadPoolExecutor(at_once) as pool:
-        for done in [pool.submit(one, name) for name in commands]:
-            done.result()
+    process = context.Process(target=_train, args=(script, words, log, threads))
+    process.start()
+    process.join()
+    if process.exitcode:
+        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+        raise DistillError(f"{script} ended with status {process.exitcode}; {log} ends with: {''.join(last)}")
 
 
 def _train(script: str, words: Sequence[str], log: Path, threads: int) -> None:

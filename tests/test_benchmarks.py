@@ -34,7 +34,7 @@ def commands(path: Path) -> list[str]:
     before = spec.get("before") or {}
     variants = (spec.get("variants") or {"": ""}).values()
     found = [
-        *before.values(),
+        *(command.replace("{common}", spec["common"]) for command in before.values()),
         *(f"{spec['common']} {row} {more}" for row in spec["rows"].values() for more in variants),
     ]
     folders = dict.fromkeys(before, "a/teacher")
@@ -97,19 +97,23 @@ def test_a_list_runs_once_and_keeps_its_figures(tmp_path: Path, capsys: pytest.C
         "rows": {"low": "0.25 {seed}", "high, wide": "0.5 {seed}"},
         "scale": 10,
         "baseline": "low",
+        "published": {"low, one": 12.5},
+        "before": {"teacher": "{common} 1.0 {seed}"},
+        "variants": {"one": "", "two": "{teacher}"},
     }
     path, target = tmp_path / "list.yaml", tmp_path / "list.json"
     path.write_text(yaml.safe_dump(spec, sort_keys=False))
     with pytest.raises(SystemExit):
         quality.main([str(path), "--only", "highest"])
     assert "expected rows of the list, got ['highest']" in capsys.readouterr().err
-    for more in (["--only", "low"], [], ["--only", "low"], ["--collect"]):
+    for more in (["--only", "low, one"], [], ["--only", "low, one"], ["--collect"]):
         assert quality.main([str(path), "--output", str(tmp_path), "--json", str(target), "--jobs", "2", *more]) == 0
     report = json.loads(target.read_text())
-    assert report["rows"]["low"]["accuracy"] == {"0": 2.5, "2": 22.5}
-    head, low, high = quality.table(report)
-    assert head == ["", "accuracy", "agreement", "against low", "seeds", "CPU seconds"]
-    assert (low[3], high[:5]) == ("-", ["high, wide", "15.0 ± 14.1", "-", "+2.5 ± 0.0", 2])
+    assert report["rows"]["low, one"]["accuracy"] == {"0": 2.5, "2": 22.5}
+    head, low, high, other, _ = quality.table(report)
+    assert head == ["", "accuracy", "agreement", "against low", "published", "seeds", "CPU seconds"]
+    assert (low[3], low[4], other[0], other[3]) == ("-", 12.5, "low, two", "-")
+    assert high[:6] == ["high, wide, one", "15.0 ± 14.1", "-", "+2.5 ± 0.0", "-", 2]
     assert {p.read_text() for p in tmp_path.rglob("count.txt")} == {"1"}
     assert "high, wide" in capsys.readouterr().out
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
+import threading
 from importlib import import_module
 
 import pytest
 from accelerate_kit import fresh_accelerate
 from rich.console import Console
 
-from kd_plugins import demo
+from kd_plugins import DistillError, demo
 
 SHORT = {
     "images": "--epochs 1",
@@ -19,23 +21,45 @@ SHORT = {
 
 
 @pytest.mark.parametrize("part", sorted(demo.PARTS))
-def test_the_demo_runs(part, tmp_path, monkeypatch):
-    def go(script, commands, folder, console):
-        for words in commands.values():
-            assert import_module(script).main(list(words)) == 0
-            fresh_accelerate()
-
-    monkeypatch.setattr(demo, "run", go)
+def test_the_demo_runs(part, tmp_path):
     whole = demo.PARTS[part]
     # Of two flags of one name the later one counts, and a run's own flags are the last.
     students = {name: f"{flags} {SHORT[part]}" for name, flags in whole.students.items()}
     short = dataclasses.replace(whole, teacher=f"{whole.teacher} {SHORT[part]}", students=students)
+    for words in demo.commands(short, tmp_path, seeds=[0]).values():
+        assert import_module(short.script).main(words) == 0
+        fresh_accelerate()
 
     console = Console(file=io.StringIO(), width=200)
-    console.print(demo.play(short, tmp_path, console, seeds=[0]))
+    console.print(demo.table(short, tmp_path, seeds=[0]))
     table = console.file.getvalue()
     for row in ("teacher", *whole.students):
         assert f" {row} " in table
     page = demo.report(short, tmp_path).read_text(encoding="utf-8")
     assert page.lower().startswith("<!doctype html>")
     assert len(list(tmp_path.glob("*/report.html"))) == 1 + len(whole.students)
+
+
+def test_students_wait_for_their_teacher_and_for_no_other(tmp_path, monkeypatch):
+    images, text = tmp_path / "images", tmp_path / "text"
+    begun, over = threading.Event(), []
+
+    def run(script, words, log, threads):
+        if log == text / "teacher.log":
+            assert begun.wait(60)
+        elif log.parent == images and log.stem != "teacher":
+            assert images / "teacher.log" in over
+            begun.set()
+        elif log.parent == text:
+            assert text / "teacher.log" in over
+        over.append(log)
+
+    monkeypatch.setattr(demo, "run", run)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    demo.play({images: demo.PARTS["images"], text: demo.PARTS["text"]}, Console(file=io.StringIO()), seeds=[0, 1])
+    assert len(over) == len(set(over)) == 2 + 2 * (4 + 3)
+
+
+def test_a_run_that_fails_is_told_by_the_last_line_of_its_log(tmp_path):
+    with pytest.raises(DistillError, match=r"status 2; .*alone.log ends with: .*--epoch"):
+        demo.run("kd_timm.train", ["--epochs", "x"], tmp_path / "alone.log", 1)

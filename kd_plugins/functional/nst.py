@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -175,14 +175,28 @@ def _poly(c: float, d: int, eps: float) -> _Form:
         return (products * left.unsqueeze(2) * right.unsqueeze(1) + c).pow(d).mean((1, 2))
 
     def form(student: Tensor, teacher: Tensor, teacher_term: bool) -> Tensor:
-        own, norms = student @ student.mT, teacher.norm(dim=2)
+        (own, cross), norms = _InnerProducts.apply(student, teacher), teacher.norm(dim=2)
         squares = own.diagonal(dim1=1, dim2=2)
         i_s = squares.clamp_min(eps**2).rsqrt() * (squares > eps**2)
         i_t = norms.clamp_min(eps).reciprocal() * (norms > eps)
-        value = mean(own, i_s, i_s) - 2 * mean(student @ teacher.mT, i_s, i_t)
+        value = mean(own, i_s, i_s) - 2 * mean(cross, i_s, i_t)
         return value + mean(teacher @ teacher.mT, i_t, i_t) if teacher_term else value
 
     return form
+
+
+class _InnerProducts(torch.autograd.Function):
+    """`S S^T` and `S T^T`; the gradient for S is two products, where autograd takes three and two sums of maps."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(student, teacher)
+        return student @ student.mT, student @ teacher.mT
+
+    @staticmethod
+    def backward(ctx: Any, own: Tensor, cross: Tensor) -> tuple[Tensor, None]:
+        student, teacher = ctx.saved_tensors
+        return torch.baddbmm(cross @ teacher, own + own.mT, student), None
 
 
 def _gaussian(sigma2: float | None) -> _Form:

@@ -12,8 +12,8 @@ from kd_plugins.functional._common import Reduction, check_reduction, exact, no_
 
 __all__ = ["match_sharpness", "quest", "soft_assignment"]
 
-# Scores that live at a time, 16 MiB in float32; larger batches go in pieces.
-_SCORES = 2**22
+# Scores that live at a time, 4 MiB in float32, which a cache holds; larger batches go in pieces.
+_SCORES = 2**20
 _DOUBLINGS, _LEAST = 60, -80.0
 
 
@@ -156,12 +156,16 @@ class _WordKL(torch.autograd.Function):
         for start in range(0, len(x), step):
             piece = slice(start, start + step)
             # exp() of what underflows takes ten times as long as of what is as good as 0.
-            log_t = _target_scores(y[piece], words, temperature).log_softmax(1).clamp_min_(_LEAST)
-            log_s = (x[piece] @ w.mT).log_softmax(1)
-            p_t = log_t.exp()
-            total += log_t.sub_(log_s).mul_(p_t).sum()
+            t = _target_scores(y[piece], words, temperature)
+            t = t.sub_(t.amax(1, keepdim=True)).clamp_min_(_LEAST)
+            s = x[piece] @ w.mT
+            s -= s.amax(1, keepdim=True)
+            apart = t - s
+            sum_t, sum_s = t.exp_().sum(1, keepdim=True), s.exp_().sum(1, keepdim=True)
+            p_t = t.div_(sum_t)
+            total += apart.mul_(p_t).sum() + (sum_s / sum_t).log_().sum()
             if grad_x is not None and grad_w is not None:
-                slope = log_s.exp_().sub_(p_t)
+                slope = s.div_(sum_s).sub_(p_t)
                 torch.mm(slope, w, out=grad_x[piece])
                 grad_w.addmm_(slope.mT, x[piece])
         if gradient:

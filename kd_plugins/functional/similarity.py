@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from kd_plugins.functional._common import Reduction, check_reduction, exact, no_autocast, per_example, reduce
@@ -33,7 +34,7 @@ def feature_l2(student: Tensor, teacher: Tensor, *, reduction: Reduction = "mean
     """
     ours, theirs = _checked(student, teacher, reduction)
     with no_autocast(student):
-        return reduce(per_example((ours - theirs).square()), reduction)
+        return reduce(per_example(F.mse_loss(ours, theirs, reduction="none")), reduction)
 
 
 def feature_l1(student: Tensor, teacher: Tensor, *, reduction: Reduction = "mean") -> Tensor:
