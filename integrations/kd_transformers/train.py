@@ -161,6 +161,7 @@ class Session:
             data=self.data.source,
             teachers=[] if distillation.distill else self.teachers,
             predicts=not training.do_eval,
+            cached=distillation.cache_teacher,
         )
         if data.record:
             self.trainer.add_callback(self.recorder)
