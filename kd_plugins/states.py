@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -42,13 +43,23 @@ MANIFEST = "manifest.json"
 _PARTIAL = ".partial"
 
 
-def writing(path: str | Path) -> AbstractContextManager[None]:
-    """Says in one sentence that a file or a folder cannot be written, as of a full disk."""
+# What torch's writer, which tells of its own broken file and not of the disk, has in its errors.
+_TORCHS_WRITER = re.compile("inline_container|Parent directory|cannot be opened")
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Says in one sentence that a file or a folder cannot be written, as of a full disk; other faults stay."""
     from safetensors import SafetensorError
 
-    # torch's writer tells of its own broken file, and not of the disk.
-    errors = (OSError, RuntimeError, SafetensorError)
-    return told(f"{path} cannot be written", *errors, remedy="make room, or mend the rights of its folder.")
+    remedy = "make room, or mend the rights of its folder."
+    with told(f"{path} cannot be written", OSError, SafetensorError, remedy=remedy):
+        try:
+            yield
+        except RuntimeError as error:
+            if _TORCHS_WRITER.search(str(error)):
+                raise OSError(str(error)) from error
+            raise
 
 
 def taking_up(folder: str | Path) -> AbstractContextManager[None]:

@@ -140,7 +140,7 @@ def run(
         seconds: After how long it is killed.
 
     Returns:
-        The number of places that it passed, or -1 where it was killed or failed, and what it said.
+        The number of places that it passed, -1 where it was killed, -2 where it failed, and what it said.
     """
     reading, writing = os.pipe()
     log = folder.parent / "said.txt"
@@ -173,7 +173,8 @@ def run(
     _, status = os.waitpid(child, 0)
     told = os.read(reading, 20)
     os.close(reading)
-    return (-1 if status else int(told)), log.read_text(errors="replace")
+    failed = -1 if os.WIFSIGNALED(status) else -2
+    return (failed if status else int(told)), log.read_text(errors="replace")
 
 
 def left(folder: Path) -> dict[str, Any]:
@@ -231,7 +232,7 @@ def main(host: str, points: int, seed: int, shapes: list[str]) -> dict[str, Any]
                 whole.parent.mkdir()
                 began = time.monotonic()
                 places, said = run(host, words(host, shape, root, whole), whole)
-                if places == -1:
+                if places < 0:
                     raise RuntimeError(f"{shape} fails without a kill: {said[-2000:]}")
                 wholes[shape] = places, time.monotonic() - began, left(whole)
             places, took, expected = wholes[shape]
@@ -242,15 +243,18 @@ def main(host: str, points: int, seed: int, shapes: list[str]) -> dict[str, Any]
                 moment, size = draw.uniform(0.2, 1.0) * took, int(10 ** draw.uniform(0, 4))
                 how: dict[str, Any] = {"seconds": moment} if kind == "moment" else {"place": place}
                 how |= {"size": size} if kind == "middle" else {}
-                dead = run(host, argv, folder, **how)[0] == -1
-                killed += dead
-                kills += [how] if dead else []
-            ended, said = run(host, argv, folder)
-            now = left(folder) if ended != -1 else {}
+                ended, said = run(host, argv, folder, **how)
+                killed += ended == -1
+                kills += [how] if ended == -1 else []
+                if ended == -2:
+                    break
+            if ended != -2:
+                ended, said = run(host, argv, folder)
+            now = left(folder) if ended >= 0 else {}
             other = [name for name in {*expected, *now} if expected.get(name) != now.get(name)]
             if other:
                 lost.append({"shape": shape, "kills": kills, "files": sorted(other)[:5]})
-                lost[-1] |= {"said": said[-1500:]} if ended == -1 else {}
+                lost[-1] |= {"said": said[-1500:]} if ended < 0 else {}
             print(f"{point} {shape} {kills} {'lost' if other else 'equal'}", file=sys.stderr, flush=True)
     return {"shapes": len({*shapes[:points]}), "killed": killed, "equal": points - len(lost), "lost": lost}
 

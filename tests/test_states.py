@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 
 from kd_plugins import DistillError, states
 
@@ -128,7 +129,14 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 @pytest.mark.parametrize("said", [states.writing, states.taking_up])
 def test_what_a_file_does_is_told_and_what_a_program_does_wrong_is_not(said):
     # As torch's writer says of a full disk.
-    with pytest.raises(DistillError, match=r"a cannot be (written|read) \(RuntimeError: .*unexpected pos"), said("a"):
+    with pytest.raises(DistillError, match=r"a cannot be (written|read) \(\w+Error: .*unexpected pos"), said("a"):
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 13632 vs 13520")
     with pytest.raises(AttributeError), said("a"):
         raise AttributeError("'NoneType' object has no attribute 'step'")
+
+
+def test_torchs_writer_is_told_from_other_faults(tmp_path):
+    with pytest.raises(DistillError, match="x.pt cannot be written .*make room"), states.writing(tmp_path / "x.pt"):
+        torch.save({}, tmp_path / "gone" / "x.pt")
+    with pytest.raises(RuntimeError, match="out of memory"), states.writing("a"):
+        raise RuntimeError("CUDA error: out of memory")

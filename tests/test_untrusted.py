@@ -166,6 +166,13 @@ def test_a_record_that_is_a_link_out_of_its_folder_is_refused(name, tmp_path, ca
     assert not (run / "report.html").exists()
 
 
+def test_a_link_to_itself_is_no_file(tmp_path):
+    run = record(tmp_path / "run")
+    (run / "history.jsonl").unlink()
+    (run / "history.jsonl").symlink_to("history.jsonl")
+    assert kd_plugins_main(["report", str(run)]) == 0
+
+
 @pytest.mark.parametrize(
     "content", ["", "[]", "3", '"x"', "{", "[" * 100_000, '{"format": 9}', '{"student": 3}', "\x00", '{"results": "x"}']
 )

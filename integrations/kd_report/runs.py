@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -96,9 +97,11 @@ def load_run(folder: str | Path) -> Run:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DistillError(f"Expected the output folder of a run, got {folder}, which does not exist: mend the path.")
+        raise DistillError(f"Expected the output folder of a run, got {folder}, which is none: mend the path.")
     for name in (*_FILES, _TENSORS):
-        if (folder / name).is_symlink() and not (folder / name).resolve().is_relative_to(folder.resolve()):
+        # Path.resolve raises where a link leads to itself.
+        real = Path(os.path.realpath(folder / name))
+        if (folder / name).is_symlink() and not real.is_relative_to(os.path.realpath(folder)):
             raise DistillError(f"{folder / name} is a link out of the run's folder, which is not followed: remove it.")
     info, history = read_json(folder / "run.json") or {}, read_rows(folder / "history.jsonl")
     if not isinstance(info, Mapping):

@@ -8,7 +8,8 @@ import inspect
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import timm
@@ -119,12 +120,13 @@ def create_student(
     """
     check_model_name(args.model, flag)
     files = {"--initial-checkpoint": args.initial_checkpoint, "--pretrained-path": args.pretrained_path}
+    names: set[str] = set()
     for option, path in files.items():
         if path and not os.path.exists(path):
             raise DistillError(f"{option} {path} does not exist: mend the path.")
         if path:
-            with told(f"{option} {path} cannot be read", Exception, remedy="name a file of weights."):
-                load_state_dict(path)
+            with told(f"{option} {path} cannot be read", Exception, remedy="name a file of weights."), _silently():
+                names = set(load_state_dict(path))
     overlay = dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else {}
     overlay |= args.pretrained_cfg_overlay
     if args.fuser:
@@ -144,7 +146,7 @@ def create_student(
             _logger.info(f"Model {safe_model_name(args.model)} created, param count:{count}")
         config = data_config(model, vars(args), verbose=verbose)
     if args.pretrained_path:
-        _check_filled(model, resolved, args)
+        _check_filled(model, resolved, args, names)
     if args.initial_checkpoint:
         remedy = "name a checkpoint of that model."
         with told(
@@ -171,15 +173,31 @@ def create_student(
     return model.to(model_dtype(args)), config
 
 
-def _check_filled(model: nn.Module, resolved: Mapping[str, Any], args: argparse.Namespace) -> None:
+@contextmanager
+def _silently() -> Iterator[None]:
+    """What is read a second time is not told of again."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _check_filled(
+    model: nn.Module, resolved: Mapping[str, Any], args: argparse.Namespace, names: Collection[str]
+) -> None:
     """Refuses a file that leaves weights before the classifier as they are drawn: timm takes what has a place.
+
+    One that has more than the model is told of, as timm does without their number.
 
     Args:
         model: The model with the file's weights.
         resolved: What it was made with.
         args: Parsed arguments.
+        names: Of the weights in the file.
     """
-    with undisturbed(gpu=True):
+    with undisturbed(gpu=True), _silently():
         # A second time the file gives the same weights, and the random stream others.
         again = dict(timm.create_model(pretrained=True, **resolved).named_parameters())
     heads = model.pretrained_cfg.get("classifier") or ()
@@ -190,6 +208,13 @@ def _check_filled(model: nn.Module, resolved: Mapping[str, Any], args: argparse.
         raise DistillError(
             f"--pretrained-path {args.pretrained_path} has no weights for {len(left)} layers of {args.model}, such as"
             f" {left[0]}: it is of another model."
+        )
+    more = sorted(set(names) - set(model.state_dict()))
+    # Under names of its own, which timm translates, nothing can be said.
+    if more and all(name in names or name.startswith(heads) for name in model.state_dict()):
+        _logger.warning(
+            f"--pretrained-path {args.pretrained_path} fills {args.model} and has {len(more)} tensors more, such as"
+            f" {more[0]}, which are left out: it may be of another model."
         )
 
 
@@ -254,7 +279,9 @@ def create_criterion(args: argparse.Namespace) -> nn.Module:
     return OneLogit(criterion) if one_logit else criterion
 
 
-def create_task(args: argparse.Namespace, student: nn.Module, device: torch.device) -> TrainingTask | None:
+def create_task(
+    args: argparse.Namespace, student: nn.Module, criterion: nn.Module, device: torch.device
+) -> TrainingTask | None:
     """timm's own distillation, as `--kd-model-name` and its like describe it; None without them."""
     if args.kd_model_name is None:
         return None
@@ -263,7 +290,7 @@ def create_task(args: argparse.Namespace, student: nn.Module, device: torch.devi
     check_model_name(args.kd_model_name, "--kd-model-name")
     kind, names = TASK_ARGUMENTS[args.kd_distill_type]
     options = {name: getattr(args, flag) for name, flag in names.items()}
-    common: dict[str, Any] = dict(criterion=create_criterion(args), device=device, dtype=model_dtype(args))
+    common: dict[str, Any] = dict(criterion=criterion, device=device, dtype=model_dtype(args))
     with told(f"--kd-model-name {args.kd_model_name} does not fit", Exception):
         return kind(student_model=student, teacher_model=args.kd_model_name, **options, **common)
 
@@ -298,8 +325,8 @@ def resolve_learning_rate(args: argparse.Namespace, processes: int, mean_batch: 
     ratio = batch / args.lr_base_size
     args.lr = args.lr_base * (ratio**0.5 if args.lr_base_scale == "sqrt" else ratio)
     _logger.info(
-        f"Learning rate ({args.lr}) calculated from base learning rate ({args.lr_base}) and global batch size ({batch})"
-        f" with {args.lr_base_scale} scaling."
+        f"Learning rate ({args.lr}) calculated from base learning rate ({args.lr_base}) and effective global batch size"
+        f" ({batch:g}) with {args.lr_base_scale} scaling."
     )
 
 

@@ -133,8 +133,9 @@ class TeacherCache:
             "classes": _digest([args.num_classes, classes]),
             "precision": f"{args.device} {args.amp_dtype if args.amp else 'float32'}",
         }
-        self.top, self.temperature = args.cache_top_k, float(getattr(distiller, "temperature", None) or 1.0)
+        self.top, self.temperature = args.cache_top_k, 1.0
         if self.top and self.top < args.num_classes:
+            self.temperature = _temperature(distiller, len(args.teacher))
             self.facts["top k"] = f"{self.top} at temperature {self.temperature:g}"
         root = Path(args.cache_teacher)
         self.folder = root / _digest(self.facts)[:16]
@@ -363,6 +364,18 @@ def _check_fit(distiller: Distiller, teachers: int) -> None:
         raise DistillError(
             f"--cache-teacher follows the training stream, and {distiller.name} reads others too: leave it out."
         )
+
+
+def _temperature(distiller: Distiller, teachers: int) -> float:
+    """That at which a method reads the highest of the teachers' scores; refuses one that reads all of them."""
+    reads = [needs.of_teacher(i) for needs in needs_of_stages(distiller) for i in range(teachers)]
+    found = {one.softened for one in reads if one.logits}
+    if len(found) > 1 or None in found:
+        raise DistillError(
+            f"--cache-top-k keeps the highest of a teacher's scores, which a softmax at one temperature reads, as kd's,"
+            f" and {distiller.name} reads them all: leave --cache-top-k out."
+        )
+    return found.pop() or 1.0 if found else 1.0
 
 
 def _digest(value: Any) -> str:

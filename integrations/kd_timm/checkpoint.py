@@ -101,6 +101,11 @@ class Checkpoints:
         if self.best == (metric, epoch):
             copy_file(self.folder / "last.safetensors", self.folder / "model_best.safetensors")
 
+    def told(self) -> str:
+        """What is kept, the best first, as timm's saver tells it."""
+        kept = "".join(f" {(str(self._path(epoch)), metric)}\n" for metric, epoch in self.kept)
+        return f"Current checkpoints:\n{kept}"
+
     def restart(self) -> None:
         """Forgets the epochs so far: they belong to another student."""
         for _, epoch in self.kept:

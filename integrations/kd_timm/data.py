@@ -400,9 +400,17 @@ def create_data(
         length = args.naflex_max_seq_len
         return create_naflex_loader(dataset, patch_size=patch_size, max_seq_len=length, batch_size=size, **options)
 
+    if args.naflex_loader:
+        _logger.info("Using NaFlex loader")
+        sizes = args.naflex_patch_sizes
+        _logger.info(f"Using variable patch sizes: {sizes}" if sizes else f"Using model patch size: {patch_size}")
     empty = torch.empty(args.batch_size, 0, device=device)
     training = loader(train) if train is not None else [(empty, empty)] * args.epoch_updates * args.grad_accum_steps
-    mean_batch = training.batch_sampler.average_batch_size if args.train_img_sizes else args.batch_size
+    mean_batch = args.batch_size
+    if args.train_img_sizes:
+        scheduled = training.batch_sampler
+        mean_batch = scheduled.average_batch_size
+        _tell_sizes(args, scheduled)
     return Data(
         train=training,
         evaluation=plainly(evaluation),
@@ -414,6 +422,22 @@ def create_data(
         staged=staged,
         other=plainly(_other_kind(args, config["input_size"][0])),
         replayed=replayed,
+    )
+
+
+def _tell_sizes(args: argparse.Namespace, scheduled: Any) -> None:
+    """The lines of timm's script about images of several sizes."""
+    _logger.info(
+        f"Using scheduled training resolutions {args.train_img_sizes} with batch sizes {scheduled.batch_sizes}."
+    )
+    if args.train_size_schedule == "progressive":
+        _logger.info(
+            f"Using progressive resolution schedule over {args.epochs} epochs with"
+            f" spread={args.train_size_schedule_spread} and random_mix={args.train_size_random_mix}."
+        )
+    _logger.info(
+        f"Scheduled loader has {len(scheduled)} batches/epoch using policy-average batch size"
+        f" {scheduled.average_batch_size:.2f}."
     )
 
 

@@ -69,6 +69,17 @@ class Parts(TrainingRun):
             raise DistillError(f"--ood-dataset reads the uncertainty of a softmax, and {flag} trains none: drop one.")
         self.accelerator = accelerator = create_accelerator(args)
         self.primary, self.processes = accelerator.is_main_process, accelerator.num_processes
+        if self.processes > 1:
+            place = f"Process {accelerator.process_index}, total {self.processes}, device {accelerator.device}."
+            _logger.info(f"Training in distributed mode with multiple processes, 1 device per process.{place}")
+        else:
+            _logger.info(f"Training with a single process on 1 device ({accelerator.device}).")
+        if not self.primary:
+            # What the first process tells of the run, timm's own lines included.
+            for name in ("kd_timm", "timm"):
+                logging.getLogger(name).setLevel(logging.ERROR)
+        if args.model_dtype == "float16":
+            _logger.warning("float16 is not recommended for training, for half precision bfloat16 is recommended.")
         # A file is a checkpoint of timm's script, a folder what this one leaves.
         self.checkpoint = args.resume if os.path.isfile(args.resume) else None
         if self.checkpoint and args.distill:
@@ -95,8 +106,16 @@ class Parts(TrainingRun):
         if args.sync_bn and self.processes > 1:
             args.dist_bn = ""
             self.student = convert_sync_batchnorm(self.student)
+            _logger.info(
+                "Converted model to use Synchronized BatchNorm. WARNING: You may have issues if using zero initialized"
+                " BN layers (enabled by default for ResNets) while sync-bn enabled."
+            )
         if not args.naflex_loader:
             check_size(self.student, args, config, accelerator.device)
+        if args.amp:
+            _logger.info("Using native Torch AMP. Training in mixed precision.")
+        else:
+            _logger.info(f"AMP not enabled. Training in {model_dtype(args)}.")
         datasets = create_datasets(args, config["input_size"][0], data_free)
         classes = datasets[2]
         if classes is not None and max(args.num_classes, 2) < len(classes):
@@ -152,7 +171,11 @@ class Parts(TrainingRun):
                 " average of its projection too: leave --recovery-interval and --checkpoint-format out, and name an"
                 " output folder to --resume."
             )
-        self.task = create_task(args, self.student, accelerator.device)
+        self.criterion = create_criterion(args).to(accelerator.device)
+        self.task = create_task(args, self.student, self.criterion, accelerator.device)
+        if self.task is None and distillation is None:
+            # What such a run is a case of, without being one: the line names the loss.
+            _logger.info(f"ClassificationTask: criterion={type(self.criterion).__name__}")
         model: Any = self.student if self.task is None else self.task.get_trainable_module()
         optimizer = create_optimizer(args, model)
         defaults = ", ".join(
@@ -181,15 +204,17 @@ class Parts(TrainingRun):
             # The script shares the student's weights; Accelerate wraps the forward of a module that is none.
             model = nn.Sequential(torch.jit.script(model))
         if args.torchcompile:
+            _logger.info(f"Compiling task components with backend={args.torchcompile}, mode={args.torchcompile_mode}")
             with told("--torchcompile", RuntimeError):
                 model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
+        if self.processes > 1:
+            _logger.info("Preparing task for distributed training")
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         if distillation is None:
             # The loss is computed in the precision of the scores, as in timm's script.
             accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         if self.task is not None:
             self.task.trainable_module = self.model
-        self.criterion = create_criterion(args).to(accelerator.device)
         self.step = PlainStep(self)
         if distillation is not None:
             distillation.begin(self)

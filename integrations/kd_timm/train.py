@@ -125,12 +125,14 @@ class Session(Parts):
         self.updates += self.updates_per_epoch
         rate = self.rate
         if self.processes > 1 and args.dist_bn in ("broadcast", "reduce"):
+            self.reporter.line("Distributing BatchNorm running means and vars")
             # The processes cannot exchange what --model-ema-force-cpu keeps from their devices.
             for model in filter(None, (self.student, None if args.model_ema_force_cpu else self.ema)):
                 distribute_bn(model, self.processes, args.dist_bn == "reduce")
             if self.distillation is not None:
                 self.distillation.player.average_buffers()
         if (epoch + 1) % args.val_interval and epoch + 1 not in (self.epochs, self.last, *args.save_epochs):
+            self.reporter.line("Skipping eval and checkpointing ")
             if self.primary:
                 self.recorder.epoch(epoch, training, {}, rate)
             if self.scheduler is not None:
@@ -149,12 +151,15 @@ class Session(Parts):
             self.checkpoints.save(self.evaluated, epoch, metric)
             if args.checkpoint_format == "both" and self.saver is not None:
                 self.saver.save_checkpoint(epoch, metric)
+            elif (metric, epoch) in self.checkpoints.kept:
+                self.reporter.line(self.checkpoints.told())
         self.told.append({"epoch": epoch, "train": training} | ({"validation": evaluation} if evaluation else {}))
         self._save(epoch + 1)
         if epoch + 1 in args.save_epochs and self.primary:
             milestone = self.folder / f"milestone-{epoch + 1}"
             with writing(milestone):
                 shutil.copytree(self.folder / "state", milestone, dirs_exist_ok=True)
+            self.reporter.line(f"Saved milestone checkpoint {milestone}")
 
     def _save(self, epoch: int) -> None:
         save_state(self, epoch)
@@ -223,7 +228,7 @@ class Session(Parts):
 
         def place(row: Mapping[str, Any]) -> tuple[float, float]:
             metrics = {"epoch": row["epoch"]} | row.get("validation", row["train"])
-            return rank((metrics[self.metric], row["epoch"]), self.checkpoints.decreasing)
+            return rank((metrics[self.metric], -row["epoch"]), self.checkpoints.decreasing)
 
         print(f"--result\n{json.dumps(sorted(self.told, key=place)[:10][::-1], indent=4)}")
 

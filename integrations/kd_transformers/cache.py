@@ -329,11 +329,15 @@ def _note_of(dataset: Any) -> list[dict[str, Any]]:
 
 def loaded_where_read(teachers: Sequence[nn.Module], distiller: Distiller) -> list[nn.Module]:
     """The teachers; those of which a method reads more than logits are loaded."""
-    needs = needs_of_stages(distiller)
     return [
-        teacher.load() if isinstance(teacher, Absent) and any(n.of_teacher(i).taps for n in needs) else teacher
+        teacher.load() if isinstance(teacher, Absent) and reads_layers(distiller, i) else teacher
         for i, teacher in enumerate(teachers)
     ]
+
+
+def reads_layers(distiller: Distiller, number: int) -> bool:
+    """Whether a method reads more of the teacher with this number than its logits, in any stage."""
+    return any(needs.of_teacher(number).taps for needs in needs_of_stages(distiller))
 
 
 def cached_logits(cached: Dataset) -> list[np.ndarray]:

@@ -16,7 +16,7 @@ from kd_plugins.reading.network import adapt
 from kd_report.predictions import predicted_maps
 from kd_report.record import MOST_AT_ONCE, SHARE, RunRecord, rows_to_analyse, some_rows
 from kd_report.uncertainty import Doubts
-from kd_transformers.cache import Absent
+from kd_transformers.cache import Absent, reads_layers
 from kd_transformers.checks import class_order, task_of
 from kd_transformers.columns import with_padding
 from kd_transformers.compat import on_device, used_columns
@@ -61,6 +61,7 @@ class RecordCallback(UpdateTimer):
         settings: What else the report shows; by default the training arguments that differ from their defaults.
         predicts: Whether to ask the networks for their predictions; a script that has asked them gives `finish` what
             they said.
+        cached: Whether a cache stands for the teachers whose logits alone are read.
     """
 
     def __init__(
@@ -73,11 +74,13 @@ class RecordCallback(UpdateTimer):
         teachers: Sequence[nn.Module] = (),
         settings: Mapping[str, Any] | None = None,
         predicts: bool = True,
+        cached: bool = False,
     ) -> None:
         super().__init__()
         # One of the user's own takes the place of that which a DistillationTrainer has by itself.
         trainer.remove_callback(RecordCallback)
         self.trainer, self.teachers, self.predicts = trainer, tuple(teachers), predicts
+        self.cached = cached
         self.host, self.names, self.data, self.settings = host, names, data, settings
         self.record: RunRecord | None = None
         self.stopped = False
@@ -160,13 +163,17 @@ class RecordCallback(UpdateTimer):
     def _nets(self) -> Nets:
         nets = getattr(self.trainer, "_nets", None)
         if nets is not None:
-            loaded = [net for net in nets.teachers if not isinstance(net.module, Absent)]
-            return Nets(nets.student, loaded, nets.peers[1:])
+            shown = [net for i, net in enumerate(nets.teachers) if not self._hidden(net, i)]
+            return Nets(nets.student, shown, nets.peers[1:])
         student = self.trainer.model
         taught = [
             Net(adapt(teacher), Reads, frozen=True, order=class_order(student, teacher)) for teacher in self.teachers
         ]
         return Nets(Net(adapt(student), Reads), taught)
+
+    def _hidden(self, net: Net, number: int) -> bool:
+        """Whether a teacher is left out: one that the cache stands for, also in the run that fills it."""
+        return isinstance(net.module, Absent) or (self.cached and not reads_layers(self._distiller, number))
 
     def _analyse(self, phase: str) -> None:
         assert self.record is not None  # noqa: S101

@@ -159,6 +159,7 @@ class Session:
             data=self.data.source,
             teachers=[] if distillation.distill else self.teachers,
             predicts=not training.do_eval,
+            cached=distillation.cache_teacher,
         )
         self.timer = self.recorder if data.record else UpdateTimer()
         self.trainer.add_callback(self.timer)

@@ -170,7 +170,7 @@ class Internal(Distiller):
         layers, labels = self._phase()
         student, teacher = self._reads(layers)
         if labels:
-            return Needs(student | Reads(), teacher | Reads())
+            return Needs(student | Reads(), teacher | Reads(softened=self.temperature))
         cut = (layers[-1] - 1,) if self.freeze_lower and layers[-1] > 1 else ()
         return Needs(student | Reads(False, cut=cut), teacher)
 

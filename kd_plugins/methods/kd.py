@@ -9,7 +9,7 @@ from kd_plugins.catalog.paper import Paper
 from kd_plugins.catalog.values import Positive, Share
 from kd_plugins.distiller import Distiller, Terms
 from kd_plugins.reading.scores import class_scores
-from kd_plugins.reading.view import Batch, View
+from kd_plugins.reading.view import Batch, Needs, Reads, View
 
 __all__ = ["KD", "soft_labels"]
 
@@ -71,6 +71,9 @@ class KD(Distiller):
     @property
     def task_weight(self) -> float:  # type: ignore[override]
         return 1 - self.alpha
+
+    def needs(self) -> Needs:
+        return Needs(teacher=Reads(softened=None if self.standardize else self.temperature))
 
     def loss(self, student: View, teacher: View, batch: Batch) -> Terms:
         term = soft_labels(student, teacher, batch, self.temperature, self.standardize)

@@ -17,7 +17,7 @@ from kd_plugins.errors import DistillError
 from kd_plugins.methods.kd import KD
 from kd_plugins.reading.nets import Nets
 from kd_plugins.reading.scores import class_scores
-from kd_plugins.reading.view import Batch, View
+from kd_plugins.reading.view import Batch, Needs, View
 
 __all__ = ["Noisy"]
 
@@ -74,6 +74,9 @@ class Noisy(KD):
             self.teachers = 0
             if fickle or logit_sigma:
                 raise DistillError("alpha=0 takes no teacher: leave fickle and logit_sigma out, or give alpha a value.")
+
+    def needs(self) -> Needs:
+        return Needs() if self.logit_sigma else super().needs()
 
     def setup(self, nets: Nets, batch: Batch) -> None:
         if not (self.fickle or self.sigma or self.messy or self.logit_sigma):

@@ -58,6 +58,8 @@ class Reads:
         hidden: Layer outputs of a transformer by number, 0 for the embeddings, 1 to n for the layers.
         attentions: Attention distributions of a transformer by layer number, 1 to n.
         cut: Transformer layers, 0 for the embeddings, through whose output no gradient flows back.
+        softened: The temperature of a loss that compares the scores in one softmax and asks nothing else of them, so
+            that the highest, with the rest as one class, will do (`class_scores(..., temperature)`).
     """
 
     logits: bool = True
@@ -65,6 +67,7 @@ class Reads:
     hidden: tuple[int, ...] = ()
     attentions: tuple[int, ...] = ()
     cut: tuple[int, ...] = ()
+    softened: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("features", "hidden", "attentions", "cut"):
@@ -77,12 +80,14 @@ class Reads:
         def union(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...]:
             return tuple(dict.fromkeys((*a, *b)))
 
+        softened = {reads.softened for reads in (self, other) if reads.logits}
         return Reads(
             self.logits or other.logits,
             union(self.features, other.features),
             union(self.hidden, other.hidden),
             union(self.attentions, other.attentions),
             union(self.cut, other.cut),
+            softened.pop() if len(softened) == 1 else None,
         )
 
     @property

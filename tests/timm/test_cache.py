@@ -289,10 +289,12 @@ def test_several_teachers(run, teacher, loads, tmp_path):
     assert load_file(file)["logits"].shape == (256, 2, 10)
 
 
-def test_the_highest_scores_stand_for_all(run, teacher, tmp_path):
+def test_the_highest_scores_stand_for_all(run, teacher, tmp_path, monkeypatch):
     words = [*AUGMENTED.split(), *teacher, "--cache-teacher", str(tmp_path / "cache"), "--epochs", "1"]
     run(*words, "--cache-top-k", "3")
     (file,) = tmp_path.glob("cache/*/view-0-0.safetensors")
     assert {k: list(v.shape) for k, v in load_file(file).items()} == {"logits": [256, 1, 4], "classes": [256, 1, 3]}
-    with pytest.raises(DistillError, match="the 3 highest of the teacher's scores"):
-        run(*words, "--distill", "dkd", "--distill-args", "temperature=4", "--cache-top-k", "3")
+    monkeypatch.setattr(cache, "_scores", lambda *a: pytest.fail("asked"))
+    for method, *options in (["dkd"], ["kd+dist"], ["kd", "standardize=true"], ["noisy", "logit_sigma=1"]):
+        with pytest.raises(DistillError, match="reads them all: leave --cache-top-k out"):
+            run(*words, "--distill", method, "--distill-args", *options, "--cache-top-k", "2")
