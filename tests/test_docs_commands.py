@@ -29,7 +29,7 @@ from kd_transformers.train import main as transformers_main
 
 ROOT = Path(__file__).parents[1]
 CLASSES = 10
-TIMM = "--device cpu -j 0 -b 4 -vb 100 --log-interval 100 --val-interval 100".split()
+TIMM = "--device cpu -j 0 -b 4 --log-interval 100 --val-interval 100".split()
 # What has stages: they take an epoch or two each.
 EPOCHS = {"search_epochs": "7", "search_only": "4", "distill internal": "4", "distill ksanc": "2"}
 TRANSFORMERS = (
@@ -118,12 +118,13 @@ def test_timm_commands(page, data, weights, tmp_path, monkeypatch):
             argv += ["--epoch-updates", "1"]
             _narrow(argv)
         argv += ["--epochs", next((epochs for word, epochs in EPOCHS.items() if word in line), "1")]
-        if "hfds" not in line and not {"--data-dir", "--train-split", "--epoch-updates"} & {*argv}:  # the digits
-            argv += ["--train-split", "train[:64]"]
+        digits = "hfds" not in line and not {"--data-dir", "--epoch-updates"} & {*argv}
+        rows = ["--train-split", "train[:64]"] if digits and "--train-split" not in argv else []
+        rows += ["-vb", "100"] if digits else []
         size = ["--img-size", "32" if "dfa" in line else "64"]
         size = [] if any(word in line for word in ("patch16_224", "cifar_", "lenet")) else size
         folder = [] if "--output" in argv else ["--output", "output", "--experiment", str(i)]
-        assert timm_main([*argv, *TIMM, *size, *folder, "--num-classes", str(CLASSES)]) == 0, line
+        assert timm_main([*argv, *TIMM, *rows, *size, *folder, "--num-classes", str(CLASSES)]) == 0, line
         fresh_accelerate()
     assert len(list(tmp_path.rglob("results.json"))) == len(lines)
 
