@@ -763,7 +763,7 @@ def test_command(tmp_path, capsys):
     assert main([str(run), str(run), "-o", str(tmp_path / "out" / "both.html")]) == 0
     assert (tmp_path / "out" / "both.html").is_file()
     assert kd_plugins_main(["report", str(tmp_path / "missing")]) == 2
-    assert "does not exist" in capsys.readouterr().err
+    assert "is no folder" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     with pytest.raises(DistillError, match=r"run\.json or history\.jsonl"):
         load_run(tmp_path / "empty")

@@ -97,7 +97,7 @@ def load_run(folder: str | Path) -> Run:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DistillError(f"Expected the output folder of a run, got {folder}, which is none: mend the path.")
+        raise DistillError(f"Expected the output folder of a run, got {folder}, which is no folder: mend the path.")
     for name in (*_FILES, _TENSORS):
         # Path.resolve raises where a link leads to itself.
         real = Path(os.path.realpath(folder / name))
