@@ -44,14 +44,16 @@ def on_processes(count: int, *words: str, timeout: float = 300) -> str:
         for run in runs:
             run.start()
         end = time.monotonic() + timeout
-        # The others wait for one that has failed.
-        while any(run.exitcode is None for run in runs) and not any(run.exitcode for run in runs):
-            if not wait([run.sentinel for run in runs if run.exitcode is None], max(end - time.monotonic(), 0)):
-                break
-        codes = [run.exitcode for run in runs]
-        for run in runs:
-            run.kill()
-            run.join()
+        try:
+            # The others wait for one that has failed.
+            while any(run.exitcode is None for run in runs) and not any(run.exitcode for run in runs):
+                if not wait([run.sentinel for run in runs if run.exitcode is None], max(end - time.monotonic(), 0)):
+                    break
+            codes = [run.exitcode for run in runs]
+        finally:
+            for run in runs:
+                run.kill()
+                run.join()
         said = "".join(file.read_text(errors="replace")[-100_000:] for file in files if file.exists())
     assert codes == [0] * count, f"{codes}: {said[-6000:]}"
     return said
