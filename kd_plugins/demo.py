@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -158,13 +158,17 @@ def play(parts: Mapping[Path, Part], console: Console, seeds: Sequence[int] = SE
         console.print(f"[bold]python -m {script}[/bold] {shlex.join(words)}", highlight=False, soft_wrap=True)
         run(script, words, folder / f"{name}.log", cores // at_once)
 
-    with ThreadPoolExecutor(at_once) as pool:
+    pool = ThreadPoolExecutor(at_once)
+    try:
         lines = {folder: commands(part, folder, seeds) for folder, part in parts.items()}
         # The teachers come first, so that no student waits in the place that its teacher needs.
         teachers = {folder: pool.submit(one, folder, "teacher", own.pop("teacher")) for folder, own in lines.items()}
         students = [pool.submit(one, f, name, own[name], teachers[f]) for f, own in lines.items() for name in own]
-        for done in (*teachers.values(), *students):
+        for done in as_completed((*teachers.values(), *students)):
             done.result()
+    finally:
+        # After a failure, or Ctrl-C, nobody waits for trainings that have not begun.
+        pool.shutdown(cancel_futures=True)
 
 
 def commands(part: Part, folder: Path, seeds: Sequence[int] = SEEDS) -> dict[str, list[str]]:

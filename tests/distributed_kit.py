@@ -34,7 +34,10 @@ def torchrun(*words: str, timeout: int = 300) -> str:
 
 
 def on_processes(count: int, *words: str, timeout: float = 300) -> str:
-    """Runs `python WORDS` on processes of one thread each with torchrun's environment, and gives what they printed."""
+    """Runs `python WORDS` on processes of one thread each with torchrun's environment, and gives what they printed.
+
+    They have the same order of sets and the environment of the first call, unlike those of `torchrun`.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -44,14 +47,16 @@ def on_processes(count: int, *words: str, timeout: float = 300) -> str:
         for run in runs:
             run.start()
         end = time.monotonic() + timeout
-        # The others wait for one that has failed.
-        while any(run.exitcode is None for run in runs) and not any(run.exitcode for run in runs):
-            if not wait([run.sentinel for run in runs if run.exitcode is None], max(end - time.monotonic(), 0)):
-                break
-        codes = [run.exitcode for run in runs]
-        for run in runs:
-            run.kill()
-            run.join()
+        try:
+            # The others wait for one that has failed.
+            while any(run.exitcode is None for run in runs) and not any(run.exitcode for run in runs):
+                if not wait([run.sentinel for run in runs if run.exitcode is None], max(end - time.monotonic(), 0)):
+                    break
+            codes = [run.exitcode for run in runs]
+        finally:
+            for run in runs:
+                run.kill()
+                run.join()
         said = "".join(file.read_text(errors="replace")[-100_000:] for file in files if file.exists())
     assert codes == [0] * count, f"{codes}: {said[-6000:]}"
     return said
@@ -71,7 +76,9 @@ def _one(rank: int, count: int, port: int, words: tuple[str, ...], file: str) ->
     os.environ |= environment | ({key: str(value) for key, value in place.items()} if count > 1 else {})
     torch.set_num_threads(1)
     os.fsync = lambda handle: None  # as in conftest.py
-    np.random.seed()  # Python seeds its own stream after a fork.
+    # Every process has random streams of its own, as where each is started; Python sees to its own after a fork.
+    np.random.seed()
+    torch.seed()
     if words[0] == "-m":
         sys.argv = list(words[1:])
         sys.path[:0] = [str(HERE), str(HERE / "timm")]

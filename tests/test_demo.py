@@ -56,8 +56,35 @@ def test_students_wait_for_their_teacher_and_for_no_other(tmp_path, monkeypatch)
 
     monkeypatch.setattr(demo, "run", run)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     demo.play({images: demo.PARTS["images"], text: demo.PARTS["text"]}, Console(file=io.StringIO()), seeds=[0, 1])
     assert len(over) == len(set(over)) == 2 + 2 * (4 + 3)
+
+
+def test_after_a_failure_no_training_begins(tmp_path, monkeypatch):
+    images, text = tmp_path / "images", tmp_path / "text"
+    stopped, begun, end = threading.Event(), [], demo.ThreadPoolExecutor.shutdown
+
+    class Pool(demo.ThreadPoolExecutor):
+        def shutdown(self, wait=True, *, cancel_futures=False):
+            end(self, wait=False, cancel_futures=cancel_futures)
+            stopped.set()
+            end(self, wait=wait)
+
+    def run(script, words, log, threads):
+        begun.append(log)
+        if log.parent == images:
+            raise DistillError("no room")
+        assert stopped.wait(60)
+
+    monkeypatch.setattr(demo, "run", run)
+    monkeypatch.setattr(demo, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(DistillError, match="no room"):
+        demo.play({images: demo.PARTS["images"], text: demo.PARTS["text"]}, Console(file=io.StringIO()))
+    # The text's teacher ran then, and a student may have waited for it.
+    assert len(begun) <= 3
 
 
 def test_a_run_that_fails_is_told_by_the_last_line_of_its_log(tmp_path):

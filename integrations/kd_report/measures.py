@@ -127,7 +127,7 @@ def predictions(found: Mapping[str, Mapping[str, Tensor]], classes: int) -> tupl
             if "confidence" in values:
                 means["ece"], arrays[f"{name}/reliability"] = calibration(1 - values["confidence"], correct)
             if "total" in values and values["total"].isfinite().all():
-                kept = torch.linspace(1, len(labels), min(len(labels), _SHARES)).round().long()
+                kept = torch.linspace(1, len(labels), min(len(labels), _SHARES), dtype=torch.float64).round().long()
                 error = rejection(~correct, values["total"])[kept - 1]
                 arrays[f"{name}/rejection"] = torch.stack([kept / len(labels), error], 1).float()
             if classes <= _CLASSES and predicted.max() < classes:

@@ -45,7 +45,6 @@ class Paragraph(NamedTuple):
     file: str
 
 
-@cache
 def load_docstrings(packages: int = 12, validation: float = 0.2, root: str | Path | None = None) -> DatasetDict:
     """The paragraphs of the docstrings of the largest packages, labelled by package, split by file.
 
@@ -64,6 +63,13 @@ def load_docstrings(packages: int = 12, validation: float = 0.2, root: str | Pat
         Splits `train` and `validation` with the columns `text`, `label` (a `ClassLabel`) and `file`, rows in a fixed
         mixed order.
     """
+    # Each caller gets data sets of its own, which it may change.
+    return _splits(packages, validation, root).with_format(None)
+
+
+@cache
+def _splits(packages: int, validation: float, root: str | Path | None) -> DatasetDict:
+    """Reading the library takes seconds; a process does it once."""
     paragraphs = read_docstrings(Path(root or sysconfig.get_path("stdlib")))
     counts = Counter(p.package for p in paragraphs)
     files = {name: Counter(p.file for p in paragraphs if p.package == name) for name in counts}

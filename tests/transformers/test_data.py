@@ -76,6 +76,8 @@ def test_docstrings_are_the_same_every_time(tmp_path):
     for split in ("train", "validation"):
         assert first[split].to_dict() == again[split].to_dict()
         assert len(first[split]) > 0
+    del again["train"]
+    assert "train" in load_docstrings(root=tmp_path / "two")
 
 
 def test_docstrings_leave_out_tests_doctests_and_what_two_packages_share(tmp_path):
