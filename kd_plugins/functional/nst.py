@@ -188,10 +188,15 @@ def _poly(c: float, d: int, eps: float) -> _Form:
 class _InnerProducts(torch.autograd.Function):
     """`S S^T` and `S T^T`; the gradient for S is two products, where autograd takes three and two sums of maps."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(student, teacher)
+    def forward(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         return student @ student.mT, student @ teacher.mT
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, own: Tensor, cross: Tensor) -> tuple[Tensor, None]:
