@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from datasets import disable_progress_bars
 from transformers import DataCollatorWithPadding, EvalPrediction, Trainer, TrainerCallback, set_seed
+from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
 
 from kd_accelerate.command import Stopped, run_command, signals
@@ -466,7 +467,7 @@ class Session:
 
     def _evaluate(self) -> None:
         trainer, problem = self.trainer, self.labels.problem
-        predicted = trainer.predict(self.evaluation_set, metric_key_prefix="eval")
+        predicted = _predict(trainer, self.evaluation_set)
         if not self.trainer.allow_nonfinite:
             check_loss(predicted.metrics["eval_loss"])
         metrics: dict[str, Any] = {**predicted.metrics, "eval_samples": len(predicted.label_ids)}
@@ -509,7 +510,7 @@ class Session:
         other: Mapping[str, Doubts] = {}
         if self.other_set is not None:
             told = self._told(self.other_set) if self.teachers else []
-            other = self._answers(logits_of(self.trainer.predict(self.other_set).predictions), told, None).found()
+            other = self._answers(logits_of(_predict(self.trainer, self.other_set).predictions), told, None).found()
         prefixes = {"student": "eval_", "teacher": "eval_teacher_"}
         return {
             f"{prefixes[who]}{name}": value
@@ -532,9 +533,18 @@ class Session:
             unscheduled = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
             args = dataclasses.replace(self.arguments.training, **quiet, **unscheduled)
             trainers = [Trainer(model=t, args=args, data_collator=self.collate) for t in self.teachers]
-            logits = [logits_of(trainer.predict(rows).predictions) for trainer in trainers]
+            logits = [logits_of(_predict(trainer, rows).predictions) for trainer in trainers]
         orders = [class_order(self.student, teacher) for teacher in self.teachers]
         return [x if order is None else x[:, list(order)] for x, order in zip(logits, orders, strict=True)]
+
+
+def _predict(trainer: Trainer, rows: Any) -> PredictionOutput:
+    """What a network says of some rows, in their order: grouped by length, an evaluation would have another."""
+    strategy, trainer.args.train_sampling_strategy = trainer.args.train_sampling_strategy, "random"
+    try:
+        return trainer.predict(rows, metric_key_prefix="eval")
+    finally:
+        trainer.args.train_sampling_strategy = strategy
 
 
 def _trainer(**options: Any) -> Resumable:
