@@ -68,6 +68,7 @@ def class_scores(student: View, teacher: View, batch: Batch, temperature: float 
         batch: Its task, labels, mask and ignored label.
         temperature: Of a loss between two softmaxes that asks nothing but how far they are apart. Where a cache holds
             the highest of the teacher's scores, it gets these with the rest as one class; other losses need them all.
+            A method says so in its needs, `Needs(teacher=Reads(softened=temperature))`.
 
     Raises:
         DistillError: Scores of different classes or positions.
