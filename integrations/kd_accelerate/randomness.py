@@ -18,7 +18,7 @@ def random_state(*, gpu: bool = False) -> dict[str, Any]:
     name, keys, *rest = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
-        "numpy": [name, keys.tolist(), *rest],
+        "numpy": [name, np.asarray(keys).tolist(), *rest],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if gpu and torch.cuda.is_available() else None,
     }
