@@ -2,8 +2,9 @@
 
 `python tests/kill_worker.py timm|transformers POINTS SEED [SHAPE ...]` prints `{"shapes", "killed", "equal", "lost"}`
 as JSON; the points are shared out to the shapes of methods in turn. A run is killed where it opens, renames or removes
-something in its folder for the n-th time; in the middle of a file that it writes after that; or at some moment. Every
-run is a fork of this process, which has imported everything and trained nothing.
+something in its folder for the n-th time; in the middle of a file that it writes after that; or at some moment. A
+signal ends kd-timm-train, which writes a state wherever it is. Every run is a fork of this process, which has imported
+everything and trained nothing.
 """
 
 from __future__ import annotations
@@ -127,7 +128,14 @@ def _timm(shape: str, root: Path) -> list[str]:
 
 
 def run(
-    host: str, argv: list[str], folder: Path, *, place: int = 0, size: int = 0, seconds: float = 0.0
+    host: str,
+    argv: list[str],
+    folder: Path,
+    *,
+    place: int = 0,
+    size: int = 0,
+    seconds: float = 0.0,
+    number: int = signal.SIGKILL,
 ) -> tuple[int, str]:
     """A run in a process of its own.
 
@@ -138,6 +146,7 @@ def run(
         place: Which opening, renaming or removing in the folder it is killed at, counted from 1.
         size: From that place on, it is killed when a file grows beyond so many bytes.
         seconds: After how long it is killed.
+        number: By which signal, then.
 
     Returns:
         The number of places that it passed, -1 where it was killed, -2 where it failed, and what it said.
@@ -165,7 +174,7 @@ def run(
 
         sys.addaudithook(hook)
         if seconds:
-            threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            threading.Timer(seconds, os.kill, (os.getpid(), number)).start()
         status = importlib.import_module(SCRIPTS[host]).main(argv)
         os.write(writing, str(passed[0]).encode())
         os._exit(status)
@@ -173,7 +182,7 @@ def run(
     _, status = os.waitpid(child, 0)
     told = os.read(reading, 20)
     os.close(reading)
-    failed = -1 if os.WIFSIGNALED(status) else -2
+    failed = -1 if os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 128 + number else -2
     return (failed if status else int(told)), log.read_text(errors="replace")
 
 
@@ -239,9 +248,11 @@ def main(host: str, points: int, seed: int, shapes: list[str]) -> dict[str, Any]
             argv, kills = words(host, shape, root, folder), []
             # Twice, so that a run that was resumed is killed as well.
             for _ in range(2):
-                kind, place = draw.choice(["place", "place", "middle", "middle", "moment"]), draw.randint(1, places)
+                kinds = ["place", "place", "middle", "middle", "moment"] + ["signal"] * 2 * (host == "timm")
+                kind, place = draw.choice(kinds), draw.randint(1, places)
                 moment, size = draw.uniform(0.2, 1.0) * took, int(10 ** draw.uniform(0, 4))
-                how: dict[str, Any] = {"seconds": moment} if kind == "moment" else {"place": place}
+                how: dict[str, Any] = {"seconds": moment} if kind in ("moment", "signal") else {"place": place}
+                how |= {"number": signal.SIGTERM} if kind == "signal" else {}
                 how |= {"size": size} if kind == "middle" else {}
                 ended, said = run(host, argv, folder, **how)
                 killed += ended == -1

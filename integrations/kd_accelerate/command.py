@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 
 from kd_plugins.errors import DistillError, did_you_mean, told
 
@@ -89,6 +90,7 @@ class _Signals:
         try:
             yield
         finally:
+            self.asked = 0
             for number, handler in zip(numbers, before, strict=True):
                 signal.signal(number, handler)
 
@@ -105,6 +107,16 @@ class _Signals:
         """Ends the command where a signal came."""
         if self.asked:
             raise Stopped(self.asked)
+
+    def agreed(self, accelerator: Accelerator, step: int = 0) -> bool:
+        """Whether a signal came to any process. Several ask each other in every tenth step, and end after the same."""
+        if accelerator.num_processes > 1:
+            if step % 10:
+                return False
+            came = torch.tensor(float(self.asked), device=accelerator.device)
+            if float(accelerator.reduce(came)) and not self.asked:
+                self.asked = int(signal.SIGTERM)
+        return bool(self.asked)
 
     def _take(self, number: int, frame: Any) -> None:
         again, self.asked = self.asked, number

@@ -33,8 +33,9 @@ from kd_plugins.errors import told
 from kd_plugins.reading.network import Network
 from kd_plugins.reading.view import TopK
 from kd_plugins.states import read_json, replacing, write_json
+from kd_timm.batches import batches
 from kd_timm.build import check_model_name
-from kd_timm.data import DATASET_ARGUMENTS, LOADER_ARGUMENTS, batches, plain_loader
+from kd_timm.data import DATASET_ARGUMENTS, LOADER_ARGUMENTS, plain_loader
 from kd_timm.engine import TrainingRun
 from kd_timm.rows import Replayed, Targets, Transformed
 from kd_timm.teachers import Teacher, published

@@ -76,12 +76,13 @@ class Checkpoints:
             name: Of the file: that of a single file of weights, where another model has `config.json`.
         """
         keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
-        save_config_for_hf(
-            model,
-            str(self.folder / f"{name}.json"),
-            model_config={"label_names": list(classes)} if classes else None,
-            data_config={key: data_config[key] for key in keys},
-        )
+        with replacing(self.folder / f"{name}.json") as partial:
+            save_config_for_hf(
+                model,
+                str(partial),
+                model_config={"label_names": list(classes)} if classes else None,
+                data_config={key: data_config[key] for key in keys},
+            )
 
     def save(self, model: nn.Module, epoch: int, metric: float) -> None:
         """Writes the weights of an epoch and forgets those that fell out of the history.

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from kd_plugins import Distiller, DistillError
 from kd_plugins.binding import needs_of_stages
 from kd_plugins.errors import told
 from kd_timm.arguments import as_flag, parse_args
+from kd_timm.batches import Batches
 from kd_timm.compat import fast_collate
 from kd_timm.digits import DIGITS_DEFAULTS, Digits
 from kd_timm.rows import CollateTargets, Replayed, Rows, StagedRows, numbered
@@ -102,9 +102,9 @@ class Data:
         if self.mixup is not None:
             self.mixup.mixup_enabled = not (mixup_off_epoch and epoch >= mixup_off_epoch)
 
-    def stream_iterators(self) -> dict[str, Iterator[Any]]:
-        """Endless iterators over the streams; a new set for every epoch, so that a resumed run sees the same rows."""
-        return {name: chain.from_iterable(repeat(loader)) for name, loader in self.streams.items()}
+    def stream_batches(self) -> dict[str, Batches]:
+        """Endless batches of the streams; a new set for every epoch, so that a resumed run sees the same rows."""
+        return {name: Batches(loader, endless=True) for name, loader in self.streams.items()}
 
 
 def apply_data_defaults(args: argparse.Namespace, data_free: bool = False) -> None:
@@ -487,30 +487,6 @@ def plain_loader(dataset: Any, config: Mapping[str, Any], batch_size: int, **opt
     keys = ("input_size", "interpolation", "mean", "std", "crop_pct")
     made = dict(batch_size=batch_size, persistent_workers=False) | {key: config[key] for key in keys}
     return create_loader(dataset, **made | options)
-
-
-def batches(loader: Any) -> Iterator[Any]:
-    """The batches of a loader.
-
-    Raises:
-        DistillError: A row cannot be read, or not be augmented as the flags say.
-    """
-    rows, end = iter(loader), object()
-    while True:
-        try:
-            batch = next(rows, end)
-        except (DistillError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # of whatever reads and augments
-            # Of a worker process the text is a traceback, with the error in its last line.
-            why = (str(error).strip().splitlines() or [""])[-1]
-            raise DistillError(
-                f"A batch of images cannot be read and augmented ({type(error).__name__}: {why}): mend the data, or the"
-                " flags of size and augmentation."
-            ) from error
-        if batch is end:
-            return
-        yield batch
 
 
 def uses_mixup(args: argparse.Namespace) -> bool:

@@ -19,9 +19,10 @@ from kd_plugins import Batch, Distiller, DistillError, Net, Reads, create_distil
 from kd_plugins.binding import connect, needs_pass, prepare, schedule, set_up
 from kd_plugins.catalog.registry import options_from_strings
 from kd_plugins.stages import StageTable
+from kd_timm.batches import batches
 from kd_timm.build import create_student
 from kd_timm.cache import Absent, AbsentNetwork, TeacherCache
-from kd_timm.data import batches, plain_loader
+from kd_timm.data import plain_loader
 from kd_timm.engine import PlainStep, TrainingRun
 from kd_timm.network import TimmNetwork, image_batch
 from kd_timm.rows import Targets
@@ -225,16 +226,15 @@ class DistillStep(PlainStep):
     def __init__(self, run: TrainingRun, distillation: Distillation) -> None:
         super().__init__(run, distillation.player)
         self.distillation = distillation
-        self._streams: dict[str, Iterator[Any]] = {}
 
     def begin_epoch(self) -> None:
         for peer in self.distillation.peers:
             peer.train()
-        self._streams = self.run.data.stream_iterators()
+        self.streams = self.run.data.stream_batches()
 
     def loss(self, inputs: Tensor, targets: Any, accumulate: int) -> Tensor:
         distillation = self.distillation
         distillation.player.accumulation = accumulate
-        drawn = {name: next(self._streams[name]) for name in distillation.distiller.needs().streams}
+        drawn = {name: next(self.streams[name]) for name in distillation.distiller.needs().streams}
         streams = {name: distillation.batch(*self.run.batch(x, y)) for name, (x, y) in drawn.items()}
         return distillation.player.forward(distillation.batch(inputs, targets, streams))

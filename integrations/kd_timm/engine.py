@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from kd_accelerate import TurnPlayer
 from kd_accelerate.command import signals
+from kd_accelerate.randomness import load_random_state
 from kd_plugins import DistillError
 from kd_plugins.finite import Watch, check_loss, check_weights
+from kd_timm.batches import Batches, batches
 from kd_timm.compat import (
     ClassificationEvaluator,
     MultiLabelClassificationEvaluator,
@@ -28,7 +30,7 @@ from kd_timm.compat import (
     evaluation_sample_limit,
     set_sync_gradients,
 )
-from kd_timm.data import Data, batches, model_dtype
+from kd_timm.data import Data, model_dtype
 from kd_timm.network import one_head
 from kd_timm.progress import Reporter
 from kd_timm.rows import Targets
@@ -53,6 +55,8 @@ class TrainingRun:
         ema: Moving average of the student.
         step: How a batch is played.
         updates_per_epoch: Optimizer steps in one epoch.
+        updates: Optimizer steps that were timed.
+        seconds: What they took.
         folder: Output folder.
         reporter: Where progress goes.
         saver: timm's own of checkpoints, on the first process where `--recovery-interval` and its like ask for it.
@@ -68,6 +72,8 @@ class TrainingRun:
     criterion: nn.Module
     data: Data
     updates_per_epoch: int
+    updates: int
+    seconds: float
     folder: Path
     reporter: Reporter
     saver: CheckpointSaver | None
@@ -79,6 +85,14 @@ class TrainingRun:
         """Mean learning rate over the parameter groups."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
         return sum(rates) / len(rates)
+
+    def check_weights(self, epoch: int) -> None:
+        """Refuses a student that an epoch has broken."""
+        if not self.args.allow_nonfinite:
+            remedy = (
+                f"epoch {epoch} broke it, and the states before are good; lower the learning rate, or clip gradients."
+            )
+            check_weights({"The student": self.student}, remedy)
 
     def autocast(self) -> torch.autocast:
         """The precision that `--amp` and `--amp-dtype` say."""
@@ -145,6 +159,7 @@ class PlainStep:
         self.run, self.player = run, player
         self.watch = Watch() if player is None else player.watch
         self.watch.stops = not run.args.allow_nonfinite
+        self.streams: dict[str, Batches] = {}
         self.second_order: bool = getattr(run.optimizer.optimizer, "is_second_order", False)
 
     def __call__(self, inputs: Tensor, targets: Any, accumulate: int, update: bool) -> Tensor:
@@ -208,69 +223,122 @@ class PlainStep:
             self.player.end_epoch(epoch, unit=self.run.updates_per_epoch)
 
 
-def train_one_epoch(run: TrainingRun, epoch: int, *, first_update: int) -> dict[str, float]:
+class Epoch:
+    """An epoch that is being trained: its batches, and what has been added up.
+
+    Args:
+        run: The run, whose loaders know the epoch.
+        place: Where another run has come to in it, from `place`; empty to begin it.
+    """
+
+    def __init__(self, run: TrainingRun, place: Mapping[str, Any]) -> None:
+        self.run, self.batches = run, Batches(run.data.train)
+        self.updates, self.rows, self.window = place.get("sums", (0, 0, 0))
+        # The sum stays on the device: reading it would wait for the step.
+        self.loss = torch.tensor(place.get("loss", 0.0), device=run.accelerator.device)
+        self.terms: dict[str, tuple[float, int]] = dict(place.get("terms", {}))
+        if place:
+            for name, stream in run.step.streams.items():
+                stream.take_up(place["streams"][name])
+            self.batches.take_up(place["batches"])
+            load_random_state(place["random"])
+
+    def place(self) -> dict[str, Any]:
+        """Where this process is, after an update."""
+        return {
+            "sums": (self.updates, self.rows, self.window),
+            "loss": float(self.loss),
+            "terms": self.terms,
+            "batches": self.batches.place(),
+            "streams": {name: stream.place() for name, stream in self.run.step.streams.items()},
+        }
+
+    def look(self) -> dict[str, float]:
+        """The mean loss so far, and those of its terms since the last look; every process calls it."""
+        self.run.step.watch.look()
+        means = self.run.step.logs()
+        for name, value in means.items():
+            sum_, weight = self.terms.get(name, (0.0, 0))
+            self.terms[name] = (sum_ + value * self.window, weight + self.window)
+        self.window = 0
+        return {"loss": self.mean_loss()} | means
+
+    def mean_loss(self) -> float:
+        """The mean loss so far, over all processes."""
+        return _mean(self.run, self.loss) / max(self.rows, 1)
+
+    def means(self) -> dict[str, float]:
+        """The mean loss and loss terms of the whole epoch."""
+        return {"loss": self.mean_loss()} | {name: s / w for name, (s, w) in self.terms.items()}
+
+
+def train_one_epoch(
+    run: TrainingRun,
+    number: int,
+    *,
+    first_update: int,
+    place: Mapping[str, Any],
+    save: Callable[[int, Mapping[str, Any]], None],
+) -> dict[str, float]:
     """Trains for one epoch.
 
     Args:
         run: The run.
-        epoch: Number of the epoch.
+        number: Number of the epoch.
         first_update: Update number, in the current learning-rate schedule, that the epoch begins with.
+        place: Where in the epoch to go on, as `save` was given it; empty for its beginning.
+        save: Writes the state of the run within an epoch: its number, and the place in it.
 
     Returns:
         Mean loss and loss terms over the epoch and all processes.
+
+    Raises:
+        Stopped: A signal came; the state is written.
     """
-    args, loader, reporter = run.args, run.data.train, run.reporter
-    run.data.set_epoch(epoch, args.mixup_off_epoch)
+    args, length, reporter = run.args, len(run.data.train), run.reporter
+    run.data.set_epoch(number, args.mixup_off_epoch)
     run.model.train()
     run.step.begin_epoch()
     run.optimizer.zero_grad()
-    total = torch.zeros((), device=run.accelerator.device)
-    count, updates = 0, 0
+    epoch = Epoch(run, place)
     waited, taken = AverageMeter(), AverageMeter()
     asked = begun = time.monotonic()
     images = 0
-    terms: dict[str, tuple[float, int]] = {}
-    accumulate, length = args.grad_accum_steps, len(loader)
+    accumulate = args.grad_accum_steps
     remainder = length % accumulate
-    window = 0
-    reporter.begin(epoch, run.updates_per_epoch)
-    for number, (inputs, targets) in enumerate(batches(loader)):
-        last = number == length - 1
-        update = last or (number + 1) % accumulate == 0
+    reporter.begin(number, run.updates_per_epoch)
+    for micro, (inputs, targets) in enumerate(epoch.batches, start=epoch.batches.given):
+        last = micro == length - 1
+        update = last or (micro + 1) % accumulate == 0
         # The last update of an epoch may hold fewer micro-batches; each counts for more then.
-        current = remainder if remainder and number >= length - remainder else accumulate
+        current = remainder if remainder and micro >= length - remainder else accumulate
         inputs, targets = run.batch(inputs, targets)
         waited.update(current * (time.monotonic() - asked))
         with _statistics():
             loss = run.step(inputs, targets, current, update)
-        # The sum stays on the device: reading it would wait for the step.
-        total += loss.float() * _rows(inputs)
-        count += _rows(inputs)
+        epoch.loss += loss.float() * _rows(inputs)
+        epoch.rows += _rows(inputs)
         images += _rows(inputs) * run.accelerator.num_processes
         if not update:
             asked = time.monotonic()
             continue
-        updates += 1
-        window += 1
-        signals.check()
+        epoch.updates += 1
+        epoch.window += 1
+        run.updates += 1
+        updates = epoch.updates
         reporter.advance(updates)
         taken.update(max(time.monotonic() - begun, 1e-9))
+        run.seconds += taken.val
         begun = time.monotonic()
         if run.ema is not None:
             run.ema.update(run.student, step=first_update + updates)
         if run.step.player is None:
-            done = epoch * run.updates_per_epoch + updates
+            done = number * run.updates_per_epoch + updates
             run.step.watch.update(done, done / run.updates_per_epoch)
         if args.synchronize_step and run.accelerator.device.type != "cpu":
             torch.accelerator.synchronize()
         if (updates - 1) % args.log_interval == 0 or last:
-            run.step.watch.look()
-            means = run.step.logs()
-            for name, value in means.items():
-                sum_, weight = terms.get(name, (0.0, 0))
-                terms[name] = (sum_ + value * window, weight + window)
-            window = 0
-            shown = {"loss": (_mean(run, total) / count)} | means | {"lr": run.rate}
+            shown = epoch.look() | {"lr": run.rate}
             line = (
                 f"Loss: {_mean(run, loss.float()):#.3g} ({shown['loss']:#.3g})"
                 f"  Time: {taken.val:.3f}s, {images / taken.val:>7.2f}/s"
@@ -279,23 +347,26 @@ def train_one_epoch(run: TrainingRun, epoch: int, *, first_update: int) -> dict[
             )
             reporter.update(updates, shown, line)
             if args.save_images and run.accelerator.is_main_process and not isinstance(inputs, dict):
-                image = run.folder / f"train-batch-{number}.jpg"
+                image = run.folder / f"train-batch-{micro}.jpg"
                 torchvision.utils.save_image(inputs, image, padding=0, normalize=True)
-        if run.saver is not None and args.recovery_interval and updates % args.recovery_interval == 0:
-            run.saver.save_recovery(epoch, batch_idx=updates - 1)
+        recover = args.recovery_interval and updates % args.recovery_interval == 0
+        if recover and run.saver is not None and not args.distill:
+            run.saver.save_recovery(number, batch_idx=updates - 1)
         if run.scheduler is not None:
             run.scheduler.step_update(num_updates=first_update + updates)
+        if not last and (signals.agreed(run.accelerator, updates) or recover):
+            run.step.watch.look()
+            save(number, epoch.place())
+            signals.check()
+            begun = time.monotonic()
         images, asked = 0, time.monotonic()
     optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
     if hasattr(optimizer, "sync_lookahead"):
         optimizer.sync_lookahead()
-    run.step.end_epoch(epoch + 1)
+    run.step.end_epoch(number + 1)
     reporter.end()
-    if not args.allow_nonfinite:
-        # Before anything of this epoch is written.
-        remedy = f"epoch {epoch} broke it, and the states before are good; lower the learning rate, or clip gradients."
-        check_weights({"The student": run.student}, remedy)
-    return {"loss": _mean(run, total) / max(count, 1)} | {name: s / w for name, (s, w) in terms.items()}
+    run.check_weights(number)  # Before anything of this epoch is written.
+    return epoch.means()
 
 
 @contextmanager

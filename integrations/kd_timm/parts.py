@@ -284,7 +284,7 @@ class Parts(TrainingRun):
         self.summary = Summary(self.folder / "summary.csv")
         self.peers = Peers(args.peer, peers, self.folder, self.metric)
         self.saver = None
-        if self.primary and (args.recovery_interval or args.checkpoint_format == "both"):
+        if self.primary and (args.recovery_interval and not args.distill or args.checkpoint_format == "both"):
             scaler = self.accelerator.scaler
             self.saver = CheckpointSaver(
                 self.student,

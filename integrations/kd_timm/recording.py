@@ -24,9 +24,10 @@ class Recorder:
     Args:
         session: The run, ready to train.
         start: The epoch that it begins with.
+        begun: Whether it goes on within that epoch.
     """
 
-    def __init__(self, session: Parts, start: int) -> None:
+    def __init__(self, session: Parts, start: int, *, begun: bool) -> None:
         self.session = session
         args, distillation, accelerator = session.args, session.distillation, session.accelerator
         defaults = vars(parse_args([]))
@@ -47,7 +48,7 @@ class Recorder:
         )
         rows = session.updates_per_epoch * session.epochs * args.grad_accum_steps * args.batch_size
         self.rows = rows_to_analyse(rows * session.processes)
-        if start == 0 and self.rows:
+        if start == 0 and not begun and self.rows:
             self._analyse("before")
         if distillation is not None:
             self.record.time_steps(distillation.player)

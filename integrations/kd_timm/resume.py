@@ -1,9 +1,10 @@
-"""The resume state of a run: written after every evaluated epoch, taken up to the bit."""
+"""The resume state of a run: written after every evaluated epoch and within one, taken up to the bit."""
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,24 @@ _FREE |= {"report_to", "log_wandb", "wandb_project", "wandb_tags", "wandb_resume
 _WARNED = {"epochs", "cooldown_epochs", "workers", "persistent_workers", "val_interval", "clip_grad", "clip_mode"}
 # And those that may where no method counts its steps and rows.
 _WARNED_ALONE = {"batch_size", "grad_accum_steps", "mixup_off_epoch", "train_interpolation", "no_prefetcher"}
+# Of these, those that cut an epoch into other batches.
+_OF_BATCHES = {"batch_size", "grad_accum_steps"}
 _WARNED_ALONE |= {*LOADER_ARGUMENTS.values(), *MIXUP_ARGUMENTS.values(), "use_multi_epochs_loader"}
 
 
-def save_state(session: Parts, epoch: int) -> None:
-    """Writes what `--resume` needs to go on with `epoch`."""
-    streams = gather_object([random_state(gpu=True)])
+def save_state(session: Parts, epoch: int, place: Mapping[str, Any]) -> None:
+    """Writes what `--resume` needs to go on with `epoch`.
+
+    Args:
+        session: The run.
+        epoch: The epoch that comes, or that it is in.
+        place: How far this process is in it; empty before it, `{"trained": its means}` behind its training.
+    """
+    here: dict[str, Any] = {"place": dict(place)}
+    if session.processes > 1:
+        # DDP gives all processes the first one's batch statistics, where the step before has averaged gradients.
+        here |= {"statistics": _statistics(session), "gives": session.model.require_forward_param_sync}
+    everywhere = gather_object([(random_state(gpu=True), here)])
     folder = states.open_state(session.folder) if session.primary else states.slots(session.folder)[0]
     session.accelerator.wait_for_everyone()
     if session.distillation is not None:
@@ -51,12 +64,14 @@ def save_state(session: Parts, epoch: int) -> None:
                     "scaler": session.accelerator.scaler.state_dict() if session.accelerator.scaler else None,
                     "scheduler": _plateau_state(session.scheduler),
                     "stream": None if (own := _stream(session)) is None else own.get_state(),
+                    "rounding": None if (own := _rounding(session)) is None else own.get_state(),
                     "task": session.task.get_task_state() if session.task is not None else {},
                 },
                 folder / "optimizer.pt",
             )
-            for rank, state in enumerate(streams):
+            for rank, (state, here) in enumerate(everywhere):
                 torch.save(state, folder / f"random-{rank}.pt")
+                torch.save(here, folder / f"place-{rank}.pt")
         content = {
             "epoch": epoch,
             "processes": session.processes,
@@ -75,14 +90,18 @@ def save_state(session: Parts, epoch: int) -> None:
     session.accelerator.wait_for_everyone()
 
 
-def load_state(session: Parts) -> tuple[int, bool]:
-    """Takes up the state of `--resume`; returns the epoch to go on with, and whether it goes on as it would have."""
+def load_state(session: Parts) -> tuple[int, Mapping[str, Any], bool]:
+    """Takes up the state of `--resume`.
+
+    Returns:
+        The epoch to go on with, the place in it, and whether the run goes on as it would have.
+    """
     assert session.state is not None
     with states.taking_up(session.state):
         return _load_state(session, session.state)
 
 
-def _load_state(session: Parts, folder: Path) -> tuple[int, bool]:
+def _load_state(session: Parts, folder: Path) -> tuple[int, Mapping[str, Any], bool]:
     saved = states.read_json(folder / "state.json")
     if saved["processes"] != session.processes:
         raise DistillError(
@@ -105,6 +124,9 @@ def _load_state(session: Parts, folder: Path) -> tuple[int, bool]:
         if state.get("stream") is not None:
             session.optimizer.optimizer.generator = torch.Generator(session.accelerator.device)
             session.optimizer.optimizer.generator.set_state(state["stream"])
+    rounding = _rounding(session)
+    if rounding is not None and state.get("rounding") is not None:
+        rounding.set_state(state["rounding"])
     if session.accelerator.scaler is not None and not session.args.no_resume_opt:
         session.accelerator.scaler.load_state_dict(state["scaler"])
     if state["scheduler"] is not None:
@@ -117,19 +139,31 @@ def _load_state(session: Parts, folder: Path) -> tuple[int, bool]:
     timms = session.folder / "last.pth.tar"
     if session.saver is not None and timms.is_file():
         session.saver.load_state_dict_from_checkpoint(timms)
-    random = torch.load(folder / f"random-{session.accelerator.process_index}.pt", weights_only=True)
+    rank, place = session.accelerator.process_index, {}
+    random = torch.load(folder / f"random-{rank}.pt", weights_only=True)
     load_random_state(random)
+    if (folder / f"place-{rank}.pt").is_file():
+        here = torch.load(folder / f"place-{rank}.pt", map_location="cpu", weights_only=True)
+        place = here["place"] and here["place"] | {"random": random}
+        if session.processes > 1:
+            session.model.require_forward_param_sync = here["gives"]
+            for name, statistic in _statistics(session).items():
+                statistic.copy_(here["statistics"][name])
+    if "batches" in place and not _OF_BATCHES.isdisjoint(changed):
+        place = {}
+        _logger.warning(f"Epoch {saved['epoch']} begins anew, as its batches are others than those of {folder}.")
     session.accelerator.wait_for_everyone()
     if session.primary:
         _bring_along(folder.parent, session.folder)
         states.settle(session.folder)
-    session.reporter.line(f"Continuing with epoch {saved['epoch']} from {folder}")
+    within = f", update {place['sums'][0]}" if "batches" in place else ""
+    session.reporter.line(f"Continuing with epoch {saved['epoch']}{within} from {folder}")
     if session.args.workers and session.args.persistent_workers:
         changed.append("persistent_workers")
     if changed and session.primary:
         flags = ", ".join(map(as_flag, changed))
         _logger.warning(f"The run goes on otherwise than it would have, because of {flags}.")
-    return saved["epoch"], not changed and not session.args.no_resume_opt
+    return saved["epoch"], place, not changed and not session.args.no_resume_opt
 
 
 def _changed(session: Parts, before: dict[str, Any], folder: Path) -> list[str]:
@@ -172,6 +206,22 @@ def _stream(session: Parts) -> torch.Generator | None:
     """The random stream that an optimizer keeps for itself, as AdaHessian does."""
     found: torch.Generator | None = getattr(session.optimizer.optimizer, "generator", None)
     return found
+
+
+def _rounding(session: Parts) -> torch.Generator | None:
+    """The random stream by which a moving average in bfloat16 is rounded."""
+    found: torch.Generator | None = getattr(session.ema, "_sr_generator", None)
+    return found
+
+
+def _statistics(session: Parts) -> dict[str, torch.Tensor]:
+    """The batch statistics, which within an epoch each process has of its own."""
+    found = {"student": session.student} | ({} if session.ema is None else {"average": session.ema.module})
+    if session.distillation is not None:
+        found |= {f"peer{i}": peer for i, peer in enumerate(session.distillation.peers)}
+        found["distiller"] = session.distillation.distiller
+    named = ((f"{who}.{name}", buffer) for who, module in found.items() for name, buffer in module.named_buffers())
+    return {name: buffer for name, buffer in named if name.endswith(("running_mean", "running_var"))}
 
 
 def _plateau_state(scheduler: Any) -> dict[str, Any] | None:

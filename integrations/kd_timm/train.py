@@ -13,7 +13,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from timm.utils import distribute_bn, setup_default_logging
 
-from kd_accelerate.command import Stopped, run_command
+from kd_accelerate.command import Stopped, run_command, signals
 from kd_plugins import DistillError
 from kd_plugins.states import slots, write_json, writing
 from kd_report.uncertainty import Doubts, dirichlet_offset
@@ -27,7 +27,7 @@ from kd_timm.resume import load_checkpoint, load_state, save_state
 from kd_timm.uncertainty import judge
 
 SAVE_SECONDS = 60.0
-"""Seconds from which on an epoch without an evaluation writes the state too."""
+"""Seconds from which on an epoch writes the state before its evaluation too, or without one."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,19 +62,20 @@ class Session(Parts):
 
     def fit(self) -> dict[str, Any]:
         """Trains to the end, or to an interrupt, and evaluates the best student."""
-        self.first, self.saved = self._start(), time.monotonic()
+        self.first, place = self._start()
+        self.saved, self.earlier = time.monotonic(), self.state is None
         self.reporter.line(f"Output in {self.folder}")
-        self.recorder = Recorder(self, self.first)
+        self.recorder = Recorder(self, self.first, begun=bool(place))
         try:
             for epoch in range(self.first, self.last):
-                self._epoch(epoch)
+                self._epoch(epoch, place if epoch == self.first else {})
             results = self._finish()
         except KeyboardInterrupt as stop:
             self.reporter.end()
             self.recorder.interrupted()
-            says = "no epoch had been saved, so there is nothing to continue."
+            says = "no state had been saved, so there is nothing to continue."
             if slots(self.folder)[1].is_dir():
-                says = f"continue after the last epoch that was saved, with --resume {self.folder}"
+                says = f"continue where the state was saved last, with --resume {self.folder}"
             self._tell()
             if isinstance(stop, Stopped):
                 stop.says = says
@@ -92,16 +93,17 @@ class Session(Parts):
         """The epoch after the last one of this session."""
         return self.args.stop_epoch or self.epochs
 
-    def _start(self) -> int:
-        """Takes up what `--resume` names; returns the epoch to begin with."""
+    def _start(self) -> tuple[int, Mapping[str, Any]]:
+        """Takes up what `--resume` names; returns the epoch to begin with, and the place in it."""
         args, start, exact = self.args, 0, False
+        place: Mapping[str, Any] = {}
         if self.state is not None:
-            start, exact = load_state(self)
+            start, place, exact = load_state(self)
         elif self.checkpoint:
             start = load_checkpoint(self, self.checkpoint)
             self.summary.read()
         if args.start_epoch is not None:
-            start, exact = args.start_epoch, False
+            start, place, exact = args.start_epoch, {}, False
         self.summary.rows = [row for row in self.summary.rows if int(row["epoch"]) < start]
         # The plateau schedule alone is no function of the epoch.
         if self.scheduler is not None and start > 0 and not exact and args.sched != "plateau":
@@ -109,21 +111,13 @@ class Session(Parts):
                 self.scheduler.step_update(start * self.updates_per_epoch)
             else:
                 self.scheduler.step(start)
-        return start
+        return start, place
 
-    def _epoch(self, epoch: int) -> None:
-        args = self.args
-        self.enter_stage()
-        done = epoch - self.stage_start
-        began = time.monotonic()
-        training = train_one_epoch(self, epoch, first_update=done * self.updates_per_epoch)
-        if self.primary and self.state is None and epoch == self.first:
-            # An earlier run of this folder would go on from its states with the best weights of this one.
-            for slot in slots(self.folder):
-                shutil.rmtree(slot, ignore_errors=True)
-        self.seconds += time.monotonic() - began
-        self.updates += self.updates_per_epoch
-        rate = self.rate
+    def _train_epoch(self, epoch: int, place: Mapping[str, Any]) -> Mapping[str, float]:
+        """Trains an epoch, or what is left of it, and returns its means; a state is written where it took long."""
+        args, first_update = self.args, (epoch - self.stage_start) * self.updates_per_epoch
+        training = train_one_epoch(self, epoch, first_update=first_update, place=place, save=self._save)
+        self._forget_earlier()
         if self.processes > 1 and args.dist_bn in ("broadcast", "reduce"):
             self.reporter.line("Distributing BatchNorm running means and vars")
             # The processes cannot exchange what --model-ema-force-cpu keeps from their devices.
@@ -131,14 +125,26 @@ class Session(Parts):
                 distribute_bn(model, self.processes, args.dist_bn == "reduce")
             if self.distillation is not None:
                 self.distillation.player.average_buffers()
+        stops = signals.agreed(self.accelerator)
+        if stops or broadcast_object_list([time.monotonic() - self.saved >= SAVE_SECONDS])[0]:
+            self._save(epoch, {"trained": training})
+        if stops:
+            signals.check()
+        return training
+
+    def _epoch(self, epoch: int, place: Mapping[str, Any]) -> None:
+        args = self.args
+        if not place:
+            self.enter_stage()
+        with signals.hold():
+            training = place["trained"] if "trained" in place else self._train_epoch(epoch, place)
+        done, rate = epoch - self.stage_start, self.rate
         if (epoch + 1) % args.val_interval and epoch + 1 not in (self.epochs, self.last, *args.save_epochs):
             self.reporter.line("Skipping eval and checkpointing ")
             if self.primary:
                 self.recorder.epoch(epoch, training, {}, rate)
             if self.scheduler is not None:
                 self.scheduler.step(done + 1, None)
-            if broadcast_object_list([time.monotonic() - self.saved >= SAVE_SECONDS])[0]:
-                self._save(epoch + 1)
             return
         evaluation = self._evaluate()
         metric = epoch if self.metric == "epoch" else (evaluation or training)[self.metric]
@@ -161,9 +167,19 @@ class Session(Parts):
                 shutil.copytree(self.folder / "state", milestone, dirs_exist_ok=True)
             self.reporter.line(f"Saved milestone checkpoint {milestone}")
 
-    def _save(self, epoch: int) -> None:
-        save_state(self, epoch)
+    def _save(self, epoch: int, place: Mapping[str, Any] | None = None) -> None:
+        self._forget_earlier()
+        if place is not None:
+            self.check_weights(epoch)
+        save_state(self, epoch, place or {})
         self.saved = time.monotonic()
+
+    def _forget_earlier(self) -> None:
+        """Removes the states of an earlier run of this folder, which would go on with the best weights of this one."""
+        if self.primary and self.earlier:
+            for slot in slots(self.folder):
+                shutil.rmtree(slot, ignore_errors=True)
+        self.earlier = False
 
     def _evaluate(self) -> dict[str, float]:
         """Evaluates the student, through the compiled model where there is one, and its moving average.

@@ -9,7 +9,6 @@ how often both decide alike (`eval_teacher_agreement`), parameters, bytes and se
 from __future__ import annotations
 
 import dataclasses
-import signal
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -565,16 +564,7 @@ class _Stop(TrainerCallback):
         self.session = session
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.world_size == 1:
-            asked = signals.asked
-        elif state.global_step % 10 == 0:
-            # All processes after the same step.
-            accelerator = self.session.trainer.accelerator
-            asked = int(accelerator.reduce(torch.tensor(float(signals.asked), device=accelerator.device)))
-        else:
-            return
-        if asked:
-            signals.asked = signals.asked or signal.SIGTERM
+        if signals.agreed(self.session.trainer.accelerator, state.global_step):
             control.should_save = control.should_training_stop = True
             self.session.recorder.interrupted()
 

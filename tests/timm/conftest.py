@@ -43,6 +43,32 @@ def few_digits(monkeypatch):
 
 
 @pytest.fixture
+def stopped(run, monkeypatch):
+    """Trains until a signal comes in the n-th step."""
+    import signal
+
+    from kd_accelerate.command import Stopped, signals
+    from kd_timm import engine
+
+    def go(step: int, *flags: str, name: str) -> None:
+        play, calls = engine.PlainStep.__call__, []
+
+        def interrupted(*args):
+            calls.append(1)
+            if len(calls) == step:
+                signals.asked = int(signal.SIGTERM)
+            return play(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.PlainStep, "__call__", interrupted)
+            with pytest.raises(Stopped):
+                run(*flags, name=name)
+        signals.asked = 0
+
+    return go
+
+
+@pytest.fixture
 def run(tmp_path: Path, few_digits):
     """Trains with the tiny settings and returns the session; later flags win."""
     from kd_timm.arguments import parse_args

@@ -101,11 +101,11 @@ def test_an_interrupted_pass_goes_on_and_a_damaged_file_is_made_anew(run, teache
     assert len(files()) == 9
 
 
-def test_resume_is_exact(run, teacher, tmp_path, monkeypatch):
+def test_resume_is_exact(run, stopped, teacher, tmp_path):
     words = [*AUGMENTED.split(), *teacher, "--cache-teacher", str(tmp_path / "cache"), "--epochs", "4"]
     words += ["--cache-views", "3", "--drop", "0.2"]
     whole = run(*words, name="whole")
-    run(*words, "--stop-epoch", "2", name="parts")
+    stopped(10, *words, name="parts")
     parts = run(*words, "--resume", str(whole.folder.parent / "parts"), name="parts")
     one, two = (load_file(s.folder / "last.safetensors") for s in (whole, parts))
     assert all(torch.equal(one[k], two[k]) for k in one)

@@ -125,15 +125,24 @@ def test_equals_a_bare_loop(run, teacher, name):
         "--distill timm_distillers:Search --epochs 4",
     ],
 )
-def test_resume_is_exact(run, teacher, flags, monkeypatch):
+def test_resume_is_exact(run, stopped, teacher, flags, monkeypatch):
     flags = ["--epochs", "3", *flags.split(), *teacher]
     whole = run(*flags, name="whole")
-    parts = interrupted(run, monkeypatch, flags, epochs=2)
+    stopped(6, *flags, name="parts")
+    parts = run(*flags, "--resume", str(whole.folder.parent / "parts"), name="parts")
     for name in ("last.safetensors", "state/model.safetensors", "state/distiller/distiller.safetensors"):
         assert same(load_file(whole.folder / name), load_file(parts.folder / name)), name
     assert (whole.folder / "summary.csv").read_text() == (parts.folder / "summary.csv").read_text()
     columns = next(csv.reader((whole.folder / "summary.csv").open()))
     assert "train_distill/task" in columns
+
+
+def test_states_within_an_epoch(run, teacher):
+    flags = "--distill", "kd", *teacher, "--epochs", "1", "--recovery-interval", "3"
+    folder = run(*flags).folder
+    place = torch.load(folder / "state.old" / "place-0.pt", weights_only=True)["place"]
+    assert place["sums"] == (3, 192, 2)
+    assert not list(folder.glob("recovery-*"))
 
 
 @pytest.mark.parametrize("name", [pytest.param("kd", marks=pytest.mark.slow), "kd+nst"])
@@ -471,11 +480,41 @@ def test_methods_know_the_size_of_the_training_set(run, monkeypatch):
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", [pytest.param("kd+nst", marks=pytest.mark.slow), "timm_distillers:Adversary"])
 def test_two_processes(run, teacher, tiny, tmp_path, name):
-    flags = ["--distill", *methods(name), *teacher, "--output", str(tmp_path), "--experiment", "two"]
-    on_two_processes("-m", "kd_timm.train", *tiny, *flags)
+    flags = [*tiny, "--distill", *methods(name), *teacher, "-b", "32", "--epochs", "1", "--drop", "0.1"]
+    flags += ["--output", str(tmp_path), "--experiment"]
+    on_two_processes("-m", "kd_timm.train", *flags, "two")
     results = json.loads((tmp_path / "two" / "results.json").read_text())
     assert results["evaluation"]["agreement"] > 0
     assert (tmp_path / "two" / "state" / "distiller" / "distiller_random_1.safetensors").is_file()
+
+    # A signal to one of them ends both after the tenth update, with batch statistics of their own.
+    stopping = tmp_path / "stopping.py"
+    stopping.write_text(STOPPING)
+    on_two_processes(str(stopping), *flags, "parts")
+    on_two_processes("-m", "kd_timm.train", *flags, "parts", "--resume", "auto")
+    two, parts = tmp_path / "two", tmp_path / "parts"
+    assert json.loads((parts / "run.json").read_text())["resumed"] == 1
+    for name in ("last.safetensors", "state/distiller/distiller.safetensors"):
+        assert same(load_file(two / name), load_file(parts / name)), name
+    assert (two / "summary.csv").read_text() == (parts / "summary.csv").read_text()
+
+
+STOPPING = """
+import os, signal, sys
+from kd_timm import engine, train
+
+step, calls = engine.PlainStep.__call__, []
+
+def interrupted(*args):
+    calls.append(1)
+    if len(calls) == 4 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(*args)
+
+engine.PlainStep.__call__ = interrupted
+assert train.main(sys.argv[1:]) == 143
+assert len(calls) == 10
+"""
 
 
 def test_an_ensemble_teaches_and_uncertainty_is_told(run, teacher, tmp_path):

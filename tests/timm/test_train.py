@@ -41,12 +41,15 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
         "--epochs 3",
         "--epochs 3 --mixup 0.2 --reprob 0.3 --opt adamw --model-ema --drop 0.2 --workers 1 --no-persistent-workers",
         "--epochs 3 --sched plateau --patience-epochs 0 --lr-noise 0.1 1",
-        "--epochs 3 --opt adahessian --train-split train[:64]",
+        "--epochs 3 --opt adahessian --train-split train[:64] -b 32",
+        "--epochs 3 --mixup 0.2 --no-prefetcher --grad-accum-steps 2 -b 32 --model-dtype bfloat16 --model-ema",
     ],
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_resume_is_exact(run, flags, monkeypatch):
+def test_resume_is_exact(run, stopped, flags, monkeypatch):
+    """Of a run that is stopped within an epoch, and then in an evaluation."""
     whole = run(*flags.split(), name="whole")
+    stopped(2, *flags.split(), name="parts")
     evaluate, calls = train.evaluate, []
 
     def interrupted(*args, **kwargs):
@@ -55,10 +58,11 @@ def test_resume_is_exact(run, flags, monkeypatch):
             raise KeyboardInterrupt
         return evaluate(*args, **kwargs)
 
+    resume = "--resume", str(whole.folder.parent / "parts")
     monkeypatch.setattr(train, "evaluate", interrupted)
-    assert run(*flags.split(), name="parts").results == {}
+    assert run(*flags.split(), *resume, name="parts").results == {}
     monkeypatch.setattr(train, "evaluate", evaluate)
-    parts = run(*flags.split(), "--resume", str(whole.folder.parent / "parts"), name="parts")
+    parts = run(*flags.split(), *resume, name="parts")
     for name in ("last.safetensors", "model_best.safetensors", "state/model.safetensors"):
         assert same(load_file(whole.folder / name), load_file(parts.folder / name))
     assert (whole.folder / "summary.csv").read_text() == (parts.folder / "summary.csv").read_text()
@@ -94,24 +98,40 @@ def test_the_log_is_that_of_timms_script(run, monkeypatch, caplog, terminal):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_run_with_a_state(few_digits, tiny, tmp_path, monkeypatch, capsys, number, status):
+def test_a_signal_ends_the_run_with_a_state(few_digits, tiny, tmp_path, monkeypatch, caplog, capsys, number, status):
+    caplog.set_level("INFO")
     words = [*tiny, "--output", str(tmp_path), "--experiment", "run", "--resume", "auto"]
-    step, calls = engine.PlainStep.__call__, []
+    step, left = engine.PlainStep.__call__, [0]
 
     def interrupted(*args):
-        calls.append(1)
-        if len(calls) in (2, 9):  # in the first epoch, and in the second one of the second run
+        left[0] -= 1
+        if left[0] == 0:
             os.kill(os.getpid(), number)
         return step(*args)
 
     monkeypatch.setattr(engine.PlainStep, "__call__", interrupted)
-    assert train.main(words) == status
-    assert "nothing to continue" in capsys.readouterr().err
-    assert train.main(words) == status
-    assert f"--resume {tmp_path / 'run'}" in capsys.readouterr().err
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
-    assert states.damage(tmp_path / "run" / "state") == ""
+    # Four steps an epoch; behind the last one the epoch is trained, and not evaluated.
+    for left[0] in (3, 2, 3):
+        assert train.main(words) == status
+        assert f"--resume {tmp_path / 'run'}" in capsys.readouterr().err
+        assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
+        assert states.damage(tmp_path / "run" / "state") == ""
     assert train.main(words) == 0
+    places = re.findall("Continuing with (.*) from", caplog.text)
+    assert places == ["epoch 0, update 3", "epoch 1, update 1", "epoch 1"]
+
+
+def test_a_signal_before_the_training_leaves_nothing(few_digits, tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "Recorder", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    assert train.main([*tiny, "--output", str(tmp_path), "--experiment", "run"]) == 143
+    assert "the training had not begun" in capsys.readouterr().err
+
+
+def test_other_batches_begin_the_epoch_anew(run, stopped, tmp_path, caplog):
+    stopped(6, name="parts")
+    session = run("--resume", str(tmp_path / "parts"), "-b", "32", name="parts")
+    assert "Epoch 1 begins anew" in caplog.text
+    assert session.updates == 4 + 2 + 8
 
 
 def test_epochs_between_evaluations_are_saved(run, monkeypatch):
