@@ -32,7 +32,7 @@ DIGITS += "--opt adamw --model-ema --drop 0.1 --distill afd --distill-args layer
 TEXT = [
     *"--max_steps 6 --max_train_samples 96 --max_eval_samples 32 --max_seq_length 16 --vocab_size 300".split(),
     *"--per_device_train_batch_size 8 --learning_rate 1e-3 --disable_tqdm True --save_strategy steps".split(),
-    *"--use_cpu --save_steps 2 --save_total_limit 2 --logging_steps 1 --resume_from_checkpoint auto".split(),
+    *"--use_cpu --save_steps 2 --save_total_limit 2 --logging_steps 3 --resume_from_checkpoint auto".split(),
 ]
 POOLED = "layers=bert.pooler teacher_layers=bert.pooler".split()
 TOKENS = "layers=bert.encoder.layer.0.output teacher_layers=bert.encoder.layer.1.output".split()

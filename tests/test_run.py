@@ -167,6 +167,8 @@ def test_a_bare_loop_resumes_to_the_last_bit(name, options, peers, tmp_path):
     resumed.load(tmp_path)
     assert again.progress.step == 4
     steps(again, others, resumed, batches[4:])
+    # Also what was added up for the next log.
+    assert resumed.logs() == run.logs()
     ended = [[d, *(net.module for net in n.peers)] for d, n in ((distiller, nets), (again, others))]
     for whole, second in zip(*ended, strict=True):
         for key, value in whole.state_dict().items():
