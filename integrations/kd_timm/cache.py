@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
+import functools
 import hashlib
 import json
 import os
+import shutil
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
@@ -31,7 +34,7 @@ from kd_plugins import functional as KF
 from kd_plugins.binding import needs_of_stages, needs_pass
 from kd_plugins.errors import told
 from kd_plugins.reading.network import Network
-from kd_plugins.reading.view import TopK
+from kd_plugins.reading.view import TopK, View
 from kd_plugins.states import read_json, replacing, write_json
 from kd_timm.batches import batches
 from kd_timm.build import check_model_name
@@ -40,9 +43,9 @@ from kd_timm.engine import TrainingRun
 from kd_timm.rows import Replayed, Targets, Transformed
 from kd_timm.teachers import Teacher, published
 
-_BLOCK = 4096
+# Rows of a file; fewer where it holds layers.
+_BLOCK, _SMALL_BLOCK = 4096, 256
 _LOOKED_AT = 16
-_KEPT = "logits", "classes"
 
 Question = tuple[int, int, int]
 """A view, and its rows from and to."""
@@ -53,48 +56,61 @@ class Absent(nn.Module):
 
 
 class AbsentNetwork(Network):
-    """Refuses whatever the cache does not hold."""
+    """Refuses whatever the cache does not hold.
 
-    def read(self, batch: Batch, reads: Reads, **options: Any) -> Any:
+    Args:
+        module: What stands for the teacher.
+        kept: The layers that the cache holds.
+    """
+
+    def __init__(self, module: Absent, kept: Sequence[str | int]) -> None:
+        super().__init__(module)
+        self.kept = kept
+
+    def read(self, *args: Any, **options: Any) -> Any:
         raise DistillError(
-            "--cache-teacher holds the teacher's scores of the images as they are, and this method asks for more"
-            " (other images, layers, dropout): leave --cache-teacher out."
+            "--cache-teacher holds the teacher's scores of the images as they are and the layers that are named, and"
+            " this method asks for more (other images or layers, attention, dropout): leave --cache-teacher out."
         )
 
+    layers = stages = classifier = read
+
     def install(self, reads: Reads) -> None:
-        if reads.taps:
-            self.read(Batch(), reads)
+        if reads.hidden or reads.attentions or not set(reads.features) <= set(self.kept):
+            self.read()
 
 
 class Answers:
-    """The files of a cache: of each view, blocks of rows with the teachers' logits, mapped into memory.
+    """The files of a cache: of each view, blocks of rows with what the teachers say, mapped into memory.
 
     Args:
         folder: Where they lie.
         rows: Rows of the training set.
+        names: What is in them.
+        block: Rows in a file.
     """
 
-    def __init__(self, folder: Path, rows: int) -> None:
-        self.folder, self.rows = folder, rows
+    def __init__(self, folder: Path, rows: int, names: Sequence[str], block: int) -> None:
+        self.folder, self.rows, self.names, self.block = folder, rows, names, block
         self._view, self._open = -1, dict[int, list[Tensor]]()
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_view": -1, "_open": {}}  # A worker maps the files itself.
 
     def __call__(self, view: int, row: int) -> tuple[Tensor, ...]:
-        """The logits of one row `[teachers, K]`, or the highest of them and their classes."""
+        """What there is of one row, in the order of the names."""
         if view != self._view:
             self._view, self._open = view, {}
-        start = row - row % _BLOCK
+        start = row - row % self.block
         if start not in self._open:
             kept = load_file(self.file((view, start, 0)))
-            self._open[start] = [kept[name] for name in _KEPT if name in kept]
+            self._open[start] = [kept[name] for name in self.names]
         return tuple(tensor[row - start] for tensor in self._open[start])
 
     def questions(self, views: int) -> list[Question]:
         """All blocks of so many views."""
-        starts = range(0, self.rows, _BLOCK)
-        return [(view, start, min(start + _BLOCK, self.rows)) for view in range(views) for start in starts]
+        starts = range(0, self.rows, self.block)
+        return [(view, start, min(start + self.block, self.rows)) for view in range(views) for start in starts]
 
     def file(self, question: Question) -> Path:
         """Where the answers lie."""
@@ -121,7 +137,7 @@ class TeacherCache:
         distiller: Distiller,
     ) -> None:
         self.args, self.config = args, config
-        _check_fit(distiller, len(args.teacher))
+        self.layers = _layers(distiller, len(args.teacher))
         if dataset is None or isinstance(dataset, IterableDataset):
             raise DistillError(
                 "--cache-teacher needs training rows by number, which data that are streamed or made do not have."
@@ -138,9 +154,14 @@ class TeacherCache:
         if self.top and self.top < args.num_classes:
             self.temperature = _temperature(distiller, len(args.teacher))
             self.facts["top k"] = f"{self.top} at temperature {self.temperature:g}"
+        if any(self.layers):
+            self.facts["layers"] = json.dumps(self.layers)
         root = Path(args.cache_teacher)
         self.folder = root / _digest(self.facts)[:16]
-        self.answers = Answers(self.folder, len(dataset))
+        self.scores = ["logits", "classes"] if "top k" in self.facts else ["logits"]
+        maps = [f"{i}:{layer}" for i, layers in enumerate(self.layers) for layer in layers]
+        block = _SMALL_BLOCK if maps else _BLOCK
+        self.answers = Answers(self.folder, len(dataset), [*self.scores, *maps], block)
         self.known = self.folder / "teachers.json"
 
     def teachers(self, make: Callable[[], list[Teacher]]) -> list[Teacher]:
@@ -197,16 +218,31 @@ class TeacherCache:
     def first_batch(self, run: TrainingRun) -> tuple[Tensor, Targets]:
         """The first rows in their first view, with what the teachers say of them."""
         assert run.data.replayed is not None
-        size = min(self.args.batch_size, self.answers.rows, _BLOCK)
+        size = min(self.args.batch_size, self.answers.rows, self.answers.block)
         inputs, labels = next(self._read(run, run.data.replayed, [(0, 0, size)]))
         told = zip(*(self.answers(0, row) for row in range(size)), strict=True)
         return inputs, Targets(labels, torch.arange(size), tuple(map(torch.stack, told))).to(inputs.device)
 
-    def logits(self, told: tuple[Tensor, ...]) -> tuple[Tensor | TopK, ...]:
-        """What each teacher says of a batch."""
-        whole = len(told) == 1
-        each = (x.unbind(1) for x in told)
-        return next(each) if whole else tuple(TopK(s, c.long(), self.temperature) for s, c in zip(*each, strict=True))
+    def as_told(self, batch: Batch, nets: Sequence[Net]) -> Batch:
+        """A batch with what the cache will say of it, for a method that is tried before."""
+        pairs = zip(nets, self.layers, strict=True)
+        views = [net(batch, reads=Reads(features=layers)) for net, layers in pairs]
+        logits, features = tuple(v.logits for v in views), tuple(v.features for v in views)
+        return dataclasses.replace(batch, teacher_logits=logits, teacher_features=features)
+
+    def told_by(self, told: tuple[Tensor, ...]) -> dict[str, Any]:
+        """What each teacher says of a batch, as the batch has it."""
+        scores, maps = told[: len(self.scores)], iter(told[len(self.scores) :])
+        logits: Any = scores[0].unbind(1)
+        if len(scores) == 2:
+            pairs = zip(logits, scores[1].unbind(1), strict=True)
+            logits = tuple(TopK(s, c.long(), self.temperature) for s, c in pairs)
+        if self.args.channels_last:
+            maps = (x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in maps)
+        return {
+            "teacher_logits": logits,
+            "teacher_features": tuple({layer: next(maps) for layer in layers} for layers in self.layers),
+        }
 
     def asked(self, teachers: Sequence[Teacher]) -> list[Callable[[Tensor], Tensor]]:
         """What the teachers of the student's classes say of the evaluation images, in the order of the loaders."""
@@ -249,33 +285,48 @@ class TeacherCache:
             return
         # In the teachers' own class order; a method's view of them is in the student's.
         raw = [Net(net.network, Reads, frozen=True, transform=net.transform) for net in nets]
-        pending, found, first = iter(missing), list[Tensor](), True
+        pending, found = iter(missing), dict[str, list[Tensor]]()
         question: Question | None = next(pending)
         whole = sum(end - start for _, start, end in missing)
         read, steps = self._read(run, replayed, missing), -(-whole // self.args.batch_size)
         quiet = not run.reporter.terminal
         for inputs, _ in track(read, "asking the teachers", total=steps, disable=quiet, transient=True):
-            scores = _scores(run, raw, inputs, self.args.batch_size)
-            if first:
-                check_twice(scores, _scores(run, raw, inputs, self.args.batch_size))
-                first = False
-            if len({s.shape for s in scores}) > 1 or scores[0].dim() != 2:
-                raise DistillError(
-                    "--cache-teacher holds one vector of scores of each teacher, all of one length, got"
-                    f" {', '.join(str(list(s.shape)) for s in scores)}: leave it out."
-                )
-            found.append(torch.stack(scores, 1))
-            while question is not None and sum(map(len, found)) >= (size := question[2] - question[1]):
-                rows = torch.cat(found)
-                _save(self.answers.file(question), self._kept(rows[:size]))
-                found, question = [rows[size:]], next(pending, None)
+            kept = self._kept(run, raw, inputs)
+            if not found:
+                again = self._kept(run, raw, inputs)
+                check_twice(list(kept.values()), [again[name] for name in kept])
+                self._check_room(sum(x.nbytes for x in kept.values()) / len(inputs), whole)
+            for name, values in kept.items():
+                found.setdefault(name, []).append(values)
+            while question is not None and sum(map(len, found["logits"])) >= (size := question[2] - question[1]):
+                rows = {name: torch.cat(values) for name, values in found.items()}
+                _save(self.answers.file(question), {name: x[:size].contiguous() for name, x in rows.items()})
+                found, question = {name: [x[size:]] for name, x in rows.items()}, next(pending, None)
 
-    def _kept(self, scores: Tensor) -> dict[str, Tensor]:
-        """What is written of scores `[N, teachers, K]`."""
-        if "top k" not in self.facts:
-            return {"logits": scores.contiguous()}
-        kept, classes = KF.top_k(scores, self.top, self.temperature)
-        return {"logits": kept.contiguous(), "classes": classes.int().contiguous()}
+    def _kept(self, run: TrainingRun, nets: Sequence[Net], images: Tensor) -> dict[str, Tensor]:
+        """What is written of some images: scores `[N, teachers, K]`, or the highest of them, and layers."""
+        views = _views(run, nets, images, self.args.batch_size, self.layers)
+        scores = [view.logits for view in views]
+        if len({s.shape for s in scores}) > 1 or scores[0].dim() != 2:
+            raise DistillError(
+                "--cache-teacher holds one vector of scores of each teacher, all of one length, got"
+                f" {', '.join(str(list(s.shape)) for s in scores)}: leave it out."
+            )
+        found = {"logits": torch.stack(scores, 1)}
+        if "top k" in self.facts:
+            kept, classes = KF.top_k(found["logits"], self.top, self.temperature)
+            found = {"logits": kept, "classes": classes.int()}
+        maps = {f"{i}:{name}": x for i, view in enumerate(views) for name, x in view.features.items()}
+        return {name: x[: len(images)].cpu() for name, x in (found | maps).items()}
+
+    def _check_room(self, size: float, rows: int) -> None:
+        """Refuses what the disk does not hold, before the teachers are asked for hours."""
+        needed, free = size * rows / 2**30, shutil.disk_usage(self.folder).free / 2**30
+        if needed > free:
+            raise DistillError(
+                f"--cache-teacher: {rows:,} answers of {size:,.0f} bytes are {needed:,.1f} GiB, and the disk of"
+                f" {self.folder} has {free:,.1f} left: keep fewer views, --cache-views, or smaller layers."
+            )
 
     def _ask_evaluation(self, run: TrainingRun, nets: Sequence[Net], teachers: Sequence[Teacher]) -> Tensor:
         """Scores `[N, teachers, K]` of this process's evaluation images, and those of another kind behind them."""
@@ -288,7 +339,8 @@ class TeacherCache:
                 read.loader = copy.copy(read.loader)
             for inputs, _ in batches(read):
                 if known:
-                    found.append(torch.stack(_scores(run, known, run.images(inputs)), 1))
+                    views = _views(run, known, run.images(inputs))
+                    found.append(torch.stack([view.logits.cpu() for view in views], 1))
         return torch.cat(found) if found else torch.empty(0, 0, 0)
 
     def _read(
@@ -334,14 +386,16 @@ class _Told:
 
 
 @torch.no_grad()
-def _scores(run: TrainingRun, nets: Sequence[Net], images: Tensor, size: int = 0) -> list[Tensor]:
-    """The teachers' scores; a batch that is too small is filled up, since its size may change the last bits."""
-    rows = len(images)
-    if rows < size:
-        images = torch.cat([images, images[:1].expand(size - rows, -1, -1, -1)])
+def _views(
+    run: TrainingRun, nets: Sequence[Net], images: Tensor, size: int = 0, layers: Sequence[tuple[str | int, ...]] = ()
+) -> list[View]:
+    """What the teachers say; a batch that is too small is filled up, since its size may change the last bits."""
+    if len(images) < size:
+        images = torch.cat([images, images[:1].expand(size - len(images), -1, -1, -1)])
         images = run.images(images)
     with run.autocast():
-        return [net(Batch.of(images), reads=Reads()).logits[:rows].cpu() for net in nets]
+        reads = [Reads(features=layers[i] if layers else ()) for i in range(len(nets))]
+        return [net(Batch.of(images), reads=one) for net, one in zip(nets, reads, strict=True)]
 
 
 def _save(file: Path, tensors: dict[str, Tensor]) -> None:
@@ -350,12 +404,14 @@ def _save(file: Path, tensors: dict[str, Tensor]) -> None:
     seal_file(file)
 
 
-def _check_fit(distiller: Distiller, teachers: int) -> None:
-    """Refuses a method that reads more of a teacher than the cache holds."""
+def _layers(distiller: Distiller, teachers: int) -> list[tuple[str | int, ...]]:
+    """The layers of each teacher that a method reads; refuses one that reads more than the cache can hold."""
     needs = needs_of_stages(distiller)
-    if any(n.of_teacher(i).taps for n in needs for i in range(teachers)):
+    reads = [functools.reduce(Reads.__or__, [n.of_teacher(i) for n in needs]) for i in range(teachers)]
+    if any(one.hidden or one.attentions or any("*" in str(name) for name in one.features) for one in reads):
         raise DistillError(
-            f"--cache-teacher holds the teachers' scores, and {distiller.name} reads their layers: leave it out."
+            f"--cache-teacher holds scores and layers that are named one by one, and {distiller.name} reads attention,"
+            " all layers or a glob: leave it out."
         )
     if needs_pass(distiller):
         raise DistillError(
@@ -365,6 +421,7 @@ def _check_fit(distiller: Distiller, teachers: int) -> None:
         raise DistillError(
             f"--cache-teacher follows the training stream, and {distiller.name} reads others too: leave it out."
         )
+    return [one.features for one in reads]
 
 
 def _temperature(distiller: Distiller, teachers: int) -> float:

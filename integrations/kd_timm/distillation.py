@@ -66,7 +66,10 @@ class Distillation:
         self.nets = connect(
             self.distiller,
             self.network,
-            [AbsentNetwork(t.module) if isinstance(t.module, Absent) else TimmNetwork(t.module) for t in self.teachers],
+            [
+                self._absent(i) if isinstance(t.module, Absent) else TimmNetwork(t.module)
+                for i, t in enumerate(self.teachers)
+            ],
             [TimmNetwork(peer) for peer in self.peers],
             transforms=[teacher.transform for teacher in self.teachers],
             orders=[teacher.order for teacher in self.teachers],
@@ -74,6 +77,11 @@ class Distillation:
         self.device = device
         self.rows = 0
         self.player: TurnPlayer
+
+    def _absent(self, number: int) -> AbsentNetwork:
+        """What stands for a teacher that the cache knows."""
+        assert self.cache is not None
+        return AbsentNetwork(self.teachers[number].module, self.cache.layers[number])
 
     def _peer(self, number: int, name: str) -> nn.Module:
         """Another network to train, made as the student is; files of weights are the student's alone."""
@@ -98,11 +106,11 @@ class Distillation:
             labels if data else None,
             size=len(inputs),
             index=index,
-            teacher_logits=self.cache.logits(told) if self.cache is not None and told else None,
             rows=self.rows,
             classes=self.args.num_classes,
             criterion=lambda view, labels: self.criterion(view.logits, labels),
             streams=streams or {},
+            **(self.cache.told_by(told) if self.cache is not None and told else {}),
         )
 
     def fill(self, run: TrainingRun, epochs: int, dataset: Any) -> None:
@@ -110,11 +118,17 @@ class Distillation:
         assert self.cache is not None
         check_classes(self.distiller, self.teachers)
         with undisturbed(gpu=True):
+            if not any(isinstance(t.module, Absent) for t in self.teachers):
+                # What does not fit is found before the teachers are asked, on a copy.
+                batch = self.cache.as_told(next(self._pass(dataset)), self.nets.teachers)
+                set_up(copy.deepcopy(self.distiller), self.nets, batch)
             self.cache.fill(run, self.nets.teachers, self.teachers, epochs)
             for net, teacher in zip(self.nets.teachers, self.teachers, strict=True):
                 teacher.module = Absent()
-                net.network = AbsentNetwork(teacher.module)
-            self.rows = len(dataset)
+                net.network = self._absent(net.number)
+        self.rows = len(dataset)
+        # With the random numbers of a run that finds everything.
+        with undisturbed(gpu=True):
             set_up(self.distiller, self.nets, self.batch(*self.cache.first_batch(run)))
         self.distiller.to(self.device)
 

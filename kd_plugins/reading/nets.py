@@ -18,7 +18,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from kd_plugins.errors import DistillError
 from kd_plugins.reading.network import Forward, Network
 from kd_plugins.reading.tap import Replacement
-from kd_plugins.reading.view import Batch, Reads, TopK, View
+from kd_plugins.reading.view import Batch, Features, Reads, TopK, View
 
 _logger = logging.getLogger(__name__)
 
@@ -98,16 +98,9 @@ class Net:
             return self.network.read(batch, reads, forward=self.forward, replace=replace)
         if self.module.training:
             self.module.eval()
-        if batch.teacher_logits is not None and not (reads.taps or replace or input_grad or dropout):
-            known = batch.teacher_logits if isinstance(batch.teacher_logits, tuple) else (batch.teacher_logits,)
-            if self.number >= len(known):
-                raise DistillError(
-                    f"Expected what each teacher says, got that of {len(known)} and a teacher number {self.number + 1}:"
-                    " give Batch.of(..., teacher_logits=(first, second, ...))."
-                )
-            mine = known[self.number]
-            top = mine if isinstance(mine, TopK) else None
-            view = View(None if top is not None else mine, labels=batch.labels, top=top)
+        known = None if replace or input_grad or dropout else self._known(batch, reads)
+        if known is not None:
+            view = known
         else:
             with torch.set_grad_enabled(input_grad and torch.is_grad_enabled()), _dropout(self.module, dropout):
                 view = self.network.read(self._translate(batch), reads, forward=self.forward, replace=replace)
@@ -119,6 +112,22 @@ class Net:
             place = torch.tensor(self.order, device=view.top.classes.device).argsort()
             view.top = dataclasses.replace(view.top, classes=place[view.top.classes])
         return view
+
+    def _known(self, batch: Batch, reads: Reads) -> View | None:
+        """The view of a teacher that was asked before the training, where that is all that is read."""
+        told, features = batch.teacher_logits, dict(enumerate(batch.teacher_features)).get(self.number, {})
+        if told is None or reads.hidden or reads.attentions or not features.keys() >= set(reads.features):
+            return None
+        each = told if isinstance(told, tuple) else (told,)
+        if self.number >= len(each):
+            raise DistillError(
+                f"Expected what each teacher says, got that of {len(each)} and a teacher number {self.number + 1}: give"
+                " Batch.of(..., teacher_logits=(first, second, ...))."
+            )
+        mine = each[self.number]
+        top = mine if isinstance(mine, TopK) else None
+        read = Features({name: features[name] for name in reads.features})
+        return View(None if top is not None else mine, read, labels=batch.labels, top=top)
 
     def begin(self, batch: Batch) -> None:
         """Sets the method up, where the first forward is to do that."""

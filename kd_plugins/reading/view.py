@@ -171,6 +171,7 @@ class Batch:
         teacher_kwargs: Inputs that a teacher gets in place of the student's.
         teacher_logits: What the teacher says of these inputs, where it was asked before the training: its logits
             `[B, K]`, `[B, L, K]` per token, or the highest of them; of several teachers a tuple with those of each.
+        teacher_features: What layers of each teacher give with these logits, by the name in `Reads.features`.
         mask: `[B, L]`, 1 for a real token, 0 for padding; None when nothing is padded.
         mean: Per-channel mean that the images were normalised with.
         std: Per-channel standard deviation that the images were normalised with.
@@ -193,6 +194,7 @@ class Batch:
     name: str | None = None
     teacher_kwargs: Mapping[str, Any] = field(default_factory=dict)
     teacher_logits: Tensor | TopK | tuple[Tensor | TopK, ...] | None = None
+    teacher_features: tuple[Mapping[str | int, Tensor], ...] = ()
     mask: Tensor | None = None
     mean: Any = None
     std: Any = None
@@ -244,7 +246,7 @@ class Batch:
 
     def with_inputs(self, inputs: Tensor) -> Batch:
         """The same batch with another main input."""
-        return dataclasses.replace(self, inputs=inputs, size=len(inputs), teacher_logits=None)
+        return dataclasses.replace(self, inputs=inputs, size=len(inputs), teacher_logits=None, teacher_features=())
 
     def with_labels(self, labels: Any) -> Batch:
         """The same batch with other targets; where the host's loss is in its forward, ask with this one."""

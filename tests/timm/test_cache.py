@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from kd_accelerate.cached import note_facts, seal_file
 from kd_accelerate.randomness import undisturbed
-from kd_plugins import DistillError, create_distiller
+from kd_plugins import Batch, DistillError, Net, Reads, create_distiller
 from kd_plugins.states import write_json
 from kd_timm import cache, data, distillation
 from kd_timm import rows as training_rows
 from kd_timm.arguments import parse_args
 from kd_timm.distillation import DistillStep
+from kd_timm.network import TimmNetwork
 
 AUGMENTED = "--hflip 0.5 --color-jitter 0.4 --aa rand-m9-n2 --distill kd"
 KWARGS = "--teacher resnet10t --teacher-kwargs channels=(8,8,16,16) stem_width=8".split()
@@ -47,7 +48,11 @@ def loads(monkeypatch) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "extra", ["", pytest.param("--no-prefetcher --reprob 0.5 --workers 2", marks=pytest.mark.slow)]
+    "extra",
+    [
+        "--distill kd+fitnet --distill-args fitnet.layers=1,layer3 fitnet.weight=1 --channels-last",
+        pytest.param("--no-prefetcher --reprob 0.5 --workers 2", marks=pytest.mark.slow),
+    ],
 )
 def test_it_trains_the_student_of_the_same_images_asked_online(run, teacher, loads, tmp_path, monkeypatch, extra):
     """To the last bit: the targets are those of the very images that the student sees, in every epoch."""
@@ -55,8 +60,14 @@ def test_it_trains_the_student_of_the_same_images_asked_online(run, teacher, loa
     images, loss = [], DistillStep.loss
 
     def asked(self, inputs, targets, accumulate):
+        distillation = self.run.distillation
         with undisturbed(), torch.no_grad():
-            assert torch.equal(self.run.distillation.cache.make()[0].module(inputs), targets.told[0][:, 0])
+            asked = Net(TimmNetwork(distillation.cache.make()[0].module), Reads, frozen=True)
+            view = asked(Batch.of(inputs), reads=Reads(features=distillation.cache.layers[0]))
+        told = distillation.batch(inputs, targets)
+        assert torch.equal(view.logits, told.teacher_logits[0])
+        assert told.teacher_features[0].keys() == view.features.keys()
+        assert all(torch.equal(x, view.features[name]) for name, x in told.teacher_features[0].items())
         images.append(inputs.clone())
         return loss(self, inputs, targets, accumulate)
 
@@ -77,20 +88,20 @@ def test_it_trains_the_student_of_the_same_images_asked_online(run, teacher, loa
 def test_an_interrupted_pass_goes_on_and_a_damaged_file_is_made_anew(run, teacher, tmp_path, monkeypatch, caplog):
     """Another number of views asks about the new ones alone, and no run changes what lies there."""
     monkeypatch.setattr(cache, "_BLOCK", 100)
-    words, asked, scores = [*AUGMENTED.split(), *teacher, "--cache-teacher", str(tmp_path / "cache")], [], cache._scores
+    words, asked, views = [*AUGMENTED.split(), *teacher, "--cache-teacher", str(tmp_path / "cache")], [], cache._views
 
-    def counted(run, nets, images, size=0):
+    def counted(run, nets, images, *rest):
         asked.append(len(images))
         if sum(asked) > 350:
             raise KeyboardInterrupt
-        return scores(run, nets, images, size)
+        return views(run, nets, images, *rest)
 
-    monkeypatch.setattr(cache, "_scores", counted)
+    monkeypatch.setattr(cache, "_views", counted)
     with pytest.raises(KeyboardInterrupt):
         run(*words, "--cache-views", "2")
     files = lambda: sorted(tmp_path.glob("cache/*/view-*.safetensors"))  # noqa: E731
     assert [f.stem for f in files()] == ["view-0-0", "view-0-100", "view-0-200"]
-    monkeypatch.setattr(cache, "_scores", scores)
+    monkeypatch.setattr(cache, "_views", views)
     run(*words, "--cache-views", "2")
     assert len(files()) == 6
     whole = {f: f.read_bytes() for f in files()}
@@ -133,6 +144,7 @@ def test_what_the_answers_depend_on(teacher, few_digits, tiny, tmp_path):
     assert changed("--amp", "--amp-dtype", "bfloat16") == ["precision"]
     assert changed("--cache-top-k", "3") == ["top k"]
     assert changed("--cache-top-k", "10") == []
+    assert changed("--distill", "at") == ["layers"]
     save_file({k: v + 1 for k, v in load_file(teacher[-1]).items()}, tmp_path / "model.safetensors")
     teacher[-1] = str(tmp_path / "model.safetensors")
     assert changed() == ["teachers"]
@@ -222,11 +234,11 @@ def test_a_method_with_a_pass_of_its_own_is_refused(monkeypatch):
     distiller = create_distiller("kd")
     monkeypatch.setattr(type(distiller), "prepare", lambda self, nets, batches: None)
     with pytest.raises(DistillError, match="kd looks at the images before it"):
-        cache._check_fit(distiller, 1)
+        cache._layers(distiller, 1)
 
 
 def test_other_classes_are_refused_before_a_teacher_is_asked(run, teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "_scores", lambda *a: pytest.fail("asked"))
+    monkeypatch.setattr(cache, "_views", lambda *a: pytest.fail("asked"))
     with pytest.raises(DistillError, match="tells 10 classes apart and the student tells 12"):
         run("--distill", "kd", *teacher, "--num-classes", "12", "--cache-teacher", str(tmp_path / "cache"))
 
@@ -258,13 +270,18 @@ def test_augmentation_that_cannot_be_replayed_is_refused(extra, reason, capsys):
 @pytest.mark.parametrize(
     ("distill", "reason"),
     [
-        ("nst", "nst reads their layers"),
+        ("quest", "quest looks at the images before it"),
+        ("kd+at --distill-args at.layers=layer*", "all layers or a glob: leave it out"),
+        ("nst", "has one position"),
         ("noisy --distill-args fickle=true", "leave its cached logits out"),
     ],
 )
-def test_a_method_that_asks_more_is_refused(run, teacher, tmp_path, distill, reason):
+def test_a_method_that_asks_more_is_refused(run, teacher, tmp_path, monkeypatch, distill, reason):
+    monkeypatch.setattr(cache, "_views", lambda *a: pytest.fail("asked"))
+    words = [*teacher, "--cache-teacher", str(tmp_path / "cache")]
+    words.insert(words.index("stem_width=8"), "drop_rate=0.4")
     with pytest.raises(DistillError, match=reason):
-        run("--distill", *distill.split(), *teacher, "--cache-teacher", str(tmp_path / "cache"))
+        run("--distill", *distill.split(), *words)
 
 
 def test_a_teacher_that_draws_random_numbers_is_refused(run, teacher, tmp_path, monkeypatch):
@@ -294,7 +311,13 @@ def test_the_highest_scores_stand_for_all(run, teacher, tmp_path, monkeypatch):
     run(*words, "--cache-top-k", "3")
     (file,) = tmp_path.glob("cache/*/view-0-0.safetensors")
     assert {k: list(v.shape) for k, v in load_file(file).items()} == {"logits": [256, 1, 4], "classes": [256, 1, 3]}
-    monkeypatch.setattr(cache, "_scores", lambda *a: pytest.fail("asked"))
+    monkeypatch.setattr(cache, "_views", lambda *a: pytest.fail("asked"))
     for method, *options in (["dkd"], ["kd+dist"], ["kd", "standardize=true"], ["noisy", "logit_sigma=1"]):
         with pytest.raises(DistillError, match="reads them all: leave --cache-top-k out"):
             run(*words, "--distill", method, "--distill-args", *options, "--cache-top-k", "2")
+
+
+def test_what_a_disk_does_not_hold_is_refused_before_it_is_asked(run, teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(DistillError, match="512 answers of 40 bytes are 0.0 GiB, and the disk"):
+        run("--distill", "kd", *teacher, "--cache-teacher", str(tmp_path / "cache"))
