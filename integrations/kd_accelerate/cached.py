@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,12 +12,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd_plugins import DistillError
+from kd_plugins import Distiller, DistillError, Reads
+from kd_plugins.binding import needs_of_stages
 from kd_plugins.states import read_json, write_json, write_text
 
-__all__ = ["check_twice", "drop_damaged", "files_id", "note_facts", "seal_file"]
+__all__ = ["check_twice", "drop_damaged", "files_id", "layers_of", "note_facts", "seal_file", "temperature_of"]
 
 logger = logging.getLogger(__name__)
+
+
+def layers_of(distiller: Distiller, number: int) -> tuple[str | int, ...] | None:
+    """The layers of a teacher that a method reads in its stages; None where they are more than a cache holds."""
+    reads = functools.reduce(Reads.__or__, [needs.of_teacher(number) for needs in needs_of_stages(distiller)])
+    more = reads.hidden or reads.attentions or any("*" in str(name) for name in reads.features)
+    return None if more else reads.features
+
+
+def temperature_of(distiller: Distiller, teachers: int, flag: str) -> float:
+    """That at which a method reads the highest of the teachers' scores; refuses one that reads all of them."""
+    reads = [needs.of_teacher(i) for needs in needs_of_stages(distiller) for i in range(teachers)]
+    found = {one.softened for one in reads if one.logits}
+    if len(found) > 1 or None in found:
+        raise DistillError(
+            f"{flag} keeps the highest of a teacher's scores, which a softmax at one temperature reads, as kd's, and"
+            f" {distiller.name} reads them all: leave {flag} out."
+        )
+    return found.pop() or 1.0 if found else 1.0
 
 
 def files_id(*paths: str | Path) -> str:

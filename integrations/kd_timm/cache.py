@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -28,7 +27,15 @@ from timm.models import parse_model_name
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from kd_accelerate.cached import check_twice, drop_damaged, files_id, note_facts, seal_file
+from kd_accelerate.cached import (
+    check_twice,
+    drop_damaged,
+    files_id,
+    layers_of,
+    note_facts,
+    seal_file,
+    temperature_of,
+)
 from kd_plugins import Batch, Distiller, DistillError, Net, Reads
 from kd_plugins import functional as KF
 from kd_plugins.binding import needs_of_stages, needs_pass
@@ -152,7 +159,7 @@ class TeacherCache:
         }
         self.top, self.temperature = args.cache_top_k, 1.0
         if self.top and self.top < args.num_classes:
-            self.temperature = _temperature(distiller, len(args.teacher))
+            self.temperature = temperature_of(distiller, len(args.teacher), "--cache-top-k")
             self.facts["top k"] = f"{self.top} at temperature {self.temperature:g}"
         if any(self.layers):
             self.facts["layers"] = json.dumps(self.layers)
@@ -406,9 +413,8 @@ def _save(file: Path, tensors: dict[str, Tensor]) -> None:
 
 def _layers(distiller: Distiller, teachers: int) -> list[tuple[str | int, ...]]:
     """The layers of each teacher that a method reads; refuses one that reads more than the cache can hold."""
-    needs = needs_of_stages(distiller)
-    reads = [functools.reduce(Reads.__or__, [n.of_teacher(i) for n in needs]) for i in range(teachers)]
-    if any(one.hidden or one.attentions or any("*" in str(name) for name in one.features) for one in reads):
+    found = [layers_of(distiller, i) for i in range(teachers)]
+    if None in found:
         raise DistillError(
             f"--cache-teacher holds scores and layers that are named one by one, and {distiller.name} reads attention,"
             " all layers or a glob: leave it out."
@@ -417,23 +423,11 @@ def _layers(distiller: Distiller, teachers: int) -> list[tuple[str | int, ...]]:
         raise DistillError(
             f"--cache-teacher follows the training, and {distiller.name} looks at the images before it: leave it out."
         )
-    if any(n.streams for n in needs):
+    if any(needs.streams for needs in needs_of_stages(distiller)):
         raise DistillError(
             f"--cache-teacher follows the training stream, and {distiller.name} reads others too: leave it out."
         )
-    return [one.features for one in reads]
-
-
-def _temperature(distiller: Distiller, teachers: int) -> float:
-    """That at which a method reads the highest of the teachers' scores; refuses one that reads all of them."""
-    reads = [needs.of_teacher(i) for needs in needs_of_stages(distiller) for i in range(teachers)]
-    found = {one.softened for one in reads if one.logits}
-    if len(found) > 1 or None in found:
-        raise DistillError(
-            f"--cache-top-k keeps the highest of a teacher's scores, which a softmax at one temperature reads, as kd's,"
-            f" and {distiller.name} reads them all: leave --cache-top-k out."
-        )
-    return found.pop() or 1.0 if found else 1.0
+    return [layers or () for layers in found]
 
 
 def _digest(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Pays the teacher once: its logits as a column of the data set, for inputs that are the same in every epoch."""
+"""Pays the teacher once: what it says as columns of the data set, for inputs that are the same in every epoch."""
 
 from __future__ import annotations
 
@@ -15,16 +15,26 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from kd_accelerate.cached import check_twice, drop_damaged, note_facts, seal_file
+from kd_accelerate.cached import check_twice, drop_damaged, layers_of, note_facts, seal_file
+from kd_accelerate.cached import temperature_of as temperature_read
 from kd_accelerate.randomness import undisturbed
-from kd_plugins import Batch, Distiller, DistillError, Net, Nets, Reads
+from kd_plugins import Batch, Distiller, DistillError, Net, Nets, Reads, create_distiller
 from kd_plugins import functional as KF
-from kd_plugins.binding import needs_of_stages
 from kd_plugins.catalog.values import AtLeastOne, Positive, convert
 from kd_plugins.reading.network import Network, adapt
 from kd_plugins.reading.view import TopK, View
 from kd_transformers.checks import base, class_names, counted_as, inputs_of, kind_of, scores_tokens
-from kd_transformers.columns import TEACHER, TEACHER_CLASSES, TEACHER_LOGITS, TOLD, Padded, Told, with_padding
+from kd_transformers.columns import (
+    TEACHER,
+    TEACHER_CLASSES,
+    TEACHER_LAYER,
+    TEACHER_LOGITS,
+    Padded,
+    Told,
+    as_file,
+    is_told,
+    with_padding,
+)
 from kd_transformers.compat import rows_id
 from kd_transformers.playing import listed
 
@@ -41,8 +51,9 @@ def cache_teacher(
     teacher: nn.Module | Sequence[nn.Module],
     data_collator: Any = None,
     *,
+    distiller: Distiller | str | None = None,
     top_k: int | None = None,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     batch_size: int = 64,
     device: torch.device | str | None = None,
 ) -> Dataset:
@@ -53,10 +64,15 @@ def cache_teacher(
     the column then holds the k highest logits with that of all other classes taken as one behind them (`[k + 1]`; see
     `kd_plugins.functional.merge_rest`), and a column `teacher_classes` which they are. `kd` reads them.
 
-    `DistillationTrainer` takes the column in place of the teacher's forward wherever a method reads the teacher's
-    logits alone (`kd`, and the last phase of `internal`); a step then costs what training without a teacher costs. Give
-    it the same `teacher_model` as well, several in the same order: it compares one batch before the training, and runs
-    the teacher where a method reads more than logits or changes the inputs. Without a `teacher_model` the teacher need
+    With a `distiller` the layers that it names are kept too, each in a column `teacher_layer:N:NAME`, as a file of
+    NumPy's for each row: a vector takes 4 bytes a number, a text's hidden states, of its tokens without padding, so
+    much for each token. Attention and numbered hidden states are not kept.
+
+    `DistillationTrainer` takes the columns in place of the teacher's forward wherever a method reads no more of the
+    teacher (`kd`, the last phase of `internal`, with their layers `fitnet`, `rkd`, `crd`); a step then costs what
+    training without a teacher costs. Give it the same `teacher_model` as well, several in the same order: it compares
+    one batch before the training, and runs the teacher where a method reads more or changes the inputs. Without a
+    `teacher_model` the teacher need
     not be loaded: its classes are noted in the data set's description, which `save_to_disk` keeps. Nothing is compared
     then, so the inputs of the rows must be left as they are.
 
@@ -74,19 +90,22 @@ def cache_teacher(
         teacher: A model with scores `[B, K]`, or `[B, L, K]` of tokens, or several. One that is not loaded (`Absent`)
             is loaded where it has to be asked.
         data_collator: Makes a batch of rows; by default `transformers`' own, which needs rows of one length.
+        distiller: The method that will read the columns, or its name.
         top_k: How many of the logits are kept, of a softmax over many classes; by default all.
-        temperature: Of the loss that will read the highest ones, at which the rest is summed; whole logits fit any.
+        temperature: Of the loss that will read the highest ones, at which the rest is summed; whole logits fit any. By
+            default the distiller's, or 1.
         batch_size: Rows in a forward. Padding follows the batch, so logits agree with those of another batch size to
             rounding only.
         device: Where the teacher runs; by default where it is.
 
     Returns:
-        The data set with the column.
+        The data set with the columns.
 
     Raises:
         DistillError: A data set that is not of `datasets` or that is transformed on access; a collator that makes two
             batches of the same rows (random masks); a teacher that gives anything but scores of rows or of their
-            tokens, two answers to one question, or another answer where a text is padded further.
+            tokens, two answers to one question, or another answer where a text is padded further; `top_k` for a
+            distiller that reads all logits.
     """
     from datasets import Dataset, concatenate_datasets
     from transformers import default_data_collator
@@ -106,7 +125,7 @@ def cache_teacher(
         raise DistillError("Expected at least one teacher to ask, got none.")
     for what, value, hint, expected in (
         ("top_k", top_k, AtLeastOne | None, "a whole number, at least 1"),
-        ("temperature", temperature, Positive, "a number above 0"),
+        ("temperature", temperature, Positive | None, "a number above 0"),
         ("batch_size", batch_size, AtLeastOne, "a whole number, at least 1"),
     ):
         try:
@@ -119,12 +138,20 @@ def cache_teacher(
                 f"Expected a teacher that scores rows, or the tokens of its inputs, got one for {kind}: train without a"
                 " cache."
             )
+    method = create_distiller(distiller) if isinstance(distiller, str) else distiller
+    layers = [layers_of(method, i) or () if method is not None else () for i in range(len(teachers))]
+    if top_k and method is not None:
+        asked_at = temperature_read(method, len(teachers), "top_k")
+        if temperature not in (None, asked_at):
+            raise DistillError(f"{method.name} reads at temperature {asked_at:g}, got {temperature}: leave it out.")
+        temperature = asked_at
+    temperature = 1.0 if temperature is None else temperature
     modes = [t.training for t in teachers]
     weight = next(teachers[0].parameters(), torch.empty(0))
     device = torch.device(device) if device is not None else weight.device
     collate = with_padding(data_collator or default_data_collator, teachers)
     taken = set().union(*map(inputs_of, teachers)) or set(dataset.column_names)
-    names = [c for c in dataset.column_names if c not in TOLD and not c.startswith("label")]
+    names = [c for c in dataset.column_names if not is_told(c) and not c.startswith("label")]
     columns = [c for c in names if c in taken or c.startswith(TEACHER)]
 
     @cache
@@ -134,7 +161,7 @@ def cache_teacher(
 
     asked = alone = False
 
-    def ask(rows: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], list[Tensor], Tensor | None]:
+    def ask(rows: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], list[View], Tensor | None]:
         """The batch of some rows, what the teachers say of it, and the mask of what they read."""
         nets = loaded()
         name = getattr(base(nets[0].module), "main_input_name", None)
@@ -142,22 +169,32 @@ def cache_teacher(
         theirs = {k.removeprefix(TEACHER): v for k, v in inputs.items() if k.startswith(TEACHER)}
         own = {k: v for k, v in inputs.items() if not k.startswith((TEACHER, "label"))}
         batch = Batch.of(own, name=name, teacher_kwargs=theirs).to(device)
-        return inputs, [net(batch).logits.float().cpu() for net in nets], batch.teacher_mask
+        reads = [Reads(features=names) for names in layers]
+        return inputs, [net(batch, reads=one) for net, one in zip(nets, reads, strict=True)], batch.teacher_mask
 
     def logits(rows: Mapping[str, list[Any]]) -> dict[str, Any]:
         nonlocal asked, alone
         many = not isinstance(teacher, nn.Module)
         items = [dict(zip(columns, values, strict=True)) for values in zip(*(rows[c] for c in columns), strict=True)]
         found: dict[str, list[Any]] = {TEACHER_LOGITS: [], **({TEACHER_CLASSES: []} if top_k else {})}
+        found |= {f"{TEACHER_LAYER}{i}:{name}": [] for i, names in enumerate(layers) for name in names}
         for start in range(0, len(items), batch_size):
             rows_of = items[start : start + batch_size]
-            inputs, scores, mask = ask(rows_of)
+            inputs, views, mask = ask(rows_of)
             if not asked:
                 again, same, _ = ask(rows_of)
                 _check_collator(inputs, again)
-                check_twice(scores, same)
+                check_twice(_all(views), _all(same))
                 asked = True
-            told = _rows(scores, loaded(), mask, many=many)
+            told = _rows(views, loaded(), mask, many=many)
+            for i, view in enumerate(views):
+                for name, x in view.features.items():
+                    real = (
+                        mask.bool().cpu() if mask is not None and x.shape[:2] == mask.shape and x.dim() == 3 else None
+                    )
+                    found[f"{TEACHER_LAYER}{i}:{name}"] += [
+                        as_file(row if real is None else row[real[j]]) for j, row in enumerate(x.float().cpu())
+                    ]
             if not alone and len(set(map(len, told))) > 1:
                 row = min(range(len(told)), key=lambda i: len(told[i]))
                 _, same, mask = ask(rows_of[row : row + 1])
@@ -171,12 +208,14 @@ def cache_teacher(
         return found
 
     plain = dataset.with_format(None)
-    plain = plain.remove_columns([c for c in TOLD if c in plain.column_names])
+    plain = plain.remove_columns([*filter(is_told, plain.column_names)])
     if not len(plain):
         raise DistillError("Expected at least one row to ask the teacher about, got an empty data set.")
     facts = _facts(plain, teachers, collate)
     if top_k:
         facts["column"] += f", the {top_k} highest at temperature {temperature:g}"
+    if any(layers):
+        facts["layers"] = str(layers)
     known = _hash(facts)
     folder = Path(plain.cache_files[0]["filename"]).parent if plain.cache_files else None
     processes = PartialState()
@@ -285,9 +324,11 @@ class AbsentNetwork:
         return self._loaded.read(batch, reads, **options)
 
     def install(self, reads: Reads) -> None:
-        """As `Network.install`; scores alone need no hooks."""
-        if reads.taps:
+        """As `Network.install`; what the cache may hold needs no hooks."""
+        if reads.hidden or reads.attentions:
             self._loaded.install(reads)
+
+    check_map: Any = Network.check_map
 
 
 def absent_teachers(dataset: Any) -> list[Absent]:
@@ -328,16 +369,11 @@ def _note_of(dataset: Any) -> list[dict[str, Any]]:
 
 
 def loaded_where_read(teachers: Sequence[nn.Module], distiller: Distiller) -> list[nn.Module]:
-    """The teachers; those of which a method reads more than logits are loaded."""
+    """The teachers; those of which a method reads more than a cache holds are loaded."""
     return [
-        teacher.load() if isinstance(teacher, Absent) and reads_layers(distiller, i) else teacher
+        teacher.load() if isinstance(teacher, Absent) and layers_of(distiller, i) is None else teacher
         for i, teacher in enumerate(teachers)
     ]
-
-
-def reads_layers(distiller: Distiller, number: int) -> bool:
-    """Whether a method reads more of the teacher with this number than its logits, in any stage."""
-    return any(needs.of_teacher(number).taps for needs in needs_of_stages(distiller))
 
 
 def cached_logits(cached: Dataset) -> list[np.ndarray]:
@@ -349,8 +385,13 @@ def cached_logits(cached: Dataset) -> list[np.ndarray]:
 _NOTE = f"{TEACHER_LOGITS}: "
 
 
-def _rows(scores: Sequence[Tensor], nets: Sequence[Net], mask: Tensor | None, *, many: bool) -> list[Tensor]:
+def _all(views: Sequence[View]) -> list[Tensor]:
+    return [x for view in views for x in (view.logits, *view.features.values())]
+
+
+def _rows(views: Sequence[View], nets: Sequence[Net], mask: Tensor | None, *, many: bool) -> list[Tensor]:
     """The logits of each row of a batch: of a text's tokens without the padding, of several teachers side by side."""
+    scores = [view.logits.float().cpu() for view in views]
     shapes = [list(x.shape) for x in scores]
     tokens = scores_tokens([net.module for net in nets])
     if scores[0].dim() != (3 if tokens else 2) or any(shape != shapes[0] for shape in shapes):
@@ -477,6 +518,14 @@ def check_cache(cached: View, asked: View, mask: Tensor | None) -> None:
     told = cached.logits if top is None else top.scores
     if top is not None and told.shape[:-1] == logits.shape[:-1]:
         logits = KF.merge_rest(logits, top.classes, top.temperature)
+    layers = [(x, cached.features[name]) for name, x in asked.features.items()]
+    if mask is not None:
+        layers = [(x * mask[..., None] if x.dim() == 3 and x.shape[:2] == mask.shape else x, y) for x, y in layers]
+    if not all(x.shape == y.shape and torch.allclose(x.float(), y.float(), rtol=2e-2, atol=2e-2) for x, y in layers):
+        raise DistillError(
+            "The columns of the teacher's layers are not what teacher_model gives of these rows: make them anew with"
+            " cache_teacher(dataset, teacher, distiller=...), or remove them."
+        )
     same = told.shape == logits.shape
     if same and mask is not None and told.shape[:2] == mask.shape and told.dim() == 3:
         told, logits = told[mask.bool()], logits[mask.bool()]
@@ -515,5 +564,6 @@ def check_told(nets: Nets, batch: Batch) -> None:
         )
     uncached = dataclasses.replace(batch, teacher_logits=None)
     for teacher in (net for net in nets.teachers if not isinstance(net.module, Absent)):
-        cached_view, asked = (teacher(one, reads=Reads()) for one in (batch, uncached))
-        check_cache(cached_view, asked, batch.mask)
+        features = tuple(batch.teacher_features[teacher.number]) if batch.teacher_features else ()
+        told, asked = (teacher(one, reads=Reads(features=features)) for one in (batch, uncached))
+        check_cache(told, asked, batch.mask)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +20,37 @@ TEACHER_LOGITS = "teacher_logits"
 """The column that stands for the teacher's forward."""
 TEACHER_CLASSES = "teacher_classes"
 """The classes of these logits, where they are the highest alone."""
-TOLD = TEACHER_LOGITS, TEACHER_CLASSES
+TEACHER_LAYER = "teacher_layer:"
+"""A column of this prefix, with the teacher's number and a layer behind it, holds what that layer gives, as a file of
+NumPy's: nested lists would take longer to read than the teacher to ask."""
+
+
+def is_told(column: Any) -> bool:
+    """Whether a column holds what teachers have said."""
+    return column in (TEACHER_LOGITS, TEACHER_CLASSES) or str(column).startswith(TEACHER_LAYER)
+
+
+def told_layers(columns: Iterable[Any]) -> dict[str, tuple[int, str | int]]:
+    """The columns of layers, with the number of the teacher and the name of the layer."""
+    found = {}
+    for column in columns:
+        if str(column).startswith(TEACHER_LAYER):
+            number, _, layer = str(column).removeprefix(TEACHER_LAYER).partition(":")
+            found[str(column)] = int(number), int(layer) if layer.removeprefix("-").isdecimal() else layer
+    return found
+
+
+def as_file(array: Tensor) -> bytes:
+    """A tensor as a file of NumPy's."""
+    file = io.BytesIO()
+    np.save(file, array.numpy(), allow_pickle=False)
+    return file.getvalue()
+
+
+def _as_tensor(value: Any) -> Tensor:
+    if isinstance(value, bytes):
+        return torch.from_numpy(np.load(io.BytesIO(value), allow_pickle=False))
+    return torch.as_tensor(value)
 
 
 def with_padding(collate: Any, teachers: Sequence[nn.Module]) -> Any:
@@ -37,7 +69,7 @@ def with_padding(collate: Any, teachers: Sequence[nn.Module]) -> Any:
 class Told:
     """A collator that carries what teachers have said past another one.
 
-    Logits of tokens are put where the mask of the batch has a token, whichever side is padded.
+    What they say of tokens is put where the mask of the batch has a token, whichever side is padded.
 
     Args:
         collate: The other one.
@@ -48,18 +80,19 @@ class Told:
         self.collate, self.tokens = collate, tokens
 
     def __call__(self, items: list[Any]) -> Any:
-        names = [name for name in TOLD if isinstance(items[0], Mapping) and name in items[0]]
+        names = [name for name in items[0] if is_told(name)] if isinstance(items[0], Mapping) else []
         if not names:
             return self.collate(items)
         batch = self.collate([{k: v for k, v in item.items() if k not in names} for item in items])
         mask = batch.get(f"{TEACHER}attention_mask", batch.get("attention_mask"))
         for name in names:
-            rows = [torch.as_tensor(item[name]) for item in items]
-            masked = self.tokens and isinstance(mask, Tensor) and mask.dim() == 2
+            rows = [_as_tensor(item[name]) for item in items]
+            tokens = rows[0].dim() == 2 if name.startswith(TEACHER_LAYER) else self.tokens
+            masked = tokens and isinstance(mask, Tensor) and mask.dim() == 2
             fits = masked and mask.sum(1).tolist() == list(map(len, rows))
             if not fits and len({row.shape for row in rows}) > 1:
                 raise DistillError(
-                    f"The column {name} holds scores of {', '.join(str(len(row)) for row in rows[:4])}, ... tokens, and"
+                    f"The column {name} tells of {', '.join(str(len(row)) for row in rows[:4])}, ... tokens, and"
                     " the batch has no attention_mask with as many: give the rows and the data_collator with which"
                     " cache_teacher asked the teacher."
                 )

@@ -10,13 +10,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
+from kd_accelerate.cached import layers_of
 from kd_plugins import Batch, Net, Nets, Reads
 from kd_plugins.picture import Picture
 from kd_plugins.reading.network import adapt
 from kd_report.predictions import predicted_maps
 from kd_report.record import MOST_AT_ONCE, SHARE, RunRecord, rows_to_analyse, some_rows
 from kd_report.uncertainty import Doubts
-from kd_transformers.cache import Absent, reads_layers
+from kd_transformers.cache import Absent
 from kd_transformers.checks import class_order, task_of
 from kd_transformers.columns import with_padding
 from kd_transformers.compat import on_device, used_columns
@@ -173,7 +174,7 @@ class RecordCallback(UpdateTimer):
 
     def _hidden(self, net: Net, number: int) -> bool:
         """Whether a teacher is left out: one that the cache stands for, also in the run that fills it."""
-        return isinstance(net.module, Absent) or (self.cached and not reads_layers(self._distiller, number))
+        return isinstance(net.module, Absent) or (self.cached and layers_of(self._distiller, number) is not None)
 
     def _analyse(self, phase: str) -> None:
         assert self.record is not None  # noqa: S101

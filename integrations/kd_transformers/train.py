@@ -194,7 +194,7 @@ class Session:
                 self.trainer.rehearse()
             self._train_teacher(self.teachers[0])
         if self.arguments.distillation.cache_teacher and training.do_train:
-            self.trainer.train_dataset = self._cached(self.train_set)
+            self.trainer.train_dataset = self._cached(self.train_set, distiller=self.trainer.distiller)
         if training.do_train:
             self._train()
         if training.do_eval:
@@ -218,8 +218,8 @@ class Session:
                 logger.warning(f"{error} It is written anew.")
                 path.unlink(missing_ok=True)
 
-    def _cached(self, rows: Any) -> Any:
-        """Rows with the teachers' logits; a teacher is loaded where some have to be asked for."""
+    def _cached(self, rows: Any, **options: Any) -> Any:
+        """Rows with what the teachers say; a teacher is loaded where some have to be asked for."""
         training, teachers = self.arguments.training, self.teachers
         if self.trains_teacher:
             teachers = [absent_teacher(str(self.teacher_folder), None, self.labels)]
@@ -229,6 +229,7 @@ class Session:
             self.collate,
             batch_size=training.per_device_eval_batch_size,
             device=training.device,
+            **options,
         )
 
     def _say(self, text: str) -> None:

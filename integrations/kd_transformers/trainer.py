@@ -44,7 +44,17 @@ from kd_transformers.checks import (
     special_tokens,
     task_of,
 )
-from kd_transformers.columns import INDEX, TEACHER, TOLD, Indexed, with_index, with_padding
+from kd_transformers.columns import (
+    INDEX,
+    TEACHER,
+    TEACHER_CLASSES,
+    TEACHER_LOGITS,
+    Indexed,
+    is_told,
+    told_layers,
+    with_index,
+    with_padding,
+)
 from kd_transformers.compat import ALWAYS_DIVIDES, on_device, used_columns
 from kd_transformers.inputs import decoder_inputs, labels_of
 from kd_transformers.playing import Trained, Updates, export, ignored_label, listed, save_weights
@@ -202,7 +212,7 @@ class DistillationTrainer(Resumable):
 
     def _check_vocabularies(self, columns: Iterable[Any]) -> None:
         """Networks that read the same token ids must share a vocabulary."""
-        own = any(str(column).startswith(TEACHER) and column not in TOLD for column in columns)
+        own = any(str(column).startswith(TEACHER) and not is_told(column) for column in columns)
         for network in [*([] if own else self.teachers), *self.peer_models]:
             check_vocabulary(self.model, network)
 
@@ -293,7 +303,12 @@ class DistillationTrainer(Resumable):
         own, only = self._own_inputs(inputs), self._teacher_only()
         theirs = {name: value for name, value in inputs.items() if name in only}
         theirs |= {k.removeprefix(TEACHER): v for k, v in inputs.items() if k.startswith(TEACHER)}
-        logits, classes = (theirs.pop(name.removeprefix(TEACHER), None) for name in TOLD)
+        logits, classes = (theirs.pop(n.removeprefix(TEACHER), None) for n in (TEACHER_LOGITS, TEACHER_CLASSES))
+        layers: list[dict[str | int, Tensor]] = [{} for _ in self.teachers]
+        for column, (number, layer) in told_layers(inputs).items():
+            value = theirs.pop(column.removeprefix(TEACHER))
+            if number < len(layers):
+                layers[number][layer] = value
         student = base(self.model)
         labels, mask = labels_of(student, own, self._label)
         task = self.task or task_of(student, labels)
@@ -306,6 +321,7 @@ class DistillationTrainer(Resumable):
             mask=mask,
             teacher_kwargs=theirs,
             teacher_logits=told_by(self.train_dataset, logits, classes, tokens=task in ("token", "causal-lm")),
+            teacher_features=tuple(layers),
             index=inputs.get(INDEX),
             rows=len(self.train_dataset) if has_length(self.train_dataset) else 0,
             **self._normalisation(),
@@ -378,7 +394,8 @@ class DistillationTrainer(Resumable):
         if self.distiller is None:
             return []
         only = sorted(self._teacher_only() - set(columns))
-        return [*only, *(TEACHER + name for name in (*columns, *only)), *TOLD, INDEX]
+        told = {TEACHER_LOGITS, TEACHER_CLASSES, *told_layers(getattr(self.train_dataset, "column_names", None) or ())}
+        return [*only, *(TEACHER + name for name in (*columns, *only)), *sorted(told), INDEX]
 
     # Training
 

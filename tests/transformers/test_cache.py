@@ -16,7 +16,7 @@ from image_kit import Images, image_classifier
 from torch import nn
 from transformers import BertTokenizer, DataCollatorWithPadding, default_data_collator
 
-from kd_plugins import Batch, Distiller, DistillError
+from kd_plugins import Batch, Distiller, DistillError, Needs, Reads, create_distiller
 from kd_transformers import DistillationTrainer, cache_teacher
 from kd_transformers.cache import Absent, temperature_of
 from kd_transformers.columns import TEACHER_LOGITS, Told
@@ -51,6 +51,53 @@ def test_it_trains_the_same_student_without_the_teachers_forward(rows, tmp_path)
         quick = train(tmp_path / "b", cached, teacher)
     assert count["teacher"] == 1, "only the comparison before the training"
     assert kit.difference(kit.weights(plain.model), kit.weights(quick.model)) < 1e-6
+
+
+STUDENT, TEACHER, POOLED = "bert.encoder.layer.0.output", "bert.encoder.layer.1.output", ("bert.pooler",)
+
+
+class Tokens(Distiller):
+    """Compares the hidden states of tokens."""
+
+    def needs(self) -> Needs:
+        return Needs(Reads(features=(STUDENT,)), Reads(features=(TEACHER,)))
+
+    def loss(self, student: Any, teacher: Any, batch: Batch) -> dict[str, torch.Tensor]:
+        gaps = (student.features[STUDENT] - teacher.features[TEACHER]).square().mean(-1)
+        return {"gap": gaps[batch.mask.bool()].mean()}
+
+
+@pytest.mark.parametrize("name", ["rkd", "tokens"])
+def test_layers_are_kept_for_the_method_that_reads_them(rows, tmp_path, name):
+    def distiller() -> Distiller:
+        return Tokens() if name == "tokens" else create_distiller("kd+rkd", **{"rkd.layers": POOLED})
+
+    ragged = rows.map(lambda row: {k: v[: sum(row["attention_mask"])] for k, v in row.items() if k != "labels"})
+    tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(["[PAD]", *map(str, range(63))])})
+    teacher, collate = kit.teacher(), DataCollatorWithPadding(tokenizer)
+    plain = train(tmp_path / "a", ragged, teacher, distiller=distiller(), data_collator=collate)
+    cached = cache_teacher(ragged, teacher, collate, distiller=distiller(), batch_size=4)
+    with kit.calls({"teacher": teacher}) as count:
+        quick = train(tmp_path / "b", cached, teacher, distiller=distiller(), data_collator=collate)
+        arguments: dict[str, Any] = {"train_dataset": cached, "data_collator": collate, "distiller": distiller()}
+        absent = DistillationTrainer(kit.bert(), kit.arguments(tmp_path / "c"), **arguments)
+        absent.train()
+    assert count["teacher"] == 1, "only the comparison before the training"
+    for other in (quick, absent):
+        assert kit.difference(kit.weights(plain.model), kit.weights(other.model)) < 1e-6
+    column = next(c for c in cached.column_names if c.startswith("teacher_layer:0:"))
+    turned = cached.remove_columns(column).add_column(column, cached[column][::-1])
+    with pytest.raises(DistillError, match=r"layers are not what teacher_model gives|tells of"):
+        train(tmp_path / "d", turned, teacher, distiller=distiller(), data_collator=collate)
+
+
+def test_a_method_is_asked_what_it_reads(rows):
+    with pytest.raises(DistillError, match="dkd reads them all: leave top_k out"):
+        cache_teacher(rows, kit.teacher(), distiller="dkd", top_k=2)
+    with pytest.raises(DistillError, match="kd reads at temperature 4, got 2.0"):
+        cache_teacher(rows, kit.teacher(), distiller="kd", top_k=2, temperature=2.0)
+    assert temperature_of(cache_teacher(rows, kit.teacher(), distiller="kd", top_k=2)) == 4.0
+    assert "teacher_layer" not in str(cache_teacher(rows, kit.teacher(), distiller="internal").column_names)
 
 
 def test_it_is_what_the_teacher_says_and_leaves_the_teacher_as_it_was(rows):
