@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     play({root / name: PARTS[name] for name in names}, console)
     for name in names:
         console.print(table(PARTS[name], root / name))
-        console.print(f"Report: {report(PARTS[name], root / name)}", soft_wrap=True)
+        console.print(f"Report: {report(root / name, root / name / 'comparison.html')}", soft_wrap=True)
     minutes, seconds = divmod(round(time.perf_counter() - start), 60)
     console.print(
         f"Took {minutes} min {seconds} s. Accuracy is the mean of {len(SEEDS)} seeds and their standard deviation;"
@@ -210,14 +210,10 @@ def table(part: Part, folder: Path, seeds: Sequence[int] = SEEDS) -> Table:
     return shown
 
 
-def report(part: Part, folder: Path) -> Path:
-    """Writes a page for each run of a part and one that compares them, whose path it returns."""
+def report(folder: Path, page: Path) -> Path:
+    """Writes the page of a run, or of the runs below a folder, and returns its path."""
     from kd_report import render
-    from kd_report.runs import find_runs
 
-    for path in find_runs([folder]):
-        (path / "report.html").write_text(render([path]), encoding="utf-8")
-    page = folder / "comparison.html"
     page.write_text(render([folder]), encoding="utf-8")
     return page
 
@@ -233,7 +229,7 @@ def run(script: str, words: list[str], log: Path, threads: int) -> None:
     context: Any = multiprocessing.get_context(_START)
     if _START == "forkserver":
         # The scripts' imports take longer than some of the trainings: once is enough.
-        context.set_forkserver_preload([part.script for part in PARTS.values()])
+        context.set_forkserver_preload([*(part.script for part in PARTS.values()), "kd_report.pages"])
     process = context.Process(target=_train, args=(script, words, log, threads))
     process.start()
     process.join()
@@ -243,14 +239,22 @@ def run(script: str, words: list[str], log: Path, threads: int) -> None:
 
 
 def _train(script: str, words: Sequence[str], log: Path, threads: int) -> None:
-    """What a process does: `python -m script words`, with all that it prints in a file."""
+    """What a process does: trains, with all that it prints in a file."""
     import torch
 
     with log.open("w", encoding="utf-8") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     torch.set_num_threads(threads)
-    sys.exit(import_module(script).main(list(words)))
+    sys.exit(train(script, words, log.with_suffix("")))
+
+
+def train(script: str, words: Sequence[str], folder: Path) -> int:
+    """Does `python -m script words`, writes the page of the run, and returns the status."""
+    status: int = import_module(script).main(list(words))
+    if not status:
+        report(folder, folder / "report.html")
+    return status
 
 
 def figures(path: Path) -> dict[str, Any]:

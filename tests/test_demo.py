@@ -6,7 +6,6 @@ import dataclasses
 import io
 import os
 import threading
-from importlib import import_module
 
 import pytest
 from accelerate_kit import fresh_accelerate
@@ -26,8 +25,8 @@ def test_the_demo_runs(part, tmp_path):
     # Of two flags of one name the later one counts, and a run's own flags are the last.
     students = {name: f"{flags} {SHORT[part]}" for name, flags in whole.students.items()}
     short = dataclasses.replace(whole, teacher=f"{whole.teacher} {SHORT[part]}", students=students)
-    for words in demo.commands(short, tmp_path, seeds=[0]).values():
-        assert import_module(short.script).main(words) == 0
+    for name, words in demo.commands(short, tmp_path, seeds=[0]).items():
+        assert demo.train(short.script, words, tmp_path / name) == 0
         fresh_accelerate()
 
     console = Console(file=io.StringIO(), width=200)
@@ -35,7 +34,7 @@ def test_the_demo_runs(part, tmp_path):
     table = console.file.getvalue()
     for row in ("teacher", *whole.students):
         assert f" {row} " in table
-    page = demo.report(short, tmp_path).read_text(encoding="utf-8")
+    page = demo.report(tmp_path, tmp_path / "comparison.html").read_text(encoding="utf-8")
     assert page.lower().startswith("<!doctype html>")
     assert len(list(tmp_path.glob("*/report.html"))) == 1 + len(whole.students)
 
