@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["load_random_state", "random_state", "undisturbed"]
+__all__ = ["load_random_state", "random_state", "seeded", "undisturbed"]
 
 
 def random_state(*, gpu: bool = False) -> dict[str, Any]:
@@ -41,3 +41,15 @@ def undisturbed(*, gpu: bool = False) -> Iterator[None]:
         yield
     finally:
         load_random_state(state)
+
+
+@contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Python's, NumPy's and torch's random numbers follow from a key, and go on afterwards as if nothing had been."""
+    first, second = np.random.SeedSequence(key).generate_state(2, np.uint32).tolist()
+    with undisturbed():
+        random.seed(first << 32 | second)
+        np.random.seed(first)  # noqa: NPY002
+        # The generator of the CPU alone: a worker must not touch a GPU.
+        torch.default_generator.manual_seed(first << 32 | second)
+        yield

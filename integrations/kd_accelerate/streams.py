@@ -10,12 +10,13 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset
 
+from kd_accelerate.randomness import seeded
 from kd_plugins import Distiller, DistillError
 from kd_plugins.averaging import distributed
 from kd_plugins.binding import needs_in
 from kd_plugins.states import read_json, write_json
 
-__all__ = ["StagedDataset", "Streams", "split"]
+__all__ = ["ReplayedDataset", "StagedDataset", "Streams", "split"]
 
 
 def split(rows: int, shares: Mapping[str, float], seed: int) -> dict[str, list[int]]:
@@ -89,6 +90,41 @@ class StagedDataset(Dataset):
         row = int(self._rows[int(position) % int(self._left)])
         item = self.dataset[row]
         return item if self.wrap is None else self.wrap(item, row)
+
+
+class ReplayedDataset(Dataset):
+    """A training set whose augmentation follows from row and view, so that it can be shown again.
+
+    The view is the number of the epoch, modulo the number of views, wherever a run begins.
+
+    Args:
+        dataset: The training set.
+        views: How many of each row there are.
+    """
+
+    def __init__(self, dataset: Any, views: int = 1) -> None:
+        self.dataset, self.views = dataset, views
+        # In shared memory, where workers that outlive an epoch see it change.
+        self._view = torch.tensor(0).share_memory_()
+
+    @property
+    def view(self) -> int:
+        """The number of the view that is shown."""
+        return int(self._view)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Takes the view of an epoch; loaders call it before every epoch."""
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+        self._view.fill_(epoch % self.views)
+
+    def item(self, row: int, view: int) -> Any:
+        """A view of a row."""
+        with seeded(row, view):
+            return self.dataset[row]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
 
 
 class Streams:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kd_accelerate.randomness import undisturbed
-from kd_accelerate.streams import StagedDataset
+from kd_accelerate.streams import ReplayedDataset, StagedDataset
 
 __all__ = ["CollateTargets", "Replayed", "Rows", "StagedRows", "Targets", "Transformed", "numbered"]
 
@@ -77,56 +73,19 @@ class StagedRows(Transformed, StagedDataset):
     """The training set of a distillation, whose stages may hold rows out for other streams."""
 
 
-@contextmanager
-def _seeded(*key: int) -> Iterator[None]:
-    """Python's, NumPy's and torch's random numbers follow from a key, and go on afterwards as if nothing had been."""
-    first, second = np.random.SeedSequence(key).generate_state(2, np.uint32).tolist()
-    with undisturbed():
-        random.seed(first << 32 | second)
-        np.random.seed(first)  # noqa: NPY002
-        # The generator of the CPU alone: a worker must not touch a GPU.
-        torch.default_generator.manual_seed(first << 32 | second)
-        yield
-
-
-class Replayed(Transformed, Dataset[tuple[Any, ...]]):
-    """A training set whose augmentation follows from row and view, so that it can be shown again.
-
-    The view is the number of the epoch, modulo the number of views, wherever a run begins.
-
-    Args:
-        dataset: The training set; its `transform` is shared.
+class Replayed(Transformed, ReplayedDataset):
+    """A training set whose views are shown again, with what the teachers say of them.
 
     Attributes:
-        views: How many of each image there are.
-        answers: What the teachers say of a view of a row; then an item carries it.
+        answers: What they say of a view of a row; then an item carries it.
     """
 
-    def __init__(self, dataset: Any) -> None:
-        self.dataset, self.views = dataset, 1
-        self.answers: Callable[[int, int], tuple[Tensor, ...]] | None = None
-        # In shared memory, where workers that outlive an epoch see it change.
-        self._view = torch.tensor(0).share_memory_()
-
-    def set_epoch(self, epoch: int) -> None:
-        """Takes the view of an epoch; loaders call it before every epoch."""
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
-        self._view.fill_(epoch % self.views)
-
-    def item(self, row: int, view: int) -> tuple[Any, Any]:
-        """Image and label of a view."""
-        with _seeded(row, view):
-            image, label = self.dataset[row]
-        return image, label
+    answers: Callable[[int, int], tuple[Tensor, ...]] | None = None
 
     def __getitem__(self, row: int) -> tuple[Any, ...]:
-        view, row = int(self._view), int(row)
-        item = self.item(row, view)
+        view, row = self.view, int(row)
+        item: tuple[Any, Any] = self.item(row, view)
         return item if self.answers is None else (*item, self.answers(view, row))
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
 
 class CollateTargets:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -18,9 +19,11 @@ from torch import Tensor, nn
 from kd_accelerate.cached import check_twice, drop_damaged, layers_of, note_facts, seal_file
 from kd_accelerate.cached import temperature_of as temperature_read
 from kd_accelerate.randomness import undisturbed
+from kd_accelerate.streams import ReplayedDataset
 from kd_plugins import Batch, Distiller, DistillError, Net, Nets, Reads, create_distiller
 from kd_plugins import functional as KF
 from kd_plugins.catalog.values import AtLeastOne, Positive, convert
+from kd_plugins.errors import told as told_in_words
 from kd_plugins.reading.network import Network, adapt
 from kd_plugins.reading.view import TopK, View
 from kd_transformers.checks import base, class_names, counted_as, inputs_of, kind_of, scores_tokens
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
 
 
 _BLOCK = 4096
+_LOOKED_AT = 4
 _ASIDE = ("problem_type", "_name_or_path", "transformers_version")
 
 
@@ -52,11 +56,12 @@ def cache_teacher(
     data_collator: Any = None,
     *,
     distiller: Distiller | str | None = None,
+    views: int | None = None,
     top_k: int | None = None,
     temperature: float | None = None,
     batch_size: int = 64,
     device: torch.device | str | None = None,
-) -> Dataset:
+) -> Dataset | Views:
     """Runs a teacher over a data set once and adds its logits, float32, as the column `teacher_logits`.
 
     They are `[K]` of a classifier, and `[L, K]` of a model with scores per token, padding left out. Of several teachers
@@ -80,9 +85,12 @@ def cache_teacher(
     a fingerprint of the rows, of the teacher's class, configuration, weights and dtype, and of the collator with its
     settings and its tokenizer: asked again with the same ones, nothing runs, an interrupted pass goes on where it was,
     and a file that is damaged is made anew. Where they differ from those of a cache that lies there, a warning says in
-    what. Rows that lie in memory alone are asked about every time. Only for inputs that are the same in every epoch.
-    Images that are augmented while they are loaded would be paired with the logits of other crops, so a data set with a
-    transform is refused.
+    what. Rows that lie in memory alone are asked about every time.
+
+    Rows that a transform (`set_transform`) augments while they are loaded are replayed: Python's, NumPy's and torch's
+    random numbers of a row follow from its number and its view, and epoch e shows view e modulo `views`. So the student
+    sees the very crop that the teacher was asked about, wherever a run begins. A transform that draws from a generator
+    of its own is refused.
 
     Args:
         dataset: Tokenized rows, as for `Trainer`; columns that the teacher does not take are left out. Columns of its
@@ -91,6 +99,8 @@ def cache_teacher(
             is loaded where it has to be asked.
         data_collator: Makes a batch of rows; by default `transformers`' own, which needs rows of one length.
         distiller: The method that will read the columns, or its name.
+        views: How many views of each row are kept, where the data set has a transform; one for each epoch is what a
+            training without a cache shows, fewer cost the teacher less.
         top_k: How many of the logits are kept, of a softmax over many classes; by default all.
         temperature: Of the loss that will read the highest ones, at which the rest is summed; whole logits fit any. By
             default the distiller's, or 1.
@@ -99,13 +109,13 @@ def cache_teacher(
         device: Where the teacher runs; by default where it is.
 
     Returns:
-        The data set with the columns.
+        The data set with the columns; with `views` one that shows them in turn.
 
     Raises:
-        DistillError: A data set that is not of `datasets` or that is transformed on access; a collator that makes two
-            batches of the same rows (random masks); a teacher that gives anything but scores of rows or of their
-            tokens, two answers to one question, or another answer where a text is padded further; `top_k` for a
-            distiller that reads all logits.
+        DistillError: A data set that is not of `datasets`, or transformed on access and no `views`; a collator that
+            makes two batches of the same rows (random masks); a transform that cannot be replayed; a teacher that gives
+            anything but scores of rows or of their tokens, two answers to one question, or another answer where a text
+            is padded further; `top_k` for a distiller that reads all logits.
     """
     from datasets import Dataset, concatenate_datasets
     from transformers import default_data_collator
@@ -115,10 +125,15 @@ def cache_teacher(
             f"Expected a datasets.Dataset, whose rows are the same in every epoch, got {type(dataset).__name__}:"
             " make one with Dataset.from_list, or train without a cache."
         )
-    if dataset.format["type"] == "custom":
+    transform = dataset.format["format_kwargs"]["transform"] if dataset.format["type"] == "custom" else None
+    if transform is not None and views is None:
         raise DistillError(
-            "Expected rows that are the same in every epoch, got a data set with a transform (set_transform):"
-            " cached logits would belong to other inputs. Apply it once with map, or train without a cache."
+            "Expected rows that are the same in every epoch, got a data set with a transform (set_transform): say how"
+            " many views of each are kept, views=N, apply it once with map, or train without a cache."
+        )
+    if transform is None and views is not None:
+        raise DistillError(
+            "views are those of a data set with a transform (set_transform), got one without: leave it out."
         )
     teachers = listed("teacher", teacher)
     if not teachers:
@@ -127,6 +142,7 @@ def cache_teacher(
         ("top_k", top_k, AtLeastOne | None, "a whole number, at least 1"),
         ("temperature", temperature, Positive | None, "a number above 0"),
         ("batch_size", batch_size, AtLeastOne, "a whole number, at least 1"),
+        ("views", views, AtLeastOne | None, "a whole number, at least 1"),
     ):
         try:
             convert(value, hint)
@@ -150,9 +166,14 @@ def cache_teacher(
     weight = next(teachers[0].parameters(), torch.empty(0))
     device = torch.device(device) if device is not None else weight.device
     collate = with_padding(data_collator or default_data_collator, teachers)
-    taken = set().union(*map(inputs_of, teachers)) or set(dataset.column_names)
-    names = [c for c in dataset.column_names if not is_told(c) and not c.startswith("label")]
-    columns = [c for c in names if c in taken or c.startswith(TEACHER)]
+    taken = set().union(*map(inputs_of, teachers))
+    replayed = None if views is None else Views(dataset, views)
+
+    def is_input(column: str) -> bool:
+        asked_with = not taken or column in taken or column.startswith(TEACHER)
+        return asked_with and not is_told(column) and not column.startswith("label")
+
+    columns = [*filter(is_input, dataset.column_names)]
 
     @cache
     def loaded() -> list[Net]:
@@ -172,23 +193,27 @@ def cache_teacher(
         reads = [Reads(features=names) for names in layers]
         return inputs, [net(batch, reads=one) for net, one in zip(nets, reads, strict=True)], batch.teacher_mask
 
-    def logits(rows: Mapping[str, list[Any]]) -> dict[str, Any]:
+    def logits(rows: Mapping[str, list[Any]], numbers: Sequence[int], *, first: int, view: int) -> dict[str, Any]:
         nonlocal asked, alone
         many = not isinstance(teacher, nn.Module)
-        items = [dict(zip(columns, values, strict=True)) for values in zip(*(rows[c] for c in columns), strict=True)]
+        if replayed is None:
+            items = [dict(zip(columns, row, strict=True)) for row in zip(*(rows[c] for c in columns), strict=True)]
+        else:
+            shown = (replayed.item(first + number, view) for number in numbers)
+            items = [{c: value for c, value in row.items() if is_input(c)} for row in shown]
         found: dict[str, list[Any]] = {TEACHER_LOGITS: [], **({TEACHER_CLASSES: []} if top_k else {})}
         found |= {f"{TEACHER_LAYER}{i}:{name}": [] for i, names in enumerate(layers) for name in names}
         for start in range(0, len(items), batch_size):
             rows_of = items[start : start + batch_size]
-            inputs, views, mask = ask(rows_of)
+            inputs, said, mask = ask(rows_of)
             if not asked:
                 again, same, _ = ask(rows_of)
                 _check_collator(inputs, again)
-                check_twice(_all(views), _all(same))
+                check_twice(_all(said), _all(same))
                 asked = True
-            told = _rows(views, loaded(), mask, many=many)
-            for i, view in enumerate(views):
-                for name, x in view.features.items():
+            told = _rows(said, loaded(), mask, many=many)
+            for i, one in enumerate(said):
+                for name, x in one.features.items():
                     real = (
                         mask.bool().cpu() if mask is not None and x.shape[:2] == mask.shape and x.dim() == 3 else None
                     )
@@ -216,45 +241,93 @@ def cache_teacher(
         facts["column"] += f", the {top_k} highest at temperature {temperature:g}"
     if any(layers):
         facts["layers"] = str(layers)
+    if replayed is not None:
+        facts["images"] = replayed.sample()
+        with told_in_words("The transform cannot be told from others", Exception, remedy="give a function of a module"):
+            facts["transform"] = _hash(transform)
     known = _hash(facts)
     folder = Path(plain.cache_files[0]["filename"]).parent if plain.cache_files else None
     processes = PartialState()
     if folder is not None and processes.is_main_process:
         note_facts(folder / f"teacher-{known}.json", facts, folder.glob("teacher-*.json"), same=["split"])
 
-    def block(start: int) -> Dataset:
-        end = min(start + _BLOCK, len(plain))
-        file = None if folder is None else folder / f"teacher-{known}-{start}.arrow"
+    def block(view: int, start: int) -> Dataset:
+        end, name = min(start + _BLOCK, len(plain)), f"{known}-{start}" if views is None else f"{known}-{view}-{start}"
+        file = None if folder is None else folder / f"teacher-{name}.arrow"
         if file is not None:
             drop_damaged(file)
         made = plain.select(range(start, end)).map(
-            logits,
+            partial(logits, first=start, view=view),
             batched=True,
+            with_indices=True,
             batch_size=16 * batch_size,
             cache_file_name=None if file is None else str(file),
-            new_fingerprint=f"{known}-{start}",
+            new_fingerprint=name,
             remove_columns=plain.column_names,
-            desc=f"Asking the teacher, rows {start} to {end} of {len(plain)}",
+            desc=f"Asking the teacher, rows {start} to {end} of {len(plain)}" + (f", view {view}" if views else ""),
         )
         if file is not None:
             seal_file(file)
         return made
 
-    starts = range(0, len(plain), _BLOCK)
+    blocks = [(view, start) for view in range(views or 1) for start in range(0, len(plain), _BLOCK)]
     try:
         if folder is not None and processes.num_processes > 1:
             # Each process asks about blocks of its own, and then finds those of the others.
-            for start in starts[processes.process_index :: processes.num_processes]:
-                block(start)
+            for view, start in blocks[processes.process_index :: processes.num_processes]:
+                block(view, start)
             processes.wait_for_everyone()
-        blocks = [block(start) for start in starts]
+        each = [concatenate_datasets([block(v, s) for v, s in blocks if v == view]) for view in range(views or 1)]
+        note = _noted(plain.info.description, teachers, each[0][0], temperature)
+        if replayed is not None:
+            replayed.answers, each[0].info.description = each, note
+            return replayed
         # The logits alone are written; the rows stay where they are.
-        whole = concatenate_datasets([plain, concatenate_datasets(blocks)], axis=1)
-        whole.info.description = _noted(plain.info.description, teachers, whole[0], temperature)
+        whole = concatenate_datasets([plain, each[0]], axis=1)
+        whole.info.description = note
         return whole.with_format(dataset.format["type"])
     finally:
         for t, training in zip(teachers, modes, strict=True):
             t.train(training)
+
+
+class Views(ReplayedDataset):
+    """Rows that a transform augments, each view with what the teachers say of it, as `cache_teacher` makes them."""
+
+    answers: Sequence[Dataset]
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        view, row = self.view, int(row)
+        return {**self.item(row, view), **self.answers[view][row]}
+
+    @property
+    def column_names(self) -> list[str]:
+        """Those of the rows, and those of the teachers."""
+        return [*self.dataset.column_names, *self.answers[0].column_names]
+
+    @property
+    def info(self) -> Any:
+        """The description, which tells of the teachers."""
+        return self.answers[0].info
+
+    def sample(self) -> str:
+        """Changes with the views of some rows; refuses a transform that cannot be replayed."""
+        digests = []
+        for _ in range(2):
+            digest = hashlib.sha256()
+            for number in range(_LOOKED_AT):
+                for column, value in sorted(self.item(number * len(self) // _LOOKED_AT, 0).items()):
+                    if isinstance(value, (Tensor, np.ndarray)):
+                        digest.update(column.encode() + np.asarray(value).tobytes())
+                    elif isinstance(value, (bool, int, float, str, list, tuple)):
+                        digest.update(f"{column}={value}".encode())
+            digests.append(digest.hexdigest())
+        if digests[0] != digests[1]:
+            raise DistillError(
+                "Expected a transform whose random numbers are Python's, NumPy's or torch's, got one that shows another"
+                " view when it is asked for the same: it draws from a generator of its own, so train without a cache."
+            )
+        return digests[0]
 
 
 class Absent(nn.Module):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import trainer_kit as kit
@@ -89,6 +91,72 @@ def test_layers_are_kept_for_the_method_that_reads_them(rows, tmp_path, name):
     turned = cached.remove_columns(column).add_column(column, cached[column][::-1])
     with pytest.raises(DistillError, match=r"layers are not what teacher_model gives|tells of"):
         train(tmp_path / "d", turned, teacher, distiller=distiller(), data_collator=collate)
+
+
+def augment(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Another crop and another brightness in every look."""
+    crops = []
+    for pixels in rows["image"]:
+        image, left = torch.tensor(pixels), int(torch.randint(5, ()))
+        crops.append(image[:, left : left + 16, : image.shape[2]] * (0.5 + random.random()) + np.random.rand())  # noqa: NPY002
+    return {"pixel_values": crops, "labels": rows["labels"]}
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(16, 3, 20, 16, generator=generator).tolist()
+    Dataset.from_list([{"image": x, "labels": i % 3} for i, x in enumerate(pixels)]).save_to_disk(tmp_path / "images")
+    return Dataset.load_from_disk(str(tmp_path / "images")).with_transform(augment)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_student_sees_the_views_that_the_teacher_was_asked_about(images, tmp_path, workers):
+    """In every epoch, wherever the run begins, and the teacher is not asked again."""
+    teacher = image_classifier((4, 8), 1).eval()
+    cached = cache_teacher(images, teacher, distiller="kd+fitnet", views=2)
+    column = "teacher_layer:0:-1"
+    seen: list[torch.Tensor] = []
+
+    class Seeing(DistillationTrainer):
+        def _batch(self, inputs: Any) -> Batch:
+            batch = super()._batch(inputs)
+            with torch.no_grad():
+                torch.testing.assert_close(teacher(batch.inputs).logits, batch.teacher_logits, rtol=1e-5, atol=1e-5)
+            seen.append(batch.inputs)
+            return batch
+
+    def trained(folder: str, **options: Any) -> Any:
+        settings: dict[str, Any] = {"num_train_epochs": 3, "dataloader_num_workers": workers}
+        settings |= {"remove_unused_columns": False, "lr_scheduler_type": "constant"}
+        args = kit.arguments(tmp_path / folder, **settings, **options.pop("args", {}))
+        method = create_distiller("kd+fitnet", **{"fitnet.weight": 1.0})
+        run = Seeing(image_classifier((4, 8), 0), args, train_dataset=cached, distiller=method)
+        run.train(**options)
+        return run
+
+    whole = trained("whole")
+    assert column in cached.column_names
+    first, steps = seen[1], (len(seen) - 1) // 3
+    assert not torch.equal(first, seen[1 + steps]), "another view in the second epoch"
+    with kit.calls({"teacher": teacher}) as count:
+        again = cache_teacher(images, teacher, distiller="kd+fitnet", views=2)
+    assert not count.get("teacher")
+    assert again.answers[1][column] == cached.answers[1][column]
+    trained("parts", args={"save_strategy": "steps", "save_steps": steps + 1, "max_steps": steps + 1})
+    parts = trained("parts", resume_from_checkpoint=True)
+    assert kit.difference(kit.weights(whole.model), kit.weights(parts.model)) == 0.0
+
+
+def test_a_transform_that_cannot_be_replayed_is_refused(images):
+    own = np.random.default_rng(0)
+    noisy = images.with_transform(lambda rows: {"pixel_values": [own.random((3, 16, 16))] * len(rows["image"])})
+    with pytest.raises(DistillError, match="draws from a generator of its own"):
+        cache_teacher(noisy, image_classifier((4, 8), 1), views=2)
+    with pytest.raises(DistillError, match="say how many views of each are kept, views=N"):
+        cache_teacher(images, image_classifier((4, 8), 1))
+    with pytest.raises(DistillError, match="got one without: leave it out"):
+        cache_teacher(images.with_format(None), image_classifier((4, 8), 1), views=2)
 
 
 def test_a_method_is_asked_what_it_reads(rows):
