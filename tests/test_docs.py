@@ -46,6 +46,7 @@ def surroundings() -> dict[str, object]:
         "student": student,
         "teacher": teacher,
         "train": rows,
+        "augment": lambda rows: rows,
         "evaluation": rows,
         "batches": [{name: torch.tensor(rows[name]) for name in rows.column_names} for _ in range(6)],
         "arguments": TrainingArguments,
