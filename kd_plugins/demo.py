@@ -62,7 +62,7 @@ _FEW = f"--model lenet5_half --train-split train[:100] --epochs 75 -b 25 --seed 
 _LENET5 = "--teacher lenet5 --teacher-checkpoint {teacher}/model_best.safetensors"
 _TEXT = (
     "--max_train_samples 1000 --teacher {teacher} --student_layers 2 --student_init teacher --learning_rate 2e-4"
-    " --seed {seed}"
+    " --num_train_epochs 6 --seed {seed}"
 )
 
 PARTS = {
