@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import signal
 import threading
 
 import pytest
@@ -12,6 +13,7 @@ from accelerate_kit import fresh_accelerate
 from rich.console import Console
 
 from kd_plugins import DistillError, demo
+from kd_plugins.catalog import cli
 
 SHORT = {
     "images": "--epochs 1",
@@ -89,3 +91,9 @@ def test_after_a_failure_no_training_begins(tmp_path, monkeypatch):
 def test_a_run_that_fails_is_told_by_the_last_line_of_its_log(tmp_path):
     with pytest.raises(DistillError, match=r"status 2; .*alone.log ends with: .*--epoch"):
         demo.run("kd_timm.train", ["--epochs", "x"], tmp_path / "alone.log", 1)
+
+
+def test_ctrl_c_ends_the_demo_without_a_traceback(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "play", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert cli.main(["demo", "--output", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "kd-plugins: stopped.\n"

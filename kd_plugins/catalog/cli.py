@@ -37,7 +37,7 @@ _MODULES = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `kd-plugins`; returns the exit code: 0, or 2 after an error that a user can mend."""
+    """Runs `kd-plugins`; returns the exit code: 0, 2 after an error that a user can mend, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments and arguments[0] in _MODULES:
@@ -51,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DistillError as error:
         print(f"kd-plugins: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("kd-plugins: stopped.", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
