@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,19 @@ FSDP: dict[str, Any] = {
         "state_dict_type": "SHARDED_STATE_DICT",
     },
 }
+
+
+# What DeepSpeed shards of a student: its optimizer and gradients, or its weights too.
+ZERO = {2: ["kd", "stacked", "critic"], 3: ["kd", "critic"]}
+
+
+def deepspeed(stage: int) -> dict[str, Any]:
+    """The arguments of a training that DeepSpeed shards."""
+    sizes = dict.fromkeys(
+        ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"
+    )
+    zero = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}
+    return {"deepspeed": {"zero_optimization": zero, "zero_allow_untested_optimizer": True, **sizes}}
 
 
 class Critic(Distiller):
@@ -143,8 +157,23 @@ def main(folder: Path) -> None:
     record(run, folder, "teacher")
 
 
+def main_of_deepspeed(folder: Path, stage: int) -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    for name in ZERO[stage]:
+        run = run_of(name, folder / "out", 2, **deepspeed(stage))
+        run.train()
+        assert run.is_deepspeed_enabled
+        record(run, folder, name)
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 5}
+    for part in ("unbroken", "resumed"):
+        student = shifted(bert()) if part == "resumed" else None
+        run = run_of("kd", folder / "resume", 2, student=student, **saving, **deepspeed(stage))
+        run.train(str(folder / "resume" / "checkpoint-5") if part == "resumed" else None)
+        record(run, folder, part)
+
+
 if __name__ == "__main__":
     gc.freeze()
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1])) if len(sys.argv) == 2 else main_of_deepspeed(Path(sys.argv[1]), int(sys.argv[2]))
     gc.unfreeze()
     leave()

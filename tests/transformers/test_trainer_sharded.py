@@ -12,7 +12,7 @@ import transformers as hf
 from accelerate.utils import DistributedType
 from distributed_kit import on_two_processes
 from safetensors.torch import load_file
-from sharded_worker import RUNS, run_of, whole
+from sharded_worker import RUNS, ZERO, run_of, whole
 from torch import nn
 from trainer_kit import bert, difference, logged, teacher
 
@@ -43,6 +43,19 @@ def test_fsdp_equals_one_process(tmp_path: Path, fsdp: Path, name: str) -> None:
     log = json.loads((fsdp / f"{name}.json").read_text())
     for term in ("loss", "grad_norm"):
         assert log[term] == pytest.approx(logged(one, term), rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", ZERO)
+def test_deepspeed_equals_one_process(tmp_path: Path, stage: int) -> None:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install deepspeed.")
+    worker = str(Path(__file__).with_name("sharded_worker.py"))
+    on_two_processes(worker, str(tmp_path), str(stage), timeout=900)
+    for name in ZERO[stage]:
+        one = run_of(name, tmp_path / "one", 1)
+        one.train()
+        assert difference(ended(tmp_path, name), whole(one)) < 1e-5, name
+    assert difference(ended(tmp_path, "unbroken"), ended(tmp_path, "resumed")) == 0.0
 
 
 @pytest.mark.distributed
