@@ -88,7 +88,8 @@ class Saving:
             for name, part in parts(self.distiller).items()
             for key, value in part.host.state().items()
         }
-        streams |= {f"|{term}": torch.stack([s.double(), s.new_tensor(n)]) for term, (s, n) in self._sums.items()}
+        sums = {term: torch.tensor([float(s), n], dtype=torch.float64) for term, (s, n) in self._sums.items()}
+        streams |= {f"|{term}": pair for term, pair in sums.items()}
         save_file(_plain(streams), folder / f"distiller_random_{rank}.safetensors")
         if self.keeps_student:
             torch.save(_random_state(), folder / f"random_{rank}.pt")
@@ -152,8 +153,8 @@ class Saving:
             own = {key.partition("|")[2]: value for key, value in streams.items() if key.partition("|")[0] == name}
             part.host.load(own)
         device = next((p.device for group in self.plain_optimizer.param_groups for p in group["params"]), None)
-        sums = {key[1:]: value.to(device) for key, value in streams.items() if key.startswith("|")}
-        self._sums = {term: (pair[0].float(), int(pair[1])) for term, pair in sums.items()}
+        sums = {key[1:]: value for key, value in streams.items() if key.startswith("|")}
+        self._sums = {term: (pair[0].float().to(device), int(pair[1])) for term, pair in sums.items()}
         progress = self.distiller.progress
         changed = bool(progress.table and state["stages"] and progress.table.restore(state["stages"]))
         progress.stage = state["progress"]["stage"]

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
+from kd_accelerate.command import signals
 from kd_accelerate.randomness import load_random_state, random_state
 from kd_plugins import DistillError
 
@@ -58,11 +60,22 @@ class Batches:
         return {"given": self.given, "first": self._first, "last": self._last}
 
     def take_up(self, place: dict[str, Any]) -> None:
-        """Goes to a place; the random streams are then those of a loader that has read, and not of a training."""
+        """Goes to a place; the random streams are then those of a loader that has read, and not of a training.
+
+        Raises:
+            DistillError: There are fewer batches.
+            Stopped: A signal came to the only process, whose state is as it was.
+        """
         for number in range(place["given"]):
             if number in (0, place["given"] - 1):
                 load_random_state(place["first" if number == 0 else "last"])
-            next(self)
+            if next(self, _END) is _END:
+                raise DistillError(
+                    f"--resume: the run had read {place['given']} batches of its epoch, and there are {number}: give it"
+                    " the data and flags of the run."
+                )
+            if PartialState().num_processes == 1:
+                signals.check()
 
 
 def batches(loader: Any) -> Iterator[Any]:

@@ -302,7 +302,8 @@ class TeacherCache:
             if not found:
                 again = self._kept(run, raw, inputs)
                 check_twice(list(kept.values()), [again[name] for name in kept])
-                self._check_room(sum(x.nbytes for x in kept.values()) / len(inputs), whole)
+                size = sum(x.nbytes for x in kept.values()) / len(inputs)
+                self._check_room(size, whole * run.accelerator.num_processes)
             for name, values in kept.items():
                 found.setdefault(name, []).append(values)
             while question is not None and sum(map(len, found["logits"])) >= (size := question[2] - question[1]):
@@ -324,6 +325,12 @@ class TeacherCache:
             kept, classes = KF.top_k(found["logits"], self.top, self.temperature)
             found = {"logits": kept, "classes": classes.int()}
         maps = {f"{i}:{name}": x for i, view in enumerate(views) for name, x in view.features.items()}
+        for name, x in maps.items():
+            if len(x) != len(scores[0]):
+                raise DistillError(
+                    f"--cache-teacher holds what a layer gives of each image, and {name} gives {list(x.shape)} of"
+                    f" {len(scores[0])} images: leave it out."
+                )
         return {name: x[: len(images)].cpu() for name, x in (found | maps).items()}
 
     def _check_room(self, size: float, rows: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import zip_longest
@@ -16,7 +17,7 @@ from torch.utils.data import IterableDataset
 from kd_accelerate import TurnPlayer
 from kd_accelerate.randomness import undisturbed
 from kd_plugins import Batch, Distiller, DistillError, Net, Reads, create_distiller
-from kd_plugins.binding import connect, needs_pass, prepare, schedule, set_up
+from kd_plugins.binding import connect, needs_of_stages, needs_pass, prepare, schedule, set_up
 from kd_plugins.catalog.registry import options_from_strings
 from kd_plugins.stages import StageTable
 from kd_timm.batches import batches
@@ -119,9 +120,7 @@ class Distillation:
         check_classes(self.distiller, self.teachers)
         with undisturbed(gpu=True):
             if not any(isinstance(t.module, Absent) for t in self.teachers):
-                # What does not fit is found before the teachers are asked, on a copy.
-                batch = self.cache.as_told(next(self._pass(dataset)), self.nets.teachers)
-                set_up(copy.deepcopy(self.distiller), self.nets, batch)
+                self._rehearse(self.cache, next(self._pass(dataset)))
             self.cache.fill(run, self.nets.teachers, self.teachers, epochs)
             for net, teacher in zip(self.nets.teachers, self.teachers, strict=True):
                 teacher.module = Absent()
@@ -131,6 +130,17 @@ class Distillation:
         with undisturbed(gpu=True):
             set_up(self.distiller, self.nets, self.batch(*self.cache.first_batch(run)))
         self.distiller.to(self.device)
+
+    def _rehearse(self, cache: TeacherCache, batch: Batch) -> None:
+        """Sets a copy up on what the cache will say: what does not fit is found before the teachers are asked."""
+        tried, nets = copy.deepcopy(self.distiller), self.nets
+        networks = [[net.network for net in each] for each in (nets.teachers, nets.peers[1:])]
+        nets = connect(tried, self.network, *networks, transforms=[net.transform for net in nets.teachers])
+        set_up(tried, nets, cache.as_told(batch, nets.teachers))
+        for net, kept in zip(nets.teachers, cache.layers, strict=True):
+            AbsentNetwork(Absent(), kept).install(
+                functools.reduce(Reads.__or__, [needs.of_teacher(net.number) for needs in needs_of_stages(tried)])
+            )
 
     def set_up(self, dataset: Any, *, fresh: bool) -> None:
         """Lets the method build its parts on one batch, and pass over the training set where it wants to.

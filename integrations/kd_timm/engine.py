@@ -354,11 +354,13 @@ def train_one_epoch(
             run.saver.save_recovery(number, batch_idx=updates - 1)
         if run.scheduler is not None:
             run.scheduler.step_update(num_updates=first_update + updates)
-        if not last and (signals.agreed(run.accelerator, updates) or recover):
+        stops = not last and signals.agreed(run.accelerator, updates)
+        if stops or recover and not last:
             run.step.watch.look()
             save(number, epoch.place())
-            signals.check()
             begun = time.monotonic()
+        if stops:
+            signals.check()
         images, asked = 0, time.monotonic()
     optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
     if hasattr(optimizer, "sync_lookahead"):

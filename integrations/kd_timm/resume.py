@@ -32,7 +32,7 @@ _WARNED = {"epochs", "cooldown_epochs", "workers", "persistent_workers", "val_in
 # And those that may where no method counts its steps and rows.
 _WARNED_ALONE = {"batch_size", "grad_accum_steps", "mixup_off_epoch", "train_interpolation", "no_prefetcher"}
 # Of these, those that cut an epoch into other batches.
-_OF_BATCHES = {"batch_size", "grad_accum_steps"}
+_OF_BATCHES = {"batch_size", "grad_accum_steps", "aug_repeats", "use_multi_epochs_loader"}
 _WARNED_ALONE |= {*LOADER_ARGUMENTS.values(), *MIXUP_ARGUMENTS.values(), "use_multi_epochs_loader"}
 
 
@@ -47,7 +47,8 @@ def save_state(session: Parts, epoch: int, place: Mapping[str, Any]) -> None:
     here: dict[str, Any] = {"place": dict(place)}
     if session.processes > 1:
         # DDP gives all processes the first one's batch statistics, where the step before has averaged gradients.
-        here |= {"statistics": _statistics(session), "gives": session.model.require_forward_param_sync}
+        statistics = {name: value.cpu() for name, value in _statistics(session).items()}
+        here |= {"statistics": statistics, "gives": session.model.require_forward_param_sync}
     everywhere = gather_object([(random_state(gpu=True), here)])
     folder = states.open_state(session.folder) if session.primary else states.slots(session.folder)[0]
     session.accelerator.wait_for_everyone()
@@ -149,6 +150,9 @@ def _load_state(session: Parts, folder: Path) -> tuple[int, Mapping[str, Any], b
             session.model.require_forward_param_sync = here["gives"]
             for name, statistic in _statistics(session).items():
                 statistic.copy_(here["statistics"][name])
+    # Workers that live on, and a loader that reads ahead into the next epoch, have streams that no state holds.
+    changed += ["persistent_workers"] * bool(session.args.workers and session.args.persistent_workers)
+    changed += ["use_multi_epochs_loader"] * session.args.use_multi_epochs_loader
     if "batches" in place and not _OF_BATCHES.isdisjoint(changed):
         place = {}
         _logger.warning(f"Epoch {saved['epoch']} begins anew, as its batches are others than those of {folder}.")
@@ -158,10 +162,8 @@ def _load_state(session: Parts, folder: Path) -> tuple[int, Mapping[str, Any], b
         states.settle(session.folder)
     within = f", update {place['sums'][0]}" if "batches" in place else ""
     session.reporter.line(f"Continuing with epoch {saved['epoch']}{within} from {folder}")
-    if session.args.workers and session.args.persistent_workers:
-        changed.append("persistent_workers")
     if changed and session.primary:
-        flags = ", ".join(map(as_flag, changed))
+        flags = ", ".join(map(as_flag, dict.fromkeys(changed)))
         _logger.warning(f"The run goes on otherwise than it would have, because of {flags}.")
     return saved["epoch"], place, not changed and not session.args.no_resume_opt
 

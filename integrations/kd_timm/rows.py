@@ -21,7 +21,7 @@ class Targets(NamedTuple):
         labels: Targets of timm's loader.
         index: Row numbers of the examples, where a distiller asks for them.
         told: What the teachers say of the images, where `--cache-teacher` holds it: their logits, or the highest of
-            them and their classes.
+            them and their classes, and layers.
     """
 
     labels: Tensor

@@ -108,7 +108,8 @@ class Session(Parts):
         # The plateau schedule alone is no function of the epoch.
         if self.scheduler is not None and start > 0 and not exact and args.sched != "plateau":
             if args.sched_on_updates:
-                self.scheduler.step_update(start * self.updates_per_epoch)
+                done = place["sums"][0] if "sums" in place else 0
+                self.scheduler.step_update(start * self.updates_per_epoch + done)
             else:
                 self.scheduler.step(start)
         return start, place

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property, partial
@@ -30,12 +31,12 @@ from kd_transformers.checks import base, class_names, counted_as, inputs_of, kin
 from kd_transformers.columns import (
     TEACHER,
     TEACHER_CLASSES,
-    TEACHER_LAYER,
     TEACHER_LOGITS,
     Padded,
     Told,
     as_file,
     is_told,
+    layer_column,
     with_padding,
 )
 from kd_transformers.compat import rows_id
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
 
 _BLOCK = 4096
-_LOOKED_AT = 4
+_LOOKED_AT = 16
 _ASIDE = ("problem_type", "_name_or_path", "transformers_version")
 
 
@@ -77,9 +78,8 @@ def cache_teacher(
     teacher (`kd`, the last phase of `internal`, with their layers `fitnet`, `rkd`, `crd`); a step then costs what
     training without a teacher costs. Give it the same `teacher_model` as well, several in the same order: it compares
     one batch before the training, and runs the teacher where a method reads more or changes the inputs. Without a
-    `teacher_model` the teacher need
-    not be loaded: its classes are noted in the data set's description, which `save_to_disk` keeps. Nothing is compared
-    then, so the inputs of the rows must be left as they are.
+    `teacher_model` the teacher need not be loaded: its classes are noted in the data set's description, which
+    `save_to_disk` keeps. Nothing is compared then, so the inputs of the rows must be left as they are.
 
     The column lies in memory-mapped Arrow files of `datasets`, beside the data set's own, one for each 4096 rows, under
     a fingerprint of the rows, of the teacher's class, configuration, weights and dtype, and of the collator with its
@@ -202,7 +202,7 @@ def cache_teacher(
             shown = (replayed.item(first + number, view) for number in numbers)
             items = [{c: value for c, value in row.items() if is_input(c)} for row in shown]
         found: dict[str, list[Any]] = {TEACHER_LOGITS: [], **({TEACHER_CLASSES: []} if top_k else {})}
-        found |= {f"{TEACHER_LAYER}{i}:{name}": [] for i, names in enumerate(layers) for name in names}
+        found |= {layer_column(i, name): [] for i, names in enumerate(layers) for name in names}
         for start in range(0, len(items), batch_size):
             rows_of = items[start : start + batch_size]
             inputs, said, mask = ask(rows_of)
@@ -214,10 +214,15 @@ def cache_teacher(
             told = _rows(said, loaded(), mask, many=many)
             for i, one in enumerate(said):
                 for name, x in one.features.items():
+                    if len(x) != len(rows_of):
+                        raise DistillError(
+                            f"The layer {name} gives {list(x.shape)} of {len(rows_of)} rows, and the cache holds what"
+                            " it gives of each: leave distiller out."
+                        )
                     real = (
                         mask.bool().cpu() if mask is not None and x.shape[:2] == mask.shape and x.dim() == 3 else None
                     )
-                    found[f"{TEACHER_LAYER}{i}:{name}"] += [
+                    found[layer_column(i, name)] += [
                         as_file(row if real is None else row[real[j]]) for j, row in enumerate(x.float().cpu())
                     ]
             if not alone and len(set(map(len, told))) > 1:
@@ -244,7 +249,10 @@ def cache_teacher(
     if replayed is not None:
         facts["images"] = replayed.sample()
         with told_in_words("The transform cannot be told from others", Exception, remedy="give a function of a module"):
-            facts["transform"] = _hash(transform)
+            # Of a function of a module the name alone would be known.
+            facts["transform"] = _hash(
+                transform, *([inspect.getsource(transform)] if inspect.isfunction(transform) else [])
+            )
     known = _hash(facts)
     folder = Path(plain.cache_files[0]["filename"]).parent if plain.cache_files else None
     processes = PartialState()
@@ -312,22 +320,26 @@ class Views(ReplayedDataset):
 
     def sample(self) -> str:
         """Changes with the views of some rows; refuses a transform that cannot be replayed."""
-        digests = []
-        for _ in range(2):
-            digest = hashlib.sha256()
-            for number in range(_LOOKED_AT):
-                for column, value in sorted(self.item(number * len(self) // _LOOKED_AT, 0).items()):
-                    if isinstance(value, (Tensor, np.ndarray)):
-                        digest.update(column.encode() + np.asarray(value).tobytes())
-                    elif isinstance(value, (bool, int, float, str, list, tuple)):
-                        digest.update(f"{column}={value}".encode())
-            digests.append(digest.hexdigest())
+        looks = [(number * len(self) // _LOOKED_AT, number % self.views) for number in range(_LOOKED_AT)]
+        digests = [hashlib.sha256(b"".join(_bytes(self.item(*look)) for look in looks)).hexdigest() for _ in range(2)]
         if digests[0] != digests[1]:
             raise DistillError(
                 "Expected a transform whose random numbers are Python's, NumPy's or torch's, got one that shows another"
                 " view when it is asked for the same: it draws from a generator of its own, so train without a cache."
             )
         return digests[0]
+
+
+def _bytes(value: Any) -> bytes:
+    """What a value of a row is made of, so that another one has others."""
+    if isinstance(value, Mapping):
+        return b"".join(str(key).encode() + _bytes(value[key]) for key in sorted(value, key=str))
+    if isinstance(value, (list, tuple)):
+        return b"[" + b",".join(map(_bytes, value)) + b"]"
+    if isinstance(value, Tensor):
+        return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    # Of numbers and words, of arrays and of images of PIL.
+    return np.asarray(value).tobytes()
 
 
 class Absent(nn.Module):
@@ -358,8 +370,8 @@ class Absent(nn.Module):
         """The teacher itself, another one at each call; no random stream has moved."""
         if self._load is None:
             raise DistillError(
-                f"The method reads more of the teacher than the column {TEACHER_LOGITS} holds, and the"
-                f" {self.stands_for} that wrote it is not loaded: give teacher_model."
+                f"The method reads more of the teacher than the columns of cache_teacher hold, and the"
+                f" {self.stands_for} that wrote them is not loaded: give teacher_model."
             )
         with undisturbed():
             return self._load().requires_grad_(False).eval()

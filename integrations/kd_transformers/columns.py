@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,13 +22,18 @@ TEACHER_LOGITS = "teacher_logits"
 TEACHER_CLASSES = "teacher_classes"
 """The classes of these logits, where they are the highest alone."""
 TEACHER_LAYER = "teacher_layer:"
-"""A column of this prefix, with the teacher's number and a layer behind it, holds what that layer gives, as a file of
-NumPy's: nested lists would take longer to read than the teacher to ask."""
+"""A column of this prefix, with the teacher's number and a layer as JSON behind it, holds what that layer gives, as a
+file of NumPy's: nested lists would take longer to read than the teacher to ask."""
 
 
 def is_told(column: Any) -> bool:
     """Whether a column holds what teachers have said."""
     return column in (TEACHER_LOGITS, TEACHER_CLASSES) or str(column).startswith(TEACHER_LAYER)
+
+
+def layer_column(number: int, layer: str | int) -> str:
+    """The column of a layer of the teacher with this number."""
+    return f"{TEACHER_LAYER}{number}:{json.dumps(layer)}"
 
 
 def told_layers(columns: Iterable[Any]) -> dict[str, tuple[int, str | int]]:
@@ -36,7 +42,7 @@ def told_layers(columns: Iterable[Any]) -> dict[str, tuple[int, str | int]]:
     for column in columns:
         if str(column).startswith(TEACHER_LAYER):
             number, _, layer = str(column).removeprefix(TEACHER_LAYER).partition(":")
-            found[str(column)] = int(number), int(layer) if layer.removeprefix("-").isdecimal() else layer
+            found[str(column)] = int(number), json.loads(layer)
     return found
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from kd_accelerate.streams import ReplayedDataset, StagedDataset
 from kd_plugins import Batch, DistillError, Net, View, binding
 from kd_transformers.inputs import with_labels
 
@@ -91,6 +92,12 @@ class Updates(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.start_player()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # A loader of several processes, and one that goes on within an epoch, tell their samplers alone.
+        rows = self.trainer._staged or self.trainer.train_dataset
+        if isinstance(rows, (StagedDataset, ReplayedDataset)):
+            rows.set_epoch(int(state.epoch or 0))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.before_update()

@@ -84,7 +84,8 @@ class DistillationTrainer(Resumable):
     Columns of the data named `teacher_<input>` go to the teacher alone, in place of the student's; so do inputs that
     only the teacher's forward takes (a BERT teacher's `token_type_ids` beside a DistilBERT student). Where the collator
     is one of transformers' own, they are padded by the `pad_token_id` of the teacher's configuration. A column
-    `teacher_logits`, which `cache_teacher` makes, stands for the teacher's forward where only its logits are read.
+    `teacher_logits`, which `cache_teacher` makes, and those of layers stand for the teacher's forward where a method
+    reads no more.
 
     Args:
         *args: As for `Trainer`.

@@ -273,6 +273,7 @@ def test_augmentation_that_cannot_be_replayed_is_refused(extra, reason, capsys):
         ("quest", "quest looks at the images before it"),
         ("kd+at --distill-args at.layers=layer*", "all layers or a glob: leave it out"),
         ("nst", "has one position"),
+        ("afd --distill-args layer=2", "and this method asks for more"),
         ("noisy --distill-args fickle=true", "leave its cached logits out"),
     ],
 )

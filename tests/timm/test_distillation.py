@@ -490,7 +490,7 @@ def test_two_processes(run, teacher, tiny, tmp_path, name):
     # A signal to one of them ends both after the tenth update, with batch statistics of their own.
     stopping = tmp_path / "stopping.py"
     stopping.write_text(STOPPING)
-    on_two_processes(str(stopping), *flags, "parts")
+    on_two_processes(str(stopping), *flags, "parts", "--recovery-interval", "3")
     on_two_processes("-m", "kd_timm.train", *flags, "parts", "--resume", "auto")
     two, parts = tmp_path / "two", tmp_path / "parts"
     assert json.loads((parts / "run.json").read_text())["resumed"] == 1

@@ -25,6 +25,7 @@ from timm.data import create_loader
 from kd_plugins import DistillError, states
 from kd_timm import build, checkpoint, data, engine, progress, resume, train
 from kd_timm.arguments import parse_args
+from kd_timm.batches import Batches
 from kd_timm.digits import Digits
 
 MODEL = dict(num_classes=10, channels=(8, 8, 16, 16), stem_width=8)
@@ -127,11 +128,23 @@ def test_a_signal_before_the_training_leaves_nothing(few_digits, tiny, tmp_path,
     assert "the training had not begun" in capsys.readouterr().err
 
 
-def test_other_batches_begin_the_epoch_anew(run, stopped, tmp_path, caplog):
-    stopped(6, name="parts")
-    session = run("--resume", str(tmp_path / "parts"), "-b", "32", name="parts")
+@pytest.mark.parametrize(("flags", "updates"), [("-b 32", 8), ("--use-multi-epochs-loader", 4)])
+def test_other_batches_begin_the_epoch_anew(run, stopped, tmp_path, caplog, flags, updates):
+    stopped(6, *(flags.split() if "use" in flags else ()), name="parts")
+    session = run("--resume", str(tmp_path / "parts"), *flags.split(), name="parts")
     assert "Epoch 1 begins anew" in caplog.text
-    assert session.updates == 4 + 2 + 8
+    assert f"because of {'--batch-size' if '-b' in flags else flags}." in caplog.text
+    assert session.updates == 4 + 2 + updates
+
+
+def test_a_place_in_fewer_batches_is_refused():
+    rows = Batches([1, 2, 3])
+    assert [next(rows), next(rows)] == [1, 2]
+    again = Batches([1, 2, 3])
+    again.take_up(rows.place())
+    assert list(again) == [3]
+    with pytest.raises(DistillError, match="had read 2 batches of its epoch, and there are 1"):
+        Batches([1]).take_up(rows.place())
 
 
 def test_epochs_between_evaluations_are_saved(run, monkeypatch):

@@ -15,6 +15,7 @@ import trainer_kit as kit
 import transformers
 from datasets import Dataset, concatenate_datasets
 from image_kit import Images, image_classifier
+from PIL import Image
 from torch import nn
 from transformers import BertTokenizer, DataCollatorWithPadding, default_data_collator
 
@@ -128,7 +129,12 @@ def test_the_student_sees_the_views_that_the_teacher_was_asked_about(images, tmp
 
     def trained(folder: str, **options: Any) -> Any:
         settings: dict[str, Any] = {"num_train_epochs": 3, "dataloader_num_workers": workers}
-        settings |= {"remove_unused_columns": False, "lr_scheduler_type": "constant"}
+        # Shuffled, as by default: of such a loader that goes on within an epoch the sampler alone hears of it.
+        settings |= {
+            "remove_unused_columns": False,
+            "lr_scheduler_type": "constant",
+            "train_sampling_strategy": "random",
+        }
         args = kit.arguments(tmp_path / folder, **settings, **options.pop("args", {}))
         method = create_distiller("kd+fitnet", **{"fitnet.weight": 1.0})
         run = Seeing(image_classifier((4, 8), 0), args, train_dataset=cached, distiller=method)
@@ -144,15 +150,24 @@ def test_the_student_sees_the_views_that_the_teacher_was_asked_about(images, tmp
     assert not count.get("teacher")
     assert again.answers[1][column] == cached.answers[1][column]
     trained("parts", args={"save_strategy": "steps", "save_steps": steps + 1, "max_steps": steps + 1})
+    cached.set_epoch(0)  # as a process that begins finds it
     parts = trained("parts", resume_from_checkpoint=True)
     assert kit.difference(kit.weights(whole.model), kit.weights(parts.model)) == 0.0
 
 
 def test_a_transform_that_cannot_be_replayed_is_refused(images):
     own = np.random.default_rng(0)
-    noisy = images.with_transform(lambda rows: {"pixel_values": [own.random((3, 16, 16))] * len(rows["image"])})
-    with pytest.raises(DistillError, match="draws from a generator of its own"):
-        cache_teacher(noisy, image_classifier((4, 8), 1), views=2)
+
+    def pixels(rows: Any) -> dict[str, Any]:
+        return {"pixel_values": [own.random((3, 16, 16))] * len(rows["image"])}
+
+    def pictures(rows: Any) -> dict[str, Any]:
+        made = [Image.fromarray(own.integers(0, 255, (16, 16), dtype=np.uint8)) for _ in rows["image"]]
+        return {"image": made, "pixel_values": torch.zeros(len(made), 3, 16, 16, dtype=torch.bfloat16)}
+
+    for noisy in map(images.with_transform, (pixels, pictures)):
+        with pytest.raises(DistillError, match="draws from a generator of its own"):
+            cache_teacher(noisy, image_classifier((4, 8), 1), views=2)
     with pytest.raises(DistillError, match="say how many views of each are kept, views=N"):
         cache_teacher(images, image_classifier((4, 8), 1))
     with pytest.raises(DistillError, match="got one without: leave it out"):
@@ -209,7 +224,7 @@ def test_the_teacher_need_not_be_loaded(rows, tmp_path):
     assert kit.difference(kit.weights(plain.model), kit.weights(quick.model)) == 0.0
     quick.create_model_card()
     assert "- teacher: BertForSequenceClassification" in (tmp_path / "README.md").read_text()
-    with pytest.raises(DistillError, match="the BertForSequenceClassification that wrote it is not loaded"):
+    with pytest.raises(DistillError, match="the BertForSequenceClassification that wrote them is not loaded"):
         trained(again, distiller="internal")
     student.config.id2label = {0: "a", 1: "b", 2: "d"}
     with pytest.raises(DistillError, match="name their 3 classes differently"):
