@@ -127,18 +127,30 @@ class Session(Parts):
             if self.distillation is not None:
                 self.distillation.player.average_buffers()
         stops = signals.agreed(self.accelerator)
-        if stops or broadcast_object_list([time.monotonic() - self.saved >= SAVE_SECONDS])[0]:
+        self.safe = stops or broadcast_object_list([time.monotonic() - self.saved >= SAVE_SECONDS])[0]
+        if self.safe:
             self._save(epoch, {"trained": training})
         if stops:
             signals.check()
         return training
 
     def _epoch(self, epoch: int, place: Mapping[str, Any]) -> None:
-        args = self.args
         if not place:
             self.enter_stage()
+        self.safe = "trained" in place
         with signals.hold():
-            training = place["trained"] if "trained" in place else self._train_epoch(epoch, place)
+            training = place["trained"] if self.safe else self._train_epoch(epoch, place)
+            # An evaluation of what is saved may be left at once.
+            signals.held = not self.safe
+            saved = self._conclude(epoch, training)
+            if signals.agreed(self.accelerator):
+                if not saved:
+                    self._save(epoch + 1)
+                signals.check()
+
+    def _conclude(self, epoch: int, training: Mapping[str, float]) -> bool:
+        """Evaluates an epoch where its turn is, and writes it down; returns whether the state was written."""
+        args = self.args
         done, rate = epoch - self.stage_start, self.rate
         if (epoch + 1) % args.val_interval and epoch + 1 not in (self.epochs, self.last, *args.save_epochs):
             self.reporter.line("Skipping eval and checkpointing ")
@@ -146,7 +158,7 @@ class Session(Parts):
                 self.recorder.epoch(epoch, training, {}, rate)
             if self.scheduler is not None:
                 self.scheduler.step(done + 1, None)
-            return
+            return False
         evaluation = self._evaluate()
         metric = epoch if self.metric == "epoch" else (evaluation or training)[self.metric]
         evaluation |= self.peers.evaluate(self, self.evaluated, epoch)
@@ -167,6 +179,7 @@ class Session(Parts):
             with writing(milestone):
                 shutil.copytree(self.folder / "state", milestone, dirs_exist_ok=True)
             self.reporter.line(f"Saved milestone checkpoint {milestone}")
+        return True
 
     def _save(self, epoch: int, place: Mapping[str, Any] | None = None) -> None:
         self._forget_earlier()

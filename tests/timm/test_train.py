@@ -122,6 +122,29 @@ def test_a_signal_ends_the_run_with_a_state(few_digits, tiny, tmp_path, monkeypa
     assert places == ["epoch 0, update 3", "epoch 1, update 1", "epoch 1"]
 
 
+@pytest.mark.parametrize("long", [False, True])
+def test_a_signal_in_an_evaluation_loses_no_epoch(few_digits, tiny, tmp_path, monkeypatch, caplog, long):
+    """It waits for the evaluation, unless the epoch took so long that its state was written before."""
+    caplog.set_level("INFO")
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0.0 if long else 60.0)
+    words = [*tiny, "--output", str(tmp_path), "--experiment", "run", "--resume", "auto"]
+    evaluate, calls = train.evaluate, []
+
+    def interrupted(*args, **kwargs):
+        calls.append("begun")
+        if calls.count("begun") == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        found = evaluate(*args, **kwargs)
+        calls.append("done")
+        return found
+
+    monkeypatch.setattr(train, "evaluate", interrupted)
+    assert train.main(words) == 143
+    assert calls == (["begun"] if long else ["begun", "done"])
+    assert train.main(words) == 0
+    assert re.findall("Continuing with (.*) from", caplog.text) == ["epoch 0" if long else "epoch 1"]
+
+
 def test_a_signal_before_the_training_leaves_nothing(few_digits, tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "Recorder", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
     assert train.main([*tiny, "--output", str(tmp_path), "--experiment", "run"]) == 143
