@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache, cached_property, partial
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -19,14 +18,13 @@ from torch import Tensor, nn
 
 from kd_accelerate.cached import check_twice, drop_damaged, layers_of, note_facts, seal_file
 from kd_accelerate.cached import temperature_of as temperature_read
-from kd_accelerate.randomness import undisturbed
-from kd_accelerate.streams import ReplayedDataset
 from kd_plugins import Batch, Distiller, DistillError, Net, Nets, Reads, create_distiller
 from kd_plugins import functional as KF
 from kd_plugins.catalog.values import AtLeastOne, Positive, convert
 from kd_plugins.errors import told as told_in_words
-from kd_plugins.reading.network import Network, adapt
+from kd_plugins.reading.network import adapt
 from kd_plugins.reading.view import TopK, View
+from kd_transformers.absent import Absent, called
 from kd_transformers.checks import base, class_names, counted_as, inputs_of, kind_of, scores_tokens
 from kd_transformers.columns import (
     TEACHER,
@@ -41,13 +39,13 @@ from kd_transformers.columns import (
 )
 from kd_transformers.compat import rows_id
 from kd_transformers.playing import listed
+from kd_transformers.views import Views
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
 _BLOCK = 4096
-_LOOKED_AT = 16
 _ASIDE = ("problem_type", "_name_or_path", "transformers_version")
 
 
@@ -299,123 +297,6 @@ def cache_teacher(
             t.train(training)
 
 
-class Views(ReplayedDataset):
-    """Rows that a transform augments, each view with what the teachers say of it, as `cache_teacher` makes them."""
-
-    answers: Sequence[Dataset]
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        view, row = self.view, int(row)
-        return {**self.item(row, view), **self.answers[view][row]}
-
-    @property
-    def column_names(self) -> list[str]:
-        """Those of the rows, and those of the teachers."""
-        return [*self.dataset.column_names, *self.answers[0].column_names]
-
-    @property
-    def info(self) -> Any:
-        """The description, which tells of the teachers."""
-        return self.answers[0].info
-
-    def sample(self) -> str:
-        """Changes with the views of some rows; refuses a transform that cannot be replayed."""
-        looks = [(number * len(self) // _LOOKED_AT, number % self.views) for number in range(_LOOKED_AT)]
-        digests = [hashlib.sha256(b"".join(_bytes(self.item(*look)) for look in looks)).hexdigest() for _ in range(2)]
-        if digests[0] != digests[1]:
-            raise DistillError(
-                "Expected a transform whose random numbers are Python's, NumPy's or torch's, got one that shows another"
-                " view when it is asked for the same: it draws from a generator of its own, so train without a cache."
-            )
-        return digests[0]
-
-
-def _bytes(value: Any) -> bytes:
-    """What a value of a row is made of, so that another one has others."""
-    if isinstance(value, Mapping):
-        return b"".join(str(key).encode() + _bytes(value[key]) for key in sorted(value, key=str))
-    if isinstance(value, (list, tuple)):
-        return b"[" + b",".join(map(_bytes, value)) + b"]"
-    if isinstance(value, Tensor):
-        return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    # Of numbers and words, of arrays and of images of PIL.
-    return np.asarray(value).tobytes()
-
-
-class Absent(nn.Module):
-    """A teacher that is not loaded, since what it says is in the data.
-
-    Args:
-        stands_for: The class of the teacher, or its name.
-        config: Its configuration.
-        identity: Changes with its weights.
-        load: Loads it; None where it is not to be had.
-        kind: What it is for, where neither its class nor its configuration is known (`checks.kind_of`).
-    """
-
-    def __init__(
-        self,
-        stands_for: type | str,
-        config: Any,
-        identity: str = "",
-        load: Callable[[], nn.Module] | None = None,
-        kind: str = "",
-    ) -> None:
-        super().__init__()
-        self.absent_class = stands_for if isinstance(stands_for, type) else None
-        self.stands_for = stands_for.__name__ if isinstance(stands_for, type) else stands_for
-        self.config, self.identity, self._load, self.absent_kind = config, identity, load, kind
-
-    def load(self) -> nn.Module:
-        """The teacher itself, another one at each call; no random stream has moved."""
-        if self._load is None:
-            raise DistillError(
-                f"The method reads more of the teacher than the columns of cache_teacher hold, and the"
-                f" {self.stands_for} that wrote them is not loaded: give teacher_model."
-            )
-        with undisturbed():
-            return self._load().requires_grad_(False).eval()
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.load()(*args, **kwargs)
-
-
-class AbsentNetwork:
-    """The adapter of a teacher that is not loaded before it is read, or asked how it is built."""
-
-    def __init__(self, module: Absent) -> None:
-        self._absent = module
-
-    @property
-    def module(self) -> nn.Module:
-        """The teacher, or what stands for it."""
-        return self._loaded.module if "_loaded" in vars(self) else self._absent
-
-    @cached_property
-    def _loaded(self) -> Network:
-        # A part of what stands for it from then on, so that it follows its modes and devices.
-        self._absent.loaded = self._absent.load()
-        return adapt(self._absent.loaded)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self._loaded, name)
-
-    def read(self, batch: Batch, reads: Reads, **options: Any) -> Any:
-        """As `Network.read`."""
-        if isinstance(batch.inputs, Tensor):
-            self._loaded.module.to(batch.inputs.device)
-        return self._loaded.read(batch, reads, **options)
-
-    def install(self, reads: Reads) -> None:
-        """As `Network.install`; what the cache may hold needs no hooks."""
-        if reads.hidden or reads.attentions:
-            self._loaded.install(reads)
-
-    check_map: Any = Network.check_map
-
-
 def absent_teachers(dataset: Any) -> list[Absent]:
     """Stand-ins for the teachers whose logits a data set has."""
     if TEACHER_LOGITS not in (getattr(dataset, "column_names", None) or ()):
@@ -530,12 +411,6 @@ def _noted(description: str | None, teachers: Sequence[nn.Module], row: Mapping[
     ]
     others = [line for line in (description or "").splitlines() if not line.startswith(_NOTE)]
     return "\n".join([*others, _NOTE + json.dumps(facts)])
-
-
-def called(teacher: nn.Module) -> str:
-    """The name of a teacher's class, whether it is loaded or not."""
-    module = base(teacher)
-    return str(getattr(module, "stands_for", type(module).__name__))
 
 
 def _hash(*values: Any) -> str:

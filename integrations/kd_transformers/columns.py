@@ -26,9 +26,12 @@ TEACHER_LAYER = "teacher_layer:"
 file of NumPy's: nested lists would take longer to read than the teacher to ask."""
 
 
+TOLD = TEACHER_LOGITS, TEACHER_CLASSES
+
+
 def is_told(column: Any) -> bool:
     """Whether a column holds what teachers have said."""
-    return column in (TEACHER_LOGITS, TEACHER_CLASSES) or str(column).startswith(TEACHER_LAYER)
+    return column in TOLD or str(column).startswith(TEACHER_LAYER)
 
 
 def layer_column(number: int, layer: str | int) -> str:
@@ -44,6 +47,24 @@ def told_layers(columns: Iterable[Any]) -> dict[str, tuple[int, str | int]]:
             number, _, layer = str(column).removeprefix(TEACHER_LAYER).partition(":")
             found[str(column)] = int(number), json.loads(layer)
     return found
+
+
+def told_columns(dataset: Any) -> list[str]:
+    """The columns of what teachers have said that a data set may have, those of the layers that it has among them."""
+    return [*TOLD, *told_layers(getattr(dataset, "column_names", None) or ())]
+
+
+def pop_told(
+    inputs: dict[str, Any], teachers: int
+) -> tuple[Tensor | None, Tensor | None, tuple[dict[str | int, Tensor], ...]]:
+    """Takes what teachers have said out of a batch's inputs for them: logits, their classes, the layers of each."""
+    logits, classes = (inputs.pop(name.removeprefix(TEACHER), None) for name in TOLD)
+    layers: list[dict[str | int, Tensor]] = [{} for _ in range(teachers)]
+    for column, (number, layer) in told_layers(TEACHER + name for name in list(inputs)).items():
+        value = inputs.pop(column.removeprefix(TEACHER))
+        if number < teachers:
+            layers[number][layer] = value
+    return logits, classes, tuple(layers)
 
 
 def as_file(array: Tensor) -> bytes:

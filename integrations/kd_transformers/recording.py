@@ -17,7 +17,7 @@ from kd_plugins.reading.network import adapt
 from kd_report.predictions import predicted_maps
 from kd_report.record import MOST_AT_ONCE, SHARE, RunRecord, rows_to_analyse, some_rows
 from kd_report.uncertainty import Doubts
-from kd_transformers.cache import Absent
+from kd_transformers.absent import Absent
 from kd_transformers.checks import class_order, task_of
 from kd_transformers.columns import with_padding
 from kd_transformers.compat import on_device, used_columns

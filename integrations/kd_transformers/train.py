@@ -31,8 +31,9 @@ from kd_report import page_hint
 from kd_report.measures import decisions
 from kd_report.uncertainty import Answers, Doubts, dirichlet_offset, uncertainty_metrics
 from kd_transformers import DistillationTrainer
+from kd_transformers.absent import Absent, called
 from kd_transformers.arguments import Arguments, parse_args
-from kd_transformers.cache import Absent, cache_teacher, cached_logits, called
+from kd_transformers.cache import cache_teacher, cached_logits
 from kd_transformers.checkpoints import Resumable, asked_for, checkpoints, identity
 from kd_transformers.checks import class_order
 from kd_transformers.data import Labels, fingerprint, load_other, load_text

@@ -24,7 +24,8 @@ from kd_plugins import Batch, Distiller, DistillError, Nets, create_distiller
 from kd_plugins.binding import connect, needs_in, needs_of_stages, needs_pass, prepare, schedule, set_up
 from kd_plugins.catalog.registry import to_json
 from kd_plugins.reading.network import adapt
-from kd_transformers.cache import Absent, AbsentNetwork, absent_teachers, check_told, loaded_where_read, told_by
+from kd_transformers.absent import Absent, AbsentNetwork
+from kd_transformers.cache import absent_teachers, check_told, loaded_where_read, told_by
 from kd_transformers.card import Gain, add_to_card, check_gain, section
 from kd_transformers.checkpoints import Resumable
 from kd_transformers.checks import (
@@ -44,17 +45,7 @@ from kd_transformers.checks import (
     special_tokens,
     task_of,
 )
-from kd_transformers.columns import (
-    INDEX,
-    TEACHER,
-    TEACHER_CLASSES,
-    TEACHER_LOGITS,
-    Indexed,
-    is_told,
-    told_layers,
-    with_index,
-    with_padding,
-)
+from kd_transformers.columns import INDEX, TEACHER, Indexed, is_told, pop_told, told_columns, with_index, with_padding
 from kd_transformers.compat import ALWAYS_DIVIDES, on_device, used_columns
 from kd_transformers.inputs import decoder_inputs, labels_of
 from kd_transformers.playing import Trained, Updates, export, ignored_label, listed, save_weights
@@ -304,12 +295,7 @@ class DistillationTrainer(Resumable):
         own, only = self._own_inputs(inputs), self._teacher_only()
         theirs = {name: value for name, value in inputs.items() if name in only}
         theirs |= {k.removeprefix(TEACHER): v for k, v in inputs.items() if k.startswith(TEACHER)}
-        logits, classes = (theirs.pop(n.removeprefix(TEACHER), None) for n in (TEACHER_LOGITS, TEACHER_CLASSES))
-        layers: list[dict[str | int, Tensor]] = [{} for _ in self.teachers]
-        for column, (number, layer) in told_layers(inputs).items():
-            value = theirs.pop(column.removeprefix(TEACHER))
-            if number < len(layers):
-                layers[number][layer] = value
+        logits, classes, layers = pop_told(theirs, len(self.teachers))
         student = base(self.model)
         labels, mask = labels_of(student, own, self._label)
         task = self.task or task_of(student, labels)
@@ -322,7 +308,7 @@ class DistillationTrainer(Resumable):
             mask=mask,
             teacher_kwargs=theirs,
             teacher_logits=told_by(self.train_dataset, logits, classes, tokens=task in ("token", "causal-lm")),
-            teacher_features=tuple(layers),
+            teacher_features=layers,
             index=inputs.get(INDEX),
             rows=len(self.train_dataset) if has_length(self.train_dataset) else 0,
             **self._normalisation(),
@@ -395,8 +381,7 @@ class DistillationTrainer(Resumable):
         if self.distiller is None:
             return []
         only = sorted(self._teacher_only() - set(columns))
-        told = {TEACHER_LOGITS, TEACHER_CLASSES, *told_layers(getattr(self.train_dataset, "column_names", None) or ())}
-        return [*only, *(TEACHER + name for name in (*columns, *only)), *sorted(told), INDEX]
+        return [*only, *(TEACHER + name for name in (*columns, *only)), *told_columns(self.train_dataset), INDEX]
 
     # Training
 

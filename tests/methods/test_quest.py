@@ -471,7 +471,9 @@ def test_by_name_in_kd_timm_train_with_resume(tmp_path, monkeypatch):
         if stop:
             epoch = session._epoch
             monkeypatch.setattr(
-                session, "_epoch", lambda n: epoch(n) if n == 0 else (_ for _ in ()).throw(KeyboardInterrupt)
+                session,
+                "_epoch",
+                lambda n, *rest: epoch(n, *rest) if n == 0 else (_ for _ in ()).throw(KeyboardInterrupt),
             )
         session.results = session.fit()
         return session

@@ -21,7 +21,8 @@ from transformers import BertTokenizer, DataCollatorWithPadding, default_data_co
 
 from kd_plugins import Batch, Distiller, DistillError, Needs, Reads, create_distiller
 from kd_transformers import DistillationTrainer, cache_teacher
-from kd_transformers.cache import Absent, temperature_of
+from kd_transformers.absent import Absent
+from kd_transformers.cache import temperature_of
 from kd_transformers.columns import TEACHER_LOGITS, Told
 from kd_transformers.recording import RecordCallback
 
