@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
-import signal
 import threading
 
 import pytest
@@ -94,6 +93,9 @@ def test_a_run_that_fails_is_told_by_the_last_line_of_its_log(tmp_path):
 
 
 def test_ctrl_c_ends_the_demo_without_a_traceback(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "play", lambda *_: signal.raise_signal(signal.SIGINT))
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "play", stopped)
     assert cli.main(["demo", "--output", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "kd-plugins: stopped.\n"
