@@ -16,19 +16,33 @@ from kd_plugins import Distiller, DistillError, Reads
 from kd_plugins.binding import needs_of_stages
 from kd_plugins.states import read_json, write_json, write_text
 
-__all__ = ["check_twice", "drop_damaged", "files_id", "layers_of", "note_facts", "seal_file", "temperature_of"]
+__all__ = [
+    "check_twice",
+    "drop_damaged",
+    "files_id",
+    "layers_of",
+    "note_facts",
+    "reads_of",
+    "seal_file",
+    "temperature_read",
+]
 
 logger = logging.getLogger(__name__)
 
 
+def reads_of(distiller: Distiller, number: int) -> Reads:
+    """All that a method reads of a teacher in its stages."""
+    return functools.reduce(Reads.__or__, [needs.of_teacher(number) for needs in needs_of_stages(distiller)])
+
+
 def layers_of(distiller: Distiller, number: int) -> tuple[str | int, ...] | None:
     """The layers of a teacher that a method reads in its stages; None where they are more than a cache holds."""
-    reads = functools.reduce(Reads.__or__, [needs.of_teacher(number) for needs in needs_of_stages(distiller)])
+    reads = reads_of(distiller, number)
     more = reads.hidden or reads.attentions or any("*" in str(name) for name in reads.features)
     return None if more else reads.features
 
 
-def temperature_of(distiller: Distiller, teachers: int, flag: str) -> float:
+def temperature_read(distiller: Distiller, teachers: int, flag: str) -> float:
     """That at which a method reads the highest of the teachers' scores; refuses one that reads all of them."""
     reads = [needs.of_teacher(i) for needs in needs_of_stages(distiller) for i in range(teachers)]
     found = {one.softened for one in reads if one.logits}

@@ -71,7 +71,7 @@ class StagedDataset(Dataset):
         self._left = torch.tensor(len(dataset)).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """Takes the rows of the stage that an epoch belongs to; loaders call it before every epoch."""
+        """Takes the rows of the stage that an epoch belongs to; a loader or its host calls it before every epoch."""
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
         table = self.distiller.progress.table
@@ -113,7 +113,7 @@ class ReplayedDataset(Dataset):
         return int(self._view)
 
     def set_epoch(self, epoch: int) -> None:
-        """Takes the view of an epoch; loaders call it before every epoch."""
+        """Takes the view of an epoch; a loader or its host calls it before every epoch."""
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
         self._view.fill_(epoch % self.views)

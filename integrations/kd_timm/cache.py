@@ -34,7 +34,7 @@ from kd_accelerate.cached import (
     layers_of,
     note_facts,
     seal_file,
-    temperature_of,
+    temperature_read,
 )
 from kd_plugins import Batch, Distiller, DistillError, Net, Reads
 from kd_plugins import functional as KF
@@ -159,7 +159,7 @@ class TeacherCache:
         }
         self.top, self.temperature = args.cache_top_k, 1.0
         if self.top and self.top < args.num_classes:
-            self.temperature = temperature_of(distiller, len(args.teacher), "--cache-top-k")
+            self.temperature = temperature_read(distiller, len(args.teacher), "--cache-top-k")
             self.facts["top k"] = f"{self.top} at temperature {self.temperature:g}"
         if any(self.layers):
             self.facts["layers"] = json.dumps(self.layers)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import zip_longest
@@ -15,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from kd_accelerate import TurnPlayer
+from kd_accelerate.cached import reads_of
 from kd_accelerate.randomness import undisturbed
 from kd_plugins import Batch, Distiller, DistillError, Net, Reads, create_distiller
-from kd_plugins.binding import connect, needs_of_stages, needs_pass, prepare, schedule, set_up
+from kd_plugins.binding import connect, needs_pass, prepare, schedule, set_up
 from kd_plugins.catalog.registry import options_from_strings
 from kd_plugins.stages import StageTable
 from kd_timm.batches import batches
@@ -138,9 +138,7 @@ class Distillation:
         nets = connect(tried, self.network, *networks, transforms=[net.transform for net in nets.teachers])
         set_up(tried, nets, cache.as_told(batch, nets.teachers))
         for net, kept in zip(nets.teachers, cache.layers, strict=True):
-            AbsentNetwork(Absent(), kept).install(
-                functools.reduce(Reads.__or__, [needs.of_teacher(net.number) for needs in needs_of_stages(tried)])
-            )
+            AbsentNetwork(Absent(), kept).install(reads_of(tried, net.number))
 
     def set_up(self, dataset: Any, *, fresh: bool) -> None:
         """Lets the method build its parts on one batch, and pass over the training set where it wants to.

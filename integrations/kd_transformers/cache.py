@@ -16,8 +16,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from kd_accelerate.cached import check_twice, drop_damaged, layers_of, note_facts, seal_file
-from kd_accelerate.cached import temperature_of as temperature_read
+from kd_accelerate.cached import check_twice, drop_damaged, layers_of, note_facts, seal_file, temperature_read
 from kd_plugins import Batch, Distiller, DistillError, Net, Nets, Reads, create_distiller
 from kd_plugins import functional as KF
 from kd_plugins.catalog.values import AtLeastOne, Positive, convert
@@ -70,7 +69,7 @@ def cache_teacher(
 
     With a `distiller` the layers that it names are kept too, each in a column `teacher_layer:N:NAME`, as a file of
     NumPy's for each row: a vector takes 4 bytes a number, a text's hidden states, of its tokens without padding, so
-    much for each token. Attention and numbered hidden states are not kept.
+    much for each token, and in a batch zeros at its padding. Attention and numbered hidden states are not kept.
 
     `DistillationTrainer` takes the columns in place of the teacher's forward wherever a method reads no more of the
     teacher (`kd`, the last phase of `internal`, with their layers `fitnet`, `rkd`, `crd`); a step then costs what
