@@ -16,6 +16,7 @@ A list is YAML:
     variants: {short: --epochs 4, long: --epochs 8}    # optional: every row with each of them, `kd, short`
 
 `$DATA` and other variables of the environment are expanded, and `{device}` is `--device`. One process for each core.
+What is in the output folder is not run again, and with `--keep` nothing that the results file has.
 """
 
 from __future__ import annotations
@@ -88,8 +89,13 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--only", nargs="*", help="rows to run; the table has all that are done")
     parser.add_argument("--collect", action="store_true", help="run nothing: the table of what is done")
+    parser.add_argument(
+        "--keep", action="store_true", help="run no seed that the results file has already: another machine's, say"
+    )
     args = parser.parse_args(argv)
     spec = yaml.safe_load(Path(args.list).read_text())
+    target = Path(args.json or f"benchmarks/results/{Path(args.list).stem}.json")
+    kept = json.loads(target.read_text())["rows"] if args.keep else {}
     root = Path(args.output) / Path(args.list).stem
     wanted = spec.get("results", "results.json")
     scale = spec.get("scale", 1)
@@ -104,15 +110,20 @@ def main(argv: list[str]) -> int:
     for variant, more in (spec.get("variants") or {"": ""}).items():
         end = f", {variant}" if variant else ""
         for row, flags in spec["rows"].items():
-            lines[row + end] = f"{flags} {more}"
+            lines[row + end] = " ".join(f"{flags} {more}".split())
             # A variant is compared with the same variant of the baseline.
             baselines[row + end] = f"{spec['baseline']}{end}" if "baseline" in spec else None
     if unknown := set(args.only or ()) - set(lines):
         parser.error(f"--only: expected rows of the list, got {sorted(unknown)}; it has {list(lines)}")
     jobs = {}
+    # What was measured with other flags is another row, whatever its name.
+    kept = {row: values for row, values in kept.items() if values["flags"] == lines.get(row)}
+    first = next(iter(spec["metrics"]))
     with ThreadPoolExecutor(args.jobs) as pool:
         for seed in spec["seeds"]:
             for row, flags in lines.items():
+                if row in kept and str(seed) in kept[row][first]:
+                    continue
                 folder = root / folder_name(row) / f"seed{seed}"
                 command = f"{spec['common']} {flags}".format(out=folder, seed=seed, **names)
                 start = not args.collect and row in (args.only or lines)
@@ -121,19 +132,19 @@ def main(argv: list[str]) -> int:
     for row, flags in lines.items():
         found = {seed: job.result() for (name, seed), job in jobs.items() if name == row}
         done = {str(seed): result for seed, result in found.items() if result is not None}
-        if not done:
+        if not done and row not in kept:
             continue
         values = {
             label: {seed: value * scale for seed, result in done.items() if (value := find(result, key)) is not None}
             for label, key in spec["metrics"].items()
         }
         values["seconds"] = {seed: result["seconds"] for seed, result in done.items() if result["seconds"]}
-        results[row] = {"flags": " ".join(flags.split()), "baseline": baselines[row], **values}
+        values = {label: {**kept.get(row, {}).get(label, {}), **of_seed} for label, of_seed in values.items()}
+        results[row] = {"flags": flags, "baseline": baselines[row], **values}
     report = {"list": Path(args.list).name, "machine": machine()}
     report |= {"baseline": spec.get("baseline"), "published": spec.get("published") or {}, "rows": results}
     head, *rows = table(report)
     print_table(spec.get("title", root.name), head, rows)
-    target = args.json or f"benchmarks/results/{Path(args.list).stem}.json"
     write(target, report)
     return 0
 

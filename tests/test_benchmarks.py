@@ -116,6 +116,15 @@ def test_a_list_runs_once_and_keeps_its_figures(tmp_path: Path, capsys: pytest.C
     assert high[:6] == ["high, wide, one", "15.0 ± 14.1", "-", "+2.5 ± 0.0", "-", 2]
     assert {p.read_text() for p in tmp_path.rglob("count.txt")} == {"1"}
     assert "high, wide" in capsys.readouterr().out
+    # On a machine without these runs: a third seed and a row whose flags are others now are all there is to do.
+    spec["seeds"] = [0, 2, 4]
+    spec["rows"] = {"low": "0.25 {seed}", "high, wide": "0.75 {seed}"}
+    path.write_text(yaml.safe_dump(spec, sort_keys=False))
+    there = tmp_path / "there"
+    quality.main([str(path), "--output", str(there), "--json", str(target), "--keep"])
+    assert json.loads(target.read_text())["rows"]["low, one"]["accuracy"] == {"0": 2.5, "2": 22.5, "4": 42.5}
+    assert json.loads(target.read_text())["rows"]["high, wide, two"]["accuracy"] == {"0": 7.5, "2": 27.5, "4": 47.5}
+    assert len(list(there.rglob("count.txt"))) == 1 + 2 + 6
 
 
 def test_metrics_are_found_by_dotted_keys() -> None:
