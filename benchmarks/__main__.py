@@ -7,6 +7,7 @@ import sys
 
 NAMES = {
     "speed": "seconds per step against the floor",
+    "phases": "internal, phase by phase, in time and memory, beside the way by hand",
     "nst": "NST's forms",
     "quest": "QuEST's loss in pieces, and all at once",
     "vocabulary": "soft labels over a vocabulary in chunks, and all at once",

@@ -1,7 +1,7 @@
 """Writes the tables of docs/results.md from the files in benchmarks/results, so that no figure is typed by hand.
 
 A table stands between `<!-- results: NAME -->` and `<!-- end -->`; its rows are those of `NAME.json`, what
-`python -m benchmarks quality lists/NAME.yaml` wrote, or `python -m benchmarks speed`.
+`python -m benchmarks quality lists/NAME.yaml` wrote, `python -m benchmarks speed`, or `python -m benchmarks phases`.
 """
 
 from __future__ import annotations
@@ -29,10 +29,26 @@ def costs(report: dict[str, Any]) -> list[list[Any]]:
     return rows
 
 
+def phases(report: dict[str, Any]) -> list[list[Any]]:
+    """The times and the memory of `phases` as a head and rows."""
+    rows: list[list[Any]] = [["phase", "CPU ms", "times the way by hand", "95 %", "MiB", "MiB by hand"]]
+    for title, found in report["phases"].items():
+        rows.append([f"**{title}**", *[""] * 5])
+        for phase, row in found.items():
+            low, high = row["interval"]
+            costs = [f"{row['ms']:.0f}", f"{row['x_by_hand']:.2f}", f"{low:.2f} to {high:.2f}"]
+            rows.append([phase, *costs, f"{row['mib']:.0f}", f"{row['mib_by_hand']:.0f}"])
+    return rows
+
+
+MEASURED = {"jobs": costs, "phases": phases}
+
+
 def markdown(name: str) -> str:
     """The table of one results file."""
     report = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-    head, *rows = costs(report) if "jobs" in report else table(report)
+    rows_of = next((rows for key, rows in MEASURED.items() if key in report), table)
+    head, *rows = rows_of(report)
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n" + "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines) + "\n"
 

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["compare", "machine", "measured", "peak_mib", "print_table", "ratios", "write"]
+__all__ = ["compare", "machine", "measured", "peak_bytes", "peak_mib", "print_table", "ratios", "write"]
 
 
 def compare(cases: Mapping[str, Callable[[], Any]], *, repeats: int, warmup: int = 3) -> dict[str, list[float]]:
@@ -71,6 +72,23 @@ def measured(*words: str) -> dict[str, Any]:
 def peak_mib() -> float:
     """Largest resident set of this process so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def peak_bytes(step: Callable[[], Any]) -> int:
+    """The bytes that a step allocates at most beyond what there was: on the GPU, or in torch's own CPU memory."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        step()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
 
 
 def print_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:

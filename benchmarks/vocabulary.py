@@ -23,28 +23,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.timing import peak_bytes
 from kd_plugins import functional as KF
 
 __all__ = ["main"]
-
-
-def _peak(step: Callable[[], Any], cuda: bool) -> int:
-    """The bytes that a step allocates at most beyond what there was."""
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        step()
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    now = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
 
 
 def _trl(heads: Sequence[Sequence[Tensor]], chunk: int) -> Tensor:
@@ -113,6 +96,6 @@ def main(argv: Sequence[str]) -> int:
             start = time.perf_counter()
             step()  # Ends with a number on the host, which waits for the device.
             seconds.append(time.perf_counter() - start)
-        copies = _peak(step, args.device == "cuda") / (4 * numbers)
+        copies = peak_bytes(step) / (4 * numbers)
         print(json.dumps({"way": way, "seconds": statistics.median(seconds), "copies": copies, "found": found}))
     return 0

@@ -2,42 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-import json
 from collections.abc import Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
-from torch import Tensor, nn
+from torch import nn
 
-from kd_accelerate.cached import check_twice, drop_damaged, layers_of, note_facts, seal_file, temperature_read
-from kd_plugins import Batch, Distiller, DistillError, Net, Nets, Reads, create_distiller
-from kd_plugins import functional as KF
+from kd_accelerate.cached import drop_damaged, layers_of, note_facts, seal_file, temperature_read
+from kd_plugins import Distiller, DistillError, create_distiller
 from kd_plugins.catalog.values import AtLeastOne, Positive, convert
 from kd_plugins.errors import told as told_in_words
-from kd_plugins.reading.network import adapt
-from kd_plugins.reading.view import TopK, View
-from kd_transformers.absent import Absent, called
-from kd_transformers.checks import base, class_names, counted_as, inputs_of, kind_of, scores_tokens
-from kd_transformers.columns import (
-    TEACHER,
-    TEACHER_CLASSES,
-    TEACHER_LOGITS,
-    Padded,
-    Told,
-    as_file,
-    is_told,
-    layer_column,
-    with_padding,
-)
+from kd_transformers.absent import Absent
+from kd_transformers.asking import Asking
+from kd_transformers.checks import kind_of
+from kd_transformers.columns import TEACHER_LOGITS, Padded, Told, is_told, with_padding
 from kd_transformers.compat import rows_id
 from kd_transformers.playing import listed
+from kd_transformers.told import noted
 from kd_transformers.views import Views
 
 if TYPE_CHECKING:
@@ -45,6 +30,12 @@ if TYPE_CHECKING:
 
 
 _BLOCK = 4096
+_NUMBERS = {
+    "top_k": AtLeastOne | None,
+    "temperature": Positive | None,
+    "batch_size": AtLeastOne,
+    "views": AtLeastOne | None,
+}
 _ASIDE = ("problem_type", "_name_or_path", "transformers_version")
 
 
@@ -123,6 +114,7 @@ def cache_teacher(
             " make one with Dataset.from_list, or train without a cache."
         )
     transform = dataset.format["format_kwargs"]["transform"] if dataset.format["type"] == "custom" else None
+    _check_numbers(top_k=top_k, temperature=temperature, batch_size=batch_size, views=views)
     if transform is not None and views is None:
         raise DistillError(
             "Expected rows that are the same in every epoch, got a data set with a transform (set_transform): say how"
@@ -133,24 +125,11 @@ def cache_teacher(
             "views are those of a data set with a transform (set_transform), got one without: leave it out."
         )
     teachers = listed("teacher", teacher)
-    if not teachers:
-        raise DistillError("Expected at least one teacher to ask, got none.")
-    for what, value, hint, expected in (
-        ("top_k", top_k, AtLeastOne | None, "a whole number, at least 1"),
-        ("temperature", temperature, Positive | None, "a number above 0"),
-        ("batch_size", batch_size, AtLeastOne, "a whole number, at least 1"),
-        ("views", views, AtLeastOne | None, "a whole number, at least 1"),
-    ):
-        try:
-            convert(value, hint)
-        except ValueError:
-            raise DistillError(f"{what}: expected {expected}, got {value!r}.") from None
-    for kind in map(kind_of, teachers):
-        if kind in ("sequence to sequence", "question answering"):
-            raise DistillError(
-                f"Expected a teacher that scores rows, or the tokens of its inputs, got one for {kind}: train without a"
-                " cache."
-            )
+    _check_teachers(teachers)
+    plain = dataset.with_format(None)
+    plain = plain.remove_columns([*filter(is_told, plain.column_names)])
+    if not len(plain):
+        raise DistillError("Expected at least one row to ask the teacher about, got an empty data set.")
     method = create_distiller(distiller) if isinstance(distiller, str) else distiller
     layers = [layers_of(method, i) or () if method is not None else () for i in range(len(teachers))]
     if top_k and method is not None:
@@ -158,89 +137,22 @@ def cache_teacher(
         if temperature not in (None, asked_at):
             raise DistillError(f"{method.name} reads at temperature {asked_at:g}, got {temperature}: leave it out.")
         temperature = asked_at
-    temperature = 1.0 if temperature is None else temperature
-    modes = [t.training for t in teachers]
-    weight = next(teachers[0].parameters(), torch.empty(0))
-    device = torch.device(device) if device is not None else weight.device
     collate = with_padding(data_collator or default_data_collator, teachers)
-    taken = set().union(*map(inputs_of, teachers))
     replayed = None if views is None else Views(dataset, views)
-
-    def is_input(column: str) -> bool:
-        asked_with = not taken or column in taken or column.startswith(TEACHER)
-        return asked_with and not is_told(column) and not column.startswith("label")
-
-    columns = [*filter(is_input, dataset.column_names)]
-
-    @cache
-    def loaded() -> list[Net]:
-        found = [t.load() if isinstance(t, Absent) else t for t in teachers]
-        return [Net(adapt(t.to(device)), Reads, frozen=True) for t in found]
-
-    asked = alone = False
-
-    def ask(rows: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], list[View], Tensor | None]:
-        """The batch of some rows, what the teachers say of it, and the mask of what they read."""
-        nets = loaded()
-        name = getattr(base(nets[0].module), "main_input_name", None)
-        inputs = collate(list(map(dict, rows)))
-        theirs = {k.removeprefix(TEACHER): v for k, v in inputs.items() if k.startswith(TEACHER)}
-        own = {k: v for k, v in inputs.items() if not k.startswith((TEACHER, "label"))}
-        batch = Batch.of(own, name=name, teacher_kwargs=theirs).to(device)
-        reads = [Reads(features=names) for names in layers]
-        return inputs, [net(batch, reads=one) for net, one in zip(nets, reads, strict=True)], batch.teacher_mask
-
-    def logits(rows: Mapping[str, list[Any]], numbers: Sequence[int], *, first: int, view: int) -> dict[str, Any]:
-        nonlocal asked, alone
-        many = not isinstance(teacher, nn.Module)
-        if replayed is None:
-            items = [dict(zip(columns, row, strict=True)) for row in zip(*(rows[c] for c in columns), strict=True)]
-        else:
-            shown = (replayed.item(first + number, view) for number in numbers)
-            items = [{c: value for c, value in row.items() if is_input(c)} for row in shown]
-        found: dict[str, list[Any]] = {TEACHER_LOGITS: [], **({TEACHER_CLASSES: []} if top_k else {})}
-        found |= {layer_column(i, name): [] for i, names in enumerate(layers) for name in names}
-        for start in range(0, len(items), batch_size):
-            rows_of = items[start : start + batch_size]
-            inputs, said, mask = ask(rows_of)
-            if not asked:
-                again, same, _ = ask(rows_of)
-                _check_collator(inputs, again)
-                check_twice(_all(said), _all(same))
-                asked = True
-            told = _rows(said, loaded(), mask, many=many)
-            for i, one in enumerate(said):
-                for name, x in one.features.items():
-                    if len(x) != len(rows_of):
-                        raise DistillError(
-                            f"The layer {name} gives {list(x.shape)} of {len(rows_of)} rows, and the cache holds what"
-                            " it gives of each: leave distiller out."
-                        )
-                    real = (
-                        mask.bool().cpu() if mask is not None and x.shape[:2] == mask.shape and x.dim() == 3 else None
-                    )
-                    found[layer_column(i, name)] += [
-                        as_file(row if real is None else row[real[j]]) for j, row in enumerate(x.float().cpu())
-                    ]
-            if not alone and len(set(map(len, told))) > 1:
-                row = min(range(len(told)), key=lambda i: len(told[i]))
-                _, same, mask = ask(rows_of[row : row + 1])
-                _check_padding(told[row], _rows(same, loaded(), mask, many=many)[0])
-                alone = True
-            if top_k:
-                kept, classes = zip(*(KF.top_k(x, min(top_k, x.shape[-1]), temperature) for x in told), strict=True)
-                found[TEACHER_CLASSES] += [x.int().numpy() for x in classes]
-                told = list(kept)
-            found[TEACHER_LOGITS] += [x.numpy() for x in told]
-        return found
-
-    plain = dataset.with_format(None)
-    plain = plain.remove_columns([*filter(is_told, plain.column_names)])
-    if not len(plain):
-        raise DistillError("Expected at least one row to ask the teacher about, got an empty data set.")
+    asking = Asking(
+        teachers,
+        collate,
+        layers,
+        many=not isinstance(teacher, nn.Module),
+        top_k=top_k,
+        temperature=1.0 if temperature is None else temperature,
+        batch_size=batch_size,
+        device=torch.device(device or next(teachers[0].parameters(), torch.empty(0)).device),
+        views=replayed,
+    )
     facts = _facts(plain, teachers, collate)
     if top_k:
-        facts["column"] += f", the {top_k} highest at temperature {temperature:g}"
+        facts["column"] += f", the {top_k} highest at temperature {asking.temperature:g}"
     if any(layers):
         facts["layers"] = str(layers)
     if replayed is not None:
@@ -250,166 +162,101 @@ def cache_teacher(
             facts["transform"] = _hash(
                 transform, *([inspect.getsource(transform)] if inspect.isfunction(transform) else [])
             )
-    known = _hash(facts)
-    folder = Path(plain.cache_files[0]["filename"]).parent if plain.cache_files else None
-    processes = PartialState()
-    if folder is not None and processes.is_main_process:
-        note_facts(folder / f"teacher-{known}.json", facts, folder.glob("teacher-*.json"), same=["split"])
+    blocks = _Blocks(plain, asking, facts, views)
+    modes = [t.training for t in teachers]
+    try:
+        blocks.share()
+        each = [blocks.whole(view) for view in range(views or 1)]
+    finally:
+        for t, training in zip(teachers, modes, strict=True):
+            t.train(training)
+    note = noted(plain.info.description, teachers, each[0][0], asking.temperature)
+    if replayed is not None:
+        replayed.answers, each[0].info.description = each, note
+        return replayed
+    # The logits alone are written; the rows stay where they are.
+    whole = concatenate_datasets([plain, each[0]], axis=1)
+    whole.info.description = note
+    return whole.with_format(dataset.format["type"])
 
-    def block(view: int, start: int) -> Dataset:
-        end, name = min(start + _BLOCK, len(plain)), f"{known}-{start}" if views is None else f"{known}-{view}-{start}"
-        file = None if folder is None else folder / f"teacher-{name}.arrow"
+
+def _check_numbers(**given: float | None) -> None:
+    """Refuses what no number of rows, classes or views can be, or no temperature."""
+    for what, value in given.items():
+        expected = "a number above 0" if what == "temperature" else "a whole number, at least 1"
+        try:
+            convert(value, _NUMBERS[what])
+        except ValueError:
+            raise DistillError(f"{what}: expected {expected}, got {value!r}.") from None
+
+
+def _check_teachers(teachers: Sequence[nn.Module]) -> None:
+    """Refuses none, and those whose answers are no scores of rows or tokens."""
+    if not teachers:
+        raise DistillError("Expected at least one teacher to ask, got none.")
+    for kind in map(kind_of, teachers):
+        if kind in ("sequence to sequence", "question answering"):
+            raise DistillError(
+                f"Expected a teacher that scores rows, or the tokens of its inputs, got one for {kind}: train without a"
+                " cache."
+            )
+
+
+class _Blocks:
+    """Rows in blocks, each asked about once and kept in a file beside the data set's own, where it has one.
+
+    Args:
+        rows: The rows, without what teachers have said.
+        asking: Asks about them.
+        facts: What the answers depend on.
+        views: How many views of each row there are; None where a row has one.
+    """
+
+    def __init__(self, rows: Dataset, asking: Asking, facts: Mapping[str, str], views: int | None) -> None:
+        self.rows, self.asking, self.views, self.known = rows, asking, views, _hash(facts)
+        self.folder = Path(rows.cache_files[0]["filename"]).parent if rows.cache_files else None
+        if self.folder is not None and PartialState().is_main_process:
+            file = self.folder / f"teacher-{self.known}.json"
+            note_facts(file, facts, self.folder.glob("teacher-*.json"), same=["split"])
+
+    def share(self) -> None:
+        """Lets each process ask about blocks of its own, where it can find those of the others."""
+        processes = PartialState()
+        if self.folder is not None and processes.num_processes > 1:
+            blocks = [(view, start) for view in range(self.views or 1) for start in self._starts()]
+            for view, start in blocks[processes.process_index :: processes.num_processes]:
+                self._one(view, start)
+            processes.wait_for_everyone()
+
+    def whole(self, view: int) -> Dataset:
+        """What the teachers say of all rows in one view."""
+        from datasets import concatenate_datasets
+
+        return concatenate_datasets([self._one(view, start) for start in self._starts()])
+
+    def _starts(self) -> range:
+        return range(0, len(self.rows), _BLOCK)
+
+    def _one(self, view: int, start: int) -> Dataset:
+        end = min(start + _BLOCK, len(self.rows))
+        name = f"{self.known}-{start}" if self.views is None else f"{self.known}-{view}-{start}"
+        file = None if self.folder is None else self.folder / f"teacher-{name}.arrow"
         if file is not None:
             drop_damaged(file)
-        made = plain.select(range(start, end)).map(
-            partial(logits, first=start, view=view),
+        which = f", view {view}" if self.views else ""
+        made = self.rows.select(range(start, end)).map(
+            partial(self.asking, first=start, view=view),
             batched=True,
             with_indices=True,
-            batch_size=16 * batch_size,
+            batch_size=16 * self.asking.batch_size,
             cache_file_name=None if file is None else str(file),
             new_fingerprint=name,
-            remove_columns=plain.column_names,
-            desc=f"Asking the teacher, rows {start} to {end} of {len(plain)}" + (f", view {view}" if views else ""),
+            remove_columns=self.rows.column_names,
+            desc=f"Asking the teacher, rows {start} to {end} of {len(self.rows)}{which}",
         )
         if file is not None:
             seal_file(file)
         return made
-
-    blocks = [(view, start) for view in range(views or 1) for start in range(0, len(plain), _BLOCK)]
-    try:
-        if folder is not None and processes.num_processes > 1:
-            # Each process asks about blocks of its own, and then finds those of the others.
-            for view, start in blocks[processes.process_index :: processes.num_processes]:
-                block(view, start)
-            processes.wait_for_everyone()
-        each = [concatenate_datasets([block(v, s) for v, s in blocks if v == view]) for view in range(views or 1)]
-        note = _noted(plain.info.description, teachers, each[0][0], temperature)
-        if replayed is not None:
-            replayed.answers, each[0].info.description = each, note
-            return replayed
-        # The logits alone are written; the rows stay where they are.
-        whole = concatenate_datasets([plain, each[0]], axis=1)
-        whole.info.description = note
-        return whole.with_format(dataset.format["type"])
-    finally:
-        for t, training in zip(teachers, modes, strict=True):
-            t.train(training)
-
-
-def absent_teachers(dataset: Any) -> list[Absent]:
-    """Stand-ins for the teachers whose logits a data set has."""
-    if TEACHER_LOGITS not in (getattr(dataset, "column_names", None) or ()):
-        return []
-    found = []
-    for facts in _note_of(dataset):
-        absent = Absent(facts["stands_for"], None, kind=facts.get("kind", ""))
-        names = dict(enumerate(facts["classes"] or ()))
-        absent.config = SimpleNamespace(**{counted_as(absent): facts["scores"]}, id2label=names)
-        found.append(absent)
-    return found
-
-
-def temperature_of(dataset: Any) -> float:
-    """That at which the rest of the highest logits was summed."""
-    return float(_note_of(dataset)[0].get("temperature", 1.0))
-
-
-def _note_of(dataset: Any) -> list[dict[str, Any]]:
-    """What a data set says of the teachers that wrote its column."""
-    lines = (getattr(getattr(dataset, "info", None), "description", None) or "").splitlines()
-    noted = sorted({line for line in lines if line.startswith(_NOTE)})
-    if len(noted) > 1:
-        raise DistillError(
-            f"The parts of the data set have columns {TEACHER_LOGITS} of other teachers or temperatures: make the"
-            " column of the whole anew with cache_teacher."
-        )
-    if not noted:
-        raise DistillError(
-            f"The data set does not say which teacher wrote its column {TEACHER_LOGITS}, so that its classes are not"
-            " known: train on what cache_teacher returns (no stream or torch Subset of it), or give teacher_model where"
-            " the column holds all logits."
-        )
-    found: list[dict[str, Any]] = json.loads(noted[0].removeprefix(_NOTE))
-    return found
-
-
-def loaded_where_read(teachers: Sequence[nn.Module], distiller: Distiller) -> list[nn.Module]:
-    """The teachers; those of which a method reads more than a cache holds are loaded."""
-    return [
-        teacher.load() if isinstance(teacher, Absent) and layers_of(distiller, i) is None else teacher
-        for i, teacher in enumerate(teachers)
-    ]
-
-
-def cached_logits(cached: Dataset) -> list[np.ndarray]:
-    """Each teacher's logits `[N, K]` in a data set that `cache_teacher` has made."""
-    logits = np.asarray(cached.select_columns(TEACHER_LOGITS).with_format("numpy")[:][TEACHER_LOGITS])
-    return [logits] if logits.ndim == 2 else list(logits.swapaxes(0, 1))
-
-
-_NOTE = f"{TEACHER_LOGITS}: "
-
-
-def _all(views: Sequence[View]) -> list[Tensor]:
-    return [x for view in views for x in (view.logits, *view.features.values())]
-
-
-def _rows(views: Sequence[View], nets: Sequence[Net], mask: Tensor | None, *, many: bool) -> list[Tensor]:
-    """The logits of each row of a batch: of a text's tokens without the padding, of several teachers side by side."""
-    scores = [view.logits.float().cpu() for view in views]
-    shapes = [list(x.shape) for x in scores]
-    tokens = scores_tokens([net.module for net in nets])
-    if scores[0].dim() != (3 if tokens else 2) or any(shape != shapes[0] for shape in shapes):
-        raise DistillError(
-            f"Expected a teacher with logits [B, K], or [B, L, K] of tokens, got {', '.join(map(str, shapes))}: the"
-            " cache holds one vector of each teacher for each row, or token; train without it."
-        )
-    whole = torch.stack(list(scores), -2) if many else scores[0]
-    if not tokens or mask is None:
-        return list(whole)
-    if mask.shape != whole.shape[:2]:
-        raise DistillError(
-            f"Expected scores of each of the inputs that the mask {list(mask.shape)} tells of, got {shapes[0]}, so that"
-            " padding among them is not known: train without a cache."
-        )
-    return [row[real.bool()] for row, real in zip(whole, mask.cpu(), strict=True)]
-
-
-def _check_collator(first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
-    """Refuses a collator that draws random numbers: cached logits would belong to other inputs."""
-    for name, value in first.items():
-        if isinstance(value, Tensor) and not torch.equal(value, second[name]):
-            raise DistillError(
-                f"Expected a data_collator that makes the same batch of the same rows, got two {name}: it draws random"
-                " numbers (masks, crops). Apply them once with map, or train without a cache."
-            )
-
-
-def _check_padding(padded: Tensor, alone: Tensor) -> None:
-    """Refuses a teacher that says something else of a text beside a longer one: training has other batches."""
-    # On the scale of the scores, and of all of them: half precision rounds single ones.
-    if (padded - alone).abs().mean() > 5e-2 * alone.std(-1).mean():
-        raise DistillError(
-            "Expected a teacher that says the same of a text whatever it is padded to, got one that does not (positions"
-            " that are counted from padding on the left): pad on the right, or pad all rows to one length."
-        )
-
-
-def _noted(description: str | None, teachers: Sequence[nn.Module], row: Mapping[str, Any], temperature: float) -> str:
-    """A data set's description with what its columns are."""
-    whole = None if TEACHER_CLASSES in row else torch.as_tensor(row[TEACHER_LOGITS]).shape[-1]
-    facts = [
-        {
-            "stands_for": called(teacher),
-            "kind": kind_of(teacher),
-            "classes": class_names(getattr(base(teacher), "config", None)),
-            "scores": whole or getattr(getattr(base(teacher), "config", None), counted_as(teacher), None),
-            "temperature": temperature,
-        }
-        for teacher in teachers
-    ]
-    others = [line for line in (description or "").splitlines() if not line.startswith(_NOTE)]
-    return "\n".join([*others, _NOTE + json.dumps(facts)])
 
 
 def _hash(*values: Any) -> str:
@@ -463,66 +310,3 @@ def _weights_id(teacher: nn.Module) -> str:
         bits = value.detach().cpu().flatten().contiguous().view(torch.uint8)
         found += [name, str(value.dtype), bits.numpy().tobytes()]
     return _hash(*found)
-
-
-def check_cache(cached: View, asked: View, mask: Tensor | None) -> None:
-    """Refuses a column that another teacher wrote, or the same teacher for other rows.
-
-    Args:
-        cached: What the column says of one batch.
-        asked: What the teacher says of it now.
-        mask: The tokens that are there, where the scores are of tokens.
-    """
-    logits, top = asked.logits, cached.top
-    told = cached.logits if top is None else top.scores
-    if top is not None and told.shape[:-1] == logits.shape[:-1]:
-        logits = KF.merge_rest(logits, top.classes, top.temperature)
-    layers = [(x, cached.features[name]) for name, x in asked.features.items()]
-    if mask is not None:
-        layers = [(x * mask[..., None] if x.dim() == 3 and x.shape[:2] == mask.shape else x, y) for x, y in layers]
-    if not all(x.shape == y.shape and torch.allclose(x.float(), y.float(), rtol=2e-2, atol=2e-2) for x, y in layers):
-        raise DistillError(
-            "The columns of the teacher's layers are not what teacher_model gives of these rows: make them anew with"
-            " cache_teacher(dataset, teacher, distiller=...), or remove them."
-        )
-    same = told.shape == logits.shape
-    if same and mask is not None and told.shape[:2] == mask.shape and told.dim() == 3:
-        told, logits = told[mask.bool()], logits[mask.bool()]
-    if not same or not torch.allclose(told.float(), logits.float(), rtol=2e-2, atol=2e-2):
-        raise DistillError(
-            f"The column {TEACHER_LOGITS} is not what teacher_model says of these rows: make it anew with"
-            " cache_teacher(dataset, teacher), or remove the column."
-        )
-
-
-def told_by(dataset: Any, logits: Tensor | None, classes: Tensor | None, *, tokens: bool) -> Any:
-    """What the columns of a batch of a data set say, of several teachers each."""
-    if logits is None:
-        return None
-    several, classes = logits.dim() == (4 if tokens else 3), None if classes is None else classes.long()
-    temperature = 1.0 if classes is None else temperature_of(dataset)
-
-    def told(logits: Tensor, classes: Tensor | None) -> Tensor | TopK:
-        return logits if classes is None else TopK(logits, classes, temperature)
-
-    if not several:
-        return told(logits, classes)
-    each = [None] * logits.shape[-2] if classes is None else classes.unbind(-2)
-    return tuple(map(told, logits.unbind(-2), each))
-
-
-def check_told(nets: Nets, batch: Batch) -> None:
-    """Asks the teachers once, to see that the column of their logits is their own."""
-    if batch.teacher_logits is None:
-        return
-    cached = len(batch.teacher_logits) if isinstance(batch.teacher_logits, tuple) else 1
-    if cached != len(nets.teachers):
-        raise DistillError(
-            f"The column {TEACHER_LOGITS} holds the logits of {cached} teachers, got {len(nets.teachers)}: make it"
-            " anew, cache_teacher(dataset, teachers), or remove it."
-        )
-    uncached = dataclasses.replace(batch, teacher_logits=None)
-    for teacher in (net for net in nets.teachers if not isinstance(net.module, Absent)):
-        features = tuple(batch.teacher_features[teacher.number]) if batch.teacher_features else ()
-        told, asked = (teacher(one, reads=Reads(features=features)) for one in (batch, uncached))
-        check_cache(told, asked, batch.mask)

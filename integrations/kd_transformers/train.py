@@ -33,7 +33,7 @@ from kd_report.uncertainty import Answers, Doubts, dirichlet_offset, uncertainty
 from kd_transformers import DistillationTrainer
 from kd_transformers.absent import Absent, called
 from kd_transformers.arguments import Arguments, parse_args
-from kd_transformers.cache import cache_teacher, cached_logits
+from kd_transformers.cache import cache_teacher
 from kd_transformers.checkpoints import Resumable, asked_for, checkpoints, identity
 from kd_transformers.checks import class_order
 from kd_transformers.data import Labels, fingerprint, load_other, load_text
@@ -54,6 +54,7 @@ from kd_transformers.students import (
     match_names,
     shrink,
 )
+from kd_transformers.told import cached_logits
 from kd_transformers.wordpiece import train_tokenizer
 
 logger = logging.get_logger(__name__)

@@ -25,7 +25,6 @@ from kd_plugins.binding import connect, needs_in, needs_of_stages, needs_pass, p
 from kd_plugins.catalog.registry import to_json
 from kd_plugins.reading.network import adapt
 from kd_transformers.absent import Absent, AbsentNetwork
-from kd_transformers.cache import absent_teachers, check_told, loaded_where_read, told_by
 from kd_transformers.card import Gain, add_to_card, check_gain, section
 from kd_transformers.checkpoints import Resumable
 from kd_transformers.checks import (
@@ -52,6 +51,7 @@ from kd_transformers.playing import Trained, Updates, export, ignored_label, lis
 from kd_transformers.recording import RecordCallback
 from kd_transformers.schedule import refresh, staged_scheduler
 from kd_transformers.streams import Peeked, check_anew
+from kd_transformers.told import absent_teachers, check_told, loaded_where_read, told_by
 
 logger = logging.get_logger(__name__)
 

@@ -1,0 +1,167 @@
+"""What the columns of teachers say, and of whom: read with a batch, and compared with the teachers once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kd_accelerate.cached import layers_of
+from kd_plugins import Batch, Distiller, DistillError, Nets, Reads
+from kd_plugins import functional as KF
+from kd_plugins.reading.view import TopK, View
+from kd_transformers.absent import Absent, called
+from kd_transformers.checks import base, class_names, counted_as, kind_of
+from kd_transformers.columns import TEACHER_CLASSES, TEACHER_LOGITS
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = [
+    "absent_teachers",
+    "cached_logits",
+    "check_told",
+    "loaded_where_read",
+    "noted",
+    "temperature_of",
+    "told_by",
+]
+
+_NOTE = f"{TEACHER_LOGITS}: "
+
+
+def noted(description: str | None, teachers: Sequence[nn.Module], row: Mapping[str, Any], temperature: float) -> str:
+    """A data set's description with what its columns are."""
+    whole = None if TEACHER_CLASSES in row else torch.as_tensor(row[TEACHER_LOGITS]).shape[-1]
+    facts = [
+        {
+            "stands_for": called(teacher),
+            "kind": kind_of(teacher),
+            "classes": class_names(getattr(base(teacher), "config", None)),
+            "scores": whole or getattr(getattr(base(teacher), "config", None), counted_as(teacher), None),
+            "temperature": temperature,
+        }
+        for teacher in teachers
+    ]
+    others = [line for line in (description or "").splitlines() if not line.startswith(_NOTE)]
+    return "\n".join([*others, _NOTE + json.dumps(facts)])
+
+
+def absent_teachers(dataset: Any) -> list[Absent]:
+    """Stand-ins for the teachers whose logits a data set has."""
+    if TEACHER_LOGITS not in (getattr(dataset, "column_names", None) or ()):
+        return []
+    found = []
+    for facts in _note_of(dataset):
+        absent = Absent(facts["stands_for"], None, kind=facts.get("kind", ""))
+        names = dict(enumerate(facts["classes"] or ()))
+        absent.config = SimpleNamespace(**{counted_as(absent): facts["scores"]}, id2label=names)
+        found.append(absent)
+    return found
+
+
+def temperature_of(dataset: Any) -> float:
+    """That at which the rest of the highest logits was summed."""
+    return float(_note_of(dataset)[0].get("temperature", 1.0))
+
+
+def _note_of(dataset: Any) -> list[dict[str, Any]]:
+    """What a data set says of the teachers that wrote its column."""
+    lines = (getattr(getattr(dataset, "info", None), "description", None) or "").splitlines()
+    noted = sorted({line for line in lines if line.startswith(_NOTE)})
+    if len(noted) > 1:
+        raise DistillError(
+            f"The parts of the data set have columns {TEACHER_LOGITS} of other teachers or temperatures: make the"
+            " column of the whole anew with cache_teacher."
+        )
+    if not noted:
+        raise DistillError(
+            f"The data set does not say which teacher wrote its column {TEACHER_LOGITS}, so that its classes are not"
+            " known: train on what cache_teacher returns (no stream or torch Subset of it), or give teacher_model where"
+            " the column holds all logits."
+        )
+    found: list[dict[str, Any]] = json.loads(noted[0].removeprefix(_NOTE))
+    return found
+
+
+def loaded_where_read(teachers: Sequence[nn.Module], distiller: Distiller) -> list[nn.Module]:
+    """The teachers; those of which a method reads more than a cache holds are loaded."""
+    return [
+        teacher.load() if isinstance(teacher, Absent) and layers_of(distiller, i) is None else teacher
+        for i, teacher in enumerate(teachers)
+    ]
+
+
+def cached_logits(cached: Dataset) -> list[np.ndarray]:
+    """Each teacher's logits `[N, K]` in a data set that `cache_teacher` has made."""
+    logits = np.asarray(cached.select_columns(TEACHER_LOGITS).with_format("numpy")[:][TEACHER_LOGITS])
+    return [logits] if logits.ndim == 2 else list(logits.swapaxes(0, 1))
+
+
+def check_cache(cached: View, asked: View, mask: Tensor | None) -> None:
+    """Refuses a column that another teacher wrote, or the same teacher for other rows.
+
+    Args:
+        cached: What the column says of one batch.
+        asked: What the teacher says of it now.
+        mask: The tokens that are there, where the scores are of tokens.
+    """
+    logits, top = asked.logits, cached.top
+    told = cached.logits if top is None else top.scores
+    if top is not None and told.shape[:-1] == logits.shape[:-1]:
+        logits = KF.merge_rest(logits, top.classes, top.temperature)
+    layers = [(x, cached.features[name]) for name, x in asked.features.items()]
+    if mask is not None:
+        layers = [(x * mask[..., None] if x.dim() == 3 and x.shape[:2] == mask.shape else x, y) for x, y in layers]
+    if not all(x.shape == y.shape and torch.allclose(x.float(), y.float(), rtol=2e-2, atol=2e-2) for x, y in layers):
+        raise DistillError(
+            "The columns of the teacher's layers are not what teacher_model gives of these rows: make them anew with"
+            " cache_teacher(dataset, teacher, distiller=...), or remove them."
+        )
+    same = told.shape == logits.shape
+    if same and mask is not None and told.shape[:2] == mask.shape and told.dim() == 3:
+        told, logits = told[mask.bool()], logits[mask.bool()]
+    if not same or not torch.allclose(told.float(), logits.float(), rtol=2e-2, atol=2e-2):
+        raise DistillError(
+            f"The column {TEACHER_LOGITS} is not what teacher_model says of these rows: make it anew with"
+            " cache_teacher(dataset, teacher), or remove the column."
+        )
+
+
+def told_by(dataset: Any, logits: Tensor | None, classes: Tensor | None, *, tokens: bool) -> Any:
+    """What the columns of a batch of a data set say, of several teachers each."""
+    if logits is None:
+        return None
+    several, classes = logits.dim() == (4 if tokens else 3), None if classes is None else classes.long()
+    temperature = 1.0 if classes is None else temperature_of(dataset)
+
+    def told(logits: Tensor, classes: Tensor | None) -> Tensor | TopK:
+        return logits if classes is None else TopK(logits, classes, temperature)
+
+    if not several:
+        return told(logits, classes)
+    each = [None] * logits.shape[-2] if classes is None else classes.unbind(-2)
+    return tuple(map(told, logits.unbind(-2), each))
+
+
+def check_told(nets: Nets, batch: Batch) -> None:
+    """Asks the teachers once, to see that the column of their logits is their own."""
+    if batch.teacher_logits is None:
+        return
+    cached = len(batch.teacher_logits) if isinstance(batch.teacher_logits, tuple) else 1
+    if cached != len(nets.teachers):
+        raise DistillError(
+            f"The column {TEACHER_LOGITS} holds the logits of {cached} teachers, got {len(nets.teachers)}: make it"
+            " anew, cache_teacher(dataset, teachers), or remove it."
+        )
+    uncached = dataclasses.replace(batch, teacher_logits=None)
+    for teacher in (net for net in nets.teachers if not isinstance(net.module, Absent)):
+        features = tuple(batch.teacher_features[teacher.number]) if batch.teacher_features else ()
+        told, asked = (teacher(one, reads=Reads(features=features)) for one in (batch, uncached))
+        check_cache(told, asked, batch.mask)
