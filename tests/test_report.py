@@ -28,7 +28,7 @@ from kd_plugins.picture import Bars, Heatmap, Images, Points
 from kd_plugins.reading.view import View
 from kd_report import charts, load_run, main, page_hint, render
 from kd_report.analysis import analyse, as_nets, predict
-from kd_report.measures import calibration, cka, common_maps, decisions, hsic, predictions, project_channels
+from kd_report.measures import calibration, cka, decisions, difference, hsic, predictions, project_channels
 from kd_report.record import RunRecord, rows_to_analyse, some_rows
 from kd_report.runs import find_runs
 from kd_report.uncertainty import Answers
@@ -391,6 +391,18 @@ def test_a_teacher_of_other_classes_is_left_out_of_predictions():
     assert set(none.found()) == {"student"}
 
 
+def test_where_every_label_is_left_out_nothing_is_known_of_predictions():
+    answers = Answers()
+    answers.add("student", torch.zeros(0, 3), torch.zeros(0, dtype=torch.long))
+    summary, arrays = predictions(answers.found(), answers.classes)
+    assert (summary["student"]["examples"], math.isnan(summary["student"]["accuracy"])) == (0, True)
+    assert arrays["student/confusion"].sum() == 0
+
+
+def test_a_difference_to_a_run_that_diverged_is_not_known():
+    assert difference({0: math.nan, 1: 90.0}, {0: 80.0, 1: 80.0}) == difference({0: 1.0}, {1: 1.0}) == "–"
+
+
 def test_rows_are_drawn_from_the_whole_set():
     rows = [int(row) for row in some_rows(torch.arange(5000), 100)]
     assert len(set(rows)) == 100
@@ -418,7 +430,6 @@ def test_channels_are_seen_in_the_teachers_main_plane():
     assert torch.allclose(scaled[0], ours.flip(1), atol=1e-5)
     assert torch.allclose(scaled[1], theirs, atol=1e-5)
     assert project_channels(torch.randn(1, 600, 2, 2), torch.randn(1, 1, 2, 2))[0].shape == (1, 200, 2)
-    assert common_maps({"a": torch.zeros(1, 2, 1, 1)}, {"a": torch.zeros(1, 2, 1, 1)}) is None
 
 
 def test_channels_before_and_after_share_the_teachers_points(trained):
@@ -431,6 +442,9 @@ def test_channels_before_and_after_share_the_teachers_points(trained):
     nets = bind(create_distiller("kd"), cnn(8, 1), teacher, batch=images(8))
     nets.student.module.load_state_dict(teacher.state_dict())
     found = analyse(nets, [images()])
+    shown = found.summary["channels"]
+    # The last map has one position.
+    assert shown["student"] == shown["teacher"] == found.summary["student"]["layers"][-2]
     assert found.summary["channels"]["mmd"] == pytest.approx(0, abs=1e-6)
     assert torch.equal(found.arrays["student/channels"], found.arrays["teacher/channels"])
 

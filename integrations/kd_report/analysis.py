@@ -27,7 +27,7 @@ from kd_plugins.picture import Images
 from kd_plugins.reading.network import adapt
 from kd_plugins.reading.tap import Hook
 from kd_plugins.reading.trunk import find_trunk
-from kd_report.measures import cka, common_maps, decisions, hsic, project_channels
+from kd_report.measures import cka, decisions, hsic, project_channels
 from kd_report.uncertainty import Answers, dirichlet_offset
 
 __all__ = ["Analysis", "analyse", "as_nets", "predict", "predicted_maps"]
@@ -315,15 +315,18 @@ def _keep_maps(found: Analysis, name: str, reader: _Reader, activations: Mapping
     found.arrays |= {f"{name}/map/{i}": maps[layer] for i, layer in enumerate(chosen)}
 
 
-def _keep_channels(found: Analysis, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], pick: Tensor) -> None:
+def _keep_channels(found: Analysis, student: dict[str, Tensor], teacher: dict[str, Tensor], pick: Tensor) -> None:
     """Keeps the channels of the deepest maps of one size as points of a plane, and how far apart they are."""
-    layers = common_maps(student, teacher)
-    if layers is not None:
-        ours, theirs = student[layers[0]], teacher[layers[1]]
-        points = project_channels(ours[pick], theirs[pick])
-        found.arrays["student/channels"], found.arrays["teacher/channels"] = points
-        about = {"mmd": float(KF.nst(ours.float(), theirs.float(), "poly")), "examples": len(ours)}
-        found.summary["channels"] = {"student": layers[0], "teacher": layers[1], **about}
+    deepest = {x.shape[2:]: (layer, x) for layer, x in teacher.items() if x.dim() == 4}
+    for layer, ours in reversed(student.items()):
+        # A map of one position spans no plane.
+        if ours.dim() == 4 and ours[0, 0].numel() > 1 and ours.shape[2:] in deepest:
+            other, theirs = deepest[ours.shape[2:]]
+            points = project_channels(ours[pick], theirs[pick])
+            found.arrays["student/channels"], found.arrays["teacher/channels"] = points
+            about = {"mmd": float(KF.nst(ours.float(), theirs.float(), "poly")), "examples": len(ours)}
+            found.summary["channels"] = {"student": layer, "teacher": other, **about}
+            break
 
 
 def _shrink(x: Tensor, side: int) -> Tensor:

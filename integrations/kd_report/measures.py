@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,17 +15,7 @@ from kd_plugins import Batch
 from kd_plugins.reading.scores import class_scores
 from kd_plugins.reading.view import View
 
-__all__ = [
-    "calibration",
-    "cka",
-    "common_maps",
-    "decisions",
-    "difference",
-    "hsic",
-    "predictions",
-    "project_channels",
-    "rejection",
-]
+__all__ = ["calibration", "cka", "decisions", "difference", "hsic", "predictions", "project_channels", "rejection"]
 
 _ROWS, _CLASSES, _POINTS, _SHARES = 2048, 100, 256, 50
 
@@ -120,7 +111,7 @@ def predictions(found: Mapping[str, Mapping[str, Tensor]], classes: int) -> tupl
                 kept = torch.linspace(1, n, min(n, _SHARES), dtype=torch.float64).round().long()
                 error = rejection(~correct, values["total"])[kept - 1]
                 arrays[f"{name}/rejection"] = torch.stack([kept / n, error], 1).float()
-            if classes <= _CLASSES and predicted.max() < classes:
+            if classes <= _CLASSES and (predicted < classes).all():
                 cells = torch.bincount(labels * classes + predicted, minlength=classes**2)
                 arrays[f"{name}/confusion"] = cells.view(classes, classes).int()
         summary[name] = means
@@ -135,13 +126,15 @@ def predictions(found: Mapping[str, Mapping[str, Tensor]], classes: int) -> tupl
 def difference(ours: Mapping[Any, float], theirs: Mapping[Any, float], form: str = "+.2f") -> str:
     """The mean difference of values with the same key, with the 95 % interval of Student's t of two pairs or more.
 
+    A dash stands for a difference that is not known.
+
     >>> difference({0: 91.0, 1: 94.0, 2: 97.0}, {0: 90.0, 1: 92.0, 2: 91.0})
     '+3.00 [−3.57, +9.57]'
     """
     from scipy.stats import t
 
     found = [ours[key] - theirs[key] for key in ours if key in theirs]
-    if not found:
+    if not found or not all(map(math.isfinite, found)):
         return "–"
     mean, text = statistics.fmean(found), f"{statistics.fmean(found):{form}}"
     if len(found) > 1:
@@ -175,20 +168,6 @@ def cka(hsic: Tensor) -> Tensor:
     """
     own = hsic.diagonal().clamp_min(0).sqrt()
     return (hsic / (own[:, None] * own).clamp_min(torch.finfo(own.dtype).tiny)).clamp(-1, 1).float().cpu()
-
-
-def common_maps(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> tuple[str, str] | None:
-    """The deepest layers of both whose maps `[B, C, H, W]` have the same size, above one position; None without any.
-
-    >>> maps = {"a": torch.zeros(1, 2, 8, 8), "b": torch.zeros(1, 4, 4, 4), "c": torch.zeros(1, 4, 1, 1)}
-    >>> common_maps(maps, {"x": torch.zeros(1, 3, 8, 8), "y": torch.zeros(1, 3, 4, 4)})
-    ('b', 'y')
-    """
-    last = {x.shape[2:]: layer for layer, x in teacher.items() if x.dim() == 4}
-    for layer, x in reversed(list(student.items())):
-        if x.dim() == 4 and x[0, 0].numel() > 1 and x.shape[2:] in last:
-            return layer, last[x.shape[2:]]
-    return None
 
 
 def project_channels(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

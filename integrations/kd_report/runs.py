@@ -87,10 +87,11 @@ class Run:
     def result(self) -> tuple[str, float] | None:
         """The metric that tells how good the student is, and its value: of the exported student, or the last."""
         named = str(self.info.get("metric") or "")
+        short = named.removeprefix("eval_")
         # Of the student that is exported, whose epoch need not be the last.
-        exported = self.part("results", "evaluation", named.removeprefix("eval_"))
-        if type(exported) in (int, float):
-            return named.removeprefix("eval_"), float(exported)
+        for exported in (self.part("results", "evaluation", short), self.part("results", named)):
+            if type(exported) in (int, float):
+                return short, float(exported)
         last = {key: value for row in self.history for key, value in row.items() if _drawn(key)}
         usual = [named, "eval_top1", "eval_accuracy", "eval_f1", "eval_mean_iou"]
         evaluated = [key for key in last if key.startswith("eval_") and key != "eval_loss"]

@@ -126,6 +126,10 @@ class RecordCallback(UpdateTimer):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.record is not None and not self.stopped:
+            if args.load_best_model_at_end:
+                # The weights that stay are those of the best evaluation.
+                best = [row for row in state.log_history if row["step"] == state.best_global_step]
+                self.results |= {key: x for row in best for key, x in row.items() if key.startswith("eval_")}
             self._analyse("after", self.record)
             self.finish(self.results)
 

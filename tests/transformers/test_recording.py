@@ -110,6 +110,17 @@ def test_a_record_can_be_left_out(tmp_path):
     assert not (tmp_path / "run.json").exists()
 
 
+def test_the_result_is_that_of_the_weights_that_stay(tmp_path):
+    """The loss of a rate that is far too high is best at the first evaluation."""
+    kept = dict(load_best_model_at_end=True, eval_strategy="epoch", save_strategy="epoch", learning_rate=10.0)
+    one = trainer(tmp_path, given={"eval_dataset": Texts(12), "record": True}, num_train_epochs=3, **kept)
+    one.train()
+    run, losses = load_run(tmp_path), [row["eval_loss"] for row in one.state.log_history if "eval_loss" in row]
+    assert min(losses) < losses[-1]
+    assert run.result == ("loss", pytest.approx(min(losses)))
+    assert run.info["results"]["eval_loss"] == pytest.approx(one.evaluate()["eval_loss"])
+
+
 def test_a_loader_of_the_users_own_is_read_no_further_than_others(tmp_path):
     class Own(Trainer):
         def get_eval_dataloader(self, eval_dataset=None):
