@@ -28,7 +28,7 @@ from kd_plugins.picture import Bars, Heatmap, Images, Points
 from kd_plugins.reading.view import View
 from kd_report import charts, load_run, main, page_hint, render
 from kd_report.analysis import analyse, as_nets, predict
-from kd_report.measures import Similarity, calibration, common_maps, decisions, predictions, project_channels
+from kd_report.measures import calibration, cka, decisions, difference, hsic, predictions, project_channels
 from kd_report.record import RunRecord, rows_to_analyse, some_rows
 from kd_report.runs import find_runs
 from kd_report.uncertainty import Answers
@@ -264,10 +264,9 @@ def test_similarity_is_the_unbiased_estimate_and_ignores_rotation_and_scale():
     torch.manual_seed(0)
     x, y = torch.randn(20, 6), torch.randn(20, 5)
     rotation = torch.linalg.qr(torch.randn(6, 6))[0]
-    similarity = Similarity([2, 1])
-    similarity.add([x, 3 * x @ rotation + 1, y])
+    similarity = cka(hsic([x, 3 * x @ rotation + 1, y]))
 
-    def hsic(a, b):
+    def unbiased(a, b):
         n = len(a)
         k, m = (z @ z.T for z in (a.double(), b.double()))
         k.fill_diagonal_(0)
@@ -276,9 +275,9 @@ def test_similarity_is_the_unbiased_estimate_and_ignores_rotation_and_scale():
         trace = (k @ m).trace() + (ones.T @ k @ ones) * (ones.T @ m @ ones) / ((n - 1) * (n - 2))
         return float((trace - 2 / (n - 2) * (ones.T @ k @ m @ ones)) / (n * (n - 3)))
 
-    expected = hsic(x, y) / math.sqrt(hsic(x, x) * hsic(y, y))
-    assert similarity.between(0, 0) == pytest.approx(torch.ones(2, 2), abs=1e-5)
-    assert similarity.between(0, 1)[:, 0].tolist() == pytest.approx([expected, expected], abs=1e-5)
+    expected = unbiased(x, y) / math.sqrt(unbiased(x, x) * unbiased(y, y))
+    assert similarity[:2, :2] == pytest.approx(torch.ones(2, 2), abs=1e-5)
+    assert similarity[:2, 2].tolist() == pytest.approx([expected, expected], abs=1e-5)
 
 
 def test_calibration_by_hand():
@@ -392,6 +391,18 @@ def test_a_teacher_of_other_classes_is_left_out_of_predictions():
     assert set(none.found()) == {"student"}
 
 
+def test_where_every_label_is_left_out_nothing_is_known_of_predictions():
+    answers = Answers()
+    answers.add("student", torch.zeros(0, 3), torch.zeros(0, dtype=torch.long))
+    summary, arrays = predictions(answers.found(), answers.classes)
+    assert (summary["student"]["examples"], math.isnan(summary["student"]["accuracy"])) == (0, True)
+    assert arrays["student/confusion"].sum() == 0
+
+
+def test_a_difference_to_a_run_that_diverged_is_not_known():
+    assert difference({0: math.nan, 1: 90.0}, {0: 80.0, 1: 80.0}) == difference({0: 1.0}, {1: 1.0}) == "–"
+
+
 def test_rows_are_drawn_from_the_whole_set():
     rows = [int(row) for row in some_rows(torch.arange(5000), 100)]
     assert len(set(rows)) == 100
@@ -419,7 +430,6 @@ def test_channels_are_seen_in_the_teachers_main_plane():
     assert torch.allclose(scaled[0], ours.flip(1), atol=1e-5)
     assert torch.allclose(scaled[1], theirs, atol=1e-5)
     assert project_channels(torch.randn(1, 600, 2, 2), torch.randn(1, 1, 2, 2))[0].shape == (1, 200, 2)
-    assert common_maps({"a": torch.zeros(1, 2, 1, 1)}, {"a": torch.zeros(1, 2, 1, 1)}) is None
 
 
 def test_channels_before_and_after_share_the_teachers_points(trained):
@@ -432,6 +442,9 @@ def test_channels_before_and_after_share_the_teachers_points(trained):
     nets = bind(create_distiller("kd"), cnn(8, 1), teacher, batch=images(8))
     nets.student.module.load_state_dict(teacher.state_dict())
     found = analyse(nets, [images()])
+    shown = found.summary["channels"]
+    # The last map has one position.
+    assert shown["student"] == shown["teacher"] == found.summary["student"]["layers"][-2]
     assert found.summary["channels"]["mmd"] == pytest.approx(0, abs=1e-6)
     assert torch.equal(found.arrays["student/channels"], found.arrays["teacher/channels"])
 
@@ -452,6 +465,20 @@ def test_whose_attention_is_drawn(token, register):
         probs, first = (q @ k.mT / 4).softmax(-1), token + register
         expected = probs[:, 0, first:] if token else probs[:, first:, first:].mean(1)
     assert torch.allclose(found.flatten(1), expected, atol=2e-3)
+
+
+def test_sentences_padded_on_the_left_are_shown_without_their_padding():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 30, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+    net = transformers.BertForSequenceClassification(transformers.BertConfig(num_hidden_layers=1, **sizes)).eval()
+    ids, mask = torch.randint(5, 30, (2, 6)), torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    batch = Batch.of({"input_ids": ids, "attention_mask": mask}, torch.tensor([0, 1]))
+    found = analyse(net, [batch])
+    assert found.summary["tokens"] == [[str(t) for t in ids[0, 2:].tolist()], [str(t) for t in ids[1].tolist()]]
+    shown = found.arrays["student/attention"][0].float()
+    assert shown[0, :4, :4].sum(-1).tolist() == pytest.approx([1.0] * 4, abs=2e-3)
+    assert shown[0, :4, 4:].max() < 1e-3
 
 
 def test_maps_with_as_many_channels_as_rows_stay_as_they_are():
@@ -477,7 +504,7 @@ def test_recording_changes_no_number(tmp_path):
     plain, *_ = train(None)
     assert all(torch.equal(a, b) for a, b in zip(recorded.parameters(), plain.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(recorded.buffers(), plain.buffers(), strict=True))
-    assert record.timer.steps == 3
+    assert len(record.timer.rows) == 1 + 6
     assert not any(name in vars(player) for name in ("forward", "after_backward", "after_update"))
 
 
@@ -747,12 +774,46 @@ def test_differences_are_paired_by_seed(tmp_path):
     assert page.text.count("kd-7") == 1
 
 
+def test_a_diverged_run_has_a_page(copied):
+    """What was NaN stands in the record as null: in pictures, in distances, in predictions of no example."""
+    info = json.loads((copied / "run.json").read_text())
+    info["after"]["channels"]["mmd"] = None
+    info["after"]["predictions"]["student"] |= {"accuracy": None, "examples": 0, "ece": None, "nll": None}
+    bars = {"kind": "bars", "title": "Lengths", "values": [["first", None], ["second", 0.5]]}
+    heatmap = {"kind": "heatmap", "title": "Mix", "values": [[None, 0.25]], "rows": ["row"], "columns": ["a", "b"]}
+    points = {"kind": "points", "title": "Plane", "groups": {"student": [[None, 1.0], [2.0, 3.0]], "none": []}}
+    rewrite(copied, after=info["after"], pictures=[bars, heatmap, points])
+    page = Page(render([copied]))
+    for words in ("Lengths", "0.50", "0.25", "Plane"):
+        assert words in page.words, words
+
+
+def test_stages_lie_on_an_axis_of_steps(tmp_path):
+    """Of a run that was interrupted nobody knows at which epoch a stage would have begun."""
+    stages = {"names": ["first", "second"], "starts": [0, 50], "total": 100}
+    info = {"format": 2, "status": "interrupted", "stages": stages}
+    (tmp_path / "run.json").write_text(json.dumps(info))
+    rows = [{"epoch": n, "step": 10 * n, "loss": 1.0} for n in (1, 2, 3)]
+    for unknown in ("", "step"):
+        (tmp_path / "history.jsonl").write_text(
+            "".join(json.dumps({k: x for k, x in row.items() if k != unknown}) + "\n" for row in rows)
+        )
+        html = render([tmp_path])
+        assert "first: steps 0 to 50" in Page(html).words
+        assert ('style="fill: var(--soft)"' in html) == (unknown == "")
+
+
 def test_a_folder_above_stands_for_its_runs(tmp_path, capsys):
     for name in ("a/one", "b", "a/two"):
         RunRecord(tmp_path / "all" / name, host="loop", nets=nn.Linear(4, 2), command=["x"]).finish({})
     assert main([str(tmp_path / "all")]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "all" / "comparison.html")
     assert [str(path.relative_to(tmp_path)) for path in find_runs([tmp_path])] == ["all/a/one", "all/a/two", "all/b"]
+    # One that is named twice stands where it was named first, and the page above it.
+    one, other = tmp_path / "all" / "a" / "one", tmp_path / "all" / "a" / "two"
+    assert find_runs([one, other, one]) == [one, other]
+    assert main([str(one), str(other), str(one)]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "all" / "a" / "comparison.html")
 
 
 def test_command(tmp_path, capsys):

@@ -34,8 +34,7 @@ def page_hint(folder: str | Path) -> str:
 def render(folders: Sequence[str | Path]) -> str:
     """The page of a run, or the comparison of several, as HTML that needs no other file.
 
-    Args:
-        folders: Output folders of runs; one that is no run itself stands for all runs below it.
+    A folder that is no run itself stands for all runs below it.
     """
     check_pages()
     from kd_report.pages import page
@@ -57,11 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     where = "where to write the page (default: report.html in the run's folder; comparison.html in the folder above)"
     parser.add_argument("-o", "--output", metavar="FILE", help=where)
     options = parser.parse_args(argv)
-    folders = find_runs(options.runs)
-    above = Path(options.runs[0])
-    above = above if folders[0] != above else above.resolve().parent
-    default = folders[0] / "report.html" if len(folders) == 1 else above / "comparison.html"
-    output = Path(options.output) if options.output else default
+    folders, first = find_runs(options.runs), Path(options.runs[0])
+    above = first.resolve().parent if folders[0] == first else first
+    output = Path(options.output or (above / "comparison.html" if len(folders) > 1 else folders[0] / "report.html"))
     page = render(folders)
     with told(f"{output} cannot be written", OSError, remedy="name another file, --output FILE."):
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -134,13 +134,13 @@ def heatmap(
     """
     grid = np.asarray(values, dtype=float)
     n, m = grid.shape
-    side = min(space / m, 40)
+    side, strength = min(space / m, 40), np.nan_to_num(np.abs(grid))
     axes = _axes(m * side, n * side, title, ylabel=labels[0], xlabel=labels[1])
-    alpha = _FULL * (np.abs(grid) / (scale or np.abs(grid).max() or 1)).clip(0, 1)
+    alpha = _FULL * (strength / (scale or strength.max() or 1)).clip(0, 1)
     tones = np.where((signed & (grid < 0))[..., None], _MINUS_TONE, _PLUS_TONE)
     axes.imshow(np.concatenate([tones, alpha[..., None]], 2), interpolation="none", aspect="auto")
     for (i, j), value in np.ndenumerate(grid) if side >= 28 and columns else ():
-        text = f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
+        text = f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "−").replace("+nan", "–").replace("nan", "–")
         axes.text(j, i, text, size=9, ha="center", va="center_baseline", in_layout=False)
     axes.spines[:].set_visible(True)
     upright = max((len(str(name)) for name in columns), default=0) * 6.4 < side
@@ -178,8 +178,9 @@ def _rows(names: Sequence[str], width: float, title: str) -> Axes:
 def bars(values: Sequence[tuple[str, float]], *, title: str, mark: float | None = None) -> Markup:
     """Horizontal bars from 0 with their numbers, and a line to compare with."""
     axes = _rows([str(name) for name, _ in values], 260, title)
-    drawn = axes.barh(range(len(values)), [value for _, value in values], height=0.58, color=_C[0])
-    axes.bar_label(drawn, [f"{value:.2f}".replace("-", "−") for _, value in values], padding=6)
+    lengths = np.array([value for _, value in values], float)
+    drawn = axes.barh(range(len(lengths)), lengths, height=0.58, color=_C[0])
+    axes.bar_label(drawn, [f"{value:.2f}".replace("-", "−") for value in lengths], padding=6)
     if mark is not None:
         axes.axvline(mark, **_DASHED)
     return _svg(axes, title)
@@ -201,10 +202,10 @@ def points(groups: Mapping[str, Points], *, title: str, limits: Points = ()) -> 
     The axes have no unit and so no numbers.
     """
     axes = _axes(380, 300, "", xticks=(), yticks=())
-    axes.scatter([p[0] for p in limits], [p[1] for p in limits], alpha=0)
+    axes.scatter(*np.array(limits, float).reshape(-1, 2).T, alpha=0)
     for i, (name, group) in enumerate(groups.items()):
-        x, y = [p[0] for p in group], [p[1] for p in group]
-        axes.scatter(x, y, s=28, linewidths=0, color=to_rgba(_C[i % 8], 0.75), label=name)
+        xy = np.array(group, float).reshape(-1, 2)
+        axes.scatter(xy[:, 0], xy[:, 1], s=28, linewidths=0, color=to_rgba(_C[i % 8], 0.75), label=name)
     axes.spines[:].set_visible(True)
     axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=8, title=title, alignment="left")
     return _svg(axes, title)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,19 +15,9 @@ from kd_plugins import Batch
 from kd_plugins.reading.scores import class_scores
 from kd_plugins.reading.view import View
 
-__all__ = [
-    "Similarity",
-    "calibration",
-    "common_maps",
-    "decisions",
-    "difference",
-    "predictions",
-    "project_channels",
-    "rejection",
-]
+__all__ = ["calibration", "cka", "decisions", "difference", "hsic", "predictions", "project_channels", "rejection"]
 
-_ROWS, _CLASSES, _BINS, _POINTS, _SHARES = 2048, 100, 15, 256, 50
-_MEANS = ("nll", "kl", "agreement")
+_ROWS, _CLASSES, _POINTS, _SHARES = 2048, 100, 256, 50
 
 
 class Decisions(NamedTuple):
@@ -62,19 +53,17 @@ def decisions(view: View, batch: Batch) -> Decisions | None:
     return Decisions(logits[index].float(), None if labels is None else labels[index])
 
 
-def calibration(confidence: Tensor, correct: Tensor, bins: int = _BINS) -> tuple[float, Tensor]:
+def calibration(confidence: Tensor, correct: Tensor, bins: int = 15) -> tuple[float, Tensor]:
     """The expected calibration error, and the reliability diagram behind it.
 
     Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, arXiv 1706.04599: the mean over bins of equal
-    width of |accuracy - confidence|, weighted by the examples in a bin.
+    width of |accuracy - confidence|, weighted by the examples in a bin. The diagram `[bins, 3]` holds for each bin the
+    number of examples, their mean confidence and their accuracy.
 
     Args:
         confidence: Probability of the predicted class `[N]`.
         correct: Whether the prediction was right `[N]`.
         bins: Number of bins.
-
-    Returns:
-        The error, and for each bin the number of examples, their mean confidence and their accuracy `[bins, 3]`.
 
     >>> error, diagram = calibration(torch.tensor([0.9, 0.9, 0.6, 0.6]), torch.tensor([True, True, True, False]))
     >>> round(error, 3)
@@ -91,10 +80,6 @@ def calibration(confidence: Tensor, correct: Tensor, bins: int = _BINS) -> tuple
 def rejection(wrong: Tensor, uncertainty: Tensor) -> Tensor:
     """The error among the n most certain predictions, for n from 1 to N.
 
-    Args:
-        wrong: Which predictions are wrong `[N]`.
-        uncertainty: How uncertain each is `[N]`.
-
     >>> rejection(torch.tensor([True, False]), torch.tensor([0.9, 0.1])).tolist()
     [0.0, 0.5]
     """
@@ -102,11 +87,7 @@ def rejection(wrong: Tensor, uncertainty: Tensor) -> Tensor:
 
 
 def predictions(found: Mapping[str, Mapping[str, Tensor]], classes: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `kd_report.uncertainty.Answers` has collected, in numbers.
-
-    Args:
-        found: Values of examples by network.
-        classes: Number of classes.
+    """What `kd_report.uncertainty.Answers` has collected of networks that know so many classes, in numbers.
 
     Returns:
         Means by network for JSON (agreement and KL are with the student; the student's own are with the teacher, and
@@ -116,33 +97,36 @@ def predictions(found: Mapping[str, Mapping[str, Tensor]], classes: int) -> tupl
     summary: dict[str, Any] = {"classes": classes}
     arrays: dict[str, Tensor] = {}
     for name, values in found.items():
-        means: dict[str, float] = {k: float(values[k].double().mean()) for k in _MEANS if k in values}
-        predicted, labels = values["predicted"], values.get("label")
+        means = {key: float(values[key].double().mean()) for key in ("nll", "kl", "agreement") if key in values}
+        predicted, labels, doubt = values["predicted"], values.get("label"), values.get("confidence")
         means["examples"] = len(predicted)
-        if "confidence" in values:
-            means["confidence"] = 1 - float(values["confidence"].mean())
+        if doubt is not None:
+            means["confidence"] = 1 - float(doubt.mean())
         if labels is not None:
-            correct = predicted == labels
+            correct, n = predicted == labels, len(labels)
             means["accuracy"] = float(correct.double().mean())
-            if "confidence" in values:
-                means["ece"], arrays[f"{name}/reliability"] = calibration(1 - values["confidence"], correct)
+            if doubt is not None:
+                means["ece"], arrays[f"{name}/reliability"] = calibration(1 - doubt, correct)
             if "total" in values and values["total"].isfinite().all():
-                kept = torch.linspace(1, len(labels), min(len(labels), _SHARES), dtype=torch.float64).round().long()
+                kept = torch.linspace(1, n, min(n, _SHARES), dtype=torch.float64).round().long()
                 error = rejection(~correct, values["total"])[kept - 1]
-                arrays[f"{name}/rejection"] = torch.stack([kept / len(labels), error], 1).float()
-            if classes <= _CLASSES and predicted.max() < classes:
+                arrays[f"{name}/rejection"] = torch.stack([kept / n, error], 1).float()
+            if classes <= _CLASSES and (predicted < classes).all():
                 cells = torch.bincount(labels * classes + predicted, minlength=classes**2)
                 arrays[f"{name}/confusion"] = cells.view(classes, classes).int()
         summary[name] = means
     student, teacher = summary.get("student", {}), summary.get("teacher", {})
     student |= {key: teacher[key] for key in ("agreement", "kl") if key in teacher}
     shares = [x["agreement"] for name, x in summary.items() if name.startswith("peer") and "agreement" in x]
-    student |= {"peers": sum(shares) / len(shares)} if shares else {}
+    if shares:
+        student["peers"] = statistics.fmean(shares)
     return summary, arrays
 
 
 def difference(ours: Mapping[Any, float], theirs: Mapping[Any, float], form: str = "+.2f") -> str:
     """The mean difference of values with the same key, with the 95 % interval of Student's t of two pairs or more.
+
+    A dash stands for a difference that is not known.
 
     >>> difference({0: 91.0, 1: 94.0, 2: 97.0}, {0: 90.0, 1: 92.0, 2: 91.0})
     '+3.00 [−3.57, +9.57]'
@@ -150,7 +134,7 @@ def difference(ours: Mapping[Any, float], theirs: Mapping[Any, float], form: str
     from scipy.stats import t
 
     found = [ours[key] - theirs[key] for key in ours if key in theirs]
-    if not found:
+    if not found or not all(map(math.isfinite, found)):
         return "–"
     mean, text = statistics.fmean(found), f"{statistics.fmean(found):{form}}"
     if len(found) > 1:
@@ -159,78 +143,38 @@ def difference(ours: Mapping[Any, float], theirs: Mapping[Any, float], form: str
     return text.replace("-", "−")
 
 
-class Similarity:
-    """Linear CKA of all pairs of layers of several networks, summed over minibatches of any size above 3.
+def hsic(features: Sequence[Tensor]) -> Tensor:
+    """The unbiased HSIC of each pair of layers `[L, L]`, of features `[n, D]` of each layer, for more than 3 examples.
 
-    The unbiased HSIC (Song et al., "Feature Selection via Dependence Maximization", JMLR 2012) of two Gram matrices K
-    and L with zero diagonal: `(tr(KL) + 1'K1 1'L1 / ((n-1)(n-2)) - 2 1'KL1 / (n-2)) / (n(n-3))`.
+    Song et al., "Feature Selection via Dependence Maximization", JMLR 2012: of two Gram matrices K and L with zero
+    diagonal `(tr(KL) + 1'K1 1'L1 / ((n-1)(n-2)) - 2 1'KL1 / (n-2)) / (n(n-3))`.
+    """
+    # The estimator does not care where the origin is, but float32 does.
+    centred, n = [x - x.mean(0) for x in features], len(features[0])
+    with torch.autocast(centred[0].device.type, enabled=False):
+        grams = torch.stack([(x @ x.T).double().fill_diagonal_(0) for x in centred])
+    rows, flat = grams.sum(-1), grams.flatten(1)
+    total = rows.sum(-1)
+    found = flat @ flat.T + total[:, None] * total / ((n - 1) * (n - 2)) - 2 / (n - 2) * (rows @ rows.T)
+    return found / (n * (n - 3))
 
-    Args:
-        layers: Number of layers of each network.
+
+def cka(hsic: Tensor) -> Tensor:
+    """Linear CKA of each pair of layers `[L, L]`, of their `hsic`, which may be summed over minibatches.
 
     >>> x = torch.arange(24.0).view(8, 3).sin()
-    >>> similarity = Similarity([1, 1])
-    >>> similarity.add([x, 5 * x[:, [2, 0, 1]]])
-    >>> round(float(similarity.between(0, 1)), 3)
-    1.0
+    >>> cka(hsic([x, 5 * x[:, [2, 0, 1]]])).round(decimals=3).tolist()
+    [[1.0, 1.0], [1.0, 1.0]]
     """
-
-    def __init__(self, layers: Sequence[int]) -> None:
-        self.layers = list(layers)
-        self.sum: Tensor | None = None
-
-    def add(self, features: Sequence[Tensor]) -> None:
-        """Adds one minibatch: the features `[n, D]` of every layer of every network."""
-        if not features or (n := len(features[0])) < 4:
-            return
-        grams = torch.stack([_gram(x) for x in features])
-        rows, flat = grams.sum(-1), grams.flatten(1)
-        total = rows.sum(-1)
-        hsic = flat @ flat.T + total[:, None] * total / ((n - 1) * (n - 2)) - 2 / (n - 2) * (rows @ rows.T)
-        self.sum = hsic / (n * (n - 3)) + (0 if self.sum is None else self.sum)
-
-    def between(self, i: int, j: int) -> Tensor:
-        """CKA `[layers of i, layers of j]` of two networks, once a minibatch was added."""
-        assert self.sum is not None  # noqa: S101
-        own = self.sum.diagonal().clamp_min(0).sqrt()
-        cka = self.sum / (own[:, None] * own).clamp_min(torch.finfo(own.dtype).tiny)
-        rows, columns = (slice(sum(self.layers[:k]), sum(self.layers[: k + 1])) for k in (i, j))
-        return cka.clamp(-1, 1).float().cpu()[rows, columns].contiguous()
-
-
-def _gram(x: Tensor) -> Tensor:
-    # The estimator does not care where the origin is, but float32 does.
-    x = x - x.mean(0)
-    with torch.autocast(x.device.type, enabled=False):
-        return (x @ x.T).double().fill_diagonal_(0)
-
-
-def common_maps(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> tuple[str, str] | None:
-    """The deepest layers of both whose maps `[B, C, H, W]` have the same size, above one position; None without any.
-
-    >>> maps = {"a": torch.zeros(1, 2, 8, 8), "b": torch.zeros(1, 4, 4, 4), "c": torch.zeros(1, 4, 1, 1)}
-    >>> common_maps(maps, {"x": torch.zeros(1, 3, 8, 8), "y": torch.zeros(1, 3, 4, 4)})
-    ('b', 'y')
-    """
-    last = {x.shape[2:]: layer for layer, x in teacher.items() if x.dim() == 4}
-    for layer, x in reversed(list(student.items())):
-        if x.dim() == 4 and x[0, 0].numel() > 1 and x.shape[2:] in last:
-            return layer, last[x.shape[2:]]
-    return None
+    own = hsic.diagonal().clamp_min(0).sqrt()
+    return (hsic / (own[:, None] * own).clamp_min(torch.finfo(own.dtype).tiny)).clamp(-1, 1).float().cpu()
 
 
 def project_channels(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Channels of maps, each scaled to length 1, in the plane of the teacher's two main directions.
+    """Channels of maps `[B, C, H, W]`, each scaled to length 1, as points `[B, C, 2]` of a plane.
 
-    The plane is the teacher's alone (principal components of its channels, for each example), so that pictures made
-    before and after a training share it. At most 256 channels of a network are kept, evenly spaced.
-
-    Args:
-        student: Maps `[B, C_s, H, W]`.
-        teacher: Maps `[B, C_t, H, W]`.
-
-    Returns:
-        The student's points `[B, C_s, 2]` and the teacher's points `[B, C_t, 2]`.
+    The plane is the teacher's alone (the two principal components of its channels, for each example), so that pictures
+    made before and after a training share it. At most 256 channels of a network are kept, evenly spaced.
     """
     ours, theirs = (F.normalize(x.flatten(2).float(), dim=2).cpu() for x in (student, teacher))
     centre = theirs.mean(1, keepdim=True)

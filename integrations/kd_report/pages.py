@@ -7,7 +7,7 @@ import math
 import re
 import shlex
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from os.path import commonprefix
 from typing import Any
@@ -18,7 +18,7 @@ from matplotlib import colormaps
 from torch import Tensor
 
 from kd_plugins.picture import png
-from kd_report import charts, curves
+from kd_report import charts
 from kd_report.charts import number
 from kd_report.measures import difference
 from kd_report.runs import Run
@@ -30,13 +30,16 @@ Parts = list[tuple[str, Any]]
 
 _SENTENCES, _CHANNEL_EXAMPLES, _CHANGES = 3, 2, 8
 _PNG = re.compile(r"data:image/png;base64,[A-Za-z0-9+/]+={0,2}")
-# What is told of a network's predictions, and how: the format, the factor, the unit.
+# What is told of a network's predictions, by column: its key, and the format, the factor and the unit.
 _MEASURES: dict[str, tuple[Any, ...]] = {
-    **{"accuracy": (".2f", 100, " %"), "agreement": (".1f", 100, " %")},
-    **{"with peers": (".1f", 100, " %"), "KL": (".3f",), "ECE": (".1f", 100, " %"), "NLL": (".3f",)},
-    "confidence": (".1f", 100, " %"),
+    "accuracy": ("accuracy", ".2f", 100, " %"),
+    "agreement": ("agreement", ".1f", 100, " %"),
+    "with peers": ("peers", ".1f", 100, " %"),
+    "KL": ("kl", ".3f"),
+    "ECE": ("ece", ".1f", 100, " %"),
+    "NLL": ("nll", ".3f"),
+    "confidence": ("confidence", ".1f", 100, " %"),
 }
-_KEYS = {"with peers": "peers"}
 # What differs between the seeds of one experiment, or says nothing about it.
 _INCIDENTAL = {"seed", "experiment", "output", "output_dir", "resume", "log_interval", "run_name", "logging_dir"}
 # What a training alone cannot share with a distillation.
@@ -50,33 +53,34 @@ class Subject:
     Attributes:
         all: The runs as they were given.
         one: The only run; None where several are compared.
+        axis: What curves run over: steps where every row has them.
         groups: Runs by experiment, those that differ in their seed alone together: first what was trained alone, last
             those whose student is a teacher of others.
         networks: What is told of: a name, the runs that show it, and its key there.
-        axis: What curves run over.
     """
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self.all, self.one = runs, runs[0] if len(runs) == 1 else None
-        self.axis = curves.axis(runs)
+        self.axis = "step" if all("step" in row for run in runs for row in run.history) else "epoch"
         found = {"student": list(runs)} if self.one else _experiments(runs)
         teachers = {_measured(run, "teacher") for run in runs if run.info.get("teachers")}
-        taught = {_identity(run.info.get("student")) for run in runs if run.method != "alone"}
-        alone = {name: group for name, group in found.items() if group[0].method == "alone"}
-        own = {name: {_measured(run, "student") for run in group} & teachers for name, group in alone.items()}
-        above = {n for n, who in own.items() if who and _identity(found[n][0].info.get("student")) not in taught}
+        taught = {_student(run) for run in runs if run.method != "alone"}
+        above = {}
+        for name, group in found.items():
+            own = {_measured(run, "student") for run in group} & teachers
+            if own and group[0].method == "alone" and _student(group[0]) not in taught:
+                above[name] = own
         order = sorted(found, key=lambda name: (name in above, found[name][0].method != "alone"))
         self.groups = {f"{n} (teacher)" if n in above and n != "teacher" else n: found[n] for n in order}
         self.networks = [(name, group, "student") for name, group in self.groups.items()]
-        shown: set[Any] = {who for name in above for who in own[name]}
+        shown: set[Any] = set().union(*above.values())
         for run in runs:
-            peers = {f"peer{i}": str(peer["name"]) for i, peer in enumerate(run.info.get("peers") or [], 1)}
-            others = {"teacher": run.teacher} if run.info.get("teachers") else {}
             who = _measured(run, "teacher")
-            for key, name in (others | peers if self.one else others).items():
-                if key != "teacher" or who not in shown:
-                    self.networks.append((f"{key}: {name}", [run], key))
-            shown |= {who} if others else set()
+            if run.info.get("teachers") and who not in shown:
+                self.networks.append((f"teacher: {run.teacher}", [run], "teacher"))
+                shown.add(who)
+            for i, peer in enumerate((run.info.get("peers") or []) if self.one else (), 1):
+                self.networks.append((f"peer{i}: {peer['name']}", [run], f"peer{i}"))
 
     def baseline(self, name: str) -> tuple[str | None, list[str]]:
         """The first experiment that trained the same student alone, on the same data, with the same settings.
@@ -87,14 +91,17 @@ class Subject:
         """
         run, differ = self.groups[name][0], list[str]()
         for other, (alone, *_) in self.groups.items() if run.method != "alone" else ():
-            pairs = [(r.info.get("data"), *_identity(r.info.get("student"))) for r in (run, alone)]
-            if alone.method != "alone" or pairs[0] != pairs[1]:
-                continue
-            ours, theirs = ({k: v for k, v in _settings(r).items() if not _OF_METHOD.search(k)} for r in (run, alone))
-            different = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
-            if not different:
-                return other, []
-            differ = differ or different
+            if alone.method == "alone" and (alone.info.get("data"), _student(alone)) == (
+                run.info.get("data"),
+                _student(run),
+            ):
+                ours, theirs = (
+                    {k: v for k, v in _settings(r).items() if not _OF_METHOD.search(k)} for r in (run, alone)
+                )
+                different = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+                if not different:
+                    return other, []
+                differ = differ or different
         return None, differ
 
 
@@ -110,14 +117,18 @@ def page(runs: Sequence[Run]) -> str:
         title, data = "Comparison of runs", [run.info.get("data") for run in runs]
         lead = [f"{len(runs)} runs", f"{len(about.groups)} experiments", *dict.fromkeys(data)]
     with charts.style():
-        found = {key: [part for part in find(about) if part[1]] for key, find in _SECTIONS.items()}
-    given = {"about": about, "run": run, "last": ("", *_phases(run))[-1], "number": number}
-    sections = {key: parts for key, parts in found.items() if parts}
-    return _ENVIRONMENT.get_template("page.html.j2").render(title=title, lead=lead, sections=sections, **given)
+        found = {find.__name__.strip("_"): find(about) for find in _OF_RUNS}
+        found |= {find.__name__.strip("_"): find(run) for find in _OF_ONE_RUN if about.one}
+    sections = {key: kept for key, parts in found.items() if (kept := [part for part in parts if part[1]])}
+    given = {"about": about, "run": run, "last": ("", *run.phases)[-1], "number": number}
+    environment = Environment(
+        loader=PackageLoader("kd_report", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("page.html.j2").render(title=title, lead=lead, sections=sections, **given)
 
 
-def _identity(network: Mapping[str, Any] | None) -> tuple[Any, Any]:
-    return (network or {}).get("name"), (network or {}).get("parameters")
+def _student(run: Run) -> tuple[str, Any]:
+    return run.student, run.part("student", "parameters")
 
 
 def _settings(run: Run) -> dict[str, Any]:
@@ -126,30 +137,23 @@ def _settings(run: Run) -> dict[str, Any]:
 
 def _measured(run: Run, who: str) -> tuple[Any, ...]:
     """Which network a run's student or teacher is: of one name there may be several, which answer differently."""
-    found, accuracy = run.part("after", "predictions", who) or {}, None
-    if "accuracy" in found:
-        accuracy = round(found["accuracy"], 5)
-    return run.student if who == "student" else run.teacher, found.get("examples"), accuracy
-
-
-def _phases(run: Run) -> list[str]:
-    return [phase for phase in ("before", "after") if run.part(phase)]
+    accuracy, examples = (run.part("after", "predictions", who, key) for key in ("accuracy", "examples"))
+    name = run.student if who == "student" else run.teacher
+    return name, examples, None if accuracy is None else round(accuracy, 5)
 
 
 def _experiments(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Runs of one experiment by a name: the beginning that their folders share, or else the method."""
     kept: dict[str, list[Run]] = {}
     for run in runs:
-        settings = _settings(run)
         # Without settings nothing says that two runs are the same experiment.
         key = [run.method, run.part("method", "options"), run.student, run.teacher, run.info.get("data")]
-        kept.setdefault(json.dumps([*key, settings or run.name], sort_keys=True), []).append(run)
+        kept.setdefault(json.dumps([*key, _settings(run) or run.name], sort_keys=True), []).append(run)
     found: dict[str, list[Run]] = {}
     for group in kept.values():
-        names = [run.name for run in group]
+        names, folder = [run.name for run in group], group[0].folder
         shared = names[0] if len(names) == 1 else re.sub(r"[-_. ]*(seed)?[-_. ]*\d*$", "", commonprefix(names))
-        ways = [shared if re.search("[A-Za-z]", shared) else "", group[0].method, str(group[0].folder)]
-        ways += [str(group[0].folder.resolve())]
+        ways = [shared if re.search("[A-Za-z]", shared) else "", group[0].method, str(folder), str(folder.resolve())]
         found[next(name for name in ways if name and name not in found)] = group
     return found
 
@@ -172,9 +176,7 @@ def _mean(values: Iterable[float | None], form: str = ".0f", factor: float = 1, 
 
 def _paired(runs: Sequence[Run], others: Sequence[Run]) -> str:
     """The mean difference of the results of runs of one seed."""
-    found = [
-        {r.part("settings", "seed"): m for r in group if (m := curves.final_metric(r))} for group in (runs, others)
-    ]
+    found = [{r.part("settings", "seed"): m for r in group if (m := r.result)} for group in (runs, others)]
     metrics = {metric for known in found for metric, _ in known.values()}
     if len(metrics) != 1 or len(found[0]) < len(runs) or len(found[1]) < len(others):
         return "–"  # Results of different metrics, or runs without a seed of their own, make no pairs.
@@ -208,56 +210,53 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[str, 
 
 
 def _results(about: Subject) -> Parts:
-    metrics = {name: [m for run in runs if (m := curves.final_metric(run))] for name, runs in about.groups.items()}
-    names = {metric for found in metrics.values() for metric, _ in found}
+    found = {name: [r.result for r in runs if r.result] for name, runs in about.groups.items()}
+    metrics = {metric for results in found.values() for metric, _ in results}
     # Numbers of different metrics have no common axis.
-    metric = names.pop() if len(names) == 1 else ""
-    values = {name: [value for _, value in found] for name, found in metrics.items() if found}
-    rows: list[list[str]] = []
-    unlike = []
+    metric = metrics.pop() if len(metrics) == 1 else ""
+    values = {name: [value for _, value in results] for name, results in found.items()}
+    # What a comparison has no room for stands on the page of each run.
+    measures = {name: form for name, form in _MEASURES.items() if about.one or name != "confidence"}
+    rows, unlike = [], []
     for name, runs, key in about.networks:
         own = [dict(run.part("after", "predictions", key) or {}) for run in runs]
-        if key != "student":
-            # A peer's agreement is with the student, and a teacher's stands beside the student that agrees with it.
-            for found in own:
-                agreement, found["kl"] = found.pop("agreement", None), None
-                found["peers"] = agreement if key.startswith("peer") else None
-        # What a comparison has no room for stands on the page of each run.
-        shown = {k: form for k, form in _MEASURES.items() if about.one or k != "confidence"}
-        cells = [_mean((x.get(_KEYS.get(k, k.lower())) for x in own), *form) for k, form in shown.items()]
-        counts = sorted({int(x["examples"]) for x in own if "examples" in x})
-        seen = " to ".join(f"{n:,}" for n in dict.fromkeys([*counts[:1], *counts[-1:]]))
-        result = values.get(name, []) if key == "student" else []
-        base, differ = about.baseline(name) if key == "student" else (None, [])
+        results, (base, differ) = (values[name], about.baseline(name)) if key == "student" else ([], (None, []))
         if differ:
             unlike.append(f"{name} is not compared with the student alone, which differs in {', '.join(differ)}.")
-        form = ".2f" if result and abs(result[0]) > 1.5 else ".4f"
+        if key != "student":
+            # A peer's agreement is with the student, and a teacher's stands beside the student that agrees with it.
+            for x in own:
+                x |= {"kl": None, "agreement": None, "peers": x.get("agreement") if key != "teacher" else None}
+        counts = sorted({int(x["examples"]) for x in own if "examples" in x})
+        seen = " to ".join(f"{n:,}" for n in dict.fromkeys([*counts[:1], *counts[-1:]]))
+        accuracy, *others = (_mean((x.get(k) for x in own), *form) for k, *form in measures.values())
+        mean = _mean(results, ".2f" if results and abs(results[0]) > 1.5 else ".4f")
         beside = _paired(runs, about.groups[base]) if base else "–"
-        number_of_runs = "–" if about.one else str(len(runs))
-        rows.append([name, number_of_runs, _mean(result, form), beside, cells[0], seen or "–", *cells[1:]])
-    measures = list(shown)
-    named = f"{metric}, as logged" if metric in shown else metric or "result"
-    columns = ["", "runs", named, "against alone", measures[0], "examples", *measures[1:]]
+        rows.append([name, "–" if about.one else str(len(runs)), mean, beside, accuracy, seen or "–", *others])
+    named = f"{metric}, as logged" if metric in measures else metric or "result"
+    columns = ["", "runs", named, "against alone", "accuracy", "examples", *list(measures)[1:]]
     table = _table(columns, [row for row in rows if set(row[2:]) != {"–"}])
-    if not about.one:
-        finite = {name: kept for name, found in values.items() if (kept := [x for x in found if math.isfinite(x)])}
-        drawn = [charts.dots(finite, title=metric)] if metric and finite else []
-        return [table, ("words", " ".join(unlike)), ("charts", drawn)]
-    tiles = [(cell, name) for name, cell in zip(columns[1:], rows[0][1:], strict=True) if cell != "–"]
-    written = _flat(about.one.info.get("results") or {})
-    return [("tiles", tiles[:6]), table, ("heading", written and "As the script wrote them"), ("facts", written)]
+    if about.one:
+        tiles = [(cell, name) for name, cell in zip(columns[1:], rows[0][1:], strict=True) if cell != "–"]
+        written = _flat(about.one.info.get("results") or {})
+        return [("tiles", tiles[:6]), table, ("heading", written and "As the script wrote them"), ("facts", written)]
+    finite = {name: kept for name, given in values.items() if (kept := [x for x in given if math.isfinite(x)])}
+    drawn = [charts.dots(finite, title=metric)] if metric and finite else []
+    return [table, ("words", " ".join(unlike)), ("charts", drawn)]
 
 
 def _curves(about: Subject) -> Parts:
     drawn: dict[str, dict[str, list[Any]]] = {}
     for name, run in ((name, run) for name, runs in about.groups.items() for run in runs):
-        for title, line, points in curves.panels(run, about.axis):
+        for title, line, points in run.curves(about.axis):
             panel, entry = (title, line) if about.one else (f"{title}, {line}", name)
             drawn.setdefault(panel, {}).setdefault(entry, []).append(points)
     if not about.one:
         drawn = {title: lines for title, lines in drawn.items() if len(lines) > 1 and "learning rate" not in title}
     names = list(dict.fromkeys(name for lines in drawn.values() for name in lines))
-    words: dict[str, Any] = {"x_label": about.axis, "stages": curves.stages(about.one, about.axis) if about.one else ()}
+    # Where a stage begins is known in steps.
+    stages = about.one.stages if about.one and about.axis == "step" else ()
+    words: dict[str, Any] = {"x_label": about.axis, "stages": stages}
     pictures = [charts.lines(lines, names, title=title, **words) for title, lines in drawn.items()]
     return [("legend", names if len(names) > 1 else []), ("panels", pictures)]
 
@@ -277,18 +276,17 @@ def _rejection(about: Subject) -> Parts:
     for name, runs, key in about.networks:
         found = [x.tolist() for run in runs if (x := run.array("after", f"{key}/rejection")) is not None]
         drawn |= {name: found} if found else {}
-    words: dict[str, Any] = {"title": "Error among the kept", "x_label": "share that is kept"}
-    return [
-        ("legend", list(drawn) if len(drawn) > 1 else []),
-        ("panels", [charts.lines(drawn, list(drawn), **words)] if drawn else []),
-    ]
+    if not drawn:
+        return []
+    chart = charts.lines(drawn, list(drawn), title="Error among the kept", x_label="share that is kept")
+    return [("legend", list(drawn) if len(drawn) > 1 else []), ("panels", [chart])]
 
 
 def _similarity(about: Subject) -> Parts:
     drawn = []
     words: dict[str, Any] = {"scale": 1.0, "space": 400 if about.one else 290}
     for name, (run, *more) in about.groups.items():
-        for phase in _phases(run)[0 if about.one else -1 :] if about.one or run.other != "student" else ():
+        for phase in run.phases[0 if about.one else -1 :] if about.one or run.other != "student" else ():
             examples = run.part(phase, "examples") or 0
             if examples < _FEW:
                 continue
@@ -312,7 +310,7 @@ def _cost(about: Subject) -> Parts:
         times = [_mean((run.part("cost", "parts", part) for run in runs), ".1f", 1000) for part in parts]
         step = _mean((run.part("cost", "seconds_per_step") for run in runs), ".1f", 1000)
         memory, kind = max((run.part("cost", "memory") or 0, run.part("cost", "memory_kind") or "") for run in runs)
-        analyses = [sum(run.part(phase, "seconds") or 0 for phase in _phases(run)) for run in runs]
+        analyses = [sum(run.part(phase, "seconds") or 0 for phase in run.phases) for run in runs]
         spent = [_mean(run.info.get("seconds") for run in runs), _mean(analyses)]
         rows.append([name, *times, step, f"{memory / 2**20:,.0f} {kind.partition(' ')[0]}" if memory else "–", *spent])
     return [_table(["", *parts, "step, mean", "peak memory, MiB", "whole run, s", "analysis, s"], rows)]
@@ -320,7 +318,7 @@ def _cost(about: Subject) -> Parts:
 
 def _runs(about: Subject) -> Parts:
     def row(run: Run) -> list[str]:
-        metric, seed = curves.final_metric(run), run.part("settings", "seed")
+        metric, seed = run.result, run.part("settings", "seed")
         words = [run.name, run.method, run.student, run.teacher or "–", "–" if seed is None else str(seed)]
         return [*words, number(metric[1], 4) if metric else "–", run.status or "–"]
 
@@ -348,7 +346,7 @@ def _run(run: Run) -> Parts:
         "Teacher": networks(info.get("teachers") or []),
         "Peers": networks(info.get("peers") or []),
         "Data": info.get("data"),
-        "Stages": [f"{name}: steps {a:,.0f} to {b:,.0f}" for name, a, b in curves.stages(run, "step")],
+        "Stages": [f"{name}: steps {a:,.0f} to {b:,.0f}" for name, a, b in run.stages],
         "Device": info.get("device"),
         "Versions": ", ".join(f"{k} {v}" for k, v in (info.get("versions") or {}).items()),
         "Folder": run.name,
@@ -375,14 +373,11 @@ def _method(run: Run) -> Parts:
             elif kind == "points":
                 drawn.append(charts.points(given["groups"], title=title))
             elif kind == "images":
-                rows = {name: [("", x) for x in sources if _is_png(x)] for name, sources in given["rows"].items()}
+                each = given["rows"].items()
+                rows = {name: [("", x) for x in sources if _PNG.fullmatch(str(x))] for name, sources in each}
                 parts.append(("strips", [(title, rows)]))
         parts.append(("charts", drawn))
     return parts if any(kind != "words" and content for kind, content in parts) else []
-
-
-def _is_png(source: Any) -> bool:
-    return isinstance(source, str) and _PNG.fullmatch(source) is not None
 
 
 def _shown(run: Run) -> list[tuple[str, str, str]]:
@@ -448,7 +443,7 @@ def _channels(run: Run) -> Parts:
     drawn = []
     for i in range(_CHANNEL_EXAMPLES):
         planes = {}
-        for phase in _phases(run):
+        for phase in run.phases:
             found = {who: run.array(phase, f"{who}/channels") for who in ("teacher", "student")}
             planes[phase] = {who: x[i].tolist() for who, x in found.items() if x is not None and i < len(x)}
         everything = [point for groups in planes.values() for group in groups.values() for point in group]
@@ -490,17 +485,6 @@ def _notes(run: Run) -> Parts:
     return [("list", list(dict.fromkeys([*(run.info.get("notes") or []), *of_attention])))]
 
 
-def _of_one(find: Callable[[Run], Parts]) -> Callable[[Subject], Parts]:
-    return lambda about: find(about.one) if about.one else []
-
-
-_SECTIONS: dict[str, Callable[[Subject], Parts]] = {
-    **{"run": _of_one(_run), "results": _results, "calibration": _calibration},
-    **{"rejection": _rejection, "curves": _curves},
-    **{"method": _of_one(_method), "similarity": _similarity, "features": _of_one(_features)},
-    **{"channels": _of_one(_channels), "attention": _of_one(_attention), "confusion": _of_one(_confusion)},
-    **{"cost": _cost, "runs": _runs, "notes": _of_one(_notes)},
-}
-_ENVIRONMENT = Environment(
-    loader=PackageLoader("kd_report", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-)
+# A section is named as its function; the template has their order and their headings.
+_OF_RUNS = (_results, _calibration, _rejection, _curves, _similarity, _cost, _runs)
+_OF_ONE_RUN = (_run, _method, _features, _channels, _attention, _confusion, _notes)

@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset, Subset
 
-from kd_plugins import Batch, Distiller, DistillError, Nets
+from kd_plugins import Batch, Distiller, Nets
 from kd_plugins.binding import needs_of_stages
 from kd_plugins.catalog.registry import config_of
 from kd_plugins.picture import Picture
 from kd_plugins.reading.nets import describe
-from kd_plugins.states import replacing, write_text
+from kd_plugins.states import read_json, replacing, write_text
 from kd_report.analysis import Decode, analyse, as_nets, predict
 from kd_report.measures import predictions
-from kd_report.runs import FORMAT, read_json, read_rows
+from kd_report.runs import FORMAT, read_rows
 from kd_report.timing import StepTimer
 from kd_report.uncertainty import Doubts
 
@@ -72,13 +73,11 @@ class RunRecord:
 
     Args:
         folder: The run's output folder.
-        host: The script: `"kd-timm-train"`, `"kd-transformers-train"`.
+        host: The script, such as `"kd-timm-train"`.
         nets: The networks, or the bare student of a training without a distiller.
-        distiller: The method; None for plain training.
         command: The command line; by default that of this process.
         names: What to call the networks: `{"student": "resnet18", "teachers": ["resnet50"], "peers": []}`.
         data: What it was trained on, in words.
-        task: What the logits are.
         metric: The key of the history that tells how good the student is, such as `"eval_top1"`.
         classes: Class names in the order of the logits.
         decode: Turns a sentence's token ids into the tokens' texts (`tokenizer.convert_ids_to_tokens`).
@@ -118,14 +117,13 @@ class RunRecord:
         self.folder, self.enabled = Path(folder), enabled
         self.distiller, self.decode = distiller, decode
         self.timer: StepTimer | None = None
-        self._began = time.monotonic()
+        self._began, self._spent = time.monotonic(), 0.0
         if not enabled:
             return
         nets = as_nets(nets)
         device = next((p.device for p in nets.student.module.parameters()), torch.device("cpu"))
         self._cuda = device if device.type == "cuda" else None
         threads = f"{device.type.upper()}, threads: {torch.get_num_threads()}"
-        name = torch.cuda.get_device_name(device) if self._cuda else threads
         self.run: dict[str, Any] = {
             "format": FORMAT,
             "status": "unfinished",
@@ -134,7 +132,7 @@ class RunRecord:
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": 0.0,
             "versions": _versions(),
-            "device": name,
+            "device": torch.cuda.get_device_name(device) if self._cuda else threads,
             "data": data,
             "task": task,
             "metric": metric,
@@ -147,69 +145,48 @@ class RunRecord:
             "cost": {},
             "notes": [],
         }
-        self._spent = 0.0
-        if resume is None:
-            self._begin([])
-        else:
-            self._continue(resume, rows)
+        self._begin(resume, rows)
 
     @_optional
-    def _begin(self, kept: Iterable[Mapping[str, Any]]) -> None:
+    def _begin(self, resume: int | None, rows: Iterable[Mapping[str, Any]] | None) -> None:
+        """Starts a new record, or goes on with whatever can be read of the one before."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        history, before, kept = self.folder / "history.jsonl", self.folder / "run.json", list[Mapping[str, Any]]()
+        if resume is not None:
+            given = read_rows(history) if rows is None else rows
+            kept = [row for row in given if (row.get("step") or 0) <= resume]
+            try:
+                known = read_json(before) if before.is_file() else {}
+                self._spent = float(known.get("seconds", 0.0))
+                self.run |= {k: known[k] for k in ("started", "seconds", "notes", "cost", "before") if k in known}
+                self.run["resumed"] = known.get("resumed", 0) + 1
+            except (TypeError, ValueError, AttributeError) as error:
+                self.run["notes"].append(f"What was recorded before the run was resumed cannot be read: {error}")
         if "before" not in self.run:
             (self.folder / "analysis.safetensors").unlink(missing_ok=True)
-        write_text(self.folder / "history.jsonl", "".join(json.dumps(_plain(row)) + "\n" for row in kept))
+        write_text(history, "".join(json.dumps(_plain(row)) + "\n" for row in kept))
         self._write()
 
     @_optional
-    def _continue(self, step: int, rows: Iterable[Mapping[str, Any]] | None) -> None:
-        """Goes on with the record of the run before, whatever of it can be read."""
-        if rows is None:
-            rows = [r for r in read_rows(self.folder / "history.jsonl") if (r.get("step") or 0) <= step]
-        try:
-            before = read_json(self.folder / "run.json") or {}
-            self.run |= {k: before[k] for k in ("started", "seconds", "notes", "cost", "before") if k in before}
-            self.run["resumed"] = before.get("resumed", 0) + 1
-            self._spent = float(self.run["seconds"])
-        except (DistillError, TypeError, ValueError, AttributeError) as error:
-            self.run["notes"].append(f"What was recorded before the run was resumed cannot be read: {error}")
-        self._begin(rows)
+    def analyse(self, phase: str, nets: Nets | nn.Module, batches: Iterable[Batch]) -> None:
+        """Analyses the unwrapped networks `"before"` or `"after"` the training, on the same evaluation batches.
 
-    @_optional
-    def analyse(self, phase: str, nets: Nets | nn.Module, batches: Iterable[Batch], **options: Any) -> None:
-        """Analyses the networks; the same batches before and after the training make the two comparable.
-
-        Args:
-            phase: `"before"` or `"after"`.
-            nets: The networks, unwrapped.
-            batches: Evaluation batches in a fixed order; made lazily, outside of the training's random state.
-            **options: Of `kd_report.analysis.analyse`.
+        Batches that are made lazily are made outside of the training's random state.
         """
         with self._trying(f"The networks could not be analysed {phase} the training", f"No analysis {phase}"):
-            found = analyse(nets, batches, decode=self.decode, attentions=_attentions(self.distiller), **options)
+            found = analyse(nets, batches, decode=self.decode, attentions=_attentions(self.distiller))
             self._keep(phase, found.summary, found.arrays)
 
     @_optional
-    def predict(self, nets: Nets | nn.Module, batches: Iterable[Batch], **options: Any) -> None:
-        """Asks the networks for their predictions on the evaluation set, where no evaluation has done it.
-
-        Args:
-            nets: The networks, unwrapped.
-            batches: Evaluation batches; made lazily, outside of the training's random state.
-            **options: Of `kd_report.analysis.predict`.
-        """
+    def predict(self, nets: Nets | nn.Module, batches: Iterable[Batch], seconds: float | None = None) -> None:
+        """Asks the networks for their predictions, as `kd_report.analysis.predict` does, where no evaluation has."""
         with self._trying("The networks could not be asked for their predictions", "No predictions"):
-            answers = predict(nets, batches, distiller=self.distiller, **options)
+            answers = predict(nets, batches, distiller=self.distiller, seconds=seconds)
             self.predictions(answers.found(), answers.classes)
 
     @_optional
     def predictions(self, found: Mapping[str, Doubts], classes: int) -> None:
-        """Tells what the trained networks predict, as `kd_report.uncertainty.Answers` has collected it.
-
-        Args:
-            found: Values of examples for `student`, `teacher`, `peer1`, ...
-            classes: Number of classes.
-        """
+        """Tells what the trained networks predict, as `kd_report.uncertainty.Answers` has collected it."""
         if found:
             summary, arrays = predictions(found, classes)
             self._keep("after", {"predictions": summary}, arrays)
@@ -230,7 +207,7 @@ class RunRecord:
     def log(self, row: Mapping[str, Any]) -> None:
         """Adds a row to the history: `step` (or `epoch`), losses and metrics by name."""
         with (self.folder / "history.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_plain(dict(row))) + "\n")
+            file.write(json.dumps(_plain(row)) + "\n")
 
     def time_steps(self, player: Any) -> None:
         """Measures what a few early steps of a `TurnPlayer` spend their time on; removes itself afterwards."""
@@ -253,22 +230,14 @@ class RunRecord:
         status: str = "finished",
         pictures: Iterable[Picture] = (),
     ) -> None:
-        """Writes results, cost, and the method's pictures.
+        """Writes the final numbers as the script has them, the cost, the method's pictures and any others.
 
-        Args:
-            results: Final numbers by name, nested as the script has them.
-            seconds_per_step: Mean seconds of a training step, evaluation left out.
-            status: `"finished"` or `"interrupted"`.
-            pictures: Others than the method's.
+        The seconds of a step are their mean over the training, evaluation left out; the status is `"finished"` or
+        `"interrupted"`.
         """
-        cost = self.run["cost"]
-        if seconds_per_step is not None:
-            cost["seconds_per_step"] = seconds_per_step
-        if self.timer is not None:
-            self.timer.stop()
-            if self.timer.steps:
-                cost["parts"] = self.timer.medians()
-        cost |= _peak_memory(self._cuda)
+        parts = self.timer.stop() if self.timer is not None else {}
+        step = {} if seconds_per_step is None else {"seconds_per_step": seconds_per_step}
+        self.run["cost"] |= step | ({"parts": parts} if parts else {}) | _peak_memory(self._cuda)
         self.run |= {"results": dict(results), "status": status}
         with self._trying("The method's pictures could not be made", "No pictures of the method"):
             own = self.distiller.pictures() if self.distiller is not None else []
@@ -320,7 +289,7 @@ def _attentions(distiller: Distiller | None) -> dict[str, list[int]]:
 
 def _plain(value: Any) -> Any:
     """What JSON holds: no tensors, no infinities, no tuples."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         return _plain(value.tolist())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -361,12 +330,12 @@ def _method(distiller: Distiller) -> dict[str, Any]:
 
 
 def _networks(nets: Nets, names: Mapping[str, Any]) -> dict[str, Any]:
+    """Name, class and size of each network; without a name its class stands for it."""
     sizes = describe(nets)
     found: dict[str, Any] = {"student": {"name": names.get("student") or sizes["student"]["class"], **sizes["student"]}}
     for kind in ("teachers", "peers"):
-        given = list(names.get(kind) or ())
-        given += [size["class"] for size in sizes[kind][len(given) :]]
-        found[kind] = [{"name": name, **size} for name, size in zip(given, sizes[kind], strict=False)]
+        given = chain(names.get(kind) or (), repeat(None))
+        found[kind] = [{"name": n or size["class"], **size} for n, size in zip(given, sizes[kind], strict=False)]
     return found
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kd_plugins import states
 from kd_plugins.errors import DistillError, told
+from kd_plugins.states import read_json
 
-__all__ = ["FORMAT", "Run", "find_runs", "load_run", "read_json", "read_rows"]
+__all__ = ["FORMAT", "Run", "find_runs", "load_run", "read_rows"]
 
 FORMAT = 2
 _FILES, _TENSORS = ("run.json", "history.jsonl"), "analysis.safetensors"
+_KEY = re.compile(r"(?:(eval|train)_)?(?:(peer\d+)-.+_(?=[^_]+$))?(?:distill/)?(.+)")
+_COST = ("runtime", "per_second", "flos", "samples", "steps_per", "grad_norm", "seconds", "memory")
+_RATES = ("lr", "learning_rate")
 
 
 @dataclass
@@ -37,8 +41,8 @@ class Run:
 
     folder: Path
     info: Mapping[str, Any]
-    history: list[dict[str, float]] = field(default_factory=list)
-    arrays: dict[str, Tensor] = field(default_factory=dict)
+    history: list[dict[str, float]]
+    arrays: dict[str, Tensor]
 
     @property
     def name(self) -> str:
@@ -74,6 +78,49 @@ class Run:
         """What the student is compared with: "teacher", "peer1", or "student" for nothing."""
         return self.part("after", "compared") or self.part("before", "compared") or "teacher"
 
+    @property
+    def phases(self) -> list[str]:
+        """The phases of which something was found."""
+        return [phase for phase in ("before", "after") if self.part(phase)]
+
+    @property
+    def result(self) -> tuple[str, float] | None:
+        """The metric that tells how good the student is, and its value: of the exported student, or the last."""
+        named = str(self.info.get("metric") or "")
+        short = named.removeprefix("eval_")
+        # Of the student that is exported, whose epoch need not be the last.
+        for exported in (self.part("results", "evaluation", short), self.part("results", named)):
+            if type(exported) in (int, float):
+                return short, float(exported)
+        last = {key: value for row in self.history for key, value in row.items() if _drawn(key)}
+        usual = [named, "eval_top1", "eval_accuracy", "eval_f1", "eval_mean_iou"]
+        evaluated = [key for key in last if key.startswith("eval_") and key != "eval_loss"]
+        key = next((key for key in (*usual, *evaluated, "eval_loss") if key in last), None)
+        return None if key is None else (key.removeprefix("eval_"), last[key])
+
+    @property
+    def stages(self) -> list[tuple[str, float, float]]:
+        """Name, first and last step of each stage; empty for fewer than two."""
+        table = self.info.get("stages")
+        if not table or len(table["names"]) < 2 or not table["total"]:
+            return []
+        ends = [*table["starts"][1:], table["total"]]
+        return [(str(name), a, b) for name, a, b in zip(table["names"], table["starts"], ends, strict=True)]
+
+    def curves(self, x: str) -> list[tuple[str, str, list[tuple[float, float]]]]:
+        """The curves: panel (a loss, a metric, the rate), line ("training", "evaluation", a peer), and points."""
+        found, first = [], (self.result or ("", 0))[0]
+        # Of a run that is finished one point is no curve: it stands among the results.
+        least = 2 if self.info.get("status") == "finished" else 1
+        keys = [key for key in dict.fromkeys(key for row in self.history for key in row) if _drawn(key)]
+        for key in sorted(keys, key=lambda k: (k in _RATES, "distill/" in k, not k.endswith(("loss", first)))):
+            kind, peer, title = _KEY.fullmatch(key).groups()  # type: ignore[union-attr]
+            title = "learning rate" if key in _RATES else title.replace("/", ": ")
+            points = [(row.get(x, float(i)), row[key]) for i, row in enumerate(self.history) if key in row]
+            if len(points) >= least:
+                found.append((title, peer or ("evaluation" if kind == "eval" else "training"), points))
+        return found
+
     def array(self, phase: str, name: str) -> Tensor | None:
         """An array of the analysis before or after the training."""
         return self.arrays.get(f"{phase}/{name}")
@@ -84,6 +131,11 @@ class Run:
         for key in keys:
             found = found.get(key) if isinstance(found, Mapping) else None
         return found
+
+
+def _drawn(key: str) -> bool:
+    """Whether a number of the history is a loss, a metric or a rate, and no place or cost."""
+    return key not in ("step", "epoch") and not any(word in key for word in _COST)
 
 
 def load_run(folder: str | Path) -> Run:
@@ -103,9 +155,10 @@ def load_run(folder: str | Path) -> Run:
         real = Path(os.path.realpath(folder / name))
         if (folder / name).is_symlink() and not real.is_relative_to(os.path.realpath(folder)):
             raise DistillError(f"{folder / name} is a link out of the run's folder, which is not followed: remove it.")
-    info, history = read_json(folder / "run.json") or {}, read_rows(folder / "history.jsonl")
+    file, tensors, history = folder / "run.json", folder / _TENSORS, read_rows(folder / "history.jsonl")
+    info = (read_json(file) if file.is_file() else None) or {}
     if not isinstance(info, Mapping):
-        raise DistillError(f"Expected what was run, by name, in {folder / 'run.json'}, got {type(info).__name__}.")
+        raise DistillError(f"Expected what was run, by name, in {file}, got {type(info).__name__}.")
     if not info and not history:
         raise DistillError(
             f"Expected run.json or history.jsonl in {folder}, got neither: name the output folder of kd-timm-train,"
@@ -116,7 +169,6 @@ def load_run(folder: str | Path) -> Run:
             f"Expected a record of format {FORMAT} in {folder}, got format {info['format']}: make its page with the"
             " version of kd-plugins that wrote it."
         )
-    tensors = folder / _TENSORS
     numbers = [{k: x for k, given in row.items() if (x := _number(k, given)) is not None} for row in history]
     with told(f"{tensors} cannot be read", SafetensorError, OSError, remedy="it is damaged: remove it."):
         arrays = load_file(tensors) if tensors.is_file() else {}
@@ -132,20 +184,13 @@ def _number(key: str, given: Any) -> float | None:
 
 def find_runs(folders: Iterable[str | Path]) -> list[Path]:
     """The folders of runs: each that is given, or all below it where it is none itself."""
-    found: list[Path] = []
+    found: dict[Path, Path] = {}
     for folder in map(Path, folders):
-        below = [] if _is_run(folder) else sorted({path.parent for name in _FILES for path in folder.rglob(name)})
-        found += below or [folder]
-    return list({folder.resolve(): folder for folder in reversed(found)}.values())[::-1]
-
-
-def _is_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _FILES)
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file holds; None without the file."""
-    return states.read_json(path) if path.is_file() else None
+        is_run = any((folder / name).is_file() for name in _FILES)
+        below = [] if is_run else sorted({path.parent for name in _FILES for path in folder.rglob(name)})
+        for run in below or [folder]:
+            found.setdefault(run.resolve(), run)
+    return list(found.values())
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

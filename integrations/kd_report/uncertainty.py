@@ -25,37 +25,33 @@ def dirichlet_offset(distiller: Distiller | None, classes: int) -> float | None:
     return next((method.offset(classes) for method in methods if isinstance(method, ENDD)), None)
 
 
-def doubts(
-    logits: Tensor, labels: Tensor | None = None, *, offset: float | None = None, members: bool = False
-) -> Doubts:
+def doubts(logits: Tensor, labels: Tensor | None = None, *, offset: float | None = None) -> Doubts:
     """How uncertain a network or an ensemble is of each example, by measure, and how right it is.
 
     Args:
-        logits: `[B, K]`, or of an ensemble `[B, M, K]`.
-        labels: Class numbers `[B]`; without them decision and uncertainty are told.
+        logits: `[B, K]`, or of the M members of an ensemble `[B, M, K]`, whose prediction is their mean probability.
+        labels: Class numbers `[B]`, where they are known.
         offset: What the concentrations of a Dirichlet distribution have beside `exp(z)`; None for a softmax.
-        members: Whether axis 1 are the members of an ensemble, whose prediction is the mean of their probabilities.
 
     Returns:
         `confidence` (what the largest probability leaves of 1), `total`, and where they mean something `data` and
         `knowledge` (see `kd_plugins.uncertainty`), `predicted`; with labels also `label` and `nll`; on the CPU.
     """
-    logits = logits.double()
-    found, logs = uncertainty(logits, members=members, offset=offset or 0.0), _logs(logits, offset, members)
+    members, logs = logits.dim() == 3, _logs(logits, offset)
+    found = uncertainty(logits.double(), members=members, offset=offset or 0.0)
     top, predicted = logs.max(-1)
     measures = {"confidence": -top.expm1(), "total": found.total, "predicted": predicted}
     if members or offset is not None:
         measures |= {"data": found.data, "knowledge": found.knowledge}
     if labels is not None:
-        nll = F.nll_loss(logs, labels, reduction="none")
-        measures |= {"label": labels, "nll": nll}
+        measures |= {"label": labels, "nll": F.nll_loss(logs, labels, reduction="none")}
     return {name: x.cpu() for name, x in measures.items()}
 
 
-def _logs(logits: Tensor, offset: float | None, members: bool = False) -> Tensor:
+def _logs(logits: Tensor, offset: float | None = None) -> Tensor:
     """Log-probabilities `[B, K]` of a network, or of an ensemble `[B, M, K]` by the mean of its probabilities."""
     logits = logits.double()
-    if members:
+    if logits.dim() == 3:
         return logits.log_softmax(-1).logsumexp(1) - math.log(logits.shape[1])
     return log_expected(logits, offset or 0.0)
 
@@ -63,10 +59,8 @@ def _logs(logits: Tensor, offset: float | None, members: bool = False) -> Tensor
 class Answers:
     """Collects what networks say of the same examples, batch by batch: `doubts`, and how far each is from the student.
 
-    Args:
-        offset: What the concentrations of the student have beside `exp(z)`; None for a softmax.
-
     Attributes:
+        offset: What the concentrations of the student have beside `exp(z)`; None for a softmax.
         classes: Number of classes of the student.
     """
 
@@ -74,26 +68,17 @@ class Answers:
         self.offset, self.classes = offset, 0
         self.parts: dict[str, list[Doubts]] = {}
 
-    def add(
-        self,
-        name: str,
-        logits: Tensor,
-        labels: Tensor | None = None,
-        *,
-        student: Tensor | None = None,
-        members: bool = False,
-    ) -> None:
+    def add(self, name: str, logits: Tensor, labels: Tensor | None = None, *, student: Tensor | None = None) -> None:
         """Adds a batch of one network: scores `[B, K]`, or of an ensemble `[B, M, K]`, and the labels `[B]`.
 
         With the student's scores `[B, K]` of the same examples, `kl` (from the network to the student, in nats) and
         `agreement` are known.
         """
-        offset = self.offset if name == "student" else None
-        found = doubts(logits, labels, offset=offset, members=members)
-        if name == "student":
-            self.classes = logits.shape[-1]
+        own = name == "student"
+        found = doubts(logits, labels, offset=self.offset if own else None)
+        self.classes = logits.shape[-1] if own else self.classes
         if student is not None:
-            ours, theirs = _logs(student, self.offset), _logs(logits, None, members)
+            ours, theirs = _logs(student, self.offset), _logs(logits)
             found["kl"] = (theirs.exp() * (theirs - ours)).nan_to_num().sum(-1).cpu()
             found["agreement"] = (ours.argmax(-1) == theirs.argmax(-1)).cpu()
         self.parts.setdefault(name, []).append(found)
@@ -101,14 +86,11 @@ class Answers:
     def ensemble(self, told: Sequence[Tensor], labels: Tensor | None, student: Tensor) -> None:
         """Adds what the teachers say, `[B, K]` each: one, or several as an ensemble."""
         if told:
-            scores = torch.stack(list(told), 1) if len(told) > 1 else told[0]
-            self.add("teacher", scores, labels, student=student, members=len(told) > 1)
+            self.add("teacher", torch.stack([*told], 1) if len(told) > 1 else told[0], labels, student=student)
 
     def found(self) -> dict[str, Doubts]:
         """All examples by network."""
-        return {
-            name: {key: torch.cat([p[key] for p in parts]) for key in parts[0]} for name, parts in self.parts.items()
-        }
+        return {name: {k: torch.cat([p[k] for p in parts]) for k in parts[0]} for name, parts in self.parts.items()}
 
 
 def uncertainty_metrics(known: Mapping[str, Tensor], other: Mapping[str, Tensor] | None = None) -> dict[str, float]:
@@ -137,9 +119,9 @@ def uncertainty_metrics(known: Mapping[str, Tensor], other: Mapping[str, Tensor]
         if values is None or not values.isfinite().all():
             continue
         if wrong.any() and not wrong.all():
-            metrics[f"errors_auroc_{name}"] = float(roc_auc_score(wrong.numpy(), values.numpy()))
+            metrics[f"errors_auroc_{name}"] = float(roc_auc_score(wrong, values))
         metrics[f"rejection_{name}"] = float(rejection(wrong, values).mean())
         if other is not None and other[name].isfinite().all():
-            both = torch.cat([values, other[name]]).numpy()
-            metrics[f"ood_auroc_{name}"] = float(roc_auc_score([0] * len(values) + [1] * len(other[name]), both))
+            kinds = [0] * len(values) + [1] * len(other[name])
+            metrics[f"ood_auroc_{name}"] = float(roc_auc_score(kinds, torch.cat([values, other[name]])))
     return metrics

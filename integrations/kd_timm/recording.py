@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from kd_plugins import Batch, Net, Nets, Reads
@@ -29,10 +30,10 @@ class Recorder:
 
     def __init__(self, session: Parts, start: int, *, begun: bool) -> None:
         self.session = session
-        args, distillation, accelerator = session.args, session.distillation, session.accelerator
-        defaults = vars(parse_args([]))
+        args, distillation, defaults = session.args, session.distillation, vars(parse_args([]))
         settings = {key: value for key, value in session.given.items() if value != defaults.get(key)}
         settings |= {key: getattr(args, key) for key in ("lr", "batch_size", "epochs", "opt", "seed")}
+        settings |= {"processes": session.processes, "precision": session.accelerator.mixed_precision}
         self.record = RunRecord(
             session.folder,
             host="kd-timm-train",
@@ -42,7 +43,7 @@ class Recorder:
             data=_data(session),
             metric=f"eval_{session.metric}",
             classes=session.data.classes,
-            settings=settings | {"processes": session.processes, "precision": accelerator.mixed_precision},
+            settings=settings,
             enabled=session.primary and not args.no_record,
             resume=start * session.updates_per_epoch if session.state is not None else None,
         )
@@ -63,9 +64,10 @@ class Recorder:
         if not self.record.enabled:
             return
         self._analyse("after")
-        # With --loss bce each class has a sigmoid of its own, and the classes no distribution.
-        kept = None if softmax(self.session.args) else ("predicted", "label", "agreement")
-        found = {name: {k: x for k, x in values.items() if not kept or k in kept} for name, values in found.items()}
+        if not softmax(self.session.args):
+            # With --loss bce each class has a sigmoid of its own, and the classes no distribution.
+            kept = {"predicted", "label", "agreement"}
+            found = {name: {k: x for k, x in values.items() if k in kept} for name, values in found.items()}
         self.record.predictions(found, max(self.session.args.num_classes, 2))
         self.record.finish(results, seconds_per_step=results["seconds_per_step"])
         self.session.reporter.line(page_hint(self.session.folder))
@@ -76,42 +78,35 @@ class Recorder:
 
     def _nets(self) -> Nets:
         """The networks with the student that is evaluated and exported."""
-        student = Net(TimmNetwork(self.session.evaluated), Reads)
-        distillation = self.session.distillation
+        student, distillation = Net(TimmNetwork(self.session.evaluated), Reads), self.session.distillation
         if distillation is None:
             return Nets(student)
         teachers = [] if distillation.cache is not None else distillation.nets.teachers
         return Nets(student, teachers, distillation.nets.peers[1:])
 
     def _analyse(self, phase: str) -> None:
-        args = self.session.args
-        if not self.record.enabled or self.session.data.evaluation is None:
-            return
+        args, evaluation = self.session.args, self.session.data.evaluation
         # What is analysed are scores of exclusive classes, of images.
-        if args.task == "multilabel" or args.naflex_loader:
-            return
-        with self.session.autocast():
-            self.record.analyse(phase, self._nets(), self._batches())
+        if self.record.enabled and evaluation is not None and args.task != "multilabel" and not args.naflex_loader:
+            with self.session.autocast():
+                self.record.analyse(phase, self._nets(), self._batches())
 
     def _batches(self) -> Iterator[Batch]:
-        args, data = self.session.args, self.session.data
+        args, data, count = self.session.args, self.session.data, self.rows or 8
         size, config = min(args.validation_batch_size or args.batch_size, MOST_AT_ONCE), data.config
         device, dtype = self.session.accelerator.device, next(self.session.evaluated.parameters()).dtype
         # A worker alone reads a batch, and more of them only start where there is one.
-        count = self.rows or 8
-        options: dict[str, Any] = dict(device=device, num_workers=args.workers if count > size else 0, img_dtype=dtype)
-        loader = plain_loader(some_rows(data.evaluation.dataset, count), config, size, **options)
-        for inputs, labels in loader:
+        workers, rows = args.workers if count > size else 0, some_rows(data.evaluation.dataset, count)
+        for inputs, labels in plain_loader(rows, config, size, device=device, num_workers=workers, img_dtype=dtype):
             yield image_batch(config, inputs, labels)
 
 
 def _data(session: Parts) -> str:
     """The data set in words."""
-    args, sizes = session.args, []
+    sizes = []
     for name, loader in (("training", session.data.train), ("evaluation", session.data.evaluation)):
-        try:
+        # A stream has no length, and what is missing no data set.
+        with suppress(TypeError, AttributeError):
             sizes.append(f"{len(loader.dataset):,} {name} images")
-        except (TypeError, AttributeError):
-            continue
-    named = args.dataset or args.data_dir or "none"
+    named = session.args.dataset or session.args.data_dir or "none"
     return f"{named}: {' and '.join(sizes)}" if sizes else named

@@ -14,7 +14,7 @@ from kd_accelerate.cached import layers_of
 from kd_plugins import Batch, Net, Nets, Reads
 from kd_plugins.picture import Picture
 from kd_plugins.reading.network import adapt
-from kd_report.predictions import predicted_maps
+from kd_report.analysis import predicted_maps
 from kd_report.record import MOST_AT_ONCE, SHARE, RunRecord, rows_to_analyse, some_rows
 from kd_report.uncertainty import Doubts
 from kd_transformers.absent import Absent
@@ -80,8 +80,7 @@ class RecordCallback(UpdateTimer):
         super().__init__()
         # One of the user's own takes the place of that which a DistillationTrainer has by itself.
         trainer.remove_callback(RecordCallback)
-        self.trainer, self.teachers, self.predicts = trainer, tuple(teachers), predicts
-        self.cached = cached
+        self.trainer, self.teachers, self.predicts, self.cached = trainer, tuple(teachers), predicts, cached
         self.host, self.names, self.data, self.settings = host, names, data, settings
         self.record: RunRecord | None = None
         self.stopped = False
@@ -91,30 +90,28 @@ class RecordCallback(UpdateTimer):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
-        trainer, distiller, tokenizer = self.trainer, self._distiller, self.trainer.processing_class
-        config = getattr(trainer.model, "config", None)
-        names = getattr(config, "id2label", None) or {}
+        trainer, best = self.trainer, args.metric_for_best_model
+        names = getattr(getattr(trainer.model, "config", None), "id2label", None) or {}
         self.record = RunRecord(
             args.output_dir,
             host=self.host,
             nets=self._nets(),
-            distiller=distiller,
+            distiller=self._distiller,
             names=self.names,
             data=self.data,
             task=self._task,
-            metric=f"eval_{args.metric_for_best_model.removeprefix('eval_')}" if args.metric_for_best_model else "",
+            metric=f"eval_{best.removeprefix('eval_')}" if best else "",
             classes=[str(names[i]) for i in sorted(names)] or None,
-            decode=getattr(tokenizer, "convert_ids_to_tokens", None),
+            decode=getattr(trainer.processing_class, "convert_ids_to_tokens", None),
             settings=_changed(args) if self.settings is None else self.settings,
             resume=state.global_step or None,
             rows=[{"step": row["step"], **row} for row in state.log_history],
         )
         self._began = time.perf_counter()
-        self._rows = rows_to_analyse(
-            state.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        )
+        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self._rows = rows_to_analyse(state.max_steps * rows)
         if self._rows and not state.global_step:
-            self._analyse("before")
+            self._analyse("before", self.record)
         player = getattr(trainer, "player", None)
         if player is not None:
             self.record.time_steps(player)
@@ -123,14 +120,17 @@ class RecordCallback(UpdateTimer):
         self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **kwargs: Any
     ) -> None:
         # What Trainer says of the whole training at its end is no point of a curve.
-        if self.record is None or not logs or "train_runtime" in logs:
-            return
-        self.record.log({"step": state.global_step, **logs})
-        self.results |= {key: value for key, value in logs.items() if key.startswith("eval_")}
+        if self.record is not None and logs and "train_runtime" not in logs:
+            self.record.log({"step": state.global_step, **logs})
+            self.results |= {key: value for key, value in logs.items() if key.startswith("eval_")}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.record is not None and not self.stopped:
-            self._analyse("after")
+            if args.load_best_model_at_end:
+                # The weights that stay are those of the best evaluation.
+                best = [row for row in state.log_history if row["step"] == state.best_global_step]
+                self.results |= {key: x for row in best for key, x in row.items() if key.startswith("eval_")}
+            self._analyse("after", self.record)
             self.finish(self.results)
 
     def interrupted(self) -> None:
@@ -142,10 +142,7 @@ class RecordCallback(UpdateTimer):
     def finish(self, results: Mapping[str, Any], found: Mapping[str, Doubts] | None = None, classes: int = 0) -> None:
         """Writes other results than those of the last evaluation in the training.
 
-        Args:
-            results: Numbers by name.
-            found: What the networks say of the evaluation set, as `kd_report.uncertainty.Answers` has collected it.
-            classes: Number of classes.
+        With them goes what the networks say of the evaluation set, as `kd_report.uncertainty.Answers` has found it.
         """
         if self.record is not None:
             self.record.predictions(found or {}, classes)
@@ -161,42 +158,43 @@ class RecordCallback(UpdateTimer):
     def _distiller(self) -> Any:
         return getattr(self.trainer, "distiller", None)
 
+    @property
+    def _task(self) -> str:
+        return getattr(self.trainer, "task", None) or task_of(self.trainer.model)
+
     def _nets(self) -> Nets:
-        nets = getattr(self.trainer, "_nets", None)
+        nets, student = getattr(self.trainer, "_nets", None), self.trainer.model
         if nets is not None:
-            shown = [net for i, net in enumerate(nets.teachers) if not self._hidden(net, i)]
+            # A teacher that the cache stands for is left out, also in the run that fills it.
+            shown = [
+                net
+                for i, net in enumerate(nets.teachers)
+                if not isinstance(net.module, Absent)
+                and not (self.cached and layers_of(self._distiller, i) is not None)
+            ]
             return Nets(nets.student, shown, nets.peers[1:])
-        student = self.trainer.model
-        taught = [
-            Net(adapt(teacher), Reads, frozen=True, order=class_order(student, teacher)) for teacher in self.teachers
-        ]
+        orders = [(teacher, class_order(student, teacher)) for teacher in self.teachers]
+        taught = [Net(adapt(teacher), Reads, frozen=True, order=order) for teacher, order in orders]
         return Nets(Net(adapt(student), Reads), taught)
 
-    def _hidden(self, net: Net, number: int) -> bool:
-        """Whether a teacher is left out: one that the cache stands for, also in the run that fills it."""
-        return isinstance(net.module, Absent) or (self.cached and layers_of(self._distiller, number) is not None)
-
-    def _analyse(self, phase: str) -> None:
-        assert self.record is not None  # noqa: S101
+    def _analyse(self, phase: str, record: RunRecord) -> None:
         trainer = self.trainer
         if trainer.eval_dataset is None:
             return
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            self.record.note("Sharded networks are not analysed.")
+            record.note("Sharded networks are not analysed.")
             return
         nets = self._nets()
         for net in nets.teachers:
             net.module.to(trainer.args.device)
         with trainer.accelerator.autocast():
-            self.record.analyse(phase, nets, self._batches(self._rows or 8))
+            record.analyse(phase, nets, self._batches(self._rows or 8))
             if phase == "after" and self.predicts:
-                spent = time.perf_counter() - self._began
-                self.record.predict(nets, self._batches(), seconds=SHARE * spent)
+                record.predict(nets, self._batches(), seconds=SHARE * (time.perf_counter() - self._began))
 
     def _batches(self, count: int | None = None) -> Iterator[Batch]:
         trainer, dataset, collate = self.trainer, self.trainer.eval_dataset, self.trainer.data_collator
-        if isinstance(dataset, dict):
-            dataset = next(iter(dataset.values()))
+        dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
         loader: Any
         if type(trainer).get_eval_dataloader is not Trainer.get_eval_dataloader:
             loader = trainer.get_eval_dataloader()
@@ -207,17 +205,18 @@ class RecordCallback(UpdateTimer):
             dataset, collate = used_columns(trainer, dataset, collate, "evaluation")
             size = min(trainer.args.per_device_eval_batch_size, MOST_AT_ONCE)
             loader = DataLoader(some_rows(dataset, count), batch_size=size, collate_fn=collate)
+        name, read = getattr(trainer.model, "main_input_name", None), 0
         for inputs in loader:
             prepared = on_device(trainer, inputs)
             if self._distiller is not None:
-                yield trainer._batch(prepared)  # type: ignore[attr-defined]
+                batch = trainer._batch(prepared)  # type: ignore[attr-defined]
             else:
-                name = getattr(trainer.model, "main_input_name", None)
-                yield Batch.of(dict(prepared), name=name, task=self._task)
-
-    @property
-    def _task(self) -> str:
-        return getattr(self.trainer, "task", None) or task_of(self.trainer.model)
+                batch = Batch.of(dict(prepared), name=name, task=self._task)
+            yield batch
+            read += batch.size
+            # A loader of the user's own, and a stream, go on.
+            if count is not None and read >= count:
+                return
 
 
 def _changed(args: Any) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def share_above(high: torch.Tensor, low: torch.Tensor) -> float:
 @pytest.mark.parametrize("kind", ["softmax", "dirichlet", "ensemble"])
 def test_metrics_are_counted_right(kind: str) -> None:
     shape = (40, 3, 4) if kind == "ensemble" else (40, 4)
-    options = {"softmax": {}, "dirichlet": {"offset": 1.0}, "ensemble": {"members": True}}[kind]
+    options = {"offset": 1.0} if kind == "dirichlet" else {}
     known, other = 2 * scores(*shape).logits, scores(*shape, seed=1).logits
     labels = torch.arange(40) % 4
     probs = {"softmax": known.softmax(-1), "dirichlet": (known.exp() + 1), "ensemble": known.softmax(-1)}[kind].double()
@@ -111,7 +111,7 @@ def test_metrics_are_counted_right(kind: str) -> None:
     assert found["nll"] == pytest.approx(-probs[range(40), labels].log().mean().item(), rel=1e-5)
     measures = {"confidence": 1 - probs.amax(-1), "total": -(probs * probs.log()).sum(-1)}
     if kind != "softmax":
-        parts = uncertainty(known.double(), **options)
+        parts = uncertainty(known.double(), members=kind == "ensemble", **options)
         measures |= {"data": parts.data, "knowledge": parts.knowledge}
     assert {name.rpartition("_")[2] for name in found} == {"error", "nll", "ece", *measures}
     for name, values in measures.items():

@@ -535,8 +535,8 @@ def test_an_ensemble_teaches_and_uncertainty_is_told(run, teacher, tmp_path):
     asked = session.distillation.asked()
     known = [(torch.stack([ask(x) for ask in asked], 1), y) for x, y in session.data.evaluation]
     others = torch.cat([torch.stack([ask(x) for ask in asked], 1) for x, _ in session.data.other])
-    whole = [doubts(torch.cat([z for z, _ in known]), torch.cat([y for _, y in known]), members=True)]
-    assert teachers_ == pytest.approx(uncertainty_metrics(*whole, doubts(others, members=True)))
+    whole = [doubts(torch.cat([z for z, _ in known]), torch.cat([y for _, y in known]))]
+    assert teachers_ == pytest.approx(uncertainty_metrics(*whole, doubts(others)))
     session.student.eval()
     with torch.no_grad():
         logits = torch.cat([session.student(x) for x, _ in session.data.evaluation])

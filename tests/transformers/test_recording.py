@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from test_trainer_tasks import rows_of, segformer
-from trainer_kit import Texts, bert, difference, plain, teacher, trainer, weights
+from trainer_kit import Texts, arguments, bert, difference, plain, teacher, trainer, weights
+from transformers import Trainer
 
 from kd_plugins import Batch, Nets
 from kd_plugins.reading.view import View
 from kd_report import load_run, render
-from kd_report.predictions import predicted_maps
+from kd_report.analysis import predicted_maps
 from kd_transformers import recording
 from kd_transformers.recording import RecordCallback
 
@@ -107,6 +108,28 @@ def test_a_plain_training_is_compared_with_the_teacher_it_might_have_had(tmp_pat
 def test_a_record_can_be_left_out(tmp_path):
     trainer(tmp_path, given={"record": False}).train()
     assert not (tmp_path / "run.json").exists()
+
+
+def test_the_result_is_that_of_the_weights_that_stay(tmp_path):
+    """The loss of a rate that is far too high is best at the first evaluation."""
+    kept = dict(load_best_model_at_end=True, eval_strategy="epoch", save_strategy="epoch", learning_rate=10.0)
+    one = trainer(tmp_path, given={"eval_dataset": Texts(12), "record": True}, num_train_epochs=3, **kept)
+    one.train()
+    run, losses = load_run(tmp_path), [row["eval_loss"] for row in one.state.log_history if "eval_loss" in row]
+    assert min(losses) < losses[-1]
+    assert run.result == ("loss", pytest.approx(min(losses)))
+    assert run.info["results"]["eval_loss"] == pytest.approx(one.evaluate()["eval_loss"])
+
+
+def test_a_loader_of_the_users_own_is_read_no_further_than_others(tmp_path):
+    class Own(Trainer):
+        def get_eval_dataloader(self, eval_dataset=None):
+            return torch.utils.data.DataLoader(self.eval_dataset, batch_size=4)
+
+    one = Own(bert(), arguments(tmp_path), train_dataset=Texts(), eval_dataset=Texts(24))
+    one.add_callback(RecordCallback(one, predicts=False))
+    one.train()
+    assert load_run(tmp_path).part("after", "examples") == 8
 
 
 def test_attention_is_of_the_layers_that_learn_from_each_other(tmp_path):
