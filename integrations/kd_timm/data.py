@@ -303,6 +303,44 @@ def _class_names(dataset: Any, target_key: str | None) -> tuple[str, ...] | None
     return tuple(names) if names else None
 
 
+def check_labels(args: argparse.Namespace, datasets: tuple[Any, Any, tuple[str, ...] | None]) -> None:
+    """Refuses labels that are none of the model's classes, as far as they are known without reading every image.
+
+    Args:
+        args: Parsed arguments, with the classes of the model.
+        datasets: What `create_datasets` returned.
+    """
+    train, evaluation, classes = datasets
+    known = max(args.num_classes, 2)
+    if classes is not None and known < len(classes):
+        raise DistillError(
+            f"The data set has {len(classes)} classes and the model {args.num_classes}: add --num-classes"
+            f" {len(classes)}."
+        )
+    for named, dataset in ((f"--train-split {args.train_split}", train), (f"--val-split {args.val_split}", evaluation)):
+        found = set() if args.task == "multilabel" else _labels(dataset)
+        if found and min(found) < 0:
+            raise DistillError(
+                f"{named} has the label {min(found)}, which stands for none: name a split with labels, or their column,"
+                " --target-key."
+            )
+        if found and max(found) >= known:
+            raise DistillError(
+                f"{named} has labels up to {max(found)}, and the model has {args.num_classes} classes, counted from 0:"
+                f" add --num-classes {max(found) + 1}."
+            )
+
+
+def _labels(dataset: Any) -> set[int]:
+    """The labels of a folder, a tar or a table of `datasets`, which lie beside the images; nothing of other kinds."""
+    reader: Any = getattr(dataset, "reader", None)
+    found: Any = [label for _, label, *_ in getattr(reader, "samples", ())]
+    if hasattr(reader, "iter_targets") and not reader.remap_class:
+        column = reader.dataset.features.get(reader.label_key)
+        found = reader.dataset.unique(reader.label_key) if "int" in str(getattr(column, "dtype", "")) else []
+    return {-1 if label is None else label for label in found if label is None or isinstance(label, int)}
+
+
 def create_data(
     args: argparse.Namespace,
     config: dict[str, Any],
