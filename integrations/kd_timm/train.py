@@ -190,10 +190,12 @@ class Session(Parts):
         self.saved = time.monotonic()
 
     def _forget_earlier(self) -> None:
-        """Removes the states of an earlier run of this folder, which would go on with the best weights of this one."""
+        """Removes of an earlier run of this folder what would be taken for this one's: states, results, best epochs."""
         if self.primary and self.earlier:
             for slot in slots(self.folder):
                 shutil.rmtree(slot, ignore_errors=True)
+            for file in (self.folder / "results.json", *self.folder.glob("checkpoint-*.safetensors")):
+                file.unlink(missing_ok=True)
         self.earlier = False
 
     def _evaluate(self) -> dict[str, float]:

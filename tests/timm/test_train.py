@@ -121,6 +121,13 @@ def test_a_signal_ends_the_run_with_a_state(few_digits, tiny, tmp_path, monkeypa
     assert places == ["epoch 0, update 3", "epoch 1, update 1", "epoch 1"]
 
 
+def test_a_run_that_ends_early_has_no_results_of_the_one_before(run, stopped):
+    whole = run("--epochs", "3")
+    stopped(7, "--epochs", "3", "--lr", "0.01", name="run")
+    assert not (whole.folder / "results.json").exists()
+    assert [path.name for path in whole.folder.glob("checkpoint-*")] == ["checkpoint-0.safetensors"]
+
+
 @pytest.mark.parametrize("long", [False, True])
 def test_a_signal_in_an_evaluation_loses_no_epoch(few_digits, tiny, tmp_path, monkeypatch, caplog, long):
     """It waits for the evaluation, unless the epoch took so long that its state was written before."""
