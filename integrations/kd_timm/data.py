@@ -275,11 +275,13 @@ def _other_kind(args: argparse.Namespace, channels: int) -> Any:
     name = args.ood_dataset
     if not name:
         return None
-    if "/" not in name or os.path.exists(name):
-        if not os.path.exists(name):
-            raise DistillError(f"--ood-dataset: expected <type>/<name> or a folder of images, got {name}.")
-        named: dict[str, Any] = {"name": "", "root": name}
-    else:
+    named: dict[str, Any] = {"name": "", "root": name}
+    if not os.path.exists(name):
+        if name.partition("/")[0] not in _WITHOUT_FOLDER:
+            raise DistillError(
+                f"--ood-dataset: expected a folder of images or <type>/<name>, with a type of"
+                f" {', '.join(_WITHOUT_FOLDER)}, got {name}."
+            )
         named = {"name": name, "root": args.data_dir}
     named |= {"input_key": args.input_key, "target_key": args.target_key, "batch_size": args.batch_size}
     mode = args.input_img_mode or ("RGB" if channels == 3 else "L")

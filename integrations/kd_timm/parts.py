@@ -295,9 +295,8 @@ class Parts(TrainingRun):
                 max_history=args.checkpoint_hist,
                 task=self.saved_task(),
             )
-        if self.primary:
-            if not slots(self.folder)[1].is_dir():
-                self.describe()
+        if self.primary and not slots(self.folder)[1].is_dir():
+            self.describe()
 
     def describe(self) -> None:
         """Writes `args.yaml` and `config.json`; beside the state of a run before, only once there is one of this."""

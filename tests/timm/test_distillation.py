@@ -558,7 +558,8 @@ def test_an_ensemble_teaches_and_uncertainty_is_told(run, teacher, tmp_path):
 
 def test_images_of_another_kind_must_be_there(tiny, few_digits, tmp_path, capsys):
     for flags, words in (
-        (["--ood-dataset", "nowhere"], "--ood-dataset: expected <type>/<name> or a folder"),
+        (["--ood-dataset", "nowhere"], "--ood-dataset: expected a folder of images or <type>/<name>"),
+        (["--ood-dataset", "/nowhere"], "wds, got /nowhere."),
         (["--ood-dataset", str(tmp_path), "--bce-loss"], "--loss bce trains none"),
         (["--ood-dataset", str(tmp_path), "--val-split", ""], "--val-split"),
     ):
