@@ -56,7 +56,7 @@ def temperature_read(distiller: Distiller, teachers: int, flag: str) -> float:
 
 def files_id(*paths: str | Path) -> str:
     """Changes with the files of checkpoints: configurations, weights and code, each a folder or a file."""
-    kinds = ("config.json", "*.index.json", "*.safetensors", "*.bin", "*.py")
+    kinds = ("config.json", "*.index.json", "*.safetensors", "*.bin", "*.pth*", "*.py")
     digest = hashlib.sha256()
     for path in map(Path, paths):
         files: Iterable[Path] = {f for kind in kinds for f in path.glob(kind)} if path.is_dir() else [path]

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -67,7 +68,7 @@ TASK_ARGUMENTS: dict[str, tuple[Any, dict[str, str]]] = {
 
 
 def check_model_name(name: str, flag: str) -> None:
-    """Refuses a model name that timm does not know, with a hint.
+    """Refuses a model name that timm does not know, with a hint, and a folder of which nobody knows what is meant.
 
     Args:
         name: A name of timm's registry, or `hf-hub:...` or `local-dir:...`.
@@ -78,6 +79,13 @@ def check_model_name(name: str, flag: str) -> None:
     if source is None and not timm.is_model(model.split(".")[0]):
         hint = did_you_mean(model, timm.list_models())
         raise DistillError(f"{flag}: timm has no model named {name!r}.{hint} timm.list_models() names them all.")
+    files = sorted(Path(model).glob("*.safetensors")) if source == "local-dir" else []
+    if len(files) > 1 and not any(file.name.endswith("model.safetensors") for file in files):
+        # As the folder of a run, whose first file by name is not its best epoch.
+        raise DistillError(
+            f"{flag} {name}: expected a folder with one file of weights, got {len(files)}, of which timm would take"
+            f" {files[0].name}: name the model, and the file with --teacher-checkpoint or --initial-checkpoint."
+        )
 
 
 def check_normalisation(config: Mapping[str, Any], who: str) -> None:
@@ -343,7 +351,7 @@ def create_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.
 
 
 def create_scheduler(
-    args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int
+    args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int, *, decreasing: bool
 ) -> tuple[Any, int]:
     """timm's learning-rate schedule.
 
@@ -351,11 +359,12 @@ def create_scheduler(
         args: Parsed arguments.
         optimizer: The optimizer that it steers.
         updates_per_epoch: Optimizer steps in one epoch.
+        decreasing: Whether a lower metric is better, to the plateau schedule.
 
     Returns:
         The scheduler (None for `--sched none`) and the number of epochs with warmup prefix and cooldown.
     """
-    options = scheduler_kwargs(args, decreasing_metric=args.eval_metric == "loss")
+    options = scheduler_kwargs(args, decreasing_metric=decreasing)
     with told(f"--sched {args.sched} cannot be made with these arguments", Exception):
         # On a small optimizer first, to the end: some flags are wrong in the course of the training alone.
         small = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=optimizer.param_groups[0]["lr"])
@@ -369,7 +378,13 @@ def create_scheduler(
 
 
 def create_stage_scheduler(
-    args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int, *, epochs: int, of: int
+    args: argparse.Namespace,
+    optimizer: torch.optim.Optimizer,
+    updates_per_epoch: int,
+    *,
+    decreasing: bool,
+    epochs: int,
+    of: int,
 ) -> Any:
     """The schedule of one stage: that of the whole run, drawn together to the stage's epochs.
 
@@ -377,6 +392,7 @@ def create_stage_scheduler(
         args: Parsed arguments.
         optimizer: The optimizer that it steers.
         updates_per_epoch: Optimizer steps in one epoch.
+        decreasing: Whether a lower metric is better.
         epochs: Epochs of the stage.
         of: Epochs of the whole run, with warmup prefix and cooldown.
     """
@@ -389,4 +405,4 @@ def create_stage_scheduler(
         part.decay_epochs = args.decay_epochs * share
     part.decay_milestones = [round(milestone * share) for milestone in args.decay_milestones]
     part.epochs = epochs - part.cooldown_epochs - (part.warmup_epochs if args.warmup_prefix else 0)
-    return create_scheduler(part, optimizer, updates_per_epoch)[0]
+    return create_scheduler(part, optimizer, updates_per_epoch, decreasing=decreasing)[0]

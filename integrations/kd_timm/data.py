@@ -275,11 +275,13 @@ def _other_kind(args: argparse.Namespace, channels: int) -> Any:
     name = args.ood_dataset
     if not name:
         return None
-    if "/" not in name or os.path.exists(name):
-        if not os.path.exists(name):
-            raise DistillError(f"--ood-dataset: expected <type>/<name> or a folder of images, got {name}.")
-        named: dict[str, Any] = {"name": "", "root": name}
-    else:
+    named: dict[str, Any] = {"name": "", "root": name}
+    if not os.path.exists(name):
+        if name.partition("/")[0] not in _WITHOUT_FOLDER:
+            raise DistillError(
+                f"--ood-dataset: expected a folder of images or <type>/<name>, with a type of"
+                f" {', '.join(_WITHOUT_FOLDER)}, got {name}."
+            )
         named = {"name": name, "root": args.data_dir}
     named |= {"input_key": args.input_key, "target_key": args.target_key, "batch_size": args.batch_size}
     mode = args.input_img_mode or ("RGB" if channels == 3 else "L")
@@ -301,6 +303,44 @@ def _class_names(dataset: Any, target_key: str | None) -> tuple[str, ...] | None
     features = getattr(getattr(reader, "dataset", None), "features", None) or {}
     names = getattr(features.get(target_key or "label"), "names", None)
     return tuple(names) if names else None
+
+
+def check_labels(args: argparse.Namespace, datasets: tuple[Any, Any, tuple[str, ...] | None]) -> None:
+    """Refuses labels that are none of the model's classes, as far as they are known without reading every image.
+
+    Args:
+        args: Parsed arguments, with the classes of the model.
+        datasets: What `create_datasets` returned.
+    """
+    train, evaluation, classes = datasets
+    known = max(args.num_classes, 2)
+    if classes is not None and known < len(classes):
+        raise DistillError(
+            f"The data set has {len(classes)} classes and the model {args.num_classes}: add --num-classes"
+            f" {len(classes)}."
+        )
+    for named, dataset in ((f"--train-split {args.train_split}", train), (f"--val-split {args.val_split}", evaluation)):
+        found = set() if args.task == "multilabel" else _labels(dataset)
+        if found and min(found) < 0:
+            raise DistillError(
+                f"{named} has the label {min(found)}, which stands for none: name a split with labels, or their column,"
+                " --target-key."
+            )
+        if found and max(found) >= known:
+            raise DistillError(
+                f"{named} has labels up to {max(found)}, and the model has {args.num_classes} classes, counted from 0:"
+                f" add --num-classes {max(found) + 1}."
+            )
+
+
+def _labels(dataset: Any) -> set[int]:
+    """The labels of a folder, a tar or a table of `datasets`, which lie beside the images; nothing of other kinds."""
+    reader: Any = getattr(dataset, "reader", None)
+    found: Any = [label for _, label, *_ in getattr(reader, "samples", ())]
+    if hasattr(reader, "iter_targets") and not reader.remap_class:
+        column = reader.dataset.features.get(reader.label_key)
+        found = reader.dataset.unique(reader.label_key) if "int" in str(getattr(column, "dtype", "")) else []
+    return {-1 if label is None else label for label in found if label is None or isinstance(label, int)}
 
 
 def create_data(

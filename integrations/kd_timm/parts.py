@@ -38,7 +38,7 @@ from kd_timm.build import (
 )
 from kd_timm.checkpoint import Checkpoints, Summary, find_state, output_folder
 from kd_timm.compat import ClassificationTask, TrainingTask, native_scaler
-from kd_timm.data import apply_data_defaults, check_data_free, create_data, create_datasets, model_dtype
+from kd_timm.data import apply_data_defaults, check_data_free, check_labels, create_data, create_datasets, model_dtype
 from kd_timm.distillation import Distillation, make_distiller
 from kd_timm.engine import PlainStep, TrainingRun, evaluator
 from kd_timm.peers import Peers
@@ -118,11 +118,7 @@ class Parts(TrainingRun):
             _logger.info(f"AMP not enabled. Training in {model_dtype(args)}.")
         datasets = create_datasets(args, config["input_size"][0], data_free)
         classes = datasets[2]
-        if classes is not None and max(args.num_classes, 2) < len(classes):
-            raise DistillError(
-                f"The data set has {len(classes)} classes and the model {args.num_classes}: add --num-classes"
-                f" {len(classes)}."
-            )
+        check_labels(args, datasets)
         # Before any hook is set, so that the copy has none.
         self.ema = create_average(args, self.student) if args.model_ema else None
         self.distillation: Distillation | None = None
@@ -138,12 +134,6 @@ class Parts(TrainingRun):
         self.seconds, self.updates = 0.0, 0
         self.told: list[dict[str, Any]] = []
         self._begin(datasets, config)
-        # A training without data keeps its last student, whatever an evaluation set says of it.
-        judged = self.data.evaluation is not None and (not data_free or args.best_on_eval)
-        self.metric = args.eval_metric if judged else "epoch" if data_free else "loss"
-        if judged and self.metric not in evaluator(args).metric_names:
-            names = ", ".join(evaluator(args).metric_names)
-            raise DistillError(f"--eval-metric {self.metric} is not measured here: expected one of {names}.")
         self._open_output()
         if self.accelerator.log_with:
             start_trackers(self.accelerator, args, self.folder, self.given)
@@ -160,6 +150,13 @@ class Parts(TrainingRun):
             distiller=None if distillation is None else distillation.distiller,
             patch_size=getattr(self.student, "get_patch_size", lambda: (16, 16))(),
         )
+        # A training without data keeps its last student, whatever an evaluation set says of it.
+        data_free = distillation is not None and not distillation.distiller.data
+        judged = self.data.evaluation is not None and (not data_free or args.best_on_eval)
+        self.metric = args.eval_metric if judged else "epoch" if data_free else "loss"
+        if judged and self.metric not in evaluator(args).metric_names:
+            names = ", ".join(evaluator(args).metric_names)
+            raise DistillError(f"--eval-metric {self.metric} is not measured here: expected one of {names}.")
         resolve_learning_rate(args, self.processes, self.data.mean_batch)
         if (
             args.kd_distill_type == "feature"
@@ -183,7 +180,9 @@ class Parts(TrainingRun):
         )
         self.reporter.line(f"Created {type(optimizer).__name__} ({args.opt}) optimizer: {defaults}")
         self.updates_per_epoch = -(-len(self.data.train) // args.grad_accum_steps)
-        self.scheduler, self.epochs = create_scheduler(args, optimizer, self.updates_per_epoch)
+        self.scheduler, self.epochs = create_scheduler(
+            args, optimizer, self.updates_per_epoch, decreasing=self.metric == "loss"
+        )
         counted = "(epochs + cooldown_epochs). Warmup within epochs when warmup_prefix=False."
         if args.warmup_prefix:
             counted = "(warmup_epochs + epochs + cooldown_epochs). Warmup added to total when warmup_prefix=True."
@@ -234,9 +233,8 @@ class Parts(TrainingRun):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"]
         start, end = self.distillation.stage_epochs(self.updates_per_epoch)
-        self.scheduler = create_stage_scheduler(
-            self.args, optimizer, self.updates_per_epoch, epochs=end - start, of=self.epochs
-        )
+        stage: dict[str, Any] = dict(epochs=end - start, of=self.epochs, decreasing=self.metric == "loss")
+        self.scheduler = create_stage_scheduler(self.args, optimizer, self.updates_per_epoch, **stage)
 
     def enter_stage(self) -> None:
         """Begins the stage of the coming epoch, where the distillation gets to one."""
@@ -297,9 +295,8 @@ class Parts(TrainingRun):
                 max_history=args.checkpoint_hist,
                 task=self.saved_task(),
             )
-        if self.primary:
-            if not slots(self.folder)[1].is_dir():
-                self.describe()
+        if self.primary and not slots(self.folder)[1].is_dir():
+            self.describe()
 
     def describe(self) -> None:
         """Writes `args.yaml` and `config.json`; beside the state of a run before, only once there is one of this."""

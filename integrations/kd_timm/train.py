@@ -106,12 +106,13 @@ class Session(Parts):
             start, place, exact = args.start_epoch, {}, False
         self.summary.rows = [row for row in self.summary.rows if int(row["epoch"]) < start]
         # The plateau schedule alone is no function of the epoch.
+        done = start - self.stage_start
         if self.scheduler is not None and start > 0 and not exact and args.sched != "plateau":
             if args.sched_on_updates:
-                done = place["sums"][0] if "sums" in place else 0
-                self.scheduler.step_update(start * self.updates_per_epoch + done)
+                within = place["sums"][0] if "sums" in place else 0
+                self.scheduler.step_update(done * self.updates_per_epoch + within)
             else:
-                self.scheduler.step(start)
+                self.scheduler.step(done)
         return start, place
 
     def _train_epoch(self, epoch: int, place: Mapping[str, Any]) -> Mapping[str, float]:
@@ -189,10 +190,12 @@ class Session(Parts):
         self.saved = time.monotonic()
 
     def _forget_earlier(self) -> None:
-        """Removes the states of an earlier run of this folder, which would go on with the best weights of this one."""
+        """Removes of an earlier run of this folder what would be taken for this one's: states, results, best epochs."""
         if self.primary and self.earlier:
             for slot in slots(self.folder):
                 shutil.rmtree(slot, ignore_errors=True)
+            for file in (self.folder / "results.json", *self.folder.glob("checkpoint-*.safetensors")):
+                file.unlink(missing_ok=True)
         self.earlier = False
 
     def _evaluate(self) -> dict[str, float]:

@@ -183,11 +183,12 @@ def test_a_teacher_is_known_by_its_weights_wherever_they_lie(tmp_path, monkeypat
     def id_of(name: str) -> str:
         return cache._teachers_id(Namespace(teacher=[name], teacher_checkpoint=[], teacher_kwargs=[]))
 
-    found = []
-    for content in ("1", "2"):
-        (tmp_path / "model.safetensors").write_text(content)
-        found.append(id_of(f"local-dir:{tmp_path}"))
-    assert found[0] != found[1]
+    found = set()
+    for name in ("model.pth", "model.safetensors"):
+        for content in ("1", "2"):
+            (tmp_path / name).write_text(content)
+            found.add(id_of(f"local-dir:{tmp_path}"))
+    assert len(found) == 4
 
     # The hub's cache marks a file that a repository does not have, and has none before the first load.
     loaded, there = [], {}

@@ -137,6 +137,16 @@ def test_resume_is_exact(run, stopped, teacher, flags, monkeypatch):
     assert "train_distill/task" in columns
 
 
+@pytest.mark.parametrize("sched", [[], ["--sched-on-updates"]])
+def test_a_stage_goes_on_at_its_own_learning_rate(run, teacher, sched):
+    """Where the run goes on otherwise than it would have, the rate is found anew, in the curve of the stage."""
+    flags = ["--distill", "timm_distillers:Search", *teacher, "--epochs", "6", *sched]
+    whole, parts = run(*flags, name="whole"), run(*flags, "--stop-epoch", "4", name="parts")
+    # Clips nothing, and counts as another training.
+    parts = run(*flags, "--resume", str(parts.folder), "--clip-grad", "1e9", name="parts")
+    assert same(load_file(whole.folder / "last.safetensors"), load_file(parts.folder / "last.safetensors"))
+
+
 def test_states_within_an_epoch(run, teacher):
     flags = "--distill", "kd", *teacher, "--epochs", "1", "--recovery-interval", "3"
     folder = run(*flags).folder
@@ -548,9 +558,17 @@ def test_an_ensemble_teaches_and_uncertainty_is_told(run, teacher, tmp_path):
 
 def test_images_of_another_kind_must_be_there(tiny, few_digits, tmp_path, capsys):
     for flags, words in (
-        (["--ood-dataset", "nowhere"], "--ood-dataset: expected <type>/<name> or a folder"),
+        (["--ood-dataset", "nowhere"], "--ood-dataset: expected a folder of images or <type>/<name>"),
+        (["--ood-dataset", "/nowhere"], "wds, got /nowhere."),
         (["--ood-dataset", str(tmp_path), "--bce-loss"], "--loss bce trains none"),
         (["--ood-dataset", str(tmp_path), "--val-split", ""], "--val-split"),
     ):
         assert train.main([*tiny, "--output", str(tmp_path / "o"), *flags]) == 2
         assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_folder_of_several_weights_is_no_teacher(run, kept, teacher):
+    with pytest.raises(
+        kd_plugins.DistillError, match="expected a folder with one file of weights, .* --teacher-checkpoint"
+    ):
+        run("--distill", "kd", "--teacher", f"local-dir:{kept / 'teacher'}")

@@ -11,7 +11,6 @@ import re
 import signal
 from pathlib import Path
 
-import datasets
 import pytest
 import timm
 import torch
@@ -120,6 +119,13 @@ def test_a_signal_ends_the_run_with_a_state(few_digits, tiny, tmp_path, monkeypa
     assert train.main(words) == 0
     places = re.findall("Continuing with (.*) from", caplog.text)
     assert places == ["epoch 0, update 3", "epoch 1, update 1", "epoch 1"]
+
+
+def test_a_run_that_ends_early_has_no_results_of_the_one_before(run, stopped):
+    whole = run("--epochs", "3")
+    stopped(7, "--epochs", "3", "--lr", "0.01", name="run")
+    assert not (whole.folder / "results.json").exists()
+    assert [path.name for path in whole.folder.glob("checkpoint-*")] == ["checkpoint-0.safetensors"]
 
 
 @pytest.mark.parametrize("long", [False, True])
@@ -437,19 +443,14 @@ def test_an_evaluation_of_the_training_images_is_told(tmp_path, caplog):
             data.create_datasets(parse_args(["--data-dir", str(tmp_path), *flags.split()]), 1)
 
 
-def test_columns_that_are_not_there_are_named(tmp_path):
-    image = Image.new("L", (8, 8))
-    datasets.Dataset.from_dict({"img": [image], "label": [0]}).to_parquet(tmp_path / "train.parquet")
-    words = ["--dataset", f"hfds/{tmp_path}", "--val-split", ""]
-    for flags, match in (
-        ([], "'image', but img, label: .* --input-key"),
-        (["--input-key", "img", "--target-key", "y"], "'y', .* --target-key"),
-    ):
-        with pytest.raises(DistillError, match=match):
-            data.create_datasets(parse_args([*words, *flags]), 1)
-    assert data.create_datasets(parse_args([*words, "--input-key", "img"]), 1)[0][0][1] == 0
-    with pytest.raises(DistillError, match="lies in a folder"):
-        data.create_datasets(parse_args(["--dataset", "torch/cifar10"]), 3)
+@pytest.mark.parametrize(
+    ("flags", "mode"),
+    [([], "max"), (["--eval-metric", "loss"], "min"), (["--val-split", ""], "min")],
+)
+def test_plateau_knows_which_metric_is_better(run, flags, mode):
+    """Without an evaluation it follows the training loss, whatever `--eval-metric` is."""
+    flags = ["--sched", "plateau", "--train-split", "train[:64]", "--epochs", "1", *flags]
+    assert run(*flags).scheduler.lr_scheduler.mode == mode
 
 
 def test_epochs_are_ranked_in_one_order(run, capsys):
