@@ -62,12 +62,13 @@ def task_of(model: nn.Module, labels: Any = None) -> str:
     """What a model's logits are: `"classification"`, `"multilabel"`, `"regression"`, `"token"`, `"causal-lm"`, ...
 
     A classifier without a `problem_type` is multi-label if its labels are floats, which transformers sees by them, too.
+    Of another model they may be soft labels, several classes or a number, which its class does not tell: `"other"`.
     """
     kind = kind_of(model)
     config: Any = getattr(base(model), "config", None)
-    if kind != "classification" or not hasattr(config, "to_dict"):
-        return _KINDS[kind][0]
     floats = isinstance(labels, Tensor) and labels.is_floating_point()
+    if kind != "classification" or not hasattr(config, "to_dict"):
+        return "other" if floats and kind == "classification" else _KINDS[kind][0]
     guess = "regression" if config.num_labels == 1 else "multi_label_classification" if floats else ""
     problem = getattr(config, "problem_type", None) or guess
     return {"multi_label_classification": "multilabel", "regression": "regression"}.get(problem, kind)

@@ -71,7 +71,8 @@ def as_file(array: Tensor) -> bytes:
     """A tensor as a file of NumPy's."""
     file = io.BytesIO()
     np.save(file, array.numpy(), allow_pickle=False)
-    return file.getvalue()
+    # Data sets in the format of NumPy or torch lose zeros at the end of bytes.
+    return file.getvalue() + b"."
 
 
 def _as_tensor(value: Any) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ class Hooks(Trainer):
     data_collator: Any
     _signature_columns: Any
     _begun: bool
+    _further: Sequence[str] = ()
 
     # Hooks, for a subclass to override
 
@@ -138,10 +139,11 @@ class Hooks(Trainer):
         )
 
     def _set_signature_columns_if_needed(self) -> None:
-        known = self._signature_columns is not None
         super()._set_signature_columns_if_needed()
-        if not known:
-            self._signature_columns = [*self._signature_columns, *self.further_columns(list(self._signature_columns))]
+        # Trainer keeps them, and ours follow the data set, which may be another one by now.
+        columns = [name for name in self._signature_columns if name not in self._further]
+        self._further = self.further_columns(columns)
+        self._signature_columns = [*columns, *self._further]
 
     def _hp_search_setup(self, trial: Any) -> None:
         found: dict[str, Any] = {}

@@ -52,5 +52,8 @@ class TransformersNetwork(Network):
                     f"{type(base(self.module)).__name__} takes {name or ', '.join(sorted(taken))}, and the batch has"
                     f" {batch.name}: give the data columns of its own (teacher_{name})."
                 )
-            return (), {k: v for k, v in batch.kwargs.items() if k in taken}
-        return super().arguments(batch)
+            args, kwargs = (), {k: v for k, v in batch.kwargs.items() if k in taken}
+        else:
+            args, kwargs = super().arguments(batch)
+        # With a cache of keys a decoder no longer sees by the positions where packed texts begin.
+        return args, {"use_cache": False, **kwargs} if "use_cache" in taken else kwargs

@@ -320,5 +320,9 @@ def check_tokenizers(tokenizer: Any, others: Mapping[str, Any]) -> None:
 
 def check_length(model: Any, length: int, tokenizer: Any) -> int:
     """The longest input that a network and its tokenizer take, at most `length`."""
-    positions = getattr(model.config, "max_position_embeddings", None) or length
-    return min(length, positions, tokenizer.model_max_length)
+    positions = getattr(model.config, "max_position_embeddings", None) or 0
+    # RoBERTa and its kin count from behind the number of their padding; XLNet says -1, which is no limit.
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            positions -= module.padding_idx + 1
+    return min(length, positions if positions > 0 else length, tokenizer.model_max_length)

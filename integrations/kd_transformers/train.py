@@ -247,6 +247,11 @@ class Session:
                 f"--ood_dataset reads the uncertainty of a classifier, and the labels of {self.data.source} make a"
                 f" {task} problem: leave it out."
             )
+        if self.arguments.training.label_smoothing_factor and task == "regression":
+            raise DistillError(
+                f"--label_smoothing_factor smooths classes, and the labels of {self.data.source} are numbers: leave it"
+                " out."
+            )
         for part, cls in distiller_classes(name).items() if name else ():
             if task not in cls.tasks:
                 raise DistillError(

@@ -120,6 +120,7 @@ class DistillationTrainer(Resumable):
         self._bound_to: nn.Module | None = None
         self._playing = self._played = self._stepped = self._drawn = self._resuming = False
         self._items: Any = None
+        self._counts: bool | None = True if self.distiller is None else None
         self._outputs: Any = None
         self._epoch_steps: int | None = None
         self._resumed_from: str | None = None
@@ -145,8 +146,6 @@ class DistillationTrainer(Resumable):
             )
         # Everything is handed to Trainer as a mean of the micro-batch, which it then divides.
         self.loss_is_scaled_for_ga = False
-        self._takes_items = self.model_accepts_loss_kwargs
-        self.model_accepts_loss_kwargs = False
         self._unused = copy.deepcopy(self.distiller)
         self._named = (distiller, dict(distiller_args or {})) if isinstance(distiller, str) else None
         self.teachers = loaded_where_read(self.teachers, self.distiller)
@@ -238,15 +237,15 @@ class DistillationTrainer(Resumable):
             check_checkpointing(self.model)
         if needs_pass(distiller) and not self._resuming and self.args.process_index == 0:
             prepare(distiller, nets, self._pass(loader, whole=True))
-        self.model_accepts_loss_kwargs = self._takes_items
         trained = [net for net in nets.peers if isinstance(net, Trained)]
         for net in trained:
             net.counts = self._counts_items(net, batch, loader)
+        self._counts = trained[0].counts
         self._bound_to = self.model
 
     def _counts_items(self, net: Trained, batch: Batch, loader: Any) -> bool:
         """Whether a network's task loss divides by the number of items it is given; BERT's classifiers ignore it."""
-        if not (self._takes_items or self.compute_loss_func is not None):
+        if not (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
             return False
         if self.args.gradient_accumulation_steps * self.args.world_size == 1:
             return True  # The number is that of the batch, and both are the same.
@@ -256,7 +255,7 @@ class DistillationTrainer(Resumable):
                 return False
             if bool(one.isfinite() & two.isfinite() & (one != 0)):  # Else no label counts in this batch.
                 return not torch.allclose(one, two, rtol=1e-3)
-        return self._takes_items
+        return self.model_accepts_loss_kwargs
 
     # Data
 
@@ -332,9 +331,9 @@ class DistillationTrainer(Resumable):
         return {k: v for k, v in inputs.items() if k not in only and k != INDEX and not k.startswith(TEACHER)}
 
     def _teacher_only(self) -> set[str]:
-        """Inputs that a teacher takes and the student does not."""
+        """Inputs that a teacher takes and the student does not; labels are the student's, whatever reads them."""
         ours, theirs = inputs_of(self.model), set().union(*map(inputs_of, self.teachers))
-        return theirs - ours if ours else set()
+        return theirs - ours - {"labels", *self.label_names} if ours else set()
 
     def _with_streams(self, distiller: Distiller, batch: Batch) -> Batch:
         """The batch with one of each other stream that the method reads in this step, whose stage may be new."""
@@ -406,8 +405,7 @@ class DistillationTrainer(Resumable):
         networks = [adapt(network.to(self.args.device)) for network in (student, *others)]
         count = len(self.teachers) + 1
         nets = connect(distiller, networks[0], networks[1:count], networks[count:])
-        batch = next(self._pass(self.get_train_dataloader()), None)
-        if batch is not None:
+        for batch in itertools.islice(self._pass(self.get_train_dataloader()), 1):
             set_up(distiller, nets, batch)
 
     def search_options(self, found: Mapping[str, Any]) -> None:
@@ -480,7 +478,12 @@ class DistillationTrainer(Resumable):
         The outputs in training are the student's; None in a phase whose forward ends before its scores.
         """
         if not self._playing or self.player is None or self._nets is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            # Trainer multiplies a loss that was given the items by the processes, also one that ignores them.
+            if self._counts is None and num_items_in_batch is not None and self.args.world_size > 1:
+                one, two = (self.host_loss(model, dict(inputs), n)[0] for n in (1, 2))
+                self._counts = not torch.allclose(one, two, rtol=1e-3)
+            items = None if self._counts is False else num_items_in_batch
+            return super().compute_loss(model, inputs, return_outputs, items)
         self._played = True
         self.player.accumulation = self.current_gradient_accumulation_steps
         for peer in self._nets.peers[1:]:

@@ -22,7 +22,7 @@ from transformers import BertTokenizer, DataCollatorWithPadding, default_data_co
 from kd_plugins import Batch, Distiller, DistillError, Needs, Reads, create_distiller
 from kd_transformers import DistillationTrainer, cache_teacher
 from kd_transformers.absent import Absent
-from kd_transformers.columns import TEACHER_LOGITS, Told
+from kd_transformers.columns import TEACHER_LOGITS, Told, as_file
 from kd_transformers.recording import RecordCallback
 from kd_transformers.told import temperature_of
 
@@ -93,6 +93,27 @@ def test_layers_are_kept_for_the_method_that_reads_them(rows, tmp_path, name):
     turned = cached.remove_columns(column).add_column(column, cached[column][::-1])
     with pytest.raises(DistillError, match=r"layers are not what teacher_model gives|tells of"):
         train(tmp_path / "d", turned, teacher, distiller=distiller(), data_collator=collate)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_layers_in_a_format_of_arrays(rows, kind):
+    """What a layer gives may end with zeros."""
+    ended = torch.eye(3)[:, :1].repeat(1, 4)
+    column = Dataset.from_dict({'teacher_layer:0:"x"': [*map(as_file, ended)]}).with_format(kind)
+    batch = Told(default_data_collator, tokens=False)([{**row, "labels": 0} for row in column])
+    assert torch.equal(batch['teacher_layer:0:"x"'], ended)
+
+
+def test_a_cache_may_take_the_place_of_rows_that_were_looked_at(rows, tmp_path):
+    teacher, distiller = kit.teacher(), create_distiller("rkd", layers=POOLED)
+    run = DistillationTrainer(
+        kit.bert(), kit.arguments(tmp_path, max_steps=2), train_dataset=rows, teacher_model=teacher, distiller=distiller
+    )
+    run.get_train_dataloader()
+    run.train_dataset = cache_teacher(rows, teacher, distiller=distiller)
+    with kit.calls({"teacher": teacher}) as count:
+        run.train()
+    assert count["teacher"] == 1, "only the comparison before the training"
 
 
 def augment(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:

@@ -17,7 +17,15 @@ import torch
 from datasets import Dataset
 from distributed_kit import on_two_processes
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    XLNetConfig,
+)
 
 from kd_plugins import Distiller, DistillError
 from kd_plugins import functional as KF
@@ -26,7 +34,7 @@ from kd_transformers import students, train
 from kd_transformers.arguments import build_parser, parse_args
 from kd_transformers.data import read_labels
 from kd_transformers.docstrings import DOCSTRINGS_DEFAULTS, load_docstrings
-from kd_transformers.students import copy_layers, in_order_of, load_teacher, shrink
+from kd_transformers.students import check_length, copy_layers, in_order_of, load_teacher, shrink
 from kd_transformers.train import Session, main
 
 TINY = [
@@ -238,7 +246,7 @@ def test_a_student_from_a_checkpoint_or_a_configuration(run, taught, tmp_path):
     assert AutoModelForSequenceClassification.from_pretrained(folder).config.hidden_size == 24
 
 
-def test_pairs_regression_and_vocabularies(run, tmp_path):
+def test_pairs_regression_and_vocabularies(run, tmp_path, capsys):
     rows = Dataset.from_dict(
         {"sentence1": ["one two", "three"] * 8, "sentence2": ["two one", "four"] * 8, "score": [0.5, 4.0] * 8}
     )
@@ -250,6 +258,21 @@ def test_pairs_regression_and_vocabularies(run, tmp_path):
     assert -1 <= results["eval_pearsonr"] <= 1
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     assert (model.config.problem_type, model.config.num_labels, model.config.vocab_size) == ("regression", 1, 7)
+    words += ["--cache_dir", str(tmp_path / "cache"), "--output_dir", str(tmp_path / "o")]
+    error = fails(capsys, [*TINY, *SCRATCH, *words, "--label_smoothing_factor", "0.1"])
+    assert "--label_smoothing_factor smooths classes, and the labels" in error
+
+
+def test_the_longest_input_of_a_network():
+    """RoBERTa's positions begin behind its padding, and XLNet has no last one."""
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8}
+    roberta = RobertaForSequenceClassification(RobertaConfig(**sizes, vocab_size=9, max_position_embeddings=20))
+    length = check_length(roberta, 64, SimpleNamespace(model_max_length=512))
+    assert roberta(torch.full((1, length), 5)).logits.shape == (1, 2)
+    with pytest.raises((IndexError, RuntimeError)):
+        roberta(torch.full((1, length + 1), 5))
+    xlnet = SimpleNamespace(config=XLNetConfig(d_model=8, n_head=2), named_modules=list)
+    assert check_length(xlnet, 64, SimpleNamespace(model_max_length=512)) == 64
 
 
 # With a teacher

@@ -215,6 +215,31 @@ def test_labels_of_another_name(tmp_path: Path) -> None:
     assert ours.evaluate()["eval_loss"] == usual.evaluate()["eval_loss"]
 
 
+def test_labels_that_the_teacher_alone_would_take(tmp_path: Path) -> None:
+    """A student whose loss is computed outside its forward keeps its labels, and the teacher gets none."""
+
+    class Scores(hf.PreTrainedModel):
+        config_class, _supports_sdpa = hf.BertConfig, True
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.bert = bert()
+
+        def forward(self, input_ids: Any, attention_mask: Any = None) -> Any:
+            return {"logits": self.bert(input_ids, attention_mask).logits}
+
+    def loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+        return torch.nn.functional.cross_entropy(outputs["logits"], labels)
+
+    given = {"eval_dataset": Texts(8), "compute_loss_func": loss, "task": "classification"}
+    ours = trainer(tmp_path, student=Scores(bert().config), given=given, label_names=["labels"], max_steps=1)
+    usual = trainer(tmp_path, given={"eval_dataset": Texts(8)}, max_steps=1)
+    for run in (ours, usual):
+        run.train()
+    assert difference(weights(ours.model.bert), weights(usual.model)) < 1e-6
+    assert ours.evaluate()["eval_loss"] == pytest.approx(usual.evaluate()["eval_loss"])
+
+
 def test_tokens_that_trainer_aligns_in_the_student(tmp_path: Path) -> None:
     """The teacher had the same padding as the student: it follows, and is not refused for it."""
     of, student = teacher(pad_token_id=3), bert(pad_token_id=3)

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers as hf
 from datasets import Dataset
 from image_kit import Images
 from torch import Tensor
 from trainer_kit import NO_DROPOUT, TINY, Texts, bert, calls, logged, moved, teacher, trainer, weights
 
+from kd_plugins import DistillError
 from kd_plugins import functional as KF
 
 DEBERTA = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8}
@@ -248,23 +250,40 @@ def test_a_teacher_with_another_tokenizer(tmp_path: Path) -> None:
     assert logged(run, "distill/kd")[0] == pytest.approx(float(expected), rel=1e-4)
 
 
+class Plain(torch.nn.Module):
+    """A plain module that returns a dict."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Linear(4, width), torch.nn.Tanh(), torch.nn.Linear(width, 3))
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.body(x)
+        if labels is None:
+            return {"logits": logits}
+        loss = F.cross_entropy if labels.dim() == 1 else F.binary_cross_entropy_with_logits
+        return {"loss": loss(logits, labels), "logits": logits}
+
+
 def test_a_model_that_is_no_transformers_model(tmp_path: Path) -> None:
     """A plain module that returns a dict trains under kd, as it does under Trainer."""
-
-    class Plain(torch.nn.Module):
-        def __init__(self, width: int) -> None:
-            super().__init__()
-            self.body = torch.nn.Sequential(torch.nn.Linear(4, width), torch.nn.Tanh(), torch.nn.Linear(width, 3))
-
-        def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-            logits = self.body(x)
-            if labels is None:
-                return {"logits": logits}
-            return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
-
     rows = [{"x": torch.randn(4), "labels": torch.tensor(i % 3)} for i in range(16)]
     run = trainer(tmp_path, student=Plain(4), of=Plain(8), data=rows, save_strategy="epoch")
     before = weights(run.model)
     run.train()
     finite(run, "kd", "task")
     assert moved(before, run.model)
+
+
+def test_float_labels_of_a_model_that_is_no_transformers_model(tmp_path: Path) -> None:
+    """They are soft labels, several classes or numbers, which kd compares in different ways."""
+    rows = [{"x": torch.randn(4), "labels": torch.eye(3)[i % 3]} for i in range(4)]
+    student, of, inputs = Plain(4), Plain(8), torch.stack([row["x"] for row in rows])
+    with torch.no_grad():
+        expected = KF.kd_multilabel(student(inputs)["logits"], of(inputs)["logits"])
+    with pytest.raises(DistillError, match=r"say it with task="):
+        trainer(tmp_path, student=student, of=of, data=rows).train()
+    given = {"task": "multilabel"}
+    run = trainer(tmp_path, options={"alpha": 1.0}, student=student, of=of, data=rows, given=given, max_steps=1)
+    run.train()
+    assert logged(run, "distill/kd")[0] == pytest.approx(float(expected), rel=1e-4)

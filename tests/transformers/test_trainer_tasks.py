@@ -95,6 +95,19 @@ def mean(outputs: Any, labels: Tensor, num_items_in_batch: Any) -> Tensor:
     return F.cross_entropy(outputs.logits[:, :-1].mean(1), labels[:, -1])
 
 
+def test_texts_that_are_packed_in_a_row(tmp_path: Path) -> None:
+    """The teacher sees where they begin, as the student does: what it says of a text is what it says of it alone."""
+    student, of = pair(llama)
+    texts = [torch.randint(64, (n,), generator=torch.Generator().manual_seed(n)) for n in (5, 9, 7)]
+    with torch.no_grad():
+        rows = [kl(*(net(text[None]).logits[:, :-1] for net in (student, of))) for text in texts]
+    given = {"data_collator": hf.DataCollatorWithFlattening()}
+    data = [{"input_ids": text.tolist()} for text in texts]
+    run = trainer(tmp_path, options={"alpha": 1.0}, student=student, of=of, data=data, given=given, max_steps=1)
+    run.train()
+    assert logged(run, "distill/kd")[0] == pytest.approx(float(torch.cat(rows, 1).mean()), rel=1e-4)
+
+
 @pytest.mark.parametrize("loss", ["the model's", "smoothed", "compute_loss_func", "a class below"])
 def test_token_losses_are_means_over_the_accumulated_batch(tmp_path: Path, loss: str) -> None:
     """The update is that of the whole batch however it is split, and without a teacher's term it is Trainer's."""

@@ -66,6 +66,7 @@ def record(run: Any, folder: Path, name: str) -> None:
     table = run.distiller.progress.table.to_json()
     log = {"loss": logged(run, "loss"), "grad_norm": logged(run, "grad_norm"), "stages": table["starts"]}
     log |= {term: logged(run, term) for term in ("distill/kd", "distill/kl_attention")}
+    log["eval_loss"] = run.evaluate(run.train_dataset)["eval_loss"]
     (folder / f"{name}_{rank}.json").write_text(json.dumps(log))
 
 
