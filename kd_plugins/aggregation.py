@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kd_plugins import functional as KF
 from kd_plugins.errors import DistillError
 from kd_plugins.host import world
+from kd_plugins.nn.connectors import as_weights
 from kd_plugins.picture import Bars, Heatmap, Picture
 from kd_plugins.reading.trunk import LayerGroup
 from kd_plugins.reading.view import Reads, View
@@ -155,8 +156,8 @@ class Aggregating(nn.Module):
         maps = [m if m.shape[2:] == size else F.adaptive_avg_pool2d(m, size) for m in maps]
         return KF.aggregate(maps, alpha * self.get_buffer(f"scale{i}"))
 
-    def part(self, kind: str, i: int) -> nn.Module:
-        """The connector of a kind of group i.
+    def connected(self, kind: str, i: int, x: Tensor) -> Tensor:
+        """What the connector of a kind of group i makes of a map.
 
         Raises:
             DistillError: There is none, since its path had no weight when the method was set up.
@@ -164,7 +165,7 @@ class Aggregating(nn.Module):
         parts = getattr(self, kind)
         if str(i) not in parts:
             raise DistillError(f"The path {kind} had no weight when {self.name} was set up: begin with one above 0.")
-        return parts[str(i)]  # type: ignore[no-any-return]
+        return parts[str(i)](as_weights(parts[str(i)], x))  # type: ignore[no-any-return]
 
     def say(self, i: int, ours: Sequence[int], theirs: Sequence[int]) -> None:
         """Lists a group with the shapes of its maps, on the first process."""

@@ -110,7 +110,8 @@ class Composite(Distiller):
         if not self.data and batch.shape:
             # The other parts read the shapes of activations, of any images.
             weight = next(nets.student.module.parameters())
-            shown = batch.with_inputs(torch.randn(batch.size, *batch.shape, device=weight.device))
+            noise = torch.randn(batch.size, *batch.shape, device=weight.device)
+            shown = batch.with_inputs(noise.to(weight.dtype))
         for part in self.methods.values():
             part.setup(nets, shown if part.data else batch)
             part.ready = True

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from textwrap import shorten
+from typing import Any
 
-__all__ = ["DistillError", "did_you_mean", "told"]
+__all__ = ["DistillError", "check_built", "did_you_mean", "told"]
 
 
 class DistillError(ValueError):
@@ -24,6 +25,18 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """
     close = get_close_matches(word, list(known), n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(close)}?" if close else ""
+
+
+def check_built(method: Any, **built: Any) -> None:
+    """Refuses options that were 0 when a method was set up, which so has built nothing for them, and no longer are.
+
+    Args:
+        method: The method.
+        built: By option, whether what it needs is there.
+    """
+    for option, there in built.items():
+        if getattr(method, option) and not there:
+            raise DistillError(f"{option} was 0 when {method.name} was set up: begin with a value above 0.")
 
 
 @contextmanager

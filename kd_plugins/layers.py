@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kd_plugins.catalog.values import NonNegative
 from kd_plugins.distiller import Distiller, Terms
 from kd_plugins.errors import DistillError
+from kd_plugins.nn.connectors import as_weights
 from kd_plugins.reading.nets import Nets
 from kd_plugins.reading.view import Batch, Needs, Reads, View
 
@@ -127,7 +128,7 @@ class LayerDistiller(Distiller):
         made = dict(zip(self.connected, self.connectors, strict=True))
         parts = [made.get(place) for place in range(len(pairs))]
         terms = [
-            self.distance(_for(part, pair.student), _for(part, pair.teacher), part, batch)
+            self.distance(as_weights(part, pair.student), as_weights(part, pair.teacher), part, batch)
             for pair, part in zip(pairs, parts, strict=True)
         ]
         return {self.name: self.weight * torch.stack(terms).sum()}
@@ -139,12 +140,6 @@ class LayerDistiller(Distiller):
             DistillError: A glob stands for other numbers of modules in student and teacher.
         """
         return list(paired(student, teacher, self.layers, self.teacher_layers))
-
-
-def _for(part: nn.Module | None, activation: Tensor) -> Tensor:
-    """An activation in the precision of a trained part, which a student in bfloat16 does not share."""
-    weight = None if part is None else next(part.parameters(), None)
-    return activation if weight is None else activation.to(weight.dtype)
 
 
 def paired(

@@ -372,3 +372,11 @@ def test_a_list_of_entry_points_that_nobody_can_read_harms_nothing_else(install)
     (metadata,) = folder.glob("*.dist-info")
     (metadata / "entry_points.txt").write_text("[kd_plugins.distillers]\nno equals sign\n")
     assert {"kd", "nst"} <= set(list_distillers())
+
+
+@pytest.mark.parametrize("name", ["mine.py:Mine", "./mine:Mine", "mine:", ":Mine"])
+def test_a_file_is_named_as_a_module(name):
+    with pytest.raises(
+        DistillError, match="expected module:Class, such as my_method:LogitMatch of a file my_method.py"
+    ):
+        get_distiller(name)

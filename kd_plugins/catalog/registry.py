@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from importlib.metadata import EntryPoint
@@ -41,6 +42,10 @@ def get_distiller(name: str) -> type[Distiller]:
     if not isinstance(name, str) or "+" in name:
         raise DistillError(f"expected the name of one distiller, got {name!r} — create_distiller() makes compositions")
     if ":" in name:
+        if not re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", name) or ".py:" in name:
+            raise DistillError(
+                f"expected module:Class, such as my_method:LogitMatch of a file my_method.py, got {name!r}"
+            )
         return _import(EntryPoint(name=name, value=name, group=GROUP))
     entries = entries_by_name()
     if name not in entries:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
-from kd_plugins.functional._common import Reduction, check_reduction, exact, no_autocast, reduce
+from kd_plugins.functional._common import Reduction, check_reduction, exact, no_autocast, reduce, unit
 from kd_plugins.functional.nst import match_spatial
 
 __all__ = ["at"]
@@ -32,7 +32,6 @@ def at(student_map: Tensor, teacher_map: Tensor, p: int = 2, *, reduction: Reduc
     Returns:
         A scalar, or `[B]` for `"none"`.
 
-    >>> import torch
     >>> student = torch.tensor([1.0, 0.0]).reshape(1, 1, 1, 2)
     >>> at(student, torch.tensor([[0.0, 3.0], [0.0, 4.0]]).reshape(1, 2, 1, 2))
     tensor(1.)
@@ -45,6 +44,11 @@ def at(student_map: Tensor, teacher_map: Tensor, p: int = 2, *, reduction: Reduc
     if p < 1:
         raise ValueError(f"Expected an exponent p from 1, got {p}.")
     with no_autocast(student_map):
-        q_s, q_t = (x.abs().pow(p).mean(1, keepdim=True) for x in exact(student_map, teacher_map.detach()))
-        u_s, u_t = (F.normalize(q.flatten(1)) for q in match_spatial(q_s, q_t, "pool"))
+        q_s, q_t = (_bounded(x).abs().pow(p).mean(1, keepdim=True) for x in exact(student_map, teacher_map.detach()))
+        u_s, u_t = (unit(q.flatten(1)) for q in match_spatial(q_s, q_t, "pool"))
         return reduce((u_s - u_t).square().mean(1), reduction)
+
+
+def _bounded(x: Tensor) -> Tensor:
+    """Maps over their largest numbers, which their normalised attention does not see; powers of others overflow."""
+    return x / x.detach().abs().amax((1, 2, 3), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kd_plugins.functional._common import exact, no_autocast
@@ -16,12 +17,12 @@ def embedding(features: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Args:
         features: `[B, D]`, maps `[B, D, H, W]`, or tokens `[B, L, D]`.
-        mask: `[B, L]`, the tokens that count; all of them by default. Has no meaning for the others.
+        mask: `[B, L]`, boolean or integer: the tokens that count, whatever the others hold; all of them by default. Has
+            no meaning for vectors and maps.
 
     Returns:
         `[B, D]`.
 
-    >>> import torch
     >>> tokens = torch.tensor([[[1.0], [3.0], [9.0]]])
     >>> embedding(tokens), embedding(tokens, torch.tensor([[1, 1, 0]]))
     (tensor([[4.3333]]), tensor([[2.]]))
@@ -33,6 +34,6 @@ def embedding(features: Tensor, mask: Tensor | None = None) -> Tensor:
     with no_autocast(features):
         (x,) = exact(features)
         if x.dim() == 3 and mask is not None:
-            weights = mask.to(x.dtype).unsqueeze(-1)
-            return (x * weights).sum(1) / weights.sum(1).clamp_min(1)
+            valid = mask.bool().unsqueeze(-1)
+            return torch.where(valid, x, 0).sum(1) / valid.sum(1).clamp_min(1)
         return x if x.dim() == 2 else x.mean(1) if x.dim() == 3 else x.mean((2, 3))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from kd_plugins.functional._common import (
@@ -13,6 +12,7 @@ from kd_plugins.functional._common import (
     per_example,
     reduce,
     softmax_kl,
+    unit,
 )
 
 __all__ = ["attention_kl", "cls_cosine"]
@@ -89,7 +89,7 @@ def cls_cosine(
         reduction: `"mean"` over the batch, `"sum"`, or `"none"`.
 
     Returns:
-        A scalar from 0 to 2, or `[B]` for `"none"`.
+        A scalar from 0 to 2, or `[B]` for `"none"`; 1 for a vector of zeros, which gets no gradient.
 
     >>> import torch
     >>> cls_cosine(torch.tensor([[[0.0, 2.0]]]), torch.tensor([[[3.0, 4.0]]]))
@@ -104,4 +104,4 @@ def cls_cosine(
         )
     with no_autocast(student_hidden):
         student, teacher = exact(student_hidden[:, index], teacher_hidden[:, index].detach())
-        return reduce(1 - F.cosine_similarity(student, teacher, dim=-1), reduction)
+        return reduce(1 - (unit(student) * unit(teacher)).sum(-1), reduction)

@@ -16,6 +16,7 @@ from kd_plugins.catalog.values import AtLeastOne, Positive
 from kd_plugins.distiller import Distiller, Terms, Turn
 from kd_plugins.errors import DistillError
 from kd_plugins.methods.kd import soft_labels
+from kd_plugins.nn.connectors import as_weights
 from kd_plugins.nn.discriminators import Discriminator, probability, transfer_layer
 from kd_plugins.reading.nets import Net, Nets, check_unlike
 from kd_plugins.reading.view import Batch, Needs, Reads, View
@@ -190,7 +191,7 @@ class AFD(Distiller):
         """The maps of all networks in one shape `[B, C, H, W]`."""
         maps = [view.features[layer] for view, layer in zip(views, self._layers(len(views)), strict=True)]
         size = min(m.shape[2] for m in maps), min(m.shape[3] for m in maps)
-        pooled = [m if m.shape[2:] == size else F.adaptive_avg_pool2d(m, size) for m in maps]
+        pooled = [as_weights(self, m if m.shape[2:] == size else F.adaptive_avg_pool2d(m, size)) for m in maps]
         transferred = [layer(m) for layer, m in zip(self.transfers, pooled, strict=False)]
         return transferred + pooled[len(transferred) :]
 

@@ -91,6 +91,8 @@ class CRD(LayerDistiller):
         classes = batch.labels if self.others == "classes" else batch.index
         if not isinstance(classes, Tensor) or classes.dim() != 1 or classes.is_floating_point():
             raise DistillError("crd draws rows of other classes, and the labels are no classes [B]: take others=rows.")
+        for bank in part.banks:
+            bank.momentum = self.momentum
         sides: list[tuple[Tensor, Tensor, Tensor]] = part(student, teacher, batch.index, classes)
         rows = part.others.draw(classes, min(self.negatives, self.rows), self.host.generator(student.device))
         tau = self.temperature

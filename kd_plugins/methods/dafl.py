@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from kd_plugins import functional as KF
 from kd_plugins.catalog.options import OptimSpec
 from kd_plugins.catalog.paper import Paper
-from kd_plugins.catalog.values import AtLeastOne, NonNegative, Positive
+from kd_plugins.catalog.values import AtLeastOne, NonNegative, Positive, Range
 from kd_plugins.distiller import Distiller, Terms, Turn
-from kd_plugins.errors import DistillError
+from kd_plugins.errors import DistillError, check_built
+from kd_plugins.nn.connectors import as_weights
 from kd_plugins.nn.generator import Generator
 from kd_plugins.nn.patches import pixels
 from kd_plugins.picture import Images, Picture
@@ -23,6 +24,7 @@ from kd_plugins.reading.view import Batch, Needs, Reads, View
 __all__ = ["DAFL"]
 
 _SHOWN = 8
+_LOSSES = ("one_hot", "activation", "information")
 
 
 class DAFL(Distiller):
@@ -95,20 +97,21 @@ class DAFL(Distiller):
         latent: AtLeastOne | None = None,
         width: AtLeastOne = 128,
         layer: str | int | None = None,
-        log_base: Positive = 10.0,
+        log_base: Annotated[float, Range(above=1)] = 10.0,
         inputs: Literal["generated", "noise"] = "generated",
     ) -> None:
         super().__init__()
         self.features: str | int = ""
         self.images: nn.Module = nn.Identity()
-        if log_base <= 1:
-            raise DistillError(f"log_base is above 1, got {log_base}: 10, or 2.718281828 for the natural logarithm.")
-        given = dict(one_hot=one_hot, activation=activation, information=information)
-        given |= dict(temperature=temperature, latent=latent)
-        self.settings = {**self.presets[preset], **{k: v for k, v in given.items() if v is not None}}
-        self.taught_by = [name for name in ("one_hot", "activation", "information") if self.settings[name]]
-        if inputs == "noise":
-            self.taught_by = []
+        for name, value in self.presets[preset].items():
+            if name in self.config and self.config[name] is None:
+                setattr(self, name, value)
+        self.trained = bool(self.taught_by)
+
+    @property
+    def taught_by(self) -> list[str]:
+        """The generator's losses that have a weight."""
+        return [name for name in _LOSSES if getattr(self, name)] if self.inputs == "generated" else []
 
     def needs(self) -> Needs:
         reads = Reads(features=(self.features,)) if self.ready and "activation" in self.taught_by else Reads()
@@ -121,29 +124,30 @@ class DAFL(Distiller):
                 "size=512, shape=(3, 32, 32))), and the same batch in every step."
             )
         self.features = nets.teacher.network.classifier() + ":in" if self.layer is None else self.layer
-        self.images = Generator(int(self.settings["latent"]), batch.shape, self.width).to(_device(nets))
-        self.images.requires_grad_(bool(self.taught_by))
+        self.images = Generator(self.latent, batch.shape, self.width).to(_device(nets))
+        self.images.requires_grad_(self.trained)
         shown = (_SHOWN, min(batch.size, _SHOWN), 3, *batch.shape[1:])
         self.register_buffer("shown", torch.zeros(shown, dtype=torch.uint8))
         self.register_buffer("steps", torch.zeros(_SHOWN, dtype=torch.long))
-        made = batch.with_inputs(torch.zeros(2, *batch.shape, device=_device(nets)))
+        made = batch.with_inputs(as_weights(nets.student.module, torch.zeros(2, *batch.shape, device=_device(nets))))
         student, teacher = nets.student(made).logits, nets.teacher(made, reads=Reads(features=(self.features,))).logits
         if student.shape != teacher.shape:
             raise DistillError(f"dafl needs the same classes, got scores {list(student.shape)}, {list(teacher.shape)}.")
 
     def extras(self) -> dict[str, nn.Module]:
-        return {"generator": self.images} if self.taught_by else {}
+        return {"generator": self.images} if self.trained else {}
 
     def optimizers(self) -> dict[str, OptimSpec]:
         """Adam for the generator, at the preset's rate throughout."""
-        return {"generator": OptimSpec("Adam", self.settings["lr"])} if self.taught_by else {}
+        return dict.fromkeys(self.extras(), OptimSpec("Adam", self.presets[self.preset]["lr"]))
 
     def turns(self, nets: Nets, batch: Batch) -> Iterator[Turn]:
+        check_built(self, **dict.fromkeys(self.taught_by, self.trained))
         images = self.generated(batch.size, _device(nets), batch.shape)
         asked = batch.with_inputs(images)
         self._show(images, batch)
-        teacher = nets.teacher(asked, input_grad=bool(self.taught_by))
-        student = nets.student(asked.with_inputs(images.detach()))
+        teacher = nets.teacher(asked, input_grad=self.trained)
+        student = nets.student(asked.with_inputs(as_weights(nets.student.module, images.detach())))
         turn = {"student": self.loss(student, teacher, asked)}
         yield {"generator": self.judged(teacher), **turn} if self.taught_by else turn
 
@@ -151,7 +155,7 @@ class DAFL(Distiller):
         """That many images, with their graph."""
         if self.inputs == "noise":
             return self.host.randn(count, *shape, device=device)
-        return self.images(self.host.randn(count, int(self.settings["latent"]), device=device))
+        return self.images(self.host.randn(count, self.latent, device=device))
 
     def judged(self, teacher: View) -> Terms:
         """The generator's terms."""
@@ -160,10 +164,10 @@ class DAFL(Distiller):
             "activation": lambda: KF.dafl_activation(teacher.features[self.features]),
             "information": lambda: KF.dafl_information(teacher.logits, self.log_base, mean=self.host.mean),
         }
-        return {name: self.settings[name] * loss[name]() for name in self.taught_by}
+        return {name: getattr(self, name) * loss[name]() for name in self.taught_by}
 
     def loss(self, student: View, teacher: View, batch: Batch) -> Terms:
-        return {"kd": KF.kd(student.logits, teacher.logits, self.settings["temperature"])}
+        return {"kd": KF.kd(student.logits, teacher.logits, self.temperature)}
 
     # What the report shows
 

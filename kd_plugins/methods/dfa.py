@@ -201,12 +201,12 @@ class DFA(Aggregating, Distiller):
 
         terms: Terms = {}
         if self.ts_weight:
-            entered = {path: lambda own: self.part("to_student", i)(target(own))}
+            entered = {path: lambda own: self.connected("to_student", i, target(own)).to(own.dtype)}
             terms["ts"] = self.ts_weight * batch.task_loss(nets.student(batch, reads=Reads(), replace=entered))
         if self.st_weight:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
                 own = nets.student(batch, reads=ours).features[path]
-                mapped = self.part("to_teacher", i)(own)
+                mapped = self.connected("to_teacher", i, own)
             terms["st"] = self.st_weight * KF.feature_l2(mapped, target(own))
         return terms
 
@@ -215,6 +215,6 @@ class DFA(Aggregating, Distiller):
             return {}
         own = [student.features[group.student] for group in self.groups]
         targets = [self.aggregate(i, teacher, self.alpha(i).detach(), x) for i, x in enumerate(own)]
-        mapped = [self.connectors[str(i)](x) for i, x in enumerate(own)]
+        mapped = [self.connected("connectors", i, x) for i, x in enumerate(own)]
         distances = [KF.feature_l2(*pair) for pair in zip(mapped, targets, strict=True)]
         return {"features": self.weight * torch.stack(distances).sum()}

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor, nn
 
 from kd_plugins import functional as KF
 from kd_plugins.catalog.paper import Paper
-from kd_plugins.catalog.values import NonNegative, Share
+from kd_plugins.catalog.values import NonNegative, Range
 from kd_plugins.distiller import Terms
 from kd_plugins.layers import LayerDistiller
 from kd_plugins.nn.connectors import hint_regressor
-from kd_plugins.reading.view import Batch, View
+from kd_plugins.reading.view import Batch, Needs, Reads, View
 from kd_plugins.stages import Stage
 
 __all__ = ["FitNet"]
@@ -37,7 +37,13 @@ class FitNet(LayerDistiller):
 
     paper = Paper("FitNets: Hints for Thin Deep Nets", tuple(_AUTHORS.split(", ")), "ICLR", 2015, arxiv="1412.6550")
 
-    def __init__(self, *, weight: NonNegative = 100.0, hint_share: Share = 0.0, **layers: Any) -> None:
+    def __init__(
+        self,
+        *,
+        weight: NonNegative = 100.0,
+        hint_share: Annotated[float, Range(low=0, below=1)] = 0.0,
+        **layers: Any,
+    ) -> None:
         super().__init__(**layers)
 
     def stages(self) -> list[Stage]:
@@ -49,6 +55,14 @@ class FitNet(LayerDistiller):
         """0 as long as the student learns from the hints alone."""
         return 0.0 if self.hint_share and self.progress.stage == 0 else 1.0
 
+    @property
+    def hinted(self) -> bool:
+        """Whether the hints are behind the student."""
+        return bool(self.hint_share and self.progress.stage)
+
+    def needs(self) -> Needs:
+        return Needs(teacher=Reads(False)) if self.hinted else super().needs()
+
     def connect(self, student: Tensor, teacher: Tensor) -> nn.Module:
         return hint_regressor(student, teacher)
 
@@ -56,4 +70,4 @@ class FitNet(LayerDistiller):
         return KF.feature_l2(*KF.match_spatial(part(student), teacher, "pool"))
 
     def loss(self, student: View, teacher: View, batch: Batch) -> Terms:
-        return {} if self.hint_share and self.progress.stage else super().loss(student, teacher, batch)
+        return {} if self.hinted else super().loss(student, teacher, batch)

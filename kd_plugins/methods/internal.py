@@ -13,6 +13,7 @@ from kd_plugins.catalog.values import NonNegative, Positive, Range
 from kd_plugins.distiller import Distiller, Terms
 from kd_plugins.errors import DistillError
 from kd_plugins.methods.kd import soft_labels
+from kd_plugins.nn.connectors import as_weights
 from kd_plugins.reading.depth import pairs_of, uniform
 from kd_plugins.reading.nets import Nets
 from kd_plugins.reading.view import Batch, Needs, Reads, View
@@ -197,7 +198,8 @@ class Internal(Distiller):
     def _cosine(self, layer: int, student: View, teacher: View) -> Tensor:
         ours = student.hidden[layer][:, :1]
         if str(layer) in self.projections:
-            ours = self.projections[str(layer)](ours)
+            projection = self.projections[str(layer)]
+            ours = projection(as_weights(projection, ours))
         return KF.cls_cosine(ours, teacher.hidden[self.pairs[layer]][:, :1])
 
     @property

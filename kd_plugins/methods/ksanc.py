@@ -14,7 +14,7 @@ from kd_plugins.catalog.options import OptimSpec
 from kd_plugins.catalog.paper import Paper
 from kd_plugins.catalog.values import AtLeastOne, NonNegative, Range
 from kd_plugins.distiller import Terms, Turn
-from kd_plugins.errors import DistillError
+from kd_plugins.errors import DistillError, check_built
 from kd_plugins.layers import LayerDistiller, Pair
 from kd_plugins.nn.descriptors import AttentionEstimator, LogitDiscriminator
 from kd_plugins.reading.nets import Nets
@@ -91,7 +91,7 @@ class KSANC(LayerDistiller):
         super().__init__(**layers)
         if not (weight or logit_weight or adversarial_weight):
             raise DistillError("ksanc has nothing to distil where all three weights are 0: give one of them.")
-        self.classes = 0
+        self.outputs = 0  # of the discriminator
         self.estimators, self.heads = nn.ModuleList(), nn.ModuleList()
         self.register_buffer("scale", torch.ones(()))
 
@@ -113,8 +113,8 @@ class KSANC(LayerDistiller):
         if self.weight:
             super().setup(nets, batch)
         if self.adversarial_weight:
-            outputs = 1 + (self.classes if self.class_weight else 0)
-            self.discriminator = LogitDiscriminator(self.classes, self.hidden, outputs)
+            self.outputs = 1 + (self.classes if self.class_weight else 0)
+            self.discriminator = LogitDiscriminator(self.classes, self.hidden, self.outputs)
 
     def check_pair(self, pair: Pair) -> None:
         if not {pair.student.dim(), pair.teacher.dim()} <= {3, 4}:
@@ -135,7 +135,7 @@ class KSANC(LayerDistiller):
 
     def extras(self) -> dict[str, nn.Module]:
         first: dict[str, nn.Module] = {"estimators": nn.ModuleList([self.estimators, self.heads])} if self.heads else {}
-        return first | ({"discriminator": self.discriminator} if self.ready and self.adversarial_weight else {})
+        return first | ({"discriminator": self.discriminator} if self.outputs else {})
 
     def optimizers(self) -> dict[str, OptimSpec]:
         """Adam: 3e-3 for estimators, 1e-4 along the student's curve for the discriminator; our default."""
@@ -145,6 +145,7 @@ class KSANC(LayerDistiller):
     # A step
 
     def turns(self, nets: Nets, batch: Batch) -> Iterator[Turn]:
+        check_built(self, weight=self.heads, adversarial_weight=self.outputs, class_weight=self.outputs != 1)
         if self.weight and self.progress.stage == 0:
             yield {"estimators": self.informed(nets.teacher(batch), batch)}
             return

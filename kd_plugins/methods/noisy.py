@@ -13,7 +13,7 @@ from torch import Tensor
 from kd_plugins.catalog.paper import Paper
 from kd_plugins.catalog.values import NonNegative, Share
 from kd_plugins.distiller import Terms, Turn
-from kd_plugins.errors import DistillError
+from kd_plugins.errors import DistillError, check_built
 from kd_plugins.methods.kd import KD
 from kd_plugins.reading.nets import Nets
 from kd_plugins.reading.scores import class_scores
@@ -103,6 +103,7 @@ class Noisy(KD):
                     )
 
     def turns(self, nets: Nets, batch: Batch) -> Iterator[Turn]:
+        check_built(self, messy=self.classes, alpha=nets.teachers)
         noisy, replace = batch, None
         if self.messy:
             noisy = noisy.with_labels(self.messy_labels(batch))
@@ -123,8 +124,6 @@ class Noisy(KD):
 
     def messy_labels(self, batch: Batch) -> Tensor:
         """The labels, of which a share is redrawn among the wrong classes; those that the task ignores stay."""
-        if not self.classes:
-            raise DistillError("messy was 0 when noisy was set up: begin with a share above 0.")
         y = torch.as_tensor(batch.labels)
         if y.is_floating_point():
             raise DistillError("messy draws class numbers, and these labels are soft: train without mixup and cutmix.")

@@ -13,6 +13,7 @@ from kd_plugins.catalog.values import NonNegative, Share
 from kd_plugins.distiller import Terms
 from kd_plugins.errors import DistillError
 from kd_plugins.layers import LayerDistiller
+from kd_plugins.nn.connectors import as_weights
 from kd_plugins.nn.fusion import AttentionFusion
 from kd_plugins.reading.nets import Nets
 from kd_plugins.reading.view import Batch, View
@@ -74,7 +75,7 @@ class ReviewKD(LayerDistiller):
     def loss(self, student: View, teacher: View, batch: Batch) -> Terms:
         terms, deeper = [], None
         for pair, fusion in reversed(list(zip(self.pairs(student, teacher), self.fusions, strict=True))):
-            fused, deeper = fusion(pair.student, deeper, pair.teacher.shape[2:])
+            fused, deeper = fusion(as_weights(fusion, pair.student), deeper, pair.teacher.shape[2:])
             terms.append(KF.hcl(fused, pair.teacher))
         grown = min(1.0, self.progress.fraction / self.warmup) if self.warmup else 1.0
         return {self.name: self.weight * grown * torch.stack(terms).sum()}

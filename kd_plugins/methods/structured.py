@@ -14,7 +14,7 @@ from kd_plugins.catalog.options import OptimSpec
 from kd_plugins.catalog.paper import Paper
 from kd_plugins.catalog.values import AtLeastOne, NonNegative
 from kd_plugins.distiller import Terms, Turn
-from kd_plugins.errors import DistillError
+from kd_plugins.errors import DistillError, check_built
 from kd_plugins.layers import DENSE_TASKS, LayerDistiller, Pair
 from kd_plugins.nn.discriminators import Critic
 from kd_plugins.reading.nets import Nets
@@ -126,13 +126,14 @@ class Structured(LayerDistiller):
             )
 
     def extras(self) -> dict[str, nn.Module]:
-        return {"critic": self.critic} if self.holistic else {}
+        return {"critic": self.critic} if isinstance(self.critic, Critic) else {}
 
     def optimizers(self) -> dict[str, OptimSpec]:
         """Adam at 1e-4 with betas (0, 0.9), as for WGAN-GP, along the student's learning-rate curve; our default."""
         return dict.fromkeys(self.extras(), OptimSpec("Adam", 1e-4, options={"betas": (0.0, 0.9)}, schedule="student"))
 
     def turns(self, nets: Nets, batch: Batch) -> Iterator[Turn]:
+        check_built(self, holistic=isinstance(self.critic, Critic))
         student, teacher = nets.student(batch), nets.teacher(batch)
         terms = {**self.task(student, batch), **self.loss(student, teacher, batch)}
         if not self.holistic:

@@ -10,7 +10,17 @@ from torch import Tensor, nn
 
 from kd_plugins.functional._common import no_autocast
 
-__all__ = ["GaussianRegressor", "UnitHead", "hint_regressor"]
+__all__ = ["GaussianRegressor", "UnitHead", "as_weights", "hint_regressor"]
+
+
+def as_weights(part: nn.Module | None, x: Tensor) -> Tensor:
+    """A tensor in the precision of a part's weights, which networks in bfloat16 do not share with parts of ours.
+
+    >>> as_weights(nn.Linear(2, 2), torch.zeros(1, dtype=torch.bfloat16)).dtype
+    torch.float32
+    """
+    weight = None if part is None else next(part.parameters(), None)
+    return x if weight is None else x.to(weight.dtype)
 
 
 def hint_regressor(student: Tensor, teacher: Tensor) -> nn.Conv2d:

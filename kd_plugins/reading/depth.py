@@ -26,7 +26,9 @@ def pairs_of(text: str) -> dict[int, int]:
     {1: 2, 2: 4}
     """
     try:
-        pairs = {int(s): int(t) for s, t in (pair.split(":") for pair in text.split(","))}
+        pairs = sorted((int(s), int(t)) for s, t in (pair.split(":") for pair in text.split(",")))
     except ValueError:
         raise DistillError(f"Expected layers as 'uniform' or as pairs such as '1:2,2:4', got {text!r}.") from None
-    return dict(sorted(pairs.items()))
+    if len(dict(pairs)) < len(pairs):
+        raise DistillError(f"Expected one teacher layer for each student layer, got {text!r}: leave the others out.")
+    return dict(pairs)

@@ -114,7 +114,9 @@ class Net:
         return view
 
     def _known(self, batch: Batch, reads: Reads) -> View | None:
-        """The view of a teacher that was asked before the training, where that is all that is read."""
+        """What no forward is needed for: nothing, or what the teacher said when it was asked before the training."""
+        if not (reads.logits or reads.taps):
+            return View(labels=batch.labels)
         told, features = batch.teacher_logits, dict(enumerate(batch.teacher_features)).get(self.number, {})
         if told is None or reads.hidden or reads.attentions or not features.keys() >= set(reads.features):
             return None

@@ -23,6 +23,7 @@ class Rows(NamedTuple):
         labels: Class numbers `[B, N]`; None where the labels are none (soft targets, or no labels).
         binary: Whether each score is a class of its own under a sigmoid, rather than all under one softmax.
         numbers: Whether each score is a number, that of a regression, and no class at all.
+        ignore_index: The label of what has no true class.
     """
 
     student: Tensor
@@ -31,6 +32,7 @@ class Rows(NamedTuple):
     labels: Tensor | None
     binary: bool
     numbers: bool = False
+    ignore_index: int = -100
 
     def exclusive(self, method: str) -> Rows:
         """These rows; raises where the scores are not of classes that exclude each other."""
@@ -42,14 +44,20 @@ class Rows(NamedTuple):
             )
         return self
 
-    def hard_labels(self, method: str) -> Tensor:
-        """The class numbers `[B, N]`, 0 where a row does not count; raises where there are none."""
+    def hard_labels(self, method: str) -> tuple[Tensor, Tensor]:
+        """The class numbers, and which rows count and have one, `[B, N]` each; raises where there are none.
+
+        The number is 0 where a row does not count. An example whose label is ignored has no class, though what a
+        teacher says of it counts to methods that ask for none.
+        """
         if self.labels is None:
             raise DistillError(
                 f"{method} needs the number of the true class of each example, and these labels are soft or missing:"
                 " train without mixup, cutmix and label smoothing of the targets, or use kd."
             )
-        return self.labels if self.mask is None else self.labels.masked_fill(~self.mask, 0)
+        known = self.labels != self.ignore_index
+        known = known if self.mask is None else known & self.mask
+        return self.labels.masked_fill(~known, 0), known
 
 
 def class_scores(student: View, teacher: View, batch: Batch, temperature: float | None = None) -> Rows:
@@ -105,7 +113,7 @@ def class_scores(student: View, teacher: View, batch: Batch, temperature: float 
         # One number for each example, with an axis of its own or without.
         hard = labels is not None and labels.numel() == len(s) and not labels.is_floating_point()
         rows = labels.reshape(-1, 1) if labels is not None and hard else None
-        return Rows(s.unsqueeze(1), t.unsqueeze(1), None, rows, binary, numbers)
+        return Rows(s.unsqueeze(1), t.unsqueeze(1), None, rows, binary, numbers, batch.ignore_index)
     if not last:
         size, s, t = s.shape[2:], s.movedim(1, -1), t.movedim(1, -1)
         labels = None if labels is None or labels.dim() != s.dim() - 1 else _at(labels, size)
@@ -126,7 +134,7 @@ def class_scores(student: View, teacher: View, batch: Batch, temperature: float 
         # Padding on the left stands before a token that counts.
         mask = mask & real.bool()[:, :-1] if real is not None else mask
     mask, labels = (None if x is None else x.flatten(1) for x in (mask, labels))
-    return Rows(s.flatten(1, -2), t.flatten(1, -2), mask, labels, binary, numbers)
+    return Rows(s.flatten(1, -2), t.flatten(1, -2), mask, labels, binary, numbers, batch.ignore_index)
 
 
 def score_maps(student: View, teacher: View, batch: Batch, method: str) -> tuple[Tensor, Tensor]:

@@ -46,6 +46,16 @@ def test_channels_signs_and_scale_do_not_count() -> None:
     assert KF.at(student, 7 * student) < 1e-30
 
 
+@pytest.mark.parametrize("p", [2, 8])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e5])
+def test_no_power_leaves_the_range_of_floats(p: int, size: float) -> None:
+    student, teacher = (randn(2, 3, 4, 4, seed=i) for i in range(2))
+    ours, theirs = (size * student).float().requires_grad_(), (teacher / size).float()
+    value = KF.at(ours, theirs, p)
+    torch.testing.assert_close(value.double(), KF.at(student, teacher, p), rtol=1e-4, atol=0)
+    assert torch.autograd.grad(value, ours)[0].isfinite().all()
+
+
 def test_gradient() -> None:
     student, teacher = randn(2, 3, 2, 3).requires_grad_(), randn(2, 4, 4, 3, seed=1).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: KF.at(x, teacher, reduction="none"), student)

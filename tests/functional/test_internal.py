@@ -294,3 +294,10 @@ class TestClsCosine:
             KF.cls_cosine(x, x[:1])
         with pytest.raises(ValueError, match=r"\[B, L, H\]"):
             KF.cls_cosine(x[:, 0], x[:, 0])
+
+
+def test_a_vector_of_zeros_has_no_direction_and_no_gradient() -> None:
+    hidden = torch.zeros(2, 3, 4, requires_grad=True)
+    values = KF.cls_cosine(hidden, torch.ones(2, 3, 4), reduction="none")
+    assert values.tolist() == [1, 1]
+    assert not torch.autograd.grad(values.sum(), hidden)[0].any()

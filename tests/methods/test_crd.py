@@ -95,3 +95,13 @@ def test_the_memory_is_the_same_on_all_processes(monkeypatch):
         assert state["classes"].tolist() == [3, 4, -1, -1, -1]
         assert state["order"].tolist() == [2, 3, 4, 0, 1]
     assert max(sizes) == 2
+
+
+def test_its_momentum_may_change_in_the_training():
+    (batch,) = tiny_batches(1)
+    distiller = create_distiller("crd", layers=("layer2",), momentum=0.5)
+    nets = bind(distiller, TinyNet(), TinyNet(6), batch=batch)
+    before = distiller.connectors[0].banks[0].vectors.clone()
+    distiller.momentum = 1.0
+    list(distiller.turns(nets, batch))
+    torch.testing.assert_close(distiller.connectors[0].banks[0].vectors, before)

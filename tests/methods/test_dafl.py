@@ -88,9 +88,24 @@ def test_an_untrained_generator_and_noise_as_baselines(options: dict[str, Any]) 
 
 def test_options_stand_over_presets() -> None:
     distiller = kd_plugins.create_distiller("dafl", preset="mmrazor", one_hot=0.3, **{"generator.lr": 0.5})
-    assert (distiller.settings["one_hot"], distiller.settings["temperature"]) == (0.3, 6)
+    assert (distiller.one_hot, distiller.temperature) == (0.3, 6)
     _, _, run = bound(TinyNet(4), TinyNet(8), preset="mmrazor", latent=6)
     assert run["generator"].optimizer.param_groups[0]["lr"] == 1e-3
+
+
+def test_options_take_effect_in_the_training() -> None:
+    distiller, nets, _ = bound(TinyNet(4), TinyNet(8), temperature=1.0)
+    (before,) = distiller.turns(nets, BATCH)
+    distiller.host.seed(1)
+    distiller.one_hot, distiller.activation, distiller.temperature = 2 * distiller.one_hot, 0.0, 4.0
+    (after,) = distiller.turns(nets, BATCH)
+    assert set(after["generator"]) == {"one_hot", "information"}
+    torch.testing.assert_close(after["generator"]["one_hot"], 2 * before["generator"]["one_hot"])
+    assert not torch.equal(after["student"]["kd"], before["student"]["kd"])
+    distiller, nets, _ = bound(TinyNet(4), TinyNet(8), one_hot=0.0, activation=0.0, information=0.0)
+    distiller.information = 5.0
+    with pytest.raises(DistillError, match="information was 0 when dafl was set up: begin with a value above 0"):
+        list(distiller.turns(nets, BATCH))
 
 
 def test_it_shows_the_images_of_the_training_and_keeps_them_in_its_state() -> None:

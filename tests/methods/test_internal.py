@@ -45,3 +45,8 @@ def test_a_teacher_of_other_tokens_is_refused_where_attention_is_compared():
     distiller.attention_weight = 1.0
     with pytest.raises(DistillError, match="teacher_input_ids holds other tokens"):
         distiller.loss(None, None, batch)
+
+
+def test_a_student_layer_has_one_teacher_layer():
+    with pytest.raises(DistillError, match="one teacher layer for each student layer, got '1:2,1:3'"):
+        create_distiller("internal", layers="1:2,1:3")

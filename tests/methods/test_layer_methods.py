@@ -29,6 +29,10 @@ def test_fitnet_learns_from_the_hints_first_and_from_the_task_then():
             terms.append(sorted(turn["student"]))
             play(turn, optimizers)
         assert torch.equal(nets.student.module.head.weight, head) == (step < 2)
+        if step == 1:  # What is not read is not run.
+            nets.teacher.module.register_forward_hook(lambda *_: pytest.fail("the teacher runs after the hints"))
+    with pytest.raises(DistillError, match="hint_share to be float from 0 below 1, got 1"):
+        create_distiller("fitnet", hint_share=1.0)
     assert terms == [["fitnet"]] * 2 + [["task"]] * 2
 
 

@@ -158,6 +158,13 @@ def test_messy_labels_know_the_classes_of_every_batch() -> None:
         list(distiller.turns(nets, batch))
 
 
+def test_soft_labels_do_not_come_back_without_a_teacher() -> None:
+    distiller, nets, batch = bound({"alpha": 0.0, "messy": 0.5}, TinyNet(4))
+    distiller.alpha = 0.5
+    with pytest.raises(DistillError, match="alpha was 0 when noisy was set up: begin with a value above 0"):
+        list(distiller.turns(nets, batch))
+
+
 def test_noise_on_the_teachers_logits_is_relative() -> None:
     distiller, nets, batch = bound({"logit_sigma": 0.5, "alpha": 1.0, "temperature": 1.0}, TinyNet(4), TinyNet(8))
     student, teacher = nets.student(batch), nets.teacher(batch)

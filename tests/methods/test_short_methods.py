@@ -43,6 +43,16 @@ def test_dkd_and_dist_leave_out_ignored_tokens() -> None:
         torch.testing.assert_close(create_distiller(name).loss(student, teacher, batch)[name], value)
 
 
+@pytest.mark.parametrize("ignored", [-100, 255])
+def test_examples_without_a_class_have_no_part_in_dkd(ignored: int) -> None:
+    student, teacher = scores(4, 5), scores(4, 5, seed=1)
+    labels = torch.tensor([0, ignored, 2, ignored])
+    rows, mask = torch.tensor([0, 2]), torch.tensor([1, 0, 1, 0])
+    found = create_distiller("dkd").loss(student, teacher, Batch(labels=labels, ignore_index=ignored))["dkd"]
+    torch.testing.assert_close(found, KF.dkd(student.logits, teacher.logits, labels, mask=mask))
+    torch.testing.assert_close(found, KF.dkd(student.logits[rows], teacher.logits[rows], labels[rows]) / 2)
+
+
 @pytest.mark.parametrize("name", ["rkd", "pkt"])
 def test_padding_is_no_part_of_an_embedding(name: str) -> None:
     tokens = {name: torch.randn(4, 6, width) for name, width in (("student", 3), ("teacher", 5))}
@@ -53,7 +63,8 @@ def test_padding_is_no_part_of_an_embedding(name: str) -> None:
         views = [View(features=Features({"encoder": x.where(mask[..., None], fill)})) for x in tokens.values()]
         return distiller.loss(*views, batch)[name]
 
-    torch.testing.assert_close(term(0.0, batch), term(9.0, batch))
+    for fill in (9.0, torch.nan):
+        torch.testing.assert_close(term(0.0, batch), term(fill, batch))
     for columns in ({"attention_mask": torch.ones(4, 6)}, {"input_ids": torch.ones(4, 6)}):
         # Of a teacher with tokens of its own all count, where it has no mask of its own.
         own = Batch(torch.ones(4, 6), name="input_ids", mask=mask, teacher_kwargs=columns)
