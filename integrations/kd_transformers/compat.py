@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, Trainer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.training_args import ParallelMode
 
 from kd_plugins.errors import DistillError
 
@@ -106,6 +107,16 @@ class Hooks(Trainer):
         """Takes a learning-rate curve as one that Trainer has made, which it drops before another training."""
         self.lr_scheduler = scheduler
         self._created_lr_scheduler = True
+
+    def prepare_anew(self) -> None:
+        """Takes back how an evaluation before the training has prepared the model: Accelerate would leave it so.
+
+        That is without DDP, whose processes would then train each for itself.
+        """
+        distributed = self.args.parallel_mode == ParallelMode.DISTRIBUTED
+        if distributed and not (self.is_fsdp_enabled or self.is_deepspeed_enabled) and self.model_wrapped is self.model:
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            self.model.__dict__.pop("_is_accelerate_prepared", None)
 
     def count_items(self, inputs: Mapping[str, Any]) -> Tensor | int | None:
         """What Trainer counts as the items of one batch, over all processes where it averages over them."""

@@ -17,6 +17,8 @@ from trainer_kit import Texts, bert, logged, shifted, teacher, trainer, weights
 BATCH = 8
 RUNS: dict[str, dict[str, Any]] = {
     "kd": {"options": {"alpha": 0.5}},
+    # Also where the first thing asked of it is an evaluation.
+    "kd evaluated": {"options": {"alpha": 0.5}},
     "kd accumulated": {"gradient_accumulation_steps": 2},
     "stacked": {"options": {"schedule": "stacked", "gold": 0.5}, "gradient_accumulation_steps": 2},
     # Rows with very different numbers of labels, whose loss is a mean over those of both processes.
@@ -74,6 +76,8 @@ def main(folder: Path) -> None:
     gc.freeze()
     for name in RUNS:
         run = run_of(name, folder / "out", 2)
+        if name == "kd evaluated":
+            run.evaluate(run.train_dataset)
         run.train()
         record(run, folder, name)
     saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4}
