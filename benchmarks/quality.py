@@ -90,12 +90,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--only", nargs="*", help="rows to run; the table has all that are done")
     parser.add_argument("--collect", action="store_true", help="run nothing: the table of what is done")
     parser.add_argument(
-        "--keep", action="store_true", help="run no seed that the results file has already: another machine's, say"
+        "--keep", action="store_true", help="run no seed that the results file has of a row with these flags"
     )
     args = parser.parse_args(argv)
     spec = yaml.safe_load(Path(args.list).read_text())
     target = Path(args.json or f"benchmarks/results/{Path(args.list).stem}.json")
-    kept = json.loads(target.read_text())["rows"] if args.keep else {}
+    kept = json.loads(target.read_text())["rows"] if args.keep and target.is_file() else {}
     root = Path(args.output) / Path(args.list).stem
     wanted = spec.get("results", "results.json")
     scale = spec.get("scale", 1)
@@ -122,7 +122,7 @@ def main(argv: list[str]) -> int:
     with ThreadPoolExecutor(args.jobs) as pool:
         for seed in spec["seeds"]:
             for row, flags in lines.items():
-                if row in kept and str(seed) in kept[row][first]:
+                if row in kept and str(seed) in kept[row].get(first, {}):
                     continue
                 folder = root / folder_name(row) / f"seed{seed}"
                 command = f"{spec['common']} {flags}".format(out=folder, seed=seed, **names)

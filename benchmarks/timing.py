@@ -74,9 +74,9 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def peak_bytes(step: Callable[[], Any]) -> int:
-    """The bytes that a step allocates at most beyond what there was: on the GPU, or in torch's own CPU memory."""
-    if torch.cuda.is_available():
+def peak_bytes(step: Callable[[], Any], *, cuda: bool = False) -> int:
+    """The bytes that a step allocates at most beyond what there was: of the CPU's memory, or of the GPU's."""
+    if cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()

@@ -96,6 +96,6 @@ def main(argv: Sequence[str]) -> int:
             start = time.perf_counter()
             step()  # Ends with a number on the host, which waits for the device.
             seconds.append(time.perf_counter() - start)
-        copies = peak_bytes(step) / (4 * numbers)
+        copies = peak_bytes(step, cuda=args.device == "cuda") / (4 * numbers)
         print(json.dumps({"way": way, "seconds": statistics.median(seconds), "copies": copies, "found": found}))
     return 0

@@ -360,7 +360,8 @@ def _keep_attention(found: Analysis, name: str, reader: _Reader, shown: Batch, a
             before = probs.shape[-1] - patches[0].numel()
             kept.append(patches if before and class_token else reader.patches(probs[:, before:].mean(1)))
         else:
-            pairs = zip(probs, (tokens.start for tokens in _tokens(shown)), strict=True)
+            mask = shown.teacher_mask if name == "teacher" else shown.mask
+            pairs = zip(probs, (tokens.start for tokens in _tokens(mask, shown.size)), strict=True)
             kept.append(torch.stack([x.roll((-i, -i), (0, 1))[:_TOKENS, :_TOKENS] for x, i in pairs]))
     found.arrays[f"{name}/attention"] = torch.stack(kept).half().cpu().contiguous()
     found.summary[name]["attention"] = [f"layer {layer}" for layer in layers]
@@ -374,15 +375,15 @@ def _keep_examples(found: Analysis, shown: Batch, decode: Decode | None) -> None
     if _is_image(shown):
         found.arrays["images"] = _shrink(pixels(shown).float(), _IMAGE).round().byte().contiguous()
     elif inputs is not None and not inputs.is_floating_point() and inputs.dim() == 2:
-        rows = [row[tokens] for row, tokens in zip(inputs.tolist(), _tokens(shown), strict=True)]
+        rows = [row[tokens] for row, tokens in zip(inputs.tolist(), _tokens(shown.mask, shown.size), strict=True)]
         found.summary["tokens"] = [[str(t) for t in (decode(row) if decode else row)][:_TOKENS] for row in rows]
 
 
-def _tokens(batch: Batch) -> list[slice]:
+def _tokens(mask: Tensor | None, size: int) -> list[slice]:
     """The place of each sentence in its row, on whichever side the padding is."""
-    if batch.mask is None:
-        return [slice(0, None)] * batch.size
-    starts, lengths = batch.mask.int().argmax(1).tolist(), batch.mask.sum(1).int().tolist()
+    if mask is None:
+        return [slice(0, None)] * size
+    starts, lengths = mask.int().argmax(1).tolist(), mask.sum(1).int().tolist()
     return [slice(start, start + n) for start, n in zip(starts, lengths, strict=True)]
 
 

@@ -180,7 +180,9 @@ def bars(values: Sequence[tuple[str, float]], *, title: str, mark: float | None 
     axes = _rows([str(name) for name, _ in values], 260, title)
     lengths = np.array([value for _, value in values], float)
     drawn = axes.barh(range(len(lengths)), lengths, height=0.58, color=_C[0])
-    axes.bar_label(drawn, [f"{value:.2f}".replace("-", "−") for value in lengths], padding=6)
+    axes.bar_label(
+        drawn, ["–" if np.isnan(value) else f"{value:.2f}".replace("-", "−") for value in lengths], padding=6
+    )
     if mark is not None:
         axes.axvline(mark, **_DASHED)
     return _svg(axes, title)

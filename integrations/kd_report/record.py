@@ -149,7 +149,7 @@ class RunRecord:
 
     @_optional
     def _begin(self, resume: int | None, rows: Iterable[Mapping[str, Any]] | None) -> None:
-        """Starts a new record, or goes on with whatever can be read of the one before."""
+        """Starts a new record, or goes on with whatever can be read of the one before, up to the step of its state."""
         self.folder.mkdir(parents=True, exist_ok=True)
         history, before, kept = self.folder / "history.jsonl", self.folder / "run.json", list[Mapping[str, Any]]()
         if resume is not None:

@@ -67,24 +67,25 @@ TASK_ARGUMENTS: dict[str, tuple[Any, dict[str, str]]] = {
 }
 
 
-def check_model_name(name: str, flag: str) -> None:
+def check_model_name(name: str, flag: str, *, weights: bool = False) -> None:
     """Refuses a model name that timm does not know, with a hint, and a folder of which nobody knows what is meant.
 
     Args:
         name: A name of timm's registry, or `hf-hub:...` or `local-dir:...`.
         flag: The flag it came from.
+        weights: Whether the model's own weights are taken, and no file that is named beside it.
     """
     with told(f"{flag} {name}", ValueError):
         source, model = parse_model_name(name)
     if source is None and not timm.is_model(model.split(".")[0]):
         hint = did_you_mean(model, timm.list_models())
         raise DistillError(f"{flag}: timm has no model named {name!r}.{hint} timm.list_models() names them all.")
-    files = sorted(Path(model).glob("*.safetensors")) if source == "local-dir" else []
+    files = sorted(Path(model).glob("*.safetensors")) if weights and source == "local-dir" else []
     if len(files) > 1 and not any(file.name.endswith("model.safetensors") for file in files):
         # As the folder of a run, whose first file by name is not its best epoch.
         raise DistillError(
             f"{flag} {name}: expected a folder with one file of weights, got {len(files)}, of which timm would take"
-            f" {files[0].name}: name the model, and the file with --teacher-checkpoint or --initial-checkpoint."
+            f" {files[0].name}: name the file, with --teacher-checkpoint or --initial-checkpoint."
         )
 
 
@@ -126,7 +127,7 @@ def create_student(
     Returns:
         The model, on the CPU, and the data configuration (input size, mean, std, interpolation, crop).
     """
-    check_model_name(args.model, flag)
+    check_model_name(args.model, flag, weights=args.pretrained and not args.pretrained_path)
     files = {"--initial-checkpoint": args.initial_checkpoint, "--pretrained-path": args.pretrained_path}
     names: set[str] = set()
     for option, path in files.items():
@@ -295,7 +296,7 @@ def create_task(
         return None
     if args.task == "multilabel":
         raise DistillError("--kd-model-name: timm's distillation is for one label an image: drop --task multilabel.")
-    check_model_name(args.kd_model_name, "--kd-model-name")
+    check_model_name(args.kd_model_name, "--kd-model-name", weights=True)
     kind, names = TASK_ARGUMENTS[args.kd_distill_type]
     options = {name: getattr(args, flag) for name, flag in names.items()}
     common: dict[str, Any] = dict(criterion=criterion, device=device, dtype=model_dtype(args))

@@ -121,7 +121,7 @@ def create_teacher(
     Raises:
         DistillError: There are no weights, or they do not fill the whole model.
     """
-    check_model_name(name, "--teacher")
+    check_model_name(name, "--teacher", weights=not checkpoint)
     saved: dict[str, Any] = {}
     if checkpoint:
         module, saved = _from_checkpoint(name, checkpoint, kwargs, num_classes)

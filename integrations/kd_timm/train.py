@@ -194,7 +194,9 @@ class Session(Parts):
         if self.primary and self.earlier:
             for slot in slots(self.folder):
                 shutil.rmtree(slot, ignore_errors=True)
-            for file in (self.folder / "results.json", *self.folder.glob("checkpoint-*.safetensors")):
+            # The epochs before a checkpoint of timm's are this run's.
+            epochs = self.folder.glob("checkpoint-*.safetensors") if self.checkpoint is None else ()
+            for file in (self.folder / "results.json", *epochs):
                 file.unlink(missing_ok=True)
         self.earlier = False
 

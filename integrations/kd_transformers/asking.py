@@ -82,7 +82,9 @@ class Asking:
             view: Which view of them.
         """
         if self.views is None:
-            shown: Any = (dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True))
+            # The others are not read: to decode their images would take long.
+            columns = {column: rows[column] for column in rows if self._is_input(column)}
+            shown: Any = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
         else:
             shown = (self.views.item(first + number, view) for number in numbers)
         items = [{column: value for column, value in row.items() if self._is_input(column)} for row in shown]

@@ -147,14 +147,14 @@ def cache_teacher(
         top_k=top_k,
         temperature=1.0 if temperature is None else temperature,
         batch_size=batch_size,
-        device=torch.device(device or next(teachers[0].parameters(), torch.empty(0)).device),
+        device=next(teachers[0].parameters(), torch.empty(0)).device if device is None else torch.device(device),
         views=replayed,
     )
     facts = _facts(plain, teachers, collate)
     if top_k:
         facts["column"] += f", the {top_k} highest at temperature {asking.temperature:g}"
     if any(layers):
-        facts["layers"] = str(layers)
+        facts["layers"] = f"{layers}, files of NumPy's with an end"
     if replayed is not None:
         facts["images"] = replayed.sample()
         with told_in_words("The transform cannot be told from others", Exception, remedy="give a function of a module"):

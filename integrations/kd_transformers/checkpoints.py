@@ -164,8 +164,7 @@ class Resumable(Hooks):
         last = checkpoints(self._output) if resume_from_checkpoint is True else []
         self._resumed = Path(str(resume_from_checkpoint)) if isinstance(resume_from_checkpoint, str) else None
         self._resumed = last[0] if last else self._resumed
-        if self.distiller is not None:
-            self.prepare_anew()
+        self.prepare_anew()
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         # The last steps are too few for the watch.
         self._check_weights()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,19 @@ from transformers import TrainerCallback
 from kd_accelerate.streams import ReplayedDataset, StagedDataset
 from kd_plugins import Batch, DistillError, Net, View, binding
 from kd_transformers.inputs import with_labels
+
+
+def divides(one: Tensor, two: Tensor, gather: Callable[[Tensor], Tensor] = lambda seen: seen) -> bool | None:
+    """Whether a loss divides by the number of items it is given; None where no label counts.
+
+    Args:
+        one: The loss with 1 for the number.
+        two: With 2.
+        gather: Makes of `[1, 2]` of this process that of all, `[processes, 2]`, which then say the same.
+    """
+    told = one.isfinite() & two.isfinite() & (one != 0)
+    seen = gather(torch.stack([told, told & ~torch.isclose(one, two, rtol=1e-3)])[None].int()).any(0)
+    return bool(seen[1]) if seen[0] else None
 
 
 class Trained(Net):

@@ -47,7 +47,7 @@ from kd_transformers.checks import (
 from kd_transformers.columns import INDEX, TEACHER, Indexed, is_told, pop_told, told_columns, with_index, with_padding
 from kd_transformers.compat import ALWAYS_DIVIDES, on_device, used_columns
 from kd_transformers.inputs import decoder_inputs, labels_of
-from kd_transformers.playing import Trained, Updates, export, ignored_label, listed, save_weights
+from kd_transformers.playing import Trained, Updates, divides, export, ignored_label, listed, save_weights
 from kd_transformers.recording import RecordCallback
 from kd_transformers.schedule import refresh, staged_scheduler
 from kd_transformers.streams import Peeked, check_anew
@@ -253,8 +253,8 @@ class DistillationTrainer(Resumable):
             one, two = (net.task_loss(asked, items) for items in (1, 2))
             if one is None or two is None:
                 return False
-            if bool(one.isfinite() & two.isfinite() & (one != 0)):  # Else no label counts in this batch.
-                return not torch.allclose(one, two, rtol=1e-3)
+            if (counts := divides(one, two)) is not None:  # Else no label counts in this batch.
+                return counts
         return self.model_accepts_loss_kwargs
 
     # Data
@@ -481,7 +481,7 @@ class DistillationTrainer(Resumable):
             # Trainer multiplies a loss that was given the items by the processes, also one that ignores them.
             if self._counts is None and num_items_in_batch is not None and self.args.world_size > 1:
                 one, two = (self.host_loss(model, dict(inputs), n)[0] for n in (1, 2))
-                self._counts = not torch.allclose(one, two, rtol=1e-3)
+                self._counts = divides(one, two, self.accelerator.gather)
             items = None if self._counts is False else num_items_in_batch
             return super().compute_loss(model, inputs, return_outputs, items)
         self._played = True

@@ -40,7 +40,8 @@ def unit(x: Tensor, dim: int = -1, eps: float = 1e-12) -> Tensor:
             [0.0000, 0.0000]])
     """
     norms = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
-    return torch.where(norms > eps, x / norms.clamp_min(eps), 0)
+    # So that what is no number stays none.
+    return torch.where(norms <= eps, 0, x / norms.clamp_min(eps))
 
 
 def centred(x: Tensor, dim: int = -1) -> Tensor:
@@ -54,7 +55,7 @@ def centred(x: Tensor, dim: int = -1) -> Tensor:
     left = torch.linalg.vector_norm(rest, dim=dim, keepdim=True)
     # 6e-6 in float32 and 2e-12 in float64.
     size = torch.linalg.vector_norm(x, dim=dim, keepdim=True) * torch.finfo(x.dtype).eps ** 0.75
-    return torch.where(left > size, rest, 0)
+    return torch.where(left <= size, 0, rest)
 
 
 def per_example(values: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -68,6 +68,22 @@ def test_gradient() -> None:
     assert (grad == 0).all()
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_what_is_no_number_is_no_loss(wrong: float) -> None:
+    """A training must see it; zeros, which have no direction, are told apart from it."""
+    broken, whole = randn(2, 3, 4, 4), randn(2, 3, 4, 4, seed=1)
+    broken[0, 1, 2, 2] = wrong
+    tokens, others = broken.flatten(2), whole.flatten(2)
+    tokens[0, 0, 0] = wrong
+    for student, teacher in ((broken, whole), (whole, broken)):
+        assert KF.at(student, teacher).isnan()
+        assert KF.sp(student, teacher).isnan()
+    for student, teacher in ((tokens, others), (others, tokens)):
+        assert KF.cls_cosine(student, teacher).isnan()
+    logits = tokens[:, 0]
+    assert KF.dist(logits, others[:, 0]).isnan()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_float32_island(dtype: torch.dtype) -> None:
     student, teacher = randn(2, 3, 4, 4).to(dtype), 300 * randn(2, 5, 4, 4, seed=1).to(dtype)

@@ -23,6 +23,7 @@ import kd_plugins
 from kd_plugins import Batch
 from kd_report.uncertainty import doubts, uncertainty_metrics
 from kd_timm import data, distillation, teachers, train
+from kd_timm.build import check_model_name
 from kd_timm.teachers import InputTransform, create_teacher
 
 WIDE = ["--model-kwargs", "channels=(8,8,16,16)", "stem_width=16"]
@@ -572,3 +573,5 @@ def test_a_folder_of_several_weights_is_no_teacher(run, kept, teacher):
         kd_plugins.DistillError, match="expected a folder with one file of weights, .* --teacher-checkpoint"
     ):
         run("--distill", "kd", "--teacher", f"local-dir:{kept / 'teacher'}")
+    # It tells of a network, whatever lies in it.
+    check_model_name(f"local-dir:{kept / 'teacher'}", "--model")

@@ -14,6 +14,7 @@ import torch
 import trainer_kit as kit
 import transformers
 from datasets import Dataset, concatenate_datasets
+from datasets import Image as Picture
 from image_kit import Images, image_classifier
 from PIL import Image
 from torch import nn
@@ -102,6 +103,14 @@ def test_layers_in_a_format_of_arrays(rows, kind):
     column = Dataset.from_dict({'teacher_layer:0:"x"': [*map(as_file, ended)]}).with_format(kind)
     batch = Told(default_data_collator, tokens=False)([{**row, "labels": 0} for row in column])
     assert torch.equal(batch['teacher_layer:0:"x"'], ended)
+
+
+def test_columns_that_no_teacher_reads_are_not_read(rows):
+    lost = Dataset.from_dict({"image": ["/nowhere.png"] * len(rows)}).cast_column("image", Picture())
+    cached = cache_teacher(concatenate_datasets([rows, lost], axis=1), kit.teacher())
+    assert np.array_equal(
+        cached.select_columns(TEACHER_LOGITS)[:][TEACHER_LOGITS], cache_teacher(rows, kit.teacher())[:][TEACHER_LOGITS]
+    )
 
 
 def test_a_cache_may_take_the_place_of_rows_that_were_looked_at(rows, tmp_path):

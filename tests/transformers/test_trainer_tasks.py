@@ -31,6 +31,7 @@ from transformers import Trainer
 
 from kd_plugins import Distiller, DistillError, Needs, Stage
 from kd_transformers import cache_teacher
+from kd_transformers.playing import divides
 
 BERT = {**TINY, **NO_DROPOUT, "num_hidden_layers": 1}
 SGD: dict[str, Any] = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "max_steps": 1}
@@ -603,3 +604,14 @@ def test_terms_reach_the_trackers(tmp_path: Path) -> None:
 
     trainer(tmp_path, given={"callbacks": [Tracker()]}, max_steps=1).train()
     assert {"loss", "distill/kd", "distill/task"} <= set(seen[0])
+
+
+def test_whether_a_loss_divides_is_told_by_labels_that_count():
+    """Of several processes all say what those with such labels have seen."""
+    loss, nan = torch.tensor(0.5), torch.tensor(float("nan"))
+    assert divides(loss, loss / 2) is True
+    assert divides(loss, loss) is False
+    assert divides(nan, nan) is None
+    assert divides(loss * 0, loss * 0) is None
+    others = torch.tensor([[1, 1]], dtype=torch.int)
+    assert divides(nan, nan, lambda seen: torch.cat([seen, others])) is True
