@@ -19,19 +19,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification
 
 import kd_plugins
-from benchmarks.speed import Step, interval, named, optimizer, tokens
+from benchmarks.speed import Step, bare, bert, interval, named, optimizer, tokens
 from benchmarks.timing import compare, machine, peak_bytes, print_table, write
-
-CLASSES = 10
-
-
-def bert(layers: int, attention: str, length: int) -> nn.Module:
-    size = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024, "num_hidden_layers": layers}
-    shape = {"vocab_size": 30522, "num_labels": CLASSES, "max_position_embeddings": length}
-    return BertForSequenceClassification(BertConfig(**size, **shape, attn_implementation=attention))
 
 
 def by_hand(layers: Sequence[int], labels: bool, student: nn.Module, teacher: nn.Module, batch: Any) -> Step:
@@ -62,29 +53,15 @@ def by_hand(layers: Sequence[int], labels: bool, student: nn.Module, teacher: nn
     return step
 
 
-def ours(schedule: str, phase: int, student: nn.Module, teacher: nn.Module, batch: kd_plugins.Batch) -> Step:
-    """A step of `internal` in a phase of a schedule."""
-    distiller = kd_plugins.create_distiller("internal", schedule=schedule)
-    nets = kd_plugins.bind(distiller, student, teacher, batch=batch, total_steps=10**6)
-    groups = kd_plugins.make_optimizers(distiller, optimizer(student), nets, max_grad_norm=1.0)
-    table = distiller.progress.table
-    assert table is not None
-    distiller.progress.at(table.bounds(phase)[0])
-    groups.enter_stage()
-    student.train()
-
-    def step() -> None:
-        for turn in distiller.turns(nets, batch):
-            kd_plugins.play(turn, groups)
-
-    return step
-
-
 def measure(length: int, size: int, depth: int, repeats: int) -> dict[str, dict[str, Any]]:
     """The phases of a student of `depth` layers at one length of the texts."""
     data = tokens(length, size)
     batch = kd_plugins.Batch.of(data, data.pop("labels"))
-    teachers = {kind: bert(2 * depth, kind, length).eval().requires_grad_(False) for kind in ("sdpa", "eager")}
+
+    def made(layers: int, attention: str) -> nn.Module:
+        return bert(layers, attn_implementation=attention, max_position_embeddings=length)
+
+    teachers = {kind: made(2 * depth, kind).eval().requires_grad_(False) for kind in ("sdpa", "eager")}
     layers = tuple(range(1, depth + 1))
     # The schedule, the number of its phase, the student's layers that learn there, and whether the labels are taught.
     phases: dict[str, tuple[str, int, tuple[int, ...], bool]] = {"all layers and the labels": ("all", 0, layers, True)}
@@ -95,8 +72,9 @@ def measure(length: int, size: int, depth: int, repeats: int) -> dict[str, dict[
     phases["the labels"] = ("stacked", depth, (), True)
     cases: dict[str, Step] = {}
     for title, (schedule, phase, of, labels) in phases.items():
-        cases[title] = ours(schedule, phase, bert(depth, "sdpa", length), teachers["sdpa"], batch)
-        cases[f"{title}, by hand"] = by_hand(of, labels, bert(depth, "eager", length), teachers["eager"], batch)
+        options = {"schedule": schedule}
+        cases[title] = bare("internal", options, made(depth, "sdpa"), teachers["sdpa"], batch, phase=phase)
+        cases[f"{title}, by hand"] = by_hand(of, labels, made(depth, "eager"), teachers["eager"], batch)
     seconds = compare(cases, repeats=repeats)
     rows: dict[str, dict[str, Any]] = {}
     for title in phases:

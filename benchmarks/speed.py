@@ -43,10 +43,10 @@ WORDS, CLASSES = 30522, 10
 TEMPERATURE, ALPHA = 4.0, 0.9
 
 
-def bert(layers: int) -> nn.Module:
+def bert(layers: int, **changes: Any) -> nn.Module:
     size = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024}
     shape = {"vocab_size": WORDS, "num_labels": CLASSES, "max_position_embeddings": 512}
-    return BertForSequenceClassification(BertConfig(num_hidden_layers=layers, **size, **shape))
+    return BertForSequenceClassification(BertConfig(num_hidden_layers=layers, **{**size, **shape, **changes}))
 
 
 def tokens(length: int, size: int) -> dict[str, Tensor]:
@@ -102,15 +102,24 @@ def by_hand(student: nn.Module, batch: kd_plugins.Batch, teacher: nn.Module | No
 
 
 def bare(
-    name: str, options: Mapping[str, Any], student: nn.Module, teacher: nn.Module, batch: kd_plugins.Batch
+    name: str,
+    options: Mapping[str, Any],
+    student: nn.Module,
+    teacher: nn.Module,
+    batch: kd_plugins.Batch,
+    *,
+    phase: int = 0,
 ) -> Step:
-    """A step of the bare loop."""
+    """A step of the bare loop, in a phase of the method."""
     distiller = kd_plugins.create_distiller(name, **options)
     # What quest makes its words of.
     data = [batch] if name != "quest" else [pictures(64) for _ in range(2)]
     nets = kd_plugins.bind(distiller, student, teacher, batch=batch, batches=data, total_steps=10**6)
     groups = kd_plugins.make_optimizers(distiller, optimizer(student), nets)
     groups.max_grad_norm = 1.0
+    if phase and distiller.progress.table is not None:
+        distiller.progress.at(distiller.progress.table.bounds(phase)[0])
+        groups.enter_stage()
     student.train()
 
     def step() -> None:

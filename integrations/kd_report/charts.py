@@ -140,7 +140,7 @@ def heatmap(
     tones = np.where((signed & (grid < 0))[..., None], _MINUS_TONE, _PLUS_TONE)
     axes.imshow(np.concatenate([tones, alpha[..., None]], 2), interpolation="none", aspect="auto")
     for (i, j), value in np.ndenumerate(grid) if side >= 28 and columns else ():
-        text = f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "−").replace("+nan", "–").replace("nan", "–")
+        text = _in_words(value, f"{'+' if signed else ''}.{digits}f")
         axes.text(j, i, text, size=9, ha="center", va="center_baseline", in_layout=False)
     axes.spines[:].set_visible(True)
     upright = max((len(str(name)) for name in columns), default=0) * 6.4 < side
@@ -175,14 +175,17 @@ def _rows(names: Sequence[str], width: float, title: str) -> Axes:
     return axes
 
 
+def _in_words(value: float, form: str) -> str:
+    """A number with a real minus; a dash where there is none."""
+    return "–" if np.isnan(value) else f"{value:{form}}".replace("-", "−")
+
+
 def bars(values: Sequence[tuple[str, float]], *, title: str, mark: float | None = None) -> Markup:
     """Horizontal bars from 0 with their numbers, and a line to compare with."""
     axes = _rows([str(name) for name, _ in values], 260, title)
     lengths = np.array([value for _, value in values], float)
     drawn = axes.barh(range(len(lengths)), lengths, height=0.58, color=_C[0])
-    axes.bar_label(
-        drawn, ["–" if np.isnan(value) else f"{value:.2f}".replace("-", "−") for value in lengths], padding=6
-    )
+    axes.bar_label(drawn, [_in_words(value, ".2f") for value in lengths], padding=6)
     if mark is not None:
         axes.axvline(mark, **_DASHED)
     return _svg(axes, title)

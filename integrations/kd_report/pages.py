@@ -91,17 +91,14 @@ class Subject:
         """
         run, differ = self.groups[name][0], list[str]()
         for other, (alone, *_) in self.groups.items() if run.method != "alone" else ():
-            if alone.method == "alone" and (alone.info.get("data"), _student(alone)) == (
-                run.info.get("data"),
-                _student(run),
-            ):
-                ours, theirs = (
-                    {k: v for k, v in _settings(r).items() if not _OF_METHOD.search(k)} for r in (run, alone)
-                )
-                different = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
-                if not different:
-                    return other, []
-                differ = differ or different
+            pairs = [(r.info.get("data"), _student(r)) for r in (run, alone)]
+            if alone.method != "alone" or pairs[0] != pairs[1]:
+                continue
+            ours, theirs = ({k: v for k, v in _settings(r).items() if not _OF_METHOD.search(k)} for r in (run, alone))
+            different = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+            if not different:
+                return other, []
+            differ = differ or different
         return None, differ
 
 

@@ -99,7 +99,8 @@ class _SoftmaxKL(torch.autograd.Function):
         # Two scores of -inf give a nan here, which counts as nothing; a nan among the scores is in the maxima as well.
         rows = (teacher - student).mul_(p_t).nansum(-1).add_(lse_s).sub_(lse_t)
         nothing = top_t == -torch.inf
-        rows.masked_fill_(nothing, 0)
+        # Not in place: torch 2.11 compiles what writes to its own result without a gradient.
+        rows = rows.masked_fill(nothing, 0)
         if ctx.needs_input_grad[0]:
             gradient = p_s.sub_(p_t) if student_probs is None else p_s - p_t
             ctx.save_for_backward(gradient.masked_fill_(nothing.unsqueeze(-1), 0))
