@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
 import pytest
 from accelerate_kit import fresh_accelerate
+
+
+def pytest_collection_finish() -> None:
+    """Trainer collects garbage with every training, which searches all that torch and transformers have loaded."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

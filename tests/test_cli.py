@@ -48,7 +48,11 @@ def shown(monkeypatch):
         EntryPoint("shown", "shown_by_test:Shown", GROUP),
         EntryPoint("shattered", "no_such_module_here:Nothing", GROUP),
     ]
-    monkeypatch.setattr("kd_plugins.catalog.installed.entry_points", lambda group: [*entry_points(group=group), *extra])
+    found = [*entry_points(group=GROUP), *extra]
+    monkeypatch.setattr(
+        "kd_plugins.catalog.installed._entry_points",
+        lambda group, _: [entry for entry in found if entry.group == group],
+    )
 
 
 def test_the_list_has_one_line_for_each_and_says_what_is_broken(shown, capsys):
@@ -70,8 +74,8 @@ def test_the_list_has_one_line_for_each_and_says_what_is_broken(shown, capsys):
 
 def test_the_list_of_our_own_methods_needs_no_torch():
     code = (
-        "import sys; from kd_plugins.catalog import cli, installed; found = installed.entry_points;"
-        "installed.entry_points = lambda group: [e for e in found(group=group) if e.value.startswith('kd_plugins.')];"
+        "import sys; from kd_plugins.catalog import cli, installed; found = installed._entry_points;"
+        "installed._entry_points = lambda *of: [e for e in found(*of) if e.value.startswith('kd_plugins.')];"
         "cli.main(['list']); print([name for name in ('torch', 'numpy') if name in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()

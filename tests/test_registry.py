@@ -161,7 +161,7 @@ def test_the_same_distribution_found_twice_is_one(install):
 
 
 def test_without_any_distiller_the_error_says_how_to_install(monkeypatch):
-    monkeypatch.setattr("kd_plugins.catalog.installed.entry_points", lambda group: [])
+    monkeypatch.setattr("kd_plugins.catalog.installed._entry_points", lambda group, _: [])
     assert list_distillers() == []
     with pytest.raises(DistillError, match="pip install -e ."):
         get_distiller("kd")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -38,18 +39,11 @@ class Digits(Dataset[tuple[Any, int]]):
         name, _, part = split.partition("[")
         if name not in _SPLITS:
             raise DistillError(f"Expected the digits' split train or validation, got {split!r}: name one of the two.")
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-
-        images, targets = load_digits(return_X_y=True)
-        train, held_out = train_test_split(np.arange(len(targets)), test_size=500, stratify=targets, random_state=0)
-        rows = train if _SPLITS[name] == "train" else held_out
-        rows = rows[_part(split, len(rows))] if part else rows
-        grey = (images[rows].reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
-        resized = [Image.fromarray(i).resize((32, 32), Image.Resampling.BICUBIC) for i in grey]
         with told(f"--input-img-mode {mode}", ValueError, remedy="name a mode of PIL, as L or RGB."):
-            self.images = [image.convert(mode) for image in resized]
-        self.targets = targets[rows].tolist()
+            images, targets, splits = _digits(mode)
+        rows = splits[_SPLITS[name]]
+        rows = rows[_part(split, len(rows))] if part else rows
+        self.images, self.targets = [images[i] for i in rows], targets[rows].tolist()
         self.transform = transform
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
@@ -60,6 +54,19 @@ class Digits(Dataset[tuple[Any, int]]):
 
     def __len__(self) -> int:
         return len(self.targets)
+
+
+@cache
+def _digits(mode: str) -> tuple[list[Image.Image], np.ndarray, dict[str, np.ndarray]]:
+    """All images, enlarged, in one mode; their classes; and the rows of each split."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    values, targets = load_digits(return_X_y=True)
+    train, held_out = train_test_split(np.arange(len(targets)), test_size=500, stratify=targets, random_state=0)
+    grey = (values.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
+    large = [Image.fromarray(i).resize((32, 32), Image.Resampling.BICUBIC) for i in grey]
+    return [image.convert(mode) for image in large], targets, {"train": train, "val": held_out}
 
 
 def _part(split: str, rows: int) -> slice:

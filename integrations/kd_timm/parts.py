@@ -131,7 +131,7 @@ class Parts(TrainingRun):
         if data_free and datasets[1] is not None:
             named = f"{args.dataset or args.data_dir} ({args.val_split})"
             self.reporter.line(f"{args.distill} trains without data: {named} is for the evaluation alone.")
-        self.seconds, self.updates = 0.0, 0
+        self.seconds, self.updates, self.described = 0.0, 0, False
         self.told: list[dict[str, Any]] = []
         self._begin(datasets, config)
         self._open_output()
@@ -300,10 +300,13 @@ class Parts(TrainingRun):
 
     def describe(self) -> None:
         """Writes `args.yaml` and `config.json`; beside the state of a run before, only once there is one of this."""
+        if self.described:
+            return
         write_text(self.folder / "args.yaml", yaml.safe_dump({**self.given, "config": "", "resume": ""}))
         networks = {"config": self.student} | dict(zip(self.peers.labels, self.peers.modules, strict=True))
         for name, network in networks.items():
             self.checkpoints.describe(network, self.data.config, self.data.classes, name)
+        self.described = True
 
 
 def softmax(args: argparse.Namespace) -> bool:

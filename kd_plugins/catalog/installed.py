@@ -6,8 +6,11 @@ What is broken is broken for those alone who ask for it, and no distribution tak
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 from collections.abc import Iterable
+from functools import lru_cache
 from importlib.metadata import EntryPoint, PackageNotFoundError, distributions, entry_points, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,10 +60,10 @@ def kd_version() -> str:
 
 def entries_by_name(group: str = GROUP) -> dict[str, list[EntryPoint]]:
     """Entry points by name; one each distribution, however often sys.path leads to it, and of a name of ours ours."""
-    found = _found(group)
-    own = {name: [entry for entry in entries if ours(entry)] for name, entries in found.items()}
     everyones = _EVERYONES if group == NETWORKS else ()
-    return {name: own[name] or entries for name, entries in found.items() if name not in everyones}
+    found = {name: entries for name, entries in _found(group).items() if name not in everyones}
+    own = {name: [entry for entry in entries if ours(entry)] for name, entries in found.items() if len(entries) > 1}
+    return {name: own.get(name) or entries for name, entries in found.items()}
 
 
 def unused(group: str = GROUP) -> list[EntryPoint]:
@@ -70,13 +73,28 @@ def unused(group: str = GROUP) -> list[EntryPoint]:
 
 
 def _found(group: str) -> dict[str, list[EntryPoint]]:
-    found: dict[str, dict[str, EntryPoint]] = {}
-    for entry in _entry_points(group):
-        found.setdefault(entry.name, {}).setdefault(_distribution(entry), entry)
-    return {name: list(entries.values()) for name, entries in found.items()}
+    found: dict[str, list[EntryPoint]] = {}
+    for entry in _entry_points(group, _places()):
+        found.setdefault(entry.name, []).append(entry)
+    # Whose an entry is takes parsing a distribution's metadata: asked where a name has several alone.
+    return {name: _one_each(entries) if len(entries) > 1 else entries for name, entries in found.items()}
 
 
-def _entry_points(group: str) -> Iterable[EntryPoint]:
+def _one_each(entries: Iterable[EntryPoint]) -> list[EntryPoint]:
+    found: dict[str, EntryPoint] = {}
+    for entry in entries:
+        found.setdefault(_distribution(entry), entry)
+    return list(found.values())
+
+
+def _places() -> tuple[tuple[str, int], ...]:
+    """Where distributions are looked for, and when one last came or went there."""
+    places = [place or "." for place in sys.path]
+    return tuple((place, os.stat(place).st_mtime_ns) for place in places if os.path.exists(place))
+
+
+@lru_cache(maxsize=4)  # Every distribution's files are read for it, and a training asks several times.
+def _entry_points(group: str, places: tuple[tuple[str, int], ...]) -> list[EntryPoint]:
     try:
         return [entry for entry in entry_points(group=group) if entry.group == group]
     except Exception:  # a distribution whose list nobody can read, for which Python gives nobody's
