@@ -2,6 +2,7 @@
 
 A table stands between `<!-- results: NAME -->` and `<!-- end -->`; its rows are those of `NAME.json`, what
 `python -m benchmarks quality lists/NAME.yaml` wrote, `python -m benchmarks speed`, or `python -m benchmarks phases`.
+Those of the table `methods` are every method's, as `methods.yaml` finds them in these files.
 """
 
 from __future__ import annotations
@@ -9,10 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality import table
+import yaml
+
+from benchmarks.quality import mean_and_spread, metrics_of, table
+from kd_report.measures import difference
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
@@ -44,11 +49,47 @@ def phases(report: dict[str, Any]) -> list[list[Any]]:
 MEASURED = {"jobs": costs, "phases": phases}
 
 
+def read(name: str) -> dict[str, Any]:
+    """A results file."""
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def methods() -> list[list[Any]]:
+    """Every method on every data set as a head and rows, beside the student alone and `kd`; the best first."""
+    spec = yaml.safe_load((ROOT / "benchmarks" / "methods.yaml").read_text())
+    table: list[list[Any]] = [["method", "accuracy", "to alone", "to `kd`", "time"]]
+    for data, files in spec.items():
+        found = []
+        for name, rows_of in files.items():
+            report = read(name)
+            rows, metric = report["rows"], metrics_of(report["rows"])[0]
+            # Beside a GPU the processor's seconds are not what a training costs.
+            timed = not report["machine"]["device"].startswith("NVIDIA")
+            alone, kd = (rows.get(rows_of.get(method)) for method in ("alone", "kd"))
+            for method, row in rows_of.items():
+                if row not in rows or any(method == known for _, (known, *_) in found):
+                    continue
+                own = rows[row]
+                paired = [
+                    difference(own[metric], other[metric], "+.1f") if other and other is not own else "–"
+                    for other in (alone, kd)
+                ]
+                spent = [statistics.mean(x["seconds"].values()) for x in (own, alone)]
+                time = f"{spent[0] / spent[1]:.1f}" if timed else "–"
+                cells = [method, mean_and_spread(own[metric]), *paired, time]
+                gain = statistics.mean(own[metric].values()) - statistics.mean(alone[metric].values())
+                found.append((gain, cells))
+        table += [[f"**{data}**", *[""] * 4], *(cells for _, cells in sorted(found, key=lambda x: -x[0]))]
+    return table
+
+
 def markdown(name: str) -> str:
-    """The table of one results file."""
-    report = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-    rows_of = next((rows for key, rows in MEASURED.items() if key in report), table)
-    head, *rows = rows_of(report)
+    """The table of one results file, or of all."""
+    if name == "methods":
+        head, *rows = methods()
+    else:
+        report = read(name)
+        head, *rows = next((rows for key, rows in MEASURED.items() if key in report), table)(report)
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n" + "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines) + "\n"
 

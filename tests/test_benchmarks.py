@@ -19,6 +19,7 @@ from datasets import load_dataset
 from torch import nn
 
 from kd_plugins import Batch
+from kd_plugins.catalog.installed import entries_by_name, ours
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -157,6 +158,16 @@ def test_the_page_of_results_is_that_of_the_files() -> None:
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     assert results.BLOCK.search(page)
     assert results.fill(page) == page, "run: python -m benchmarks results"
+
+
+def test_every_method_of_the_same_task_is_in_the_one_table() -> None:
+    spec = yaml.safe_load((ROOT / "benchmarks" / "methods.yaml").read_text())
+    named = {
+        method.partition(",")[0].partition("+")[0] for files in spec.values() for of in files.values() for method in of
+    }
+    known = {name for name, (entry, *_) in entries_by_name().items() if ours(entry)}
+    # Without data, of several teachers, and of every pixel: with sections of their own.
+    assert named - {"alone"} == known - {"dafl", "endd", "structured", "cwd"}
 
 
 def test_idx_files_become_images(tmp_path: Path) -> None:
