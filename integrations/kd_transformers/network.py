@@ -15,10 +15,11 @@ from kd_transformers.checks import base, inputs_of
 
 
 class TransformersNetwork(Network):
-    """A transformers model: layers and attention by number, stages of a convolutional backbone by number.
+    """A transformers model: layers and attention by number, and stages.
 
-    Of a model with adapters (PEFT) module paths are those of the model in it. A model for question answering has two
-    rows of scores, start and end, `[B, 2, L]`; one for depth estimation the depth of each pixel, `[B, H, W]`.
+    Stages are those of a backbone; of a model with one stack of layers these, from 0. Of a model with adapters (PEFT)
+    module paths are those of the model in it. A model for question answering has two rows of scores, start and end,
+    `[B, 2, L]`; one for depth estimation the depth of each pixel, `[B, H, W]`.
     """
 
     attention_taps = AttentionTaps
@@ -28,10 +29,19 @@ class TransformersNetwork(Network):
         self.module = module
 
     def stages(self) -> list[str]:
-        """The children of the backbone's list of stages: the first `ModuleList` or `Sequential` named so."""
+        """The children of the first list of stages, or else of the only list of layers that is in no other."""
+        lists: dict[str, list[str]] = {}
         for path, module in base(self.module).named_modules():
-            if path.rpartition(".")[2] in ("stages", "stage") and isinstance(module, (nn.ModuleList, nn.Sequential)):
-                return [f"{path}.{name}" for name, _ in module.named_children()]
+            name, inner = path.rpartition(".")[2], [f"{path}.{child}" for child, _ in module.named_children()]
+            if not isinstance(module, (nn.ModuleList, nn.Sequential)) or any(path.startswith(f"{x}.") for x in lists):
+                continue
+            if name in ("stages", "stage"):
+                return inner
+            if name in ("layer", "layers", "h", "block", "blocks") and inner:
+                lists[path] = inner
+        runs = [x for x in lists.values() if not isinstance(base(self.module).get_submodule(x[0]), nn.ModuleList)]
+        if len(runs) == 1:
+            return runs[0]
         raise DistillError(
             f"{type(base(self.module)).__name__} has no numbered stages: give module paths, or use a method that reads"
             " layers of a transformer."

@@ -11,13 +11,13 @@ from kd_plugins.catalog.paper import Paper
 from kd_plugins.catalog.values import AtLeastOne, NonNegative, Positive, Share
 from kd_plugins.errors import DistillError
 from kd_plugins.functional.crd import crd, crd_log_z
+from kd_plugins.functional.embedding import embedding
 from kd_plugins.layers import LayerDistiller
 from kd_plugins.nn.bank import PairMemory
 from kd_plugins.reading.nets import Nets
 from kd_plugins.reading.view import Batch, Needs, Reads
 
 __all__ = ["CRD"]
-
 
 _ROWS = "crd remembers the training set by row: give Batch.of(..., index=row numbers, rows=M)."
 
@@ -26,9 +26,10 @@ class CRD(LayerDistiller):
     """The two networks' embeddings of an input are to be told apart from those of many other inputs.
 
     Tian, Krishnan, Isola, "Contrastive Representation Distillation", ICLR 2020, arXiv 1910.10699: heads make embeddings
-    of length 1 of both networks' layers, maps `[B, C, H, W]` (averaged) or vectors `[B, C]`; memories hold those of all
-    M rows of the training set. `task + weight * sum_sides (-log h(own, other's) - sum over N rows of log(1 - h))` with
-    the critic `h = e / (e + N / M)`, `e = exp(cosine / temperature)`.
+    of length 1 of both networks' layers, of vectors `[B, C]` or of the means of maps `[B, C, H, W]` and of the real
+    tokens of `[B, L, C]`; memories hold those of all M rows of the training set. `task + weight * sum_sides (-log
+    h(own, other's) - sum over N rows of log(1 - h))` with the critic `h = e / (e + N / M)`, `e = exp(cosine /
+    temperature)`.
 
     **Departures** e is divided by a constant that the first step estimates, as in the released code (read there). The
     positive is the other network's embedding of this step, where that code has the memory's; the memory takes the
@@ -83,7 +84,8 @@ class CRD(LayerDistiller):
                 f" {len(teacher)} of the teacher's in a batch of {self.size}: take layers of whole examples, which a"
                 " model that reads every choice as a row of its own has not."
             )
-        return PairMemory(student.shape[1], teacher.shape[1], self.dim, self.rows, self.momentum, self.normalize)
+        ours, theirs = (embedding(x).shape[1] for x in (student, teacher))
+        return PairMemory(ours, theirs, self.dim, self.rows, self.momentum, self.normalize)
 
     def distance(self, student: Tensor, teacher: Tensor, part: Any, batch: Batch) -> Tensor:
         if batch.index is None:
@@ -93,7 +95,8 @@ class CRD(LayerDistiller):
             raise DistillError("crd draws rows of other classes, and the labels are no classes [B]: take others=rows.")
         for bank in part.banks:
             bank.momentum = self.momentum
-        sides: list[tuple[Tensor, Tensor, Tensor]] = part(student, teacher, batch.index, classes)
+        ours, theirs = embedding(student, batch.mask), embedding(teacher, batch.teacher_mask)
+        sides: list[tuple[Tensor, Tensor, Tensor]] = part(ours, theirs, batch.index, classes)
         rows = part.others.draw(classes, min(self.negatives, self.rows), self.host.generator(student.device))
         tau = self.temperature
         if part.log_z.isnan().any():

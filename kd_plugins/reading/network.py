@@ -210,7 +210,7 @@ class Network:
         if activation.dim() != 4:
             raise DistillError(
                 f"{method} reads maps [B, C, H, W], got {list(activation.shape)} at the layer {layer!r} of"
-                f" {type(self.module).__name__}: choose a convolution's output, or a stage number."
+                f" {type(self.module).__name__}: choose a layer of maps, such as a convolution."
             )
 
     def install(self, reads: Reads) -> None:

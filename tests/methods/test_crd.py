@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from kd_plugins import DistillError, bind, create_distiller
 from kd_plugins import functional as KF
 from kd_plugins.nn.bank import MemoryBank, OtherRows
-from kd_plugins.testing import TinyNet, tiny_batches
+from kd_plugins.testing import TinyNet, tiny_batches, tiny_tokens, tiny_transformer
 
 PATHS = {"layers": ("layer2",)}
 
@@ -47,6 +47,19 @@ def test_the_term_is_both_sides_of_the_memory():
         expected = [KF.crd(*side, rows, temperature=0.5, log_z=z) for side, z in zip(sides, log_z, strict=True)]
         torch.testing.assert_close(turn["student"]["crd"], 2 * sum(expected))
     torch.testing.assert_close(part.log_z, torch.stack(log_z))
+
+
+def test_tokens_are_embedded_by_the_mean_of_those_that_are_real():
+    batch = dataclasses.replace(tiny_tokens(1)[0], rows=16)
+    distiller = create_distiller("crd", negatives=5, dim=3, layers=("bert.encoder.layer.1",))
+    nets = bind(distiller, tiny_transformer(2), tiny_transformer(2), batch=batch)
+    tokens = nets.student(batch, reads=distiller.needs().student).features["bert.encoder.layer.1"]
+    means = torch.stack([x[m.bool()].mean(0) for x, m in zip(tokens, batch.mask, strict=True)])
+    part, given = distiller.connectors[0], []
+    part.register_forward_pre_hook(lambda _, inputs: given.append(inputs))
+    (turn,) = distiller.turns(nets, batch)
+    assert turn["student"]["crd"].isfinite()
+    torch.testing.assert_close(given[0][0], means)
 
 
 def test_refusals():

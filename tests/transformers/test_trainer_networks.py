@@ -17,6 +17,7 @@ from trainer_kit import NO_DROPOUT, TINY, Texts, bert, calls, logged, moved, tea
 
 from kd_plugins import DistillError
 from kd_plugins import functional as KF
+from kd_plugins.reading.network import adapt
 
 DEBERTA = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8}
 TEXT_MODELS: dict[str, Any] = {
@@ -121,6 +122,27 @@ def test_convolutional_networks(tmp_path: Path, layers: tuple[Any, ...], expecte
     assert moved(before, run.model)
     if expected:
         assert list(run.player.nets.student.network.tap._handles) == expected
+
+
+def test_the_layers_of_one_stack_are_stages(tmp_path: Path) -> None:
+    """By number as by module path; of two stacks, or layers that share their weights, none has a number."""
+
+    def train(folder: str, layers: tuple[Any, ...], teacher_layers: tuple[Any, ...]) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        options = {"layers": layers, "teacher_layers": teacher_layers}
+        run = trainer(tmp_path / folder, "rkd", options, student=bert(2), of=bert(4), max_steps=2)
+        run.train()
+        return weights(run.model)
+
+    path = "bert.encoder.layer"
+    numbered, named = train("numbers", (-1,), (-1,)), train("paths", (f"{path}.1",), (f"{path}.3",))
+    assert all(torch.equal(numbered[key], named[key]) for key in named)
+    assert adapt(bert(3)).stages() == [f"{path}.{i}" for i in range(3)]
+    t5 = hf.T5Config(d_model=16, num_layers=2, num_heads=2, d_ff=32, vocab_size=64)
+    albert = hf.AlbertConfig(**TINY, num_hidden_layers=2, embedding_size=8)
+    for model in (hf.T5ForConditionalGeneration(t5), hf.AlbertForSequenceClassification(albert)):
+        with pytest.raises(DistillError, match="no numbered stages"):
+            adapt(model).stages()
 
 
 def test_nst_equals_the_function(tmp_path: Path) -> None:

@@ -154,7 +154,10 @@ BEFORE_TRAINING: dict[str, tuple[dict[str, Any], str]] = {
         },
         "(?s)no module 'resnet.encoder.stage.0'.*stages",
     ),
-    "no stages": ({"distiller": "nst", "student": vit(1), "of": vit(2), "data": Images()}, "no numbered stages"),
+    "stages that are no maps": (
+        {"distiller": "nst", "student": vit(1), "of": vit(2), "data": Images(8, size=32)},
+        r"nst reads maps \[B, C, H, W\], got .* at the layer -1 of ViT",
+    ),
     "vocabulary": (
         {"of": teacher(vocab_size=99)},
         "vocabulary of 64 tokens and .* with 99:",
