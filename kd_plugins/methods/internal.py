@@ -123,15 +123,16 @@ class Internal(Distiller):
                         " heads and the same tokens, or attention_weight=0."
                     )
             if self.hidden_weight:
-                h_s, h_t = student.hidden[ours].shape[-1], teacher.hidden[theirs].shape[-1]
-                if h_s != h_t and not self.project:
+                h_s, h_t = student.hidden[ours].shape, teacher.hidden[theirs].shape
+                same = h_s[-1] == h_t[-1]
+                if len(h_s) != 3 or len(h_t) != 3 or not (same or self.project):
                     raise DistillError(
-                        f"internal compares hidden vectors of one size, got {h_s} at the student's layer {ours} and"
-                        f" {h_t} at the teacher's layer {theirs}: use a student of that hidden size, project=true, or"
-                        " hidden_weight=0."
+                        f"internal compares hidden states [B, L, H] of one size H, got {list(h_s)} at the student's"
+                        f" layer {ours} and {list(h_t)} at the teacher's layer {theirs}: use a student of that hidden"
+                        " size, project=true, or hidden_weight=0."
                     )
-                if h_s != h_t:
-                    self.projections[str(ours)] = nn.Linear(h_s, h_t)
+                if not same:
+                    self.projections[str(ours)] = nn.Linear(h_s[-1], h_t[-1])
 
     def _check_tokens(self, batch: Batch) -> None:
         if self.attention_weight and not batch.aligned:

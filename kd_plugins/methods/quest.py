@@ -197,7 +197,7 @@ class QUEST(LayerDistiller):
             distance inf for a layer of tokens.
         """
         found = [vocabulary.search(words, patches) for vocabulary in self.vocabularies]
-        for batch in batches:
+        for batch in batches if any(nearest.side for nearest in found) else ():
             images = pixels(batch)
             for nearest, f_t in zip(found, self._teacher_maps(nets, batch), strict=True):
                 if nearest.side:

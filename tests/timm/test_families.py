@@ -84,8 +84,7 @@ def walk(family: str) -> tuple[str, dict[str, str]]:
     (student, side), (other, _) = (make(name) for _ in range(2))
     channels = student.pretrained_cfg.get("input_size", (3,))[0]
     batch = Batch.of(torch.randn(2, channels, side, side), torch.tensor([1, 2]))
-    found = {"kd": step("kd", student, other, [], batch), "nst": step("nst", student, other, [], batch)}
-    found["dfa"] = step("dfa", student, other, [], batch)
+    found = {method: step(method, student, other, [], batch) for method in ("kd", "nst", "dfa", "internal")}
     return name, found | {"peers": step("timm_distillers:Pair", student, None, [other.requires_grad_(True)], batch)}
 
 
@@ -97,7 +96,7 @@ def test_a_model_of_each_family(family, monkeypatch):
     name, found = walk(family)
     print(f"{family} | {name} | {found}")
     assert found["kd"] == found["peers"] == "fits"
-    for told in (found["nst"], found["dfa"]):
+    for told in (found["nst"], found["dfa"], found["internal"]):
         assert told == "fits" or (told.endswith(".") and "\n" not in told)
     if family in ("swin_transformer", "vision_transformer", "mlp_mixer"):
         assert "does not fit" in found["dfa"]

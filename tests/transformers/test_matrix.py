@@ -159,19 +159,16 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
         "holistic": 0.0,
         "granularity": (1, 1),
     },
-    ("quest", "image classification (ViT)"): {"layers": ("vit.layers.0",)},
-    ("ksanc", "text classification"): {"layers": ("bert.encoder.layer.0",)},
-    ("ksanc", "image classification (ViT)"): {"layers": ("vit.layers.0",)},
-    ("ksanc", "audio classification"): {"layers": ("wav2vec2.encoder.layers.0",)},
-    ("ksanc", "video classification"): {"layers": ("vivit.layers.0",)},
-    ("ksanc", "multiple choice"): {"layers": ("bert.encoder.layer.0",)},
 }
 DEFAULTS: dict[str, dict[str, Any]] = {
     "internal": ALL,
     "quest": {"words": 2},
     "structured": {"critic_width": 4},
     "noisy": {"messy": 0.5},
+    "crd": {"negatives": 4, "others": "rows"},
 }
+OF_EXAMPLES = ("crd", "pkt", "rkd")
+"""The methods whose layers need not be maps."""
 # transformers computes no loss of these.
 LOSSES = {"depth estimation": lambda output, labels, **_: (output.predicted_depth - labels).abs().mean()}
 
@@ -181,10 +178,17 @@ def test_methods_like_those_of_the_table() -> None:
     kd, nst, tokens = get_distiller("kd").tasks, get_distiller("nst"), {"token", "causal-lm", "ctc"}
     for name in ("dkd", "dist", "endd"):
         assert set(get_distiller(name).tasks) == set(kd) - {"multilabel", "regression", "ctc"}
-    for name in ("at", "fitnet", "reviewkd", "sp", "vid", "crd", "pkt", "rkd"):
+    for name in ("at", "fitnet", "reviewkd", "sp", "vid", *OF_EXAMPLES):
         assert get_distiller(name).tasks == nst.tasks
-        assert get_distiller(name).maps == (name not in ("crd", "pkt", "rkd"))
+        assert get_distiller(name).maps == (name not in OF_EXAMPLES)
     assert not tokens & set(nst.tasks)
+
+
+# Of the models that have no maps one of each kind.
+@pytest.mark.parametrize("model", ["text classification", "regression", "multiple choice", "audio classification"])
+@pytest.mark.parametrize("method", OF_EXAMPLES)
+def test_methods_that_read_no_maps(tmp_path: Path, model: str, method: str) -> None:
+    test_method_and_model(tmp_path, model, method, (method, model) != ("crd", "multiple choice"))
 
 
 @pytest.mark.parametrize(("model", "method", "fits"), cells())

@@ -135,7 +135,7 @@ BEFORE_TRAINING: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "hidden sizes": (
         {"distiller": "internal", "of": teacher(hidden_size=32)},
-        "hidden vectors of one size, got 16 at the student's layer 1 and 32",
+        r"hidden states \[B, L, H\] of one size H, got .* 16\] at the student's layer 1 and .* 32\]",
     ),
     "shallow teacher": ({"distiller": "internal", "of": bert(1)}, "at least as deep as the student, got 1"),
     "layer pair": ({"distiller": "internal", "options": {"layers": "1:9"}}, "layer pair 1:9 does not exist"),
