@@ -12,7 +12,7 @@ from kd_plugins.catalog.values import NonNegative
 from kd_plugins.distiller import Distiller, Terms
 from kd_plugins.errors import DistillError
 from kd_plugins.nn.connectors import as_weights
-from kd_plugins.reading.nets import Nets
+from kd_plugins.reading.nets import Net, Nets
 from kd_plugins.reading.view import Batch, Needs, Reads, View
 
 __all__ = ["DENSE_TASKS", "FEATURE_TASKS", "LayerDistiller", "Pair"]
@@ -93,10 +93,8 @@ class LayerDistiller(Distiller):
         student = nets.student(batch)
         for number, net in enumerate(nets.teachers):
             for place, pair in enumerate(self.pairs(student, net(batch))):
-                if self.maps or pair.student.dim() == 4:
-                    nets.student.network.check_map(self.name, pair.layer, pair.student)
-                if self.maps or pair.teacher.dim() == 4:
-                    net.network.check_map(self.name, pair.teacher_layer, pair.teacher)
+                self._check(nets.student, pair.layer, pair.student, batch.mask)
+                self._check(net, pair.teacher_layer, pair.teacher, batch.teacher_mask)
                 self.check_pair(pair)
                 part = self.connect(pair.student, pair.teacher)
                 if part is not None and number:
@@ -104,6 +102,16 @@ class LayerDistiller(Distiller):
                 if part is not None:
                     self.connectors.append(part)
                     self.connected.append(place)
+
+    def _check(self, net: Net, layer: str | int, x: Tensor, mask: Tensor | None) -> None:
+        if self.maps or x.dim() == 4:
+            net.network.check_map(self.name, layer, x)
+        elif x.dim() == 3 and mask is not None and x.shape[:2] != mask.shape:
+            # XLNet's layers have the tokens first, and some models fewer of them than the input.
+            raise DistillError(
+                f"{self.name} reads tokens [B, L, C] of the mask {list(mask.shape)}, got {list(x.shape)} at the layer"
+                f" {layer!r}: choose one with a vector for each token of the input."
+            )
 
     def check_pair(self, pair: Pair) -> None:
         """Refuses a pair that the method cannot compare."""

@@ -39,9 +39,10 @@ class TransformersNetwork(Network):
                 return inner
             if name in ("layer", "layers", "h", "block", "blocks") and inner:
                 lists[path] = inner
-        runs = [x for x in lists.values() if not isinstance(base(self.module).get_submodule(x[0]), nn.ModuleList)]
-        if len(runs) == 1:
-            return runs[0]
+        only = next(iter(lists.values())) if len(lists) == 1 else []
+        # A list of lists does not run.
+        if only and not isinstance(base(self.module).get_submodule(only[0]), nn.ModuleList):
+            return only
         raise DistillError(
             f"{type(base(self.module)).__name__} has no numbered stages: give module paths, or use a method that reads"
             " layers of a transformer."

@@ -72,6 +72,25 @@ def test_padding_is_no_part_of_an_embedding(name: str) -> None:
         assert term(0.0, own) != term(9.0, own)
 
 
+@pytest.mark.parametrize("name", ["rkd", "pkt", "crd"])
+def test_tokens_that_come_before_the_examples_are_refused(name: str) -> None:
+    class First(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).transpose(0, 1)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = First(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.layer(x).mean(0))
+
+    batch = Batch(torch.randn(4, 6, 3), torch.zeros(4).long(), mask=torch.ones(4, 6), index=torch.arange(4), rows=4)
+    with pytest.raises(DistillError, match=rf"{name} reads tokens .* mask \[4, 6\], got \[6, 4, 3\]"):
+        bind(create_distiller(name, layers=("layer",)), Net(), Net(), batch=batch)
+
+
 @pytest.mark.parametrize("name", ["sp", "rkd", "pkt"])
 def test_relations_need_examples(name: str) -> None:
     batch = Batch(torch.randn(1, 3, 8, 8), torch.zeros(1).long())
