@@ -57,7 +57,7 @@ def read(name: str) -> dict[str, Any]:
 def methods() -> list[list[Any]]:
     """Every method on every data set as a head and rows, beside the student alone and `kd`; the best first."""
     spec = yaml.safe_load((ROOT / "benchmarks" / "methods.yaml").read_text())
-    table: list[list[Any]] = [["method", "accuracy", "to alone", "to `kd`", "time"]]
+    lines: list[list[Any]] = [["method", "accuracy", "to alone", "to `kd`", "time"]]
     for data, files in spec.items():
         found = []
         for name, rows_of in files.items():
@@ -79,8 +79,8 @@ def methods() -> list[list[Any]]:
                 cells = [method, mean_and_spread(own[metric]), *paired, time]
                 gain = statistics.mean(own[metric].values()) - statistics.mean(alone[metric].values())
                 found.append((gain, cells))
-        table += [[f"**{data}**", *[""] * 4], *(cells for _, cells in sorted(found, key=lambda x: -x[0]))]
-    return table
+        lines += [[f"**{data}**", *[""] * 4], *(cells for _, cells in sorted(found, key=lambda x: -x[0]))]
+    return lines
 
 
 def markdown(name: str) -> str:

@@ -124,12 +124,13 @@ class Internal(Distiller):
                     )
             if self.hidden_weight:
                 h_s, h_t = student.hidden[ours].shape, teacher.hidden[theirs].shape
-                same = h_s[-1] == h_t[-1]
-                if len(h_s) != 3 or len(h_t) != 3 or not (same or self.project):
+                rows, same = len(h_s) == len(h_t) == 3, h_s[-1] == h_t[-1]
+                if not rows or not (same or self.project):
+                    remedy = "a student of that hidden size, project=true, or hidden_weight=0"
                     raise DistillError(
                         f"internal compares hidden states [B, L, H] of one size H, got {list(h_s)} at the student's"
-                        f" layer {ours} and {list(h_t)} at the teacher's layer {theirs}: use a student of that hidden"
-                        " size, project=true, or hidden_weight=0."
+                        f" layer {ours} and {list(h_t)} at the teacher's layer {theirs}: use"
+                        f" {remedy if rows else 'hidden_weight=0'}."
                     )
                 if not same:
                     self.projections[str(ours)] = nn.Linear(h_s[-1], h_t[-1])
