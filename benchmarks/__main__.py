@@ -16,6 +16,7 @@ NAMES = {
     "recording": "what a record for the report adds to a run",
     "camvid": "segmentation of CamVid",
     "quality": "lists of training runs",
+    "card": "one training of a list whose trainings share a card",
     "robustness": "students of a list of runs on corrupted and attacked images",
     "filters": "a picture of networks' first filters",
     "results": "the tables of docs/results.md, from the runs' results",

@@ -9,11 +9,12 @@ A list is YAML:
     scale: 1                          # what the metrics are multiplied by; 100 makes shares percentages
     results: results.json             # written by the run into {out}
     common: kd-timm-train ... --seed {seed} --output {out}
-    before: {teacher: "{common} ..."}      # runs once, first, with seed 0; {teacher} is its folder
+    before: {teacher: "{common} ..."}      # runs once, first, with seed 0, where rows need it; {teacher} is its folder
     rows:
       alone: ""
       kd: --distill kd --teacher ...
     variants: {short: --epochs 4, long: --epochs 8}    # optional: every row with each of them, `kd, short`
+    on_card: true                     # commands are the flags of `python -m benchmarks card`; `--jobs` share the card
 
 `$DATA` and other variables of the environment are expanded, and `{device}` is `--device`. One process for each core.
 What is in the output folder is not run again, and with `--keep` nothing that the results file has.
@@ -35,6 +36,7 @@ from typing import Any
 import torch
 import yaml
 
+from benchmarks import card
 from benchmarks.timing import machine, print_table, write
 
 
@@ -99,13 +101,6 @@ def main(argv: list[str]) -> int:
     root = Path(args.output) / Path(args.list).stem
     wanted = spec.get("results", "results.json")
     scale = spec.get("scale", 1)
-    names = {"device": args.device}
-    for name, command in (spec.get("before") or {}).items():
-        folder = root / name
-        command = command.replace("{common}", spec["common"]).format(out=folder, seed=0, **names)
-        if run(os.path.expandvars(command), folder, wanted) is None:
-            return 1
-        names[name] = str(next(iter(sorted(folder.rglob(wanted)))).parent)
     lines, baselines = {}, {}
     for variant, more in (spec.get("variants") or {"": ""}).items():
         end = f", {variant}" if variant else ""
@@ -115,19 +110,43 @@ def main(argv: list[str]) -> int:
             baselines[row + end] = f"{spec['baseline']}{end}" if "baseline" in spec else None
     if unknown := set(args.only or ()) - set(lines):
         parser.error(f"--only: expected rows of the list, got {sorted(unknown)}; it has {list(lines)}")
-    jobs = {}
+    on_card, names, todo = spec.get("on_card", False), {"device": args.device}, {}
+    before = spec.get("before") or {}
+    text = "" if args.collect else " ".join([spec["common"], *(lines[row] for row in args.only or lines)])
+    for name, command in reversed(before.items()):
+        text += f" {command}" if f"{{{name}}}" in text else ""
+    for name, command in before.items():
+        folder = root / name
+        names[name] = str(folder)
+        if f"{{{name}}}" not in text:
+            continue
+        command = os.path.expandvars(command.replace("{common}", spec["common"]).format(out=folder, seed=0, **names))
+        if on_card:
+            todo[folder] = command
+        elif run(command, folder, wanted) is None:
+            return 1
+        else:
+            names[name] = str(next(iter(sorted(folder.rglob(wanted)))).parent)
+    planned: dict[tuple[str, int], tuple[str, Path, bool]] = {}
     # What was measured with other flags is another row, whatever its name.
     kept = {row: values for row, values in kept.items() if values["flags"] == lines.get(row)}
     first = next(iter(spec["metrics"]))
+    for seed in spec["seeds"]:
+        for row, flags in lines.items():
+            if row in kept and str(seed) in kept[row].get(first, {}):
+                continue
+            folder = root / folder_name(row) / f"seed{seed}"
+            command = os.path.expandvars(f"{spec['common']} {flags}".format(out=folder, seed=seed, **names))
+            start = not args.collect and row in (args.only or lines)
+            planned[row, seed] = command, folder, start and not on_card
+            if start and on_card:
+                todo[folder] = command
+    if on_card and not args.collect:
+        card.train_all([shlex.split(c) for f, c in todo.items() if not (f / wanted).is_file()], args.jobs)
     with ThreadPoolExecutor(args.jobs) as pool:
-        for seed in spec["seeds"]:
-            for row, flags in lines.items():
-                if row in kept and str(seed) in kept[row].get(first, {}):
-                    continue
-                folder = root / folder_name(row) / f"seed{seed}"
-                command = f"{spec['common']} {flags}".format(out=folder, seed=seed, **names)
-                start = not args.collect and row in (args.only or lines)
-                jobs[row, seed] = pool.submit(run, os.path.expandvars(command), folder, wanted, start)
+        jobs = {
+            key: pool.submit(run, command, folder, wanted, start) for key, (command, folder, start) in planned.items()
+        }
     results: dict[str, Any] = {}
     for row, flags in lines.items():
         found = {seed: job.result() for (name, seed), job in jobs.items() if name == row}
@@ -141,7 +160,7 @@ def main(argv: list[str]) -> int:
         values["seconds"] = {seed: result["seconds"] for seed, result in done.items() if result["seconds"]}
         values = {label: {**kept.get(row, {}).get(label, {}), **of_seed} for label, of_seed in values.items()}
         results[row] = {"flags": flags, "baseline": baselines[row], **values}
-    report = {"list": Path(args.list).name, "machine": machine()}
+    report = {"list": Path(args.list).name, "machine": machine(), "on_card": on_card}
     report |= {"baseline": spec.get("baseline"), "published": spec.get("published") or {}, "rows": results}
     head, *rows = table(report)
     print_table(spec.get("title", root.name), head, rows)
@@ -154,7 +173,8 @@ def table(report: dict[str, Any]) -> list[list[Any]]:
     results, baseline, published = report["rows"], report.get("baseline"), report.get("published")
     labels = metrics_of(results)
     more = [*([f"against {baseline}"] if baseline else []), *(["published"] if published else [])]
-    rows = [["", *labels, *more, "seeds", "CPU seconds"]]
+    # The clock's where trainings share a card, which waits for no processor.
+    rows = [["", *labels, *more, "seeds", "seconds" if report.get("on_card") else "CPU seconds"]]
     for row, values in results.items():
         found, seconds = values[labels[0]], list(values["seconds"].values())
         mean = f"{statistics.mean(seconds):.0f}" if seconds else "-"

@@ -49,9 +49,14 @@ def phases(report: dict[str, Any]) -> list[list[Any]]:
 MEASURED = {"jobs": costs, "phases": phases}
 
 
+def path_of(name: str) -> Path:
+    """Where the results of a list are, or will be."""
+    return ROOT / "benchmarks" / "results" / f"{name}.json"
+
+
 def read(name: str) -> dict[str, Any]:
     """A results file."""
-    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    return json.loads(path_of(name).read_text())
 
 
 def methods() -> list[list[Any]]:
@@ -61,6 +66,8 @@ def methods() -> list[list[Any]]:
     for data, files in spec.items():
         found = []
         for name, rows_of in files.items():
+            if not path_of(name).is_file():
+                continue
             report = read(name)
             rows, metric = report["rows"], metrics_of(report["rows"])[0]
             # Beside a GPU the processor's seconds are not what a training costs.

@@ -24,14 +24,16 @@ from kd_plugins.catalog.installed import entries_by_name, ours
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import idx_data, quality, results, speed  # noqa: E402
+from benchmarks import card, idx_data, quality, results, speed  # noqa: E402
 from benchmarks.__main__ import NAMES  # noqa: E402
 
 LISTS = sorted((ROOT / "benchmarks" / "lists").glob("*.yaml"))
 
 
 def commands(path: Path) -> list[str]:
+    """All commands of a list; those that share a card with their program's name before them."""
     spec: dict[str, Any] = yaml.safe_load(path.read_text())
+    program = "card " if spec.get("on_card") else ""
     before = spec.get("before") or {}
     variants = (spec.get("variants") or {"": ""}).values()
     found = [
@@ -39,7 +41,8 @@ def commands(path: Path) -> list[str]:
         *(f"{spec['common']} {row} {more}" for row in spec["rows"].values() for more in variants),
     ]
     folders = dict.fromkeys(before, "a/teacher")
-    return [os.path.expandvars(command.format(out="a/run", seed=0, device="cpu", **folders)) for command in found]
+    filled = [command.format(out="a/run", seed=0, device="cpu", **folders) for command in found]
+    return [program + os.path.expandvars(command) for command in filled]
 
 
 def test_speed_asks_networks_by_the_names_of_their_inputs():
@@ -65,7 +68,10 @@ def test_the_commands_of_the_lists_parse(path: Path, monkeypatch: pytest.MonkeyP
             assert argv[:2] == ["-m", "benchmarks"]
             assert argv[2] in NAMES
             continue
-        if program == "kd-timm-train":
+        if program == "card":
+            args = card.parse(argv)
+            name, options = args.distill, args.distill_args
+        elif program == "kd-timm-train":
             from kd_timm.arguments import parse_args as parse_timm
 
             args = parse_timm(argv)
