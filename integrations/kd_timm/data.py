@@ -275,16 +275,18 @@ def _other_kind(args: argparse.Namespace, channels: int) -> Any:
     name = args.ood_dataset
     if not name:
         return None
+    mode = args.input_img_mode or ("RGB" if channels == 3 else "L")
+    if name == "digits":
+        return Digits(args.ood_split, mode)
     named: dict[str, Any] = {"name": "", "root": name}
     if not os.path.exists(name):
         if name.partition("/")[0] not in _WITHOUT_FOLDER:
             raise DistillError(
-                f"--ood-dataset: expected a folder of images or <type>/<name>, with a type of"
+                f"--ood-dataset: expected digits, a folder of images or <type>/<name>, with a type of"
                 f" {', '.join(_WITHOUT_FOLDER)}, got {name}."
             )
         named = {"name": name, "root": args.data_dir}
     named |= {"input_key": args.input_key, "target_key": args.target_key, "batch_size": args.batch_size}
-    mode = args.input_img_mode or ("RGB" if channels == 3 else "L")
     return _read(f"--ood-dataset {name}", split=args.ood_split, input_img_mode=mode, **named)
 
 

@@ -23,6 +23,7 @@ import kd_plugins
 from kd_plugins import Batch
 from kd_report.uncertainty import doubts, uncertainty_metrics
 from kd_timm import data, distillation, teachers, train
+from kd_timm.arguments import parse_args
 from kd_timm.build import check_model_name
 from kd_timm.teachers import InputTransform, create_teacher
 
@@ -557,9 +558,14 @@ def test_an_ensemble_teaches_and_uncertainty_is_told(run, teacher, tmp_path):
     assert len(theirs) == 6
 
 
+def test_digits_may_be_the_images_of_another_kind():
+    other = data._other_kind(parse_args(["--ood-dataset", "digits", "--ood-split", "train[:30]"]), 1)
+    assert (len(other), other[0][0].mode) == (30, "L")
+
+
 def test_images_of_another_kind_must_be_there(tiny, few_digits, tmp_path, capsys):
     for flags, words in (
-        (["--ood-dataset", "nowhere"], "--ood-dataset: expected a folder of images or <type>/<name>"),
+        (["--ood-dataset", "nowhere"], "--ood-dataset: expected digits, a folder of images or <type>/<name>"),
         (["--ood-dataset", "/nowhere"], "wds, got /nowhere."),
         (["--ood-dataset", str(tmp_path), "--bce-loss"], "--loss bce trains none"),
         (["--ood-dataset", str(tmp_path), "--val-split", ""], "--val-split"),
