@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,7 @@ class Part:
         teacher: Flags of the teacher's run.
         students: Flags of the students' runs, by their row in the table; `{teacher}` is the teacher's folder.
         results: File with a run's results.
+        note: What to know about the table's rows.
     """
 
     title: str
@@ -51,6 +53,7 @@ class Part:
     teacher: str
     students: dict[str, str]
     results: str
+    note: str = ""
 
 
 SEEDS = (0, 1, 2)
@@ -93,6 +96,8 @@ PARTS = {
             "internal": f"{_TEXT} --distill internal",
         },
         results="all_results.json",
+        note="Which of 12 packages a paragraph is from. The students begin with the teacher's layers, and the one\n"
+        "alone is fine-tuned from them: what is left to gain is agreement with the teacher.",
     ),
 }
 _NEXT = {
@@ -126,6 +131,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     play({root / name: PARTS[name] for name in names}, console)
     for name in names:
         console.print(table(PARTS[name], root / name))
+        if PARTS[name].note:
+            console.print(PARTS[name].note)
         console.print(f"Report: {report(root / name, root / name / 'comparison.html')}", soft_wrap=True)
     minutes, seconds = divmod(round(time.perf_counter() - start), 60)
     console.print(
@@ -149,13 +156,20 @@ def play(parts: Mapping[Path, Part], console: Console, seeds: Sequence[int] = SE
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
     cores = os.cpu_count() or 1
-    at_once = min(cores, sum(1 + len(seeds) * len(part.students) for part in parts.values()))
+    whole = sum(1 + len(seeds) * len(part.students) for part in parts.values())
+    at_once = min(cores, whole)
+    console.print(
+        f"{whole} trainings, {at_once} at a time, with a log and a page each in {', '.join(map(str, parts))}:"
+    )
+
+    begun = count(1)
 
     def one(folder: Path, name: str, words: list[str], teacher: Future[None] | None = None) -> None:
         if teacher is not None:
             teacher.result()
         script = parts[folder].script
-        console.print(f"[bold]python -m {script}[/bold] {shlex.join(words)}", highlight=False, soft_wrap=True)
+        place = f"{next(begun)}/{whole}"
+        console.print(f"{place} [bold]{program(script)}[/bold] {shlex.join(words)}", highlight=False, soft_wrap=True)
         run(script, words, folder / f"{name}.log", cores // at_once)
 
     pool = ThreadPoolExecutor(at_once)
@@ -189,7 +203,7 @@ def table(part: Part, folder: Path, seeds: Sequence[int] = SEEDS) -> Table:
 
     from kd_report.measures import difference
 
-    shown = Table(title=part.title, title_justify="left")
+    shown = Table(title=part.title, title_justify="left", min_width=78)
     shown.add_column("", no_wrap=True)
     for column in ("accuracy, %", "against alone", "agreement", "ms/step"):  # fits 80 characters
         shown.add_column(column, justify="right", no_wrap=True)
@@ -223,6 +237,11 @@ def folder_name(row: str, seed: int) -> str:
     return f"{row.replace(',', '').replace(' ', '-')}-{seed}"
 
 
+def program(script: str) -> str:
+    """The command that starts a training script."""
+    return script.replace("_", "-").replace(".", "-")
+
+
 def run(script: str, words: list[str], log: Path, threads: int) -> None:
     """Runs a training script in a process of its own, whose output goes to a log."""
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -246,6 +265,7 @@ def _train(script: str, words: Sequence[str], log: Path, threads: int) -> None:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     torch.set_num_threads(threads)
+    sys.argv = [program(script), *words]  # what the page of the run shows as its command
     sys.exit(train(script, words, log.with_suffix("")))
 
 
