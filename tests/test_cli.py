@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -70,6 +71,28 @@ def test_the_list_has_one_line_for_each_and_says_what_is_broken(shown, capsys):
     for name in ("kd", "nst", "internal"):
         assert "broken" not in rows[name]
         assert str(describe(name).paper.year) in rows[name]
+
+
+@pytest.mark.parametrize(("width", "columns"), [(80, 5), (160, 7)])
+def test_a_narrow_window_has_fewer_columns_and_whole_words(width, columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert main(["list"]) == 0
+    head, *lines = [re.sub(r"\x1b\[[0-9;]*m", "", x) for x in capsys.readouterr().out.splitlines() if x.strip()]
+    assert len(head.split()) == columns
+    assert max(map(len, [head, *lines])) <= width
+    for word in ("classification,", "segmentation,", "regression"):
+        assert any(word in line for line in lines)
+
+
+def test_nobody_who_stops_reading_sees_a_traceback():
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        ended = subprocess.run(
+            [sys.executable, "-m", "kd_plugins", "info", "kd"], stdout=closed, stderr=subprocess.PIPE, text=True
+        )
+    assert (ended.returncode, ended.stderr) == (141, "")
 
 
 def test_the_list_of_our_own_methods_needs_no_torch():

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import sys
 import threading
 
 import pytest
+import torch
 from accelerate_kit import fresh_accelerate
 from rich.console import Console
 
@@ -99,3 +101,14 @@ def test_ctrl_c_ends_the_demo_without_a_traceback(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(demo, "play", stopped)
     assert cli.main(["demo", "--output", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "kd-plugins: stopped.\n"
+
+
+def test_the_page_of_a_run_shows_its_own_command(tmp_path, monkeypatch):
+    from kd_report.record import _command
+
+    monkeypatch.setattr(demo, "train", lambda *_: 0)
+    monkeypatch.setattr(sys, "argv", ["kd-plugins", "demo"])
+    monkeypatch.setattr(os, "dup2", lambda *_: None)
+    with pytest.raises(SystemExit):
+        demo._train("kd_timm.train", ["--epochs", "1"], tmp_path / "kd-0.log", torch.get_num_threads())
+    assert _command() == ["kd-timm-train", "--epochs", "1"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 
 # Commands with a command line of their own, imported only when asked for.
+_WIDE = 120  # columns of a window for all that the list has
 _MODULES = {
     "demo": ("kd_plugins.demo", "distil small networks and show what comes of it"),
     "report": ("kd_report", "a page of a run, or a comparison of several"),
@@ -37,7 +39,10 @@ _MODULES = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `kd-plugins`; returns the exit code: 0, 2 after an error that a user can mend, 130 after Ctrl-C."""
+    """Runs `kd-plugins`; returns the exit code.
+
+    That is 0, 2 after an error that a user can mend, 130 after Ctrl-C, or 141 where nobody reads what it says.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments and arguments[0] in _MODULES:
@@ -47,7 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             _info(options.names)
         else:
             _list(getattr(options, "markdown", None))
+        sys.stdout.flush()
         return 0
+    except BrokenPipeError:
+        # `| head` has read what it wanted; the interpreter would tell of it once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
     except DistillError as error:
         print(f"kd-plugins: {error}", file=sys.stderr)
         return 2
@@ -94,16 +104,24 @@ def _list(files: Sequence[Path] | None) -> None:
         return
     console = _console()
     table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, pad_edge=False)
-    for column in ("name", "year", "kind", "tasks", "hosts", "distribution", "paper"):
-        table.add_column(column, overflow="fold")
+    # In a narrow window columns break words, so it has fewer of them; what a pipe gets does not depend on any window.
+    narrow = console.is_terminal and console.width < _WIDE
+    shown = {"name": None, "year": None, "kind": None, "tasks": 14, "hosts": 12, "distribution": None, "paper": None}
+    kept = [i for i, column in enumerate(shown) if not narrow or column not in ("hosts", "distribution")]
+    for i in kept:
+        table.add_column(list(shown)[i], overflow="fold", min_width=list(shown.values())[i])
+
+    def add(*cells: str) -> None:
+        table.add_row(*(cells[i] for i in kept))
+
     for name in sorted(found):
         entries = found[name]
         *cells, cited = (known.get(entries[0].value) if len(entries) == 1 else None) or _imported(name)
         source = str(source_of(entries[0]) or "") if len(entries) == 1 else "several"
-        table.add_row(name, *cells, source, cited)
+        add(name, *cells, source, cited)
     for entry in unused():
         why = f"not used: {entry.name} is a method of kd-plugins ({entry.value})"
-        table.add_row(entry.name, "", "", "", "", str(source_of(entry)), why)
+        add(entry.name, "", "", "", "", str(source_of(entry)), why)
     _print(console, table)
     for line in _networks():
         _print(console, line)
