@@ -97,7 +97,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     spec = yaml.safe_load(Path(args.list).read_text())
     target = Path(args.json or f"benchmarks/results/{Path(args.list).stem}.json")
-    kept = json.loads(target.read_text())["rows"] if args.keep and target.is_file() else {}
+    before_it = json.loads(target.read_text()) if args.keep and target.is_file() else {}
+    kept = before_it.get("rows", {}) if before_it.get("common", spec["common"]) == spec["common"] else {}
     root = Path(args.output) / Path(args.list).stem
     wanted = spec.get("results", "results.json")
     scale = spec.get("scale", 1)
@@ -160,7 +161,7 @@ def main(argv: list[str]) -> int:
         values["seconds"] = {seed: result["seconds"] for seed, result in done.items() if result["seconds"]}
         values = {label: {**kept.get(row, {}).get(label, {}), **of_seed} for label, of_seed in values.items()}
         results[row] = {"flags": flags, "baseline": baselines[row], **values}
-    report = {"list": Path(args.list).name, "machine": machine(), "on_card": on_card}
+    report = {"list": Path(args.list).name, "common": spec["common"], "machine": machine(), "on_card": on_card}
     report |= {"baseline": spec.get("baseline"), "published": spec.get("published") or {}, "rows": results}
     head, *rows = table(report)
     print_table(spec.get("title", root.name), head, rows)

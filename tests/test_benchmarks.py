@@ -132,6 +132,11 @@ def test_a_list_runs_once_and_keeps_its_figures(tmp_path: Path, capsys: pytest.C
     assert json.loads(target.read_text())["rows"]["low, one"]["accuracy"] == {"0": 2.5, "2": 22.5, "4": 42.5}
     assert json.loads(target.read_text())["rows"]["high, wide, two"]["accuracy"] == {"0": 7.5, "2": 27.5, "4": 47.5}
     assert len(list(there.rglob("count.txt"))) == 1 + 2 + 6
+    # What every row is given is a row's flags too.
+    spec["common"] += " "
+    path.write_text(yaml.safe_dump(spec, sort_keys=False))
+    quality.main([str(path), "--output", str(tmp_path / "third"), "--json", str(target), "--keep"])
+    assert len(list((tmp_path / "third").rglob("count.txt"))) == 1 + 12
 
 
 def test_metrics_are_found_by_dotted_keys() -> None:

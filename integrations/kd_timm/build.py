@@ -15,8 +15,9 @@ from typing import Any
 
 import timm
 import torch
+from accelerate import PartialState
 from timm.data import resolve_input_data_config
-from timm.layers import convert_splitbn_model, set_fast_norm
+from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
 from timm.loss import create_classification_loss, load_class_stats, resolve_class_weights
 from timm.models import (
     get_model_input_config,
@@ -179,6 +180,8 @@ def create_student(
         if args.aug_splits < 2 and not args.resplit:
             raise DistillError("--split-bn keeps statistics for each augmentation split: add --aug-splits N.")
         model = convert_splitbn_model(model, max(args.aug_splits, 2))
+    if args.sync_bn and PartialState().num_processes > 1:
+        model = convert_sync_batchnorm(model)
     return model.to(model_dtype(args)), config
 
 

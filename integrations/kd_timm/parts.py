@@ -15,7 +15,6 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
-from timm.layers import convert_sync_batchnorm
 from timm.models import safe_model_name
 from timm.utils import CheckpointSaver, ModelEmaV3, random_seed
 from torch import nn
@@ -105,7 +104,6 @@ class Parts(TrainingRun):
             self.student.to(memory_format=torch.channels_last)
         if args.sync_bn and self.processes > 1:
             args.dist_bn = ""
-            self.student = convert_sync_batchnorm(self.student)
             _logger.info(
                 "Converted model to use Synchronized BatchNorm. WARNING: You may have issues if using zero initialized"
                 " BN layers (enabled by default for ResNets) while sync-bn enabled."

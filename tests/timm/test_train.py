@@ -10,6 +10,7 @@ import os
 import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -20,12 +21,14 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from timm.data import create_loader
+from torch import nn
 
 from kd_plugins import DistillError, states
 from kd_timm import build, checkpoint, data, engine, progress, resume, train
 from kd_timm.arguments import parse_args
 from kd_timm.batches import Batches
 from kd_timm.digits import Digits
+from kd_timm.distillation import Distillation
 
 MODEL = dict(num_classes=10, channels=(8, 8, 16, 16), stem_width=8)
 MODEL_FLAGS = ("channels=(8,8,16,16)", "stem_width=8")
@@ -414,6 +417,16 @@ def test_flags_of_streamed_data_are_refused_where_images_are_counted(tmp_path):
         args = parse_args(["--data-dir", str(tmp_path), f"--{flag}", "5"])
         with pytest.raises(DistillError, match="is no streamed data set"):
             data.create_datasets(args, 1, data_free)
+
+
+def test_sync_bn_converts_the_student_and_its_peers(tiny, monkeypatch):
+    args = parse_args([*tiny, "--num-classes", "10", "--sync-bn", "--distill", "afd", "--peer", "resnet10t"])
+    monkeypatch.setattr(build, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    student, config = build.create_student(args)
+    distillation = Distillation(args, student, config, None, torch.device("cpu"))
+    for network in (student, *distillation.peers):
+        kinds = {type(m) for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+        assert kinds and all(issubclass(kind, nn.SyncBatchNorm) for kind in kinds)
 
 
 def test_a_file_with_more_than_the_model_is_told_of_with_a_number(tiny, tmp_path, caplog):
