@@ -236,7 +236,7 @@ def _results(about: Subject) -> Parts:
     if about.one:
         tiles = [(cell, name) for name, cell in zip(columns[1:], rows[0][1:], strict=True) if cell != "–"]
         written = _flat(about.one.info.get("results") or {})
-        return [("tiles", tiles[:6]), table, ("heading", written and "As the script wrote them"), ("facts", written)]
+        return [("tiles", tiles[:6]), table, ("folded", written and ("All that the script wrote", written))]
     finite = {name: kept for name, given in values.items() if (kept := [x for x in given if math.isfinite(x)])}
     drawn = [charts.dots(finite, title=metric)] if metric and finite else []
     return [table, ("words", " ".join(unlike)), ("charts", drawn)]
@@ -349,7 +349,7 @@ def _run(run: Run) -> Parts:
         "Folder": run.name,
     }
     command = shlex.join(map(str, info.get("command") or []))
-    return [("pre", command), ("facts", facts), ("settings", _flat(info.get("settings") or {}))]
+    return [("pre", command), ("facts", facts), ("folded", ("All settings", _flat(info.get("settings") or {})))]
 
 
 def _method(run: Run) -> Parts:
