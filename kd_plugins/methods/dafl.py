@@ -24,6 +24,7 @@ from kd_plugins.reading.view import Batch, Needs, Reads, View
 __all__ = ["DAFL"]
 
 _SHOWN = 8
+_EVERY = 50  # updates between two looks at the images, each of which waits for the device
 _LOSSES = ("one_hot", "activation", "information")
 
 
@@ -145,6 +146,7 @@ class DAFL(Distiller):
         check_built(self, **dict.fromkeys(self.taught_by, self.trained))
         images = self.generated(batch.size, _device(nets), batch.shape)
         asked = batch.with_inputs(images)
+        self._check(images)
         self._show(images, batch)
         teacher = nets.teacher(asked, input_grad=self.trained)
         student = nets.student(asked.with_inputs(as_weights(nets.student.module, images.detach())))
@@ -168,6 +170,15 @@ class DAFL(Distiller):
 
     def loss(self, student: View, teacher: View, batch: Batch) -> Terms:
         return {"kd": KF.kd(student.logits, teacher.logits, self.temperature)}
+
+    def _check(self, images: Tensor) -> None:
+        """Ends a training whose generator is dead: where its tanh is saturated in every pixel it gets no gradient."""
+        if self.trained and self.progress.step % _EVERY == 0 and (images - images[:1]).abs().max() < 1e-3:
+            raise DistillError(
+                f"dafl's generator makes one image of every noise at step {self.progress.step}, and gets no gradient to"
+                " make others: begin again with a lower rate (generator.lr) or one that falls with the student's"
+                " (generator.schedule=student). The states written before are good."
+            )
 
     # What the report shows
 

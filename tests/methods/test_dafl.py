@@ -119,6 +119,20 @@ def test_it_shows_the_images_of_the_training_and_keeps_them_in_its_state() -> No
     assert {"shown", "steps"} <= set(distiller.state_dict())
 
 
+def test_a_dead_generator_ends_the_training() -> None:
+    distiller, _, run = bound(TinyNet(4), TinyNet(8), steps=100)
+    for step in range(60):
+        if step == 20:
+            # As Adam at a high rate leaves it: every pixel's tanh is 1.
+            with torch.no_grad():
+                distiller.images.layers[-3].bias.fill_(1e4)
+        if step == 50:
+            with pytest.raises(DistillError, match=r"one image of every noise at step 50.*generator\.lr"):
+                run.step(BATCH)
+            break
+        run.step(BATCH)
+
+
 def test_refusals() -> None:
     with pytest.raises(DistillError, match="must know how many and of what shape"):
         kd_plugins.bind(kd_plugins.create_distiller("dafl"), TinyNet(4), TinyNet(8), batch=Batch.of(size=4))
