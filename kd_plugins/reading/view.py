@@ -184,7 +184,7 @@ class Batch:
             (labels one token ahead), `"ctc"` (labels not aligned), `"regression"`, `"segmentation"`, `"depth"`,
             `"detection"`.
         ignore_index: The label that the host's task loss leaves out.
-        criterion: The host's task loss of a view and the labels.
+        criterion: The host's task loss of a view and the labels; by default the cross entropy of exclusive classes.
         streams: Batches of the other streams that the method asked for.
     """
 
@@ -292,7 +292,14 @@ class Batch:
             raise DistillError("The task loss needs labels, but the batch has none: give labels or drop the task term.")
         if self.criterion is not None:
             return self.criterion(view, self.labels)
-        return F.cross_entropy(view.logits, self.labels)
+        scores, soft = view.logits, isinstance(self.labels, Tensor) and self.labels.is_floating_point()
+        if self.task not in ("classification", "segmentation") or scores.shape[1:2] in ((), (1,)):
+            raise DistillError(
+                "The task loss is the cross entropy of a softmax where the batch has no other, and that is none of"
+                f" scores {list(scores.shape)} of the task {self.task}: give Batch.of(..., criterion=function), which"
+                " is called with the view and the labels, or drop the task term."
+            )
+        return F.cross_entropy(scores, self.labels, ignore_index=-100 if soft else self.ignore_index)
 
     def pixels(self, noise: Tensor) -> Tensor:
         """Turns noise in pixel units (images in [0, 1]) into noise of the normalised inputs, `noise / std`."""
