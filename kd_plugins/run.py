@@ -51,7 +51,7 @@ class Run(Saving):
             gradient; None does not clip.
 
     Attributes:
-        accumulation: How many micro-batches share an update.
+        accumulation: How many micro-batches share an update, which a host says; in a bare loop each has its own.
         initial: The student's first weights, where a stage begins with them anew.
         watch: Stops the training where its loss stays NaN or infinite; `watch.stops = False` lets it go on.
     """

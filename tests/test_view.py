@@ -49,6 +49,9 @@ def test_a_tensor_and_a_mapping_make_a_batch(images):
     assert set(batch.kwargs) == {"attention_mask"}
     assert torch.equal(batch.labels, LABELS[:1])
     assert set(tokens) == {"attention_mask", "input_ids", "labels"}
+    decoded = {**tokens, "decoder_input_ids": torch.tensor([[7, 8, 9]])}
+    assert Batch.of(decoded).mask.tolist() == [[1, 1, 1]]
+    assert Batch.of({**decoded, "decoder_attention_mask": torch.tensor([[0, 1, 1]])}).mask.tolist() == [[0, 1, 1]]
     assert Batch.of({"waves": images}).name == "waves"
     assert Batch.of({"a": images, "b": images}, name="b").kwargs.keys() == {"a"}
     with pytest.raises(DistillError, match="at least one input"):

@@ -172,7 +172,7 @@ class Batch:
         teacher_logits: What the teacher says of these inputs, where it was asked before the training: its logits
             `[B, K]`, `[B, L, K]` per token, or the highest of them; of several teachers a tuple with those of each.
         teacher_features: What layers of each teacher give with these logits, by the name in `Reads.features`.
-        mask: `[B, L]`, 1 for a real token, 0 for padding; None when nothing is padded.
+        mask: `[B, L]`, 1 for a real token, 0 for padding, of a decoder's where there is one; None: nothing is padded.
         mean: Per-channel mean that the images were normalised with.
         std: Per-channel standard deviation that the images were normalised with.
         index: Row numbers in the data set `[B]`.
@@ -239,7 +239,11 @@ class Batch:
             kwargs = {**given, **fields.pop("kwargs", {})}
             fields.update(name=name, kwargs=kwargs)
         if fields.get("mask") is None:
-            mask = fields.get("kwargs", {}).get("attention_mask")
+            own = fields.get("kwargs", {})
+            mask, decoded = own.get("attention_mask"), own.get("decoder_input_ids")
+            if isinstance(decoded, Tensor):
+                # What is scored are the decoder's tokens, of which the encoder's mask says nothing.
+                mask = own.get("decoder_attention_mask", torch.ones_like(decoded))
             if isinstance(mask, Tensor) and mask.dim() == 2:
                 fields["mask"] = mask
         return cls(inputs=inputs, labels=labels, **fields)
