@@ -10,9 +10,11 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from kd_plugins.authors import check_made, needs_of, overrides
+from kd_plugins.averaging import broadcast, distributed
 from kd_plugins.distiller import Distiller
 from kd_plugins.errors import DistillError
 from kd_plugins.finite import check_weights
@@ -22,6 +24,7 @@ from kd_plugins.reading.view import Batch, Needs, Reads
 from kd_plugins.stages import Progress, StageTable
 
 __all__ = [
+    "agree",
     "bind",
     "bound",
     "check_batch",
@@ -96,6 +99,8 @@ def bind(
             set_up(distiller, nets, batch)
             if needs_pass(distiller) and batches is not None:
                 prepare(distiller, nets, batches)
+        if nets.student.averaged:
+            agree(distiller, nets)
         if total_steps is not None:
             schedule(distiller, total_steps, epoch=epoch_steps)
         elif len(distiller.stages()) > 1:
@@ -331,6 +336,19 @@ def prepare(distiller: Distiller, nets: Nets, batches: Iterable[Batch]) -> None:
     """Lets the method pass over the training data before the training, leaving the networks untouched."""
     with untouched(nets, distiller):
         distiller.prepare(nets, _checked(batches))
+
+
+def agree(distiller: Distiller, nets: Nets) -> None:
+    """Gives every process the parts, peers and random streams of the first, before any of them is asked."""
+    if distributed():
+        broadcast([*distiller.parameters(), *distiller.buffers()])
+        for peer in nets.peers[1:]:
+            broadcast(peer.module.state_dict().values())
+        seed = [torch.initial_seed()]
+        dist.broadcast_object_list(seed)
+        for part in distiller.modules():
+            if isinstance(part, Distiller):
+                part.host.seed(seed[0])
 
 
 def _checked(batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -118,7 +118,8 @@ def make_groups(distiller: Distiller, optimizer: Optimizer, nets: Nets | None) -
             f"Options were given for the group {name!r}, but {distiller.name} has"
             f" {sorted(extra) or 'no extra groups'}.{did_you_mean(name, extra)}"
         )
-    for name, parameters in extra.items():
+    for name, given in extra.items():
+        parameters = [p for p in given if p.requires_grad]
         spec = override(specs.get(name, OptimSpec()), distiller.optim_overrides.get(name, {}), name)
         made[name] = Group(name, parameters, make(spec, parameters), spec)
     student = {id(p) for group in optimizer.param_groups for p in group["params"]}

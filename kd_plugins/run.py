@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kd_plugins.authors import check_made
-from kd_plugins.averaging import average_buffers, average_gradients, broadcast, distributed
-from kd_plugins.binding import bound, check_batch
+from kd_plugins.authors import check_made, overrides
+from kd_plugins.averaging import average_buffers, average_gradients, distributed
+from kd_plugins.binding import agree, bound, check_batch
 from kd_plugins.distiller import Distiller, Turn
 from kd_plugins.errors import DistillError, did_you_mean
 from kd_plugins.finite import Watch
@@ -22,7 +22,7 @@ from kd_plugins.groups import Group, make_groups
 from kd_plugins.host import world
 from kd_plugins.reading.nets import Nets
 from kd_plugins.reading.view import Batch
-from kd_plugins.saving import Saving, parts
+from kd_plugins.saving import Saving
 from kd_plugins.stages import Stage
 from kd_plugins.terms import check_terms
 
@@ -51,7 +51,7 @@ class Run(Saving):
             gradient; None does not clip.
 
     Attributes:
-        accumulation: How many micro-batches share an update.
+        accumulation: How many micro-batches share an update, which a host says; in a bare loop each has its own.
         initial: The student's first weights, where a stage begins with them anew.
         watch: Stops the training where its loss stays NaN or infinite; `watch.stops = False` lets it go on.
     """
@@ -102,9 +102,13 @@ class Run(Saving):
     def groups(self) -> dict[str, Group]:
         """Our groups by name: `"own"`, the peers, extra and shared groups."""
         if self._groups is None:
+            if not self.distiller.ready and overrides(self.distiller, "setup"):
+                raise DistillError(
+                    f"{self.distiller.name} has no parts to train before it is set up: bind(..., batch=one batch)."
+                )
             self._groups = make_groups(self.distiller, self.plain_optimizer, self.nets)
-            if self.joined:
-                self._agree()
+            if self.joined and self.nets is not None and not self.nets.student.averaged:
+                agree(self.distiller, self.nets)
             if self.max_grad_norm is not None:
                 self.clip_peers(partial(nn.utils.clip_grad_norm_, max_norm=self.max_grad_norm))
         return self._groups
@@ -379,16 +383,6 @@ class Run(Saving):
         peers = self.nets.peers if self.nets else ()
         for module in (*(peer.module for peer in peers), self.distiller):
             average_buffers(module)
-
-    def _agree(self) -> None:
-        """Gives every process the parts, peers and random streams of the first."""
-        broadcast([*self.distiller.parameters(), *self.distiller.buffers()])
-        for peer in self.nets.peers[1:] if self.nets else ():
-            broadcast(peer.module.state_dict().values())
-        seed = [torch.initial_seed()]
-        dist.broadcast_object_list(seed)
-        for part in parts(self.distiller).values():
-            part.host.seed(seed[0])
 
     def _count(self, turn: Turn) -> None:
         seen: dict[str, Tensor] = {}

@@ -252,6 +252,19 @@ def test_frozen_parts_of_the_student_stay_out():
     assert torch.equal(student.conv1.weight, before)
 
 
+def test_frozen_parts_of_a_critic_stay_out():
+    distiller = Parts(joint)
+    distiller.critic.bias.requires_grad_(False)
+    student, nets, run, batch = start(distiller)
+    weight, bias, (before,) = distiller.critic.weight, distiller.critic.bias, [distiller.critic.bias.clone()]
+    with torch.no_grad():
+        real, fake = (nets.teacher(batch).logits, distiller.connector(student(batch.inputs)))
+        expected = weight - 0.5 * (fake - real).mean(0)
+    run.step(batch)
+    assert torch.allclose(weight, expected, atol=1e-6)
+    assert torch.equal(bias, before)
+
+
 @pytest.mark.parametrize(
     "cls", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad]
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,11 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from distributed_kit import keep, kept, on_two_processes
 from torch import nn
 
 from kd_accelerate import TurnPlayer
-from kd_plugins import Batch, Distiller, DistillError, Stage, bind, create_distiller, make_optimizers, play
+from kd_plugins import Batch, Distiller, DistillError, Run, Stage, bind, create_distiller, make_optimizers, play
 from kd_plugins.testing import TinyNet, tiny_batches
 
 
@@ -79,27 +81,42 @@ def test_a_student_in_ddp_is_averaged_with_the_methods_parts(tmp_path):
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-def test_two_processes_are_one_on_the_whole_batch(tmp_path):
-    on_two_processes(__file__, str(tmp_path), "kd")
-    student, teacher = pair()
-    distiller = create_distiller("kd")
-    (batch,) = tiny_batches(1)
-    nets, run = bind(distiller, student, teacher), make_optimizers(distiller, sgd(student))
-    steps(distiller, nets, run, [batch])
+# Of each what one process alone could draw: nothing, the noise of all rows, the first weights of a part.
+ALIKE = {"kd": {}, "noisy": {"sigma": 0.1, "logit_sigma": 0.1}, "kd+fitnet": {"layers": ("layer2",)}}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_two_processes_are_one_on_the_whole_batch(name, tmp_path):
+    on_two_processes(__file__, str(tmp_path), name)
+    expected = alike(name, lambda net: net)
     for state in kept(tmp_path):
-        assert all(torch.allclose(value, state[name], atol=1e-6) for name, value in student.state_dict().items())
+        assert all(torch.allclose(value, state[name], atol=1e-6) for name, value in expected.items())
 
 
-def kd_worker(folder: str) -> None:
-    torch.distributed.init_process_group("gloo")
-    rank = torch.distributed.get_rank()
+def alike(name: str, wrap, rank: int = 0, processes: int = 1) -> dict[str, torch.Tensor]:
+    """What two steps end with, set up by the first of them, on a process's own rows and with a seed of its own."""
     student, teacher = pair()
-    wrapped = nn.parallel.DistributedDataParallel(student)
-    distiller = create_distiller("kd")
-    (batch,) = tiny_batches(1)
+    torch.manual_seed(rank)
+    wrapped, distiller = wrap(student), create_distiller(name, **ALIKE[name])
     nets, run = bind(distiller, wrapped, teacher), make_optimizers(distiller, sgd(wrapped))
-    steps(distiller, nets, run, [Batch.of(batch.inputs[rank::2], batch.labels[rank::2])])
-    keep(student.state_dict(), folder)
+    rows = slice(rank * 8 // processes, (rank + 1) * 8 // processes)
+    mine = [dataclasses.replace(b, inputs=b.inputs[rows], labels=b.labels[rows], size=0) for b in tiny_batches(2)]
+    steps(distiller, nets, run, mine)
+    return {**student.state_dict(), **distiller.state_dict()}
+
+
+def alike_worker(folder: str, name: str) -> None:
+    torch.distributed.init_process_group("gloo")
+    keep(alike(name, nn.parallel.DistributedDataParallel, torch.distributed.get_rank(), 2), folder)
+
+
+@pytest.mark.parametrize("make", [Run, lambda *given: TurnPlayer(Accelerator(cpu=True), given[0], given[2], given[1])])
+def test_parts_that_are_not_built_yet_are_not_left_out_of_the_training(make):
+    student, teacher = pair()
+    distiller = create_distiller("fitnet", layers=("layer2",))
+    nets, optimizer = bind(distiller, student, teacher), sgd(student)
+    with pytest.raises(DistillError, match=r"no parts to train before it is set up: bind\(..., batch=one batch\)"):
+        list(make(distiller, optimizer, nets))
 
 
 def test_a_compiled_student_runs_compiled():
@@ -286,4 +303,4 @@ def test_options_that_depend_on_each_other_follow():
 
 if __name__ == "__main__":
     Path(sys.argv[1]).mkdir(exist_ok=True)
-    (kd_worker if sys.argv[2:] else ddp_worker)(sys.argv[1])
+    (alike_worker if sys.argv[2:] else ddp_worker)(*sys.argv[1:])

@@ -100,6 +100,7 @@ def test_the_scores_of_a_regression_are_numbers():
     s, t = logits(8, 1)
     batch = Batch.of(torch.zeros(8, 2), torch.ones(8), task="regression")
     assert kd(batch, s, t) == pytest.approx((s - t).double().square().mean().item(), rel=1e-6)
+    assert kd(batch, s.squeeze(1), t) == kd(batch, s, t.squeeze(1)) == kd(batch, s, t)
     rows = class_scores(View(s), View(t), batch)
     assert rows.labels is None
     with pytest.raises(DistillError, match=r"\[8, 1, 1\] of a regression: use kd"):

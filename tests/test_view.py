@@ -49,6 +49,9 @@ def test_a_tensor_and_a_mapping_make_a_batch(images):
     assert set(batch.kwargs) == {"attention_mask"}
     assert torch.equal(batch.labels, LABELS[:1])
     assert set(tokens) == {"attention_mask", "input_ids", "labels"}
+    decoded = {**tokens, "decoder_input_ids": torch.tensor([[7, 8, 9]])}
+    assert Batch.of(decoded).mask.tolist() == [[1, 1, 1]]
+    assert Batch.of({**decoded, "decoder_attention_mask": torch.tensor([[0, 1, 1]])}).mask.tolist() == [[0, 1, 1]]
     assert Batch.of({"waves": images}).name == "waves"
     assert Batch.of({"a": images, "b": images}, name="b").kwargs.keys() == {"a"}
     with pytest.raises(DistillError, match="at least one input"):
@@ -78,6 +81,30 @@ def test_a_batch_moves_with_all_it_holds(images):
 def test_an_undeclared_stream_is_an_error(images):
     with pytest.raises(DistillError, match=r"reads the stream 'search' but the host gave no streams: declare it"):
         Batch.of(images).stream("search")
+
+
+@pytest.mark.parametrize(
+    ("task", "scores", "labels"),
+    [
+        ("token", torch.zeros(2, 3, 3), torch.zeros(2, 3, dtype=torch.long)),
+        ("multilabel", torch.zeros(2, 3), torch.ones(2, 3)),
+        ("regression", torch.zeros(2, 1), torch.ones(2, 1)),
+        ("classification", torch.zeros(2, 1), torch.zeros(2, dtype=torch.long)),
+    ],
+)
+def test_no_softmax_is_taken_of_what_has_none(task, scores, labels):
+    with pytest.raises(DistillError, match=rf"none of scores .* of the task {task}: give Batch.of\(..., criterion="):
+        Batch.of(torch.zeros(2, 3), labels, task=task).task_loss(View(scores))
+
+
+def test_the_task_loss_leaves_out_what_the_batch_says():
+    labels = torch.tensor([1, 255, 2])
+    scores = torch.arange(900.0).view(3, 300) / 100
+    expected = -scores.log_softmax(1)[[0, 2], [1, 2]].mean()
+    assert Batch.of(scores, labels, ignore_index=255).task_loss(View(scores)) == pytest.approx(expected.item())
+    shares = torch.full((3, 300), 1 / 300)
+    soft = Batch.of(scores, shares, ignore_index=255).task_loss(View(scores))
+    assert soft == pytest.approx(-scores.log_softmax(1).mean().item())
 
 
 def test_the_task_loss_is_the_hosts(images):

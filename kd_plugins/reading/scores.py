@@ -71,7 +71,7 @@ def class_scores(student: View, teacher: View, batch: Batch, temperature: float 
     logit of a sigmoid, but where `batch.task` is `"regression"`.
 
     Args:
-        student: Scores `[B, K]`, `[B, L, K]`, `[B, K, L]` or `[B, K, H, W]`.
+        student: Scores `[B, K]`, `[B, L, K]`, `[B, K, L]` or `[B, K, H, W]`, or one for each example `[B]`.
         teacher: Scores of the same classes.
         batch: Its task, labels, mask and ignored label.
         temperature: Of a loss between two softmaxes that asks nothing but how far they are apart. Where a cache holds
@@ -84,6 +84,7 @@ def class_scores(student: View, teacher: View, batch: Batch, temperature: float 
     s = student.logits
     top = teacher.top if temperature is not None else None
     t = teacher.logits if top is None else top.scores
+    s, t = (x.unsqueeze(1) if x.dim() == 1 else x for x in (s, t))
     # The labels of CTC are not aligned with the frames.
     labels = batch.labels if isinstance(batch.labels, Tensor) and batch.task != "ctc" else None
     last = _classes_last(s, labels, batch)

@@ -172,7 +172,7 @@ class Batch:
         teacher_logits: What the teacher says of these inputs, where it was asked before the training: its logits
             `[B, K]`, `[B, L, K]` per token, or the highest of them; of several teachers a tuple with those of each.
         teacher_features: What layers of each teacher give with these logits, by the name in `Reads.features`.
-        mask: `[B, L]`, 1 for a real token, 0 for padding; None when nothing is padded.
+        mask: `[B, L]`, 1 for a real token, 0 for padding, of a decoder's where there is one; None: nothing is padded.
         mean: Per-channel mean that the images were normalised with.
         std: Per-channel standard deviation that the images were normalised with.
         index: Row numbers in the data set `[B]`.
@@ -184,7 +184,7 @@ class Batch:
             (labels one token ahead), `"ctc"` (labels not aligned), `"regression"`, `"segmentation"`, `"depth"`,
             `"detection"`.
         ignore_index: The label that the host's task loss leaves out.
-        criterion: The host's task loss of a view and the labels.
+        criterion: The host's task loss of a view and the labels; by default the cross entropy of exclusive classes.
         streams: Batches of the other streams that the method asked for.
     """
 
@@ -239,7 +239,11 @@ class Batch:
             kwargs = {**given, **fields.pop("kwargs", {})}
             fields.update(name=name, kwargs=kwargs)
         if fields.get("mask") is None:
-            mask = fields.get("kwargs", {}).get("attention_mask")
+            own = fields.get("kwargs", {})
+            mask, decoded = own.get("attention_mask"), own.get("decoder_input_ids")
+            if isinstance(decoded, Tensor):
+                # What is scored are the decoder's tokens, of which the encoder's mask says nothing.
+                mask = own.get("decoder_attention_mask", torch.ones_like(decoded))
             if isinstance(mask, Tensor) and mask.dim() == 2:
                 fields["mask"] = mask
         return cls(inputs=inputs, labels=labels, **fields)
@@ -292,7 +296,14 @@ class Batch:
             raise DistillError("The task loss needs labels, but the batch has none: give labels or drop the task term.")
         if self.criterion is not None:
             return self.criterion(view, self.labels)
-        return F.cross_entropy(view.logits, self.labels)
+        scores, soft = view.logits, isinstance(self.labels, Tensor) and self.labels.is_floating_point()
+        if self.task not in ("classification", "segmentation") or scores.shape[1:2] in ((), (1,)):
+            raise DistillError(
+                "The task loss is the cross entropy of a softmax where the batch has no other, and that is none of"
+                f" scores {list(scores.shape)} of the task {self.task}: give Batch.of(..., criterion=function), which"
+                " is called with the view and the labels, or drop the task term."
+            )
+        return F.cross_entropy(scores, self.labels, ignore_index=-100 if soft else self.ignore_index)
 
     def pixels(self, noise: Tensor) -> Tensor:
         """Turns noise in pixel units (images in [0, 1]) into noise of the normalised inputs, `noise / std`."""
