@@ -426,7 +426,8 @@ def test_sync_bn_converts_the_student_and_its_peers(tiny, monkeypatch):
     distillation = Distillation(args, student, config, None, torch.device("cpu"))
     for network in (student, *distillation.peers):
         kinds = {type(m) for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-        assert kinds and all(issubclass(kind, nn.SyncBatchNorm) for kind in kinds)
+        assert kinds
+        assert all(issubclass(kind, nn.SyncBatchNorm) for kind in kinds)
 
 
 def test_a_file_with_more_than_the_model_is_told_of_with_a_number(tiny, tmp_path, caplog):
