@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import inspect
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ from kd_transformers.checks import (
     check_fit,
     check_host,
     check_labels,
-    check_vocabulary,
     class_order,
     follow_tokens,
     inputs_of,
@@ -44,7 +43,7 @@ from kd_transformers.checks import (
     special_tokens,
     task_of,
 )
-from kd_transformers.columns import INDEX, TEACHER, Indexed, is_told, pop_told, told_columns, with_index, with_padding
+from kd_transformers.columns import INDEX, TEACHER, Indexed, check_ids, pop_told, told_columns, with_index, with_padding
 from kd_transformers.compat import ALWAYS_DIVIDES, on_device, used_columns
 from kd_transformers.inputs import decoder_inputs, labels_of
 from kd_transformers.playing import Trained, Updates, divides, export, ignored_label, listed, save_weights
@@ -197,15 +196,9 @@ class DistillationTrainer(Resumable):
             same_class_order(self.model, peer)
         columns = getattr(self.train_dataset, "column_names", None)
         if columns is not None:
-            self._check_vocabularies(columns)
+            check_ids(self.model, self.teachers, self.peer_models, columns)
         student, *peers = (Trained(self, net, student=net is nets.student) for net in nets.peers)
         return Nets(student, nets.teachers, peers)
-
-    def _check_vocabularies(self, columns: Iterable[Any]) -> None:
-        """Networks that read the same token ids must share a vocabulary."""
-        own = any(str(column).startswith(TEACHER) and not is_told(column) for column in columns)
-        for network in [*([] if own else self.teachers), *self.peer_models]:
-            check_vocabulary(self.model, network)
 
     def _set_up(self, distiller: Distiller, loader: Any) -> None:
         """Binds the distiller to the model that is about to be trained; model_init makes a new one in every run."""
@@ -226,7 +219,7 @@ class DistillationTrainer(Resumable):
                 " give: give train_dataset, and leave get_train_dataloader as it is."
             )
         check_fit(distiller, batch.task, self.model)
-        self._check_vocabularies(TEACHER + name for name in batch.teacher_kwargs)
+        check_ids(self.model, self.teachers, self.peer_models, [TEACHER + name for name in batch.teacher_kwargs])
         check_aligned(distiller, batch)
         check_told(nets, batch)
         set_up(distiller, nets, batch)

@@ -190,6 +190,21 @@ def test_vocabulary_of_an_arrow_data_set(tmp_path: Path) -> None:
         trainer(tmp_path, of=teacher(vocab_size=99), data=Dataset.from_list(rows))
 
 
+def test_vocabulary_beside_inputs_that_the_teacher_alone_takes(tmp_path: Path) -> None:
+    """They are columns of its own and no tokens of its own; where it has tokens, every teacher reads them."""
+    tiny = hf.DistilBertConfig(vocab_size=64, dim=16, hidden_dim=32, n_layers=1, n_heads=2, num_labels=3)
+    types, ids = (torch.zeros(16, 10, dtype=torch.long) for _ in range(2))
+    data = Texts(extra={"token_type_ids": types})
+    with pytest.raises(DistillError, match=r"vocabulary of 64 tokens and .* with 99:"):
+        trainer(
+            tmp_path, student=hf.DistilBertForSequenceClassification(tiny), of=teacher(vocab_size=99), data=data
+        ).train()
+    data = Texts(extra={"teacher_input_ids": ids})
+    trainer(tmp_path, of=[teacher(vocab_size=99), teacher(vocab_size=99)], data=data, max_steps=1).train()
+    with pytest.raises(DistillError, match="every teacher, got teachers with vocabularies of 64 and 99 tokens"):
+        trainer(tmp_path, of=[teacher(vocab_size=99), teacher()], data=data).train()
+
+
 def test_float_labels_are_a_task_of_their_own(tmp_path: Path) -> None:
     """A method that fits classes alone refuses multi-label data, which only the labels tell."""
 
