@@ -379,7 +379,7 @@ class DistillationTrainer(Resumable):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         self._resuming = bool(resume_from_checkpoint)
-        self._streams, self._resumed_from, self._peeked, self._built, self._staged = None, None, None, None, None
+        self._resumed_from, self._peeked, self._built, self._staged = None, None, None, None
         if self._bound_to is not None and (self.model_init is not None or self._bound_to is not self.model):
             self.distiller, self._bound_to = copy.deepcopy(self._unused), None
             for peer, state in zip(self.peer_models, self._peers_at_first, strict=False):
@@ -413,7 +413,7 @@ class DistillationTrainer(Resumable):
     def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> Any:
         # The first thing in a training that knows its loader and its length, and that nobody overrides.
         values = super().set_initial_training_values(args, dataloader)
-        self._epoch_steps, self.player = values[1], None
+        self._epoch_steps, self.player, self._streams = values[1], None, None
         if self._staged is not None:
             self._staged.epoch_steps = values[1]
         if self.distiller is not None and values[-1] > 0:
