@@ -243,7 +243,7 @@ class DistillationTrainer(Resumable):
         if self.args.gradient_accumulation_steps * self.args.world_size == 1:
             return True  # The number is that of the batch, and both are the same.
         for asked in itertools.chain([batch], () if self._peeked is not None else self._pass(loader)):
-            one, two = (net.task_loss(asked, items) for items in (1, 2))
+            one, two = (net.task_loss(asked, n) for n in torch.tensor([1.0, 2.0], device=self.args.device))
             if one is None or two is None:
                 return False
             if (counts := divides(one, two)) is not None:  # Else no label counts in this batch.
@@ -473,7 +473,7 @@ class DistillationTrainer(Resumable):
         if not self._playing or self.player is None or self._nets is None:
             # Trainer multiplies a loss that was given the items by the processes, also one that ignores them.
             if self._counts is None and num_items_in_batch is not None and self.args.world_size > 1:
-                one, two = (self.host_loss(model, dict(inputs), n)[0] for n in (1, 2))
+                one, two = (self.host_loss(model, dict(inputs), n * num_items_in_batch)[0] for n in (1, 2))
                 self._counts = divides(one, two, self.accelerator.gather)
             items = None if self._counts is False else num_items_in_batch
             return super().compute_loss(model, inputs, return_outputs, items)
