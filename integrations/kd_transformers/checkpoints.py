@@ -207,9 +207,10 @@ class Resumable(Hooks):
             states.seal(folder, **self.facts)
 
     def training_begins(self) -> None:
-        self.watch = Watch()
+        self.watch, self.summed_since = Watch(), self.state.global_step
+        # Trainer's own checkpoints have none.
         if self._resumed is not None and (self._resumed / self._losses).is_file():
-            self.loss_sums = states.read_json(self._resumed / self._losses)
+            self.loss_sums, self.summed_since = states.read_json(self._resumed / self._losses), 0
 
     @property
     def _losses(self) -> str:
