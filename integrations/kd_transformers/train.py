@@ -546,12 +546,14 @@ class Session:
 
 
 def _predict(trainer: Trainer, rows: Any) -> PredictionOutput:
-    """What a network says of some rows, in their order: grouped by length, an evaluation would have another."""
-    strategy, trainer.args.train_sampling_strategy = trainer.args.train_sampling_strategy, "random"
+    """What a network says of all of some rows, in their order; grouped by length, an evaluation would have another."""
+    whole = {"train_sampling_strategy": "random", "dataloader_drop_last": False}
+    before = {name: getattr(trainer.args, name) for name in whole}
     try:
+        vars(trainer.args).update(whole)
         return trainer.predict(rows, metric_key_prefix="eval")
     finally:
-        trainer.args.train_sampling_strategy = strategy
+        vars(trainer.args).update(before)
 
 
 def _trainer(**options: Any) -> Resumable:

@@ -223,6 +223,15 @@ def test_distillation_with_evaluations_and_the_best_checkpoint(run, taught):
     assert [entry["epoch"] for entry in log if "eval_loss" in entry][:2] == [1.0, 2.0]
 
 
+def test_every_row_is_evaluated(run, taught):
+    dropping = "--dataloader_drop_last True --per_device_eval_batch_size 20".split()
+    kept, results = run("--distill", "kd", "--teacher", str(taught), *dropping, name="a")
+    _, whole = run("--do_eval", "--model_name_or_path", str(kept), "--teacher", str(taught), name="b")
+    assert results["eval_samples"] == 32
+    for name in ("eval_accuracy", "eval_teacher_accuracy", "eval_teacher_agreement"):
+        assert results[name] == whole[name]
+
+
 def test_evaluation_alone(run, taught):
     _, trained = run("--model_name_or_path", str(taught), "--do_eval", name="evaluated")
     assert trained["eval_accuracy"] == json.loads((taught / "all_results.json").read_text())["eval_accuracy"]
@@ -553,6 +562,8 @@ def test_a_wrong_file_of_arguments(tmp_path, capsys):
         ("--model_name_or_path a --student_layers 2", "whole student"),
         ("--student_layers 0", "expected a positive number, got 0"),
         ("--do_predict", "not supported"),
+        ("--eval_do_concat_batches False", "--eval_do_concat_batches: the metrics are of all predictions"),
+        ("--prediction_loss_only True", "--prediction_loss_only: the metrics are of all predictions"),
         ("--student_init magic", "invalid choice"),
     ],
 )
