@@ -229,8 +229,9 @@ def shrink(
     if isinstance(getattr(config, "layer_types", None), list):
         config.layer_types = [config.layer_types[kept[i] - 1] for i in range(1, chosen + 1)]
     if hidden_size is not None:
-        if getattr(config, "intermediate_size", None):
-            config.intermediate_size = max(1, config.intermediate_size * hidden_size // config.hidden_size)
+        for name in ("intermediate_size", "hidden_dim", "d_inner", "n_inner"):
+            if getattr(config, name, None):
+                setattr(config, name, max(1, getattr(config, name) * hidden_size // config.hidden_size))
         config.hidden_size = hidden_size
     if heads is not None:
         config.num_attention_heads = heads
