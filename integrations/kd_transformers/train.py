@@ -37,7 +37,7 @@ from kd_transformers.cache import cache_teacher
 from kd_transformers.checkpoints import Resumable, asked_for, checkpoints, identity
 from kd_transformers.checks import class_order
 from kd_transformers.data import Labels, fingerprint, load_other, load_text
-from kd_transformers.metrics import agreement, build_metrics, default_metrics, logits_of
+from kd_transformers.metrics import agreement, build_metrics, default_metrics, ensemble, logits_of
 from kd_transformers.recording import RecordCallback, UpdateTimer
 from kd_transformers.rehearsal import check_best, check_recipe
 from kd_transformers.students import (
@@ -481,7 +481,7 @@ class Session:
         told: list[np.ndarray] = []
         if self.teachers:
             told = self._told(self.evaluation_set)
-            taught = np.mean(told, axis=0)
+            taught = ensemble(told, problem)
             scores = self.compute_metrics(EvalPrediction(predictions=taught, label_ids=predicted.label_ids))
             metrics |= {f"eval_teacher_{name}": value for name, value in scores.items()}
             metrics["eval_teacher_agreement"] = agreement(logits_of(predicted.predictions), taught, problem)
