@@ -34,7 +34,7 @@ from kd_transformers import DistillationTrainer
 from kd_transformers.absent import Absent, called
 from kd_transformers.arguments import Arguments, parse_args
 from kd_transformers.cache import cache_teacher
-from kd_transformers.checkpoints import Resumable, asked_for, checkpoints, identity
+from kd_transformers.checkpoints import RECIPE, Resumable, asked_for, checkpoints, identity
 from kd_transformers.checks import class_order
 from kd_transformers.data import Labels, fingerprint, load_other, load_text
 from kd_transformers.metrics import agreement, build_metrics, default_metrics, ensemble, logits_of
@@ -381,6 +381,7 @@ class Session:
             * training.world_size,
             "max_seq_length": data.max_seq_length,
             "seed": training.seed,
+            **{name: self._fingerprint[name] for name in RECIPE},
         }
 
     def _finished_teacher(self) -> bool:
@@ -396,7 +397,7 @@ class Session:
         if why:
             logger.warning(f"The teacher in {self.teacher_folder} is trained anew: {why}")
             return False
-        other = [name for name in ours if saved.get(name) != ours[name]]
+        other = [name for name in ours if saved.get(name, ours[name]) != ours[name]]
         if other:
             raise DistillError(
                 f"{self.teacher_folder} holds a teacher that was trained with another {', '.join(other)}: take another"

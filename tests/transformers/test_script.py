@@ -22,6 +22,7 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertModel,
+    DistilBertConfig,
     RobertaConfig,
     RobertaForSequenceClassification,
     XLNetConfig,
@@ -305,6 +306,9 @@ def test_a_teacher_is_trained_once_and_taught_from(run, capsys):
     assert second["eval_loss"] == results["eval_loss"]
     error = fails(capsys, [*TINY, *words, "--output_dir", str(folder), "--teacher_learning_rate", "0.1"])
     assert "another learning_rate" in error
+    other = "--weight_decay 0.5 --neftune_noise_alpha 5".split()
+    error = fails(capsys, [*TINY, *words, "--output_dir", str(folder), *other])
+    assert "another weight_decay, neftune_noise_alpha: take" in error
 
 
 def test_the_teacher_trains_at_its_own_pace_and_the_student_learns_from_it(run, colours):
@@ -334,6 +338,13 @@ def parse_and_build(taught: Path, *words: str) -> Session:
     return Session(
         parse_args([*TINY, "--output_dir", output, "--teacher", str(taught), "--student_init", "teacher", *words])
     )
+
+
+def test_the_feed_forward_layers_of_a_smaller_student_are_smaller():
+    labels = read_labels(load_docstrings()["train"], "label")
+    sizes = {"vocab_size": 64, "dim": 32, "hidden_dim": 64, "n_layers": 1, "n_heads": 2, "num_labels": 12}
+    student = shrink(AutoModelForSequenceClassification.from_config(DistilBertConfig(**sizes)), labels, hidden_size=16)
+    assert student.distilbert.transformer.layer[0].ffn.lin1.weight.shape == (32, 16)
 
 
 def test_a_student_with_all_layers_starts_as_its_teacher(run, taught):
