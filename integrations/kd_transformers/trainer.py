@@ -35,6 +35,7 @@ from kd_transformers.checks import (
     check_fit,
     check_host,
     check_labels,
+    check_problem,
     class_order,
     follow_tokens,
     inputs_of,
@@ -221,6 +222,8 @@ class DistillationTrainer(Resumable):
         check_fit(distiller, batch.task, self.model)
         check_ids(self.model, self.teachers, self.peer_models, [TEACHER + name for name in batch.teacher_kwargs])
         check_aligned(distiller, batch)
+        for teacher in (t for i, t in enumerate(self.teachers) if reads_scores(distiller, i)):
+            check_problem(teacher, batch.task)
         check_told(nets, batch)
         set_up(distiller, nets, batch)
         # Some methods know what they read of a teacher only now.

@@ -163,6 +163,10 @@ BEFORE_TRAINING: dict[str, tuple[dict[str, Any], str]] = {
         "vocabulary of 64 tokens and .* with 99:",
     ),
     "padding": ({"of": teacher(pad_token_id=1)}, "token 0 as padding and .* with 1:"),
+    "another problem": (
+        {"of": teacher(problem_type="multi_label_classification")},
+        "a teacher for classification, .* with problem_type='multi_label_classification'",
+    ),
     "teacher without a head": ({"of": hf.BertModel(config(num_hidden_layers=4))}, "to return its scores"),
     "empty data": ({"data": [], "max_steps": 3}, "empty train_dataset"),
 }
