@@ -138,6 +138,11 @@ def _check_classes(name: str, config: Any, labels: Labels) -> None:
             f"{name} has {config.num_labels} classes and the data {labels.count}: use a checkpoint that was trained on"
             " these classes, or add --train_teacher to fine-tune it."
         )
+    if config.problem_type not in (None, labels.problem):
+        raise DistillError(
+            f"{name} was trained on a {config.problem_type.replace('_', ' ')} problem, and the labels of the data make"
+            f" a {labels.problem.replace('_', ' ')} problem: use a checkpoint that was trained on such labels."
+        )
 
 
 def match_names(labels: Labels, teachers: list[Any]) -> Labels:

@@ -615,6 +615,11 @@ def test_a_teacher_with_other_classes_is_refused(taught, tmp_path, capsys):
     AutoTokenizer.from_pretrained(taught).save_pretrained(tmp_path / "three")
     words = [*TINY, "--output_dir", str(tmp_path / "o"), "--distill", "kd"]
     assert "has 3 classes and the data 12" in fails(capsys, [*words, "--teacher", str(tmp_path / "three")])
+    several = AutoModelForSequenceClassification.from_pretrained(taught, problem_type="multi_label_classification")
+    several.save_pretrained(tmp_path / "three")
+    for cached in ([], ["--cache_teacher"]):
+        error = fails(capsys, [*words, *cached, "--teacher", str(tmp_path / "three")])
+        assert "trained on a multi label classification problem, and the labels of the data make a single" in error
 
 
 def test_another_tokenizer_is_refused(taught, tmp_path, capsys):
