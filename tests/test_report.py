@@ -379,6 +379,11 @@ def test_predictions_by_hand():
     }
     assert summary["teacher"]["accuracy"] == pytest.approx(float((theirs.argmax(1) == labels).float().mean()))
     assert arrays["student/confusion"][2, 3] == int(((labels == 2) & (ours.argmax(1) == 3)).sum())
+    # What is no number is not alike; what the teacher gives no probability counts as nothing.
+    odd = Answers()
+    odd.ensemble([one[:1].index_fill(1, torch.tensor(2), -torch.inf)], labels[:1], student[:1])
+    odd.ensemble([one[:1]], labels[:1], student[:1] * torch.nan)
+    assert odd.found()["teacher"]["kl"].isfinite().tolist() == [True, False]
 
 
 def test_a_teacher_of_other_classes_is_left_out_of_predictions():

@@ -79,7 +79,7 @@ class Answers:
         self.classes = logits.shape[-1] if own else self.classes
         if student is not None:
             ours, theirs = _logs(student, self.offset), _logs(logits)
-            found["kl"] = (theirs.exp() * (theirs - ours)).nan_to_num().sum(-1).cpu()
+            found["kl"] = (theirs.exp() * (theirs - ours)).masked_fill(theirs == -math.inf, 0).sum(-1).cpu()
             found["agreement"] = (ours.argmax(-1) == theirs.argmax(-1)).cpu()
         self.parts.setdefault(name, []).append(found)
 

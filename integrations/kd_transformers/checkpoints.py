@@ -19,17 +19,21 @@ from kd_transformers.compat import Hooks
 if TYPE_CHECKING:
     from kd_transformers.arguments import Arguments
 
-__all__ = ["Resumable", "asked_for", "check_same_run", "checkpoints", "find_checkpoint", "identity"]
+__all__ = ["RECIPE", "Resumable", "asked_for", "check_same_run", "checkpoints", "find_checkpoint", "identity"]
 
 logger = logging.get_logger(__name__)
 
-# Training arguments that make another run, and arguments of ours that do not.
-_CHANGES = (
-    *("seed", "data_seed", "learning_rate", "weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2"),
-    *("adam_epsilon", "max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "label_smoothing_factor"),
-    *("fp16", "bf16", "train_sampling_strategy"),
+# Training arguments that make another run of one seed, learning rate and batch size.
+RECIPE = (
+    *("data_seed", "weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+    *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "label_smoothing_factor", "fp16", "bf16"),
+    *("train_sampling_strategy", "dataloader_drop_last", "neftune_noise_alpha"),
 )
+_CHANGES = (
+    *RECIPE,
+    *("seed", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size"),
+)
+# Arguments of ours that make none.
 _FREE = {
     *("cache_dir", "allow_nonfinite", "trust_remote_code", "max_eval_samples", "validation_file", "metric"),
     *("validation_split", "ood_dataset", "ood_split", "cache_teacher"),
@@ -207,9 +211,10 @@ class Resumable(Hooks):
             states.seal(folder, **self.facts)
 
     def training_begins(self) -> None:
-        self.watch = Watch()
+        self.watch, self.summed_since = Watch(), self.state.global_step
+        # Trainer's own checkpoints have none.
         if self._resumed is not None and (self._resumed / self._losses).is_file():
-            self.loss_sums = states.read_json(self._resumed / self._losses)
+            self.loss_sums, self.summed_since = states.read_json(self._resumed / self._losses), 0
 
     @property
     def _losses(self) -> str:

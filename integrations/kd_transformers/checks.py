@@ -227,6 +227,17 @@ def class_order(student: nn.Module, teacher: nn.Module) -> Sequence[int] | None:
     return [other_names.index(name) for name in names]
 
 
+def check_problem(teacher: nn.Module, task: str) -> None:
+    """Refuses a teacher whose configuration says that its scores are others than they would be read as."""
+    problem = getattr(getattr(base(teacher), "config", None), "problem_type", None)
+    theirs = task_of(teacher) if problem and kind_of(teacher) == "classification" else task
+    if theirs != task:
+        raise DistillError(
+            f"Expected a teacher for {task}, as the student and the labels are, got {type(base(teacher)).__name__} with"
+            f" problem_type={problem!r}: use one that was trained on such labels, or set teacher.config.problem_type."
+        )
+
+
 def same_class_order(student: nn.Module, peer: nn.Module) -> None:
     """Refuses a peer, which learns from the student's labels, whose classes are numbered in another order."""
     if class_order(student, peer) is not None:

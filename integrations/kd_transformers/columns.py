@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_plugins import DistillError
-from kd_transformers.checks import base, scores_tokens
+from kd_transformers.checks import base, check_vocabulary, scores_tokens
 
 INDEX = "kd_index"
 TEACHER = "teacher_"
@@ -52,6 +52,28 @@ def told_layers(columns: Iterable[Any]) -> dict[str, tuple[int, str | int]]:
 def told_columns(dataset: Any) -> list[str]:
     """The columns of what teachers have said that a data set may have, those of the layers that it has among them."""
     return [*TOLD, *told_layers(getattr(dataset, "column_names", None) or ())]
+
+
+def check_ids(
+    student: nn.Module, teachers: Sequence[nn.Module], peers: Sequence[nn.Module], columns: Iterable[Any]
+) -> None:
+    """Refuses networks that read the same token ids and do not share a vocabulary.
+
+    Args:
+        student: The student.
+        teachers: The teachers; those for whose main input there is a column read that and not the student's.
+        peers: The other networks that are trained.
+        columns: Of the data.
+    """
+    own = [t for t in teachers if TEACHER + getattr(base(t), "main_input_name", "input_ids") in columns]
+    for network in [*(t for t in teachers if t not in own), *peers]:
+        check_vocabulary(student, network)
+    sizes: set[Any] = {getattr(getattr(base(t), "config", None), "vocab_size", None) for t in own} - {None}
+    if len(sizes) > 1:
+        raise DistillError(
+            f"The columns {TEACHER}... go to every teacher, got teachers with vocabularies of"
+            f" {' and '.join(map(str, sorted(sizes)))} tokens: use teachers that share a tokenizer."
+        )
 
 
 def pop_told(

@@ -56,6 +56,8 @@ class Hooks(Trainer):
 
     data_collator: Any
     _signature_columns: Any
+    summed_since = 0
+    """The step from which on `loss_sums` hold the losses."""
     _begun: bool
     _further: Sequence[str] = ()
 
@@ -231,8 +233,8 @@ class Hooks(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "train_loss" in logs:
-            # Since 5.18 Trainer divides by the steps since the training was resumed.
-            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 0.001)
+            # Trainer divides by the steps since the training was resumed, before 5.18 by all.
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step - self.summed_since, 0.001)
         super().log(logs, *args, **kwargs)
 
     def _begin(self) -> None:

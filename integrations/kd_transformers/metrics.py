@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 from sklearn import metrics
 from transformers import EvalPrediction
 from transformers.utils import logging
@@ -88,6 +88,21 @@ def decide(logits: np.ndarray, problem: str) -> np.ndarray:
     if problem == "regression":
         return logits.reshape(len(logits))
     return (logits > 0).astype(np.int64) if problem == "multi_label_classification" else logits.argmax(-1)
+
+
+def ensemble(told: Sequence[np.ndarray], problem: str) -> np.ndarray:
+    """What several networks say together: logits of their mean probability, of a regression their mean.
+
+    Args:
+        told: Logits `[B, classes]` of each.
+        problem: transformers' name of the kind of problem.
+    """
+    if problem == "regression":
+        return np.mean(told, axis=0)
+    logits = np.stack(told).astype(np.float64)
+    if problem == "multi_label_classification":
+        return special.logit(special.expit(logits).mean(0))
+    return special.logsumexp(special.log_softmax(logits, -1), 0)
 
 
 def agreement(student: np.ndarray, teacher: np.ndarray, problem: str) -> float:

@@ -52,7 +52,7 @@ class Trained(Net):
         view.loss = self._loss
         return view
 
-    def task_loss(self, batch: Batch, items: int) -> Tensor | None:
+    def task_loss(self, batch: Batch, items: Tensor) -> Tensor | None:
         """The task loss of a batch that has so many items, in evaluation mode; None without labels."""
         _, inputs = self.network.arguments(batch)
         if batch.labels is None and not any(name in inputs for name in self.trainer.label_names):

@@ -138,6 +138,11 @@ def _check_classes(name: str, config: Any, labels: Labels) -> None:
             f"{name} has {config.num_labels} classes and the data {labels.count}: use a checkpoint that was trained on"
             " these classes, or add --train_teacher to fine-tune it."
         )
+    if config.problem_type not in (None, labels.problem):
+        raise DistillError(
+            f"{name} was trained on a {config.problem_type.replace('_', ' ')} problem, and the labels of the data make"
+            f" a {labels.problem.replace('_', ' ')} problem: use a checkpoint that was trained on such labels."
+        )
 
 
 def match_names(labels: Labels, teachers: list[Any]) -> Labels:
@@ -229,8 +234,9 @@ def shrink(
     if isinstance(getattr(config, "layer_types", None), list):
         config.layer_types = [config.layer_types[kept[i] - 1] for i in range(1, chosen + 1)]
     if hidden_size is not None:
-        if getattr(config, "intermediate_size", None):
-            config.intermediate_size = max(1, config.intermediate_size * hidden_size // config.hidden_size)
+        for name in ("intermediate_size", "hidden_dim", "d_inner", "n_inner"):
+            if getattr(config, name, None):
+                setattr(config, name, max(1, getattr(config, name) * hidden_size // config.hidden_size))
         config.hidden_size = hidden_size
     if heads is not None:
         config.num_attention_heads = heads

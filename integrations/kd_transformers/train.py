@@ -34,10 +34,10 @@ from kd_transformers import DistillationTrainer
 from kd_transformers.absent import Absent, called
 from kd_transformers.arguments import Arguments, parse_args
 from kd_transformers.cache import cache_teacher
-from kd_transformers.checkpoints import Resumable, asked_for, checkpoints, identity
+from kd_transformers.checkpoints import RECIPE, Resumable, asked_for, checkpoints, identity
 from kd_transformers.checks import class_order
 from kd_transformers.data import Labels, fingerprint, load_other, load_text
-from kd_transformers.metrics import agreement, build_metrics, default_metrics, logits_of
+from kd_transformers.metrics import agreement, build_metrics, default_metrics, ensemble, logits_of
 from kd_transformers.recording import RecordCallback, UpdateTimer
 from kd_transformers.rehearsal import check_best, check_recipe
 from kd_transformers.students import (
@@ -381,6 +381,7 @@ class Session:
             * training.world_size,
             "max_seq_length": data.max_seq_length,
             "seed": training.seed,
+            **{name: self._fingerprint[name] for name in RECIPE},
         }
 
     def _finished_teacher(self) -> bool:
@@ -396,7 +397,7 @@ class Session:
         if why:
             logger.warning(f"The teacher in {self.teacher_folder} is trained anew: {why}")
             return False
-        other = [name for name in ours if saved.get(name) != ours[name]]
+        other = [name for name in ours if saved.get(name, ours[name]) != ours[name]]
         if other:
             raise DistillError(
                 f"{self.teacher_folder} holds a teacher that was trained with another {', '.join(other)}: take another"
@@ -481,7 +482,7 @@ class Session:
         told: list[np.ndarray] = []
         if self.teachers:
             told = self._told(self.evaluation_set)
-            taught = np.mean(told, axis=0)
+            taught = ensemble(told, problem)
             scores = self.compute_metrics(EvalPrediction(predictions=taught, label_ids=predicted.label_ids))
             metrics |= {f"eval_teacher_{name}": value for name, value in scores.items()}
             metrics["eval_teacher_agreement"] = agreement(logits_of(predicted.predictions), taught, problem)
@@ -546,12 +547,14 @@ class Session:
 
 
 def _predict(trainer: Trainer, rows: Any) -> PredictionOutput:
-    """What a network says of some rows, in their order: grouped by length, an evaluation would have another."""
-    strategy, trainer.args.train_sampling_strategy = trainer.args.train_sampling_strategy, "random"
+    """What a network says of all of some rows, in their order; grouped by length, an evaluation would have another."""
+    whole = {"train_sampling_strategy": "random", "dataloader_drop_last": False}
+    before = {name: getattr(trainer.args, name) for name in whole}
     try:
+        vars(trainer.args).update(whole)
         return trainer.predict(rows, metric_key_prefix="eval")
     finally:
-        trainer.args.train_sampling_strategy = strategy
+        vars(trainer.args).update(before)
 
 
 def _trainer(**options: Any) -> Resumable:

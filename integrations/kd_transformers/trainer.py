@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import inspect
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from kd_transformers.checks import (
     check_fit,
     check_host,
     check_labels,
-    check_vocabulary,
+    check_problem,
     class_order,
     follow_tokens,
     inputs_of,
@@ -44,7 +44,7 @@ from kd_transformers.checks import (
     special_tokens,
     task_of,
 )
-from kd_transformers.columns import INDEX, TEACHER, Indexed, is_told, pop_told, told_columns, with_index, with_padding
+from kd_transformers.columns import INDEX, TEACHER, Indexed, check_ids, pop_told, told_columns, with_index, with_padding
 from kd_transformers.compat import ALWAYS_DIVIDES, on_device, used_columns
 from kd_transformers.inputs import decoder_inputs, labels_of
 from kd_transformers.playing import Trained, Updates, divides, export, ignored_label, listed, save_weights
@@ -197,15 +197,9 @@ class DistillationTrainer(Resumable):
             same_class_order(self.model, peer)
         columns = getattr(self.train_dataset, "column_names", None)
         if columns is not None:
-            self._check_vocabularies(columns)
+            check_ids(self.model, self.teachers, self.peer_models, columns)
         student, *peers = (Trained(self, net, student=net is nets.student) for net in nets.peers)
         return Nets(student, nets.teachers, peers)
-
-    def _check_vocabularies(self, columns: Iterable[Any]) -> None:
-        """Networks that read the same token ids must share a vocabulary."""
-        own = any(str(column).startswith(TEACHER) and not is_told(column) for column in columns)
-        for network in [*([] if own else self.teachers), *self.peer_models]:
-            check_vocabulary(self.model, network)
 
     def _set_up(self, distiller: Distiller, loader: Any) -> None:
         """Binds the distiller to the model that is about to be trained; model_init makes a new one in every run."""
@@ -226,8 +220,10 @@ class DistillationTrainer(Resumable):
                 " give: give train_dataset, and leave get_train_dataloader as it is."
             )
         check_fit(distiller, batch.task, self.model)
-        self._check_vocabularies(TEACHER + name for name in batch.teacher_kwargs)
+        check_ids(self.model, self.teachers, self.peer_models, [TEACHER + name for name in batch.teacher_kwargs])
         check_aligned(distiller, batch)
+        for teacher in (t for i, t in enumerate(self.teachers) if reads_scores(distiller, i)):
+            check_problem(teacher, batch.task)
         check_told(nets, batch)
         set_up(distiller, nets, batch)
         # Some methods know what they read of a teacher only now.
@@ -250,7 +246,7 @@ class DistillationTrainer(Resumable):
         if self.args.gradient_accumulation_steps * self.args.world_size == 1:
             return True  # The number is that of the batch, and both are the same.
         for asked in itertools.chain([batch], () if self._peeked is not None else self._pass(loader)):
-            one, two = (net.task_loss(asked, items) for items in (1, 2))
+            one, two = (net.task_loss(asked, n) for n in torch.tensor([1.0, 2.0], device=self.args.device))
             if one is None or two is None:
                 return False
             if (counts := divides(one, two)) is not None:  # Else no label counts in this batch.
@@ -386,7 +382,7 @@ class DistillationTrainer(Resumable):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         self._resuming = bool(resume_from_checkpoint)
-        self._streams, self._resumed_from, self._peeked, self._built, self._staged = None, None, None, None, None
+        self._resumed_from, self._peeked, self._built, self._staged = None, None, None, None
         if self._bound_to is not None and (self.model_init is not None or self._bound_to is not self.model):
             self.distiller, self._bound_to = copy.deepcopy(self._unused), None
             for peer, state in zip(self.peer_models, self._peers_at_first, strict=False):
@@ -420,7 +416,7 @@ class DistillationTrainer(Resumable):
     def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> Any:
         # The first thing in a training that knows its loader and its length, and that nobody overrides.
         values = super().set_initial_training_values(args, dataloader)
-        self._epoch_steps, self.player = values[1], None
+        self._epoch_steps, self.player, self._streams = values[1], None, None
         if self._staged is not None:
             self._staged.epoch_steps = values[1]
         if self.distiller is not None and values[-1] > 0:
@@ -480,7 +476,7 @@ class DistillationTrainer(Resumable):
         if not self._playing or self.player is None or self._nets is None:
             # Trainer multiplies a loss that was given the items by the processes, also one that ignores them.
             if self._counts is None and num_items_in_batch is not None and self.args.world_size > 1:
-                one, two = (self.host_loss(model, dict(inputs), n)[0] for n in (1, 2))
+                one, two = (self.host_loss(model, dict(inputs), n * num_items_in_batch)[0] for n in (1, 2))
                 self._counts = divides(one, two, self.accelerator.gather)
             items = None if self._counts is False else num_items_in_batch
             return super().compute_loss(model, inputs, return_outputs, items)

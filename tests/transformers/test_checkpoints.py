@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trainer_kit import bert, difference, trainer, weights
+from trainer_kit import bert, difference, logged, plain, trainer, weights
 from transformers import TrainerCallback
 
 from kd_plugins import DistillError, states
@@ -69,6 +69,14 @@ def test_no_step_follows_the_last(whole, tmp_path) -> None:
     assert run.state.global_step == 6
     assert difference(weights(first.model), weights(run.model)) == 0.0
     assert again.training_loss == result.training_loss
+
+
+def test_the_loss_since_a_checkpoint_of_trainers_own_is_a_mean_of_these_steps(tmp_path) -> None:
+    plain(tmp_path, **{**RUN, "logging_steps": 1}).train()
+    run = trainer(tmp_path, None, **{**RUN, "logging_steps": 1})
+    result = run.train(str(tmp_path / "checkpoint-4"))
+    fifth, sixth = logged(run, "loss")[-2:]
+    assert result.training_loss == result.metrics["train_loss"] == pytest.approx((fifth + sixth) / 2)
 
 
 def test_one_of_another_student_or_optimizer_is_refused(whole, tmp_path) -> None:

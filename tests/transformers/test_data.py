@@ -16,7 +16,7 @@ from kd_transformers import data as data_module
 from kd_transformers.arguments import DataArguments
 from kd_transformers.data import fingerprint, load_text, read_labels
 from kd_transformers.docstrings import load_docstrings, read_docstrings, split_by_file
-from kd_transformers.metrics import agreement, build_metrics, decide, default_metrics, local_metrics
+from kd_transformers.metrics import agreement, build_metrics, decide, default_metrics, ensemble, local_metrics
 from kd_transformers.wordpiece import train_tokenizer
 
 TEXTS = [f"the {a} loop {b} every {c}" for a in "abcdef" for b in ("reads", "writes") for c in ("socket", "buffer")]
@@ -365,6 +365,17 @@ def test_agreement_counts_equal_decisions():
     assert agreement(ours - 0.5, theirs - 2.5, "multi_label_classification") == 0.625
     assert agreement(ours[:, :1], -ours[:, :1], "regression") == pytest.approx(-1)
     assert decide(ours[:, :1], "regression").shape == (4,)
+
+
+def test_teachers_count_by_their_mean_probability():
+    told = [np.array([[9.0, 0.0, 0.0]]), np.array([[0.0, 1.0, 0.0]]), np.array([[0.0, 2.0, -9.0]])]
+    probabilities = np.mean([np.exp(x) / np.exp(x).sum() for x in told], 0)
+    assert np.exp(ensemble(told, "single_label_classification")) / 3 == pytest.approx(probabilities)
+    assert probabilities.argmax() == 1 != np.mean(told, axis=0).argmax()
+    sure = [np.array([[9.0]]), np.array([[-1.0]]), np.array([[-1.0]])]
+    single = 1 / (1 + np.exp([-9.0, 1.0, 1.0]))
+    assert ensemble(sure, "multi_label_classification") == pytest.approx(np.log(single.mean() / (1 - single.mean())))
+    assert ensemble(sure, "regression") == pytest.approx(7 / 3)
 
 
 def test_an_unknown_metric_is_an_error(monkeypatch):

@@ -22,6 +22,7 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertModel,
+    DistilBertConfig,
     RobertaConfig,
     RobertaForSequenceClassification,
     XLNetConfig,
@@ -205,8 +206,9 @@ def test_what_a_kill_or_a_bad_disk_leaves_is_made_anew(run, capsys):
     assert same(weights(again), expected)
     assert untimed(results) == untimed(first)
     assert [*map(untimed, load_run(again).history)] == [*map(untimed, history)]
-    other = fails(capsys, [*TINY, "--output_dir", str(whole), *words, *"--weight_decay 0.1 --student_layers 1".split()])
-    assert "is of a run with student_layers None (here 1); weight_decay 0.01 (here 0.1):" in other
+    split = "--per_device_train_batch_size 4 --gradient_accumulation_steps 2 --student_layers 1".split()
+    other = fails(capsys, [*TINY, "--output_dir", str(whole), *words, *split])
+    assert "is of a run with student_layers None (here 1); per_device_train_batch_size 8 (here 4); gradient" in other
     (whole / "checkpoint-4" / "optimizer.pt").unlink()
     words[-1] = str(whole / "checkpoint-4")
     error = fails(capsys, [*TINY, "--output_dir", str(whole), *words])
@@ -221,6 +223,15 @@ def test_distillation_with_evaluations_and_the_best_checkpoint(run, taught):
     assert 0 <= results["eval_teacher_agreement"] <= 1
     log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     assert [entry["epoch"] for entry in log if "eval_loss" in entry][:2] == [1.0, 2.0]
+
+
+def test_every_row_is_evaluated(run, taught):
+    dropping = "--dataloader_drop_last True --per_device_eval_batch_size 20".split()
+    kept, results = run("--distill", "kd", "--teacher", str(taught), *dropping, name="a")
+    _, whole = run("--do_eval", "--model_name_or_path", str(kept), "--teacher", str(taught), name="b")
+    assert results["eval_samples"] == 32
+    for name in ("eval_accuracy", "eval_teacher_accuracy", "eval_teacher_agreement"):
+        assert results[name] == whole[name]
 
 
 def test_evaluation_alone(run, taught):
@@ -296,6 +307,9 @@ def test_a_teacher_is_trained_once_and_taught_from(run, capsys):
     assert second["eval_loss"] == results["eval_loss"]
     error = fails(capsys, [*TINY, *words, "--output_dir", str(folder), "--teacher_learning_rate", "0.1"])
     assert "another learning_rate" in error
+    other = "--weight_decay 0.5 --neftune_noise_alpha 5".split()
+    error = fails(capsys, [*TINY, *words, "--output_dir", str(folder), *other])
+    assert "another weight_decay, neftune_noise_alpha: take" in error
 
 
 def test_the_teacher_trains_at_its_own_pace_and_the_student_learns_from_it(run, colours):
@@ -325,6 +339,13 @@ def parse_and_build(taught: Path, *words: str) -> Session:
     return Session(
         parse_args([*TINY, "--output_dir", output, "--teacher", str(taught), "--student_init", "teacher", *words])
     )
+
+
+def test_the_feed_forward_layers_of_a_smaller_student_are_smaller():
+    labels = read_labels(load_docstrings()["train"], "label")
+    sizes = {"vocab_size": 64, "dim": 32, "hidden_dim": 64, "n_layers": 1, "n_heads": 2, "num_labels": 12}
+    student = shrink(AutoModelForSequenceClassification.from_config(DistilBertConfig(**sizes)), labels, hidden_size=16)
+    assert student.distilbert.transformer.layer[0].ffn.lin1.weight.shape == (32, 16)
 
 
 def test_a_student_with_all_layers_starts_as_its_teacher(run, taught):
@@ -553,6 +574,8 @@ def test_a_wrong_file_of_arguments(tmp_path, capsys):
         ("--model_name_or_path a --student_layers 2", "whole student"),
         ("--student_layers 0", "expected a positive number, got 0"),
         ("--do_predict", "not supported"),
+        ("--eval_do_concat_batches False", "--eval_do_concat_batches: the metrics are of all predictions"),
+        ("--prediction_loss_only True", "--prediction_loss_only: the metrics are of all predictions"),
         ("--student_init magic", "invalid choice"),
     ],
 )
@@ -593,6 +616,11 @@ def test_a_teacher_with_other_classes_is_refused(taught, tmp_path, capsys):
     AutoTokenizer.from_pretrained(taught).save_pretrained(tmp_path / "three")
     words = [*TINY, "--output_dir", str(tmp_path / "o"), "--distill", "kd"]
     assert "has 3 classes and the data 12" in fails(capsys, [*words, "--teacher", str(tmp_path / "three")])
+    several = AutoModelForSequenceClassification.from_pretrained(taught, problem_type="multi_label_classification")
+    several.save_pretrained(tmp_path / "three")
+    for cached in ([], ["--cache_teacher"]):
+        error = fails(capsys, [*words, *cached, "--teacher", str(tmp_path / "three")])
+        assert "trained on a multi label classification problem, and the labels of the data make a single" in error
 
 
 def test_another_tokenizer_is_refused(taught, tmp_path, capsys):

@@ -249,7 +249,7 @@ def test_compute_loss_func(tmp_path: Path) -> None:
     seen: list[int] = []
 
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
-        seen.append(int(num_items_in_batch))
+        seen.append(int(num_items_in_batch.item()))
         return 5 * F.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
 
     one = trainer(
@@ -512,3 +512,19 @@ def test_rows_and_streams(tmp_path: Path, arrow: bool) -> None:
             rows |= set(batch.index.tolist())
     assert len(found[0]) == len(found[1]) == 8
     assert not found[0] & found[1]
+
+
+def test_streams_follow_a_batch_size_that_is_found(tmp_path: Path) -> None:
+    """auto_find_batch_size begins anew with fewer rows, in the batches of a stream as well."""
+
+    class Large(Rows):
+        def loss(self, student: View, teacher: View, batch: Batch) -> dict[str, Tensor]:
+            super().loss(student, teacher, batch)
+            if batch.size + batch.stream("search").size > 4:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+            return {}
+
+    args = arguments(tmp_path, auto_find_batch_size=True)
+    run = DistillationTrainer(bert(), args, train_dataset=Texts(), distiller=Large())
+    run.train()
+    assert {tuple(batch.size for batch in batches) for batches in run.distiller.seen[-16:]} == {(2, 2)}

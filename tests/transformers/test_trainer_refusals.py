@@ -163,6 +163,10 @@ BEFORE_TRAINING: dict[str, tuple[dict[str, Any], str]] = {
         "vocabulary of 64 tokens and .* with 99:",
     ),
     "padding": ({"of": teacher(pad_token_id=1)}, "token 0 as padding and .* with 1:"),
+    "another problem": (
+        {"of": teacher(problem_type="multi_label_classification")},
+        "a teacher for classification, .* with problem_type='multi_label_classification'",
+    ),
     "teacher without a head": ({"of": hf.BertModel(config(num_hidden_layers=4))}, "to return its scores"),
     "empty data": ({"data": [], "max_steps": 3}, "empty train_dataset"),
 }
@@ -188,6 +192,21 @@ def test_vocabulary_of_an_arrow_data_set(tmp_path: Path) -> None:
     rows = [{k: v.tolist() for k, v in data[i].items()} for i in range(4)]
     with pytest.raises(DistillError, match="vocabulary of 64 tokens"):
         trainer(tmp_path, of=teacher(vocab_size=99), data=Dataset.from_list(rows))
+
+
+def test_vocabulary_beside_inputs_that_the_teacher_alone_takes(tmp_path: Path) -> None:
+    """They are columns of its own and no tokens of its own; where it has tokens, every teacher reads them."""
+    tiny = hf.DistilBertConfig(vocab_size=64, dim=16, hidden_dim=32, n_layers=1, n_heads=2, num_labels=3)
+    types, ids = (torch.zeros(16, 10, dtype=torch.long) for _ in range(2))
+    data = Texts(extra={"token_type_ids": types})
+    with pytest.raises(DistillError, match=r"vocabulary of 64 tokens and .* with 99:"):
+        trainer(
+            tmp_path, student=hf.DistilBertForSequenceClassification(tiny), of=teacher(vocab_size=99), data=data
+        ).train()
+    data = Texts(extra={"teacher_input_ids": ids})
+    trainer(tmp_path, of=[teacher(vocab_size=99), teacher(vocab_size=99)], data=data, max_steps=1).train()
+    with pytest.raises(DistillError, match="every teacher, got teachers with vocabularies of 64 and 99 tokens"):
+        trainer(tmp_path, of=[teacher(vocab_size=99), teacher()], data=data).train()
 
 
 def test_float_labels_are_a_task_of_their_own(tmp_path: Path) -> None:
