@@ -243,8 +243,6 @@ class DistillationTrainer(Resumable):
         """Whether a network's task loss divides by the number of items it is given; BERT's classifiers ignore it."""
         if not (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
             return False
-        if self.args.gradient_accumulation_steps * self.args.world_size == 1:
-            return True  # The number is that of the batch, and both are the same.
         for asked in itertools.chain([batch], () if self._peeked is not None else self._pass(loader)):
             one, two = (net.task_loss(asked, n) for n in torch.tensor([1.0, 2.0], device=self.args.device))
             if one is None or two is None:

@@ -49,6 +49,17 @@ def test_p01_accumulation_does_not_inflate(tmp_path: Path) -> None:
     assert logged(one, "distill/kd")[0] == pytest.approx(logged(four, "distill/kd")[0], abs=1e-6)
 
 
+def test_p01_accumulation_may_begin_in_another_training(tmp_path: Path) -> None:
+    """What a model does with the number of items is asked whatever the accumulation is at first."""
+    same: dict[str, Any] = {"data": Texts(8), "per_device_train_batch_size": 4, "max_steps": 1, "learning_rate": 0.0}
+    later, fresh = trainer(tmp_path, **same), trainer(tmp_path, gradient_accumulation_steps=2, **same)
+    later.train()
+    later.args.gradient_accumulation_steps = 2
+    for run in (later, fresh):
+        run.train()
+    assert logged(later, "distill/task")[-1] == pytest.approx(logged(fresh, "distill/task")[0], abs=1e-6)
+
+
 def test_p01_unfinished_window_is_a_mean_too(tmp_path: Path) -> None:
     """The last window of an epoch holds fewer micro-batches and is divided by their number."""
     same: dict[str, Any] = {"data": Texts(10), "per_device_train_batch_size": 2, "learning_rate": 0.0}
