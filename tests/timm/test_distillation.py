@@ -22,7 +22,7 @@ from timm.utils import random_seed
 import kd_plugins
 from kd_plugins import Batch
 from kd_report.uncertainty import doubts, uncertainty_metrics
-from kd_timm import data, distillation, teachers, train
+from kd_timm import data, distillation, engine, teachers, train
 from kd_timm.arguments import parse_args
 from kd_timm.build import check_model_name
 from kd_timm.teachers import InputTransform, create_teacher
@@ -281,6 +281,25 @@ def test_peers_have_arguments_of_their_own(run):
     assert session.results["peers"][0]["parameters"] != student
     wide = run(*flags, "resnet10t", "--peer-kwargs", "channels=(8,8,16,32)", "stem_width=8", name="wide")
     assert wide.results["peers"][0]["parameters"] > student
+
+
+def test_layer_decay_leaves_the_methods_parts_at_the_full_rate(run, teacher):
+    flags = ["--epochs", "1", "--layer-decay", "0.5", "--distill", "fitnet", "--distill-args", "layers=1"]
+    session = run(*flags, *teacher, "--teacher-kwargs", "stem_width=16")
+    groups = session.optimizer.param_groups
+    assert len({group["lr_scale"] for group in groups}) > 1
+    (own,) = session.distillation.player["own"].optimizer.param_groups
+    assert groups[own["follows"]]["lr_scale"] == 1.0
+
+
+def test_adaptive_clipping_leaves_the_classifiers_of_peers_alone(run, monkeypatch):
+    clipped = set()
+    monkeypatch.setattr(engine, "dispatch_clip_grad", lambda found, **options: clipped.update(map(id, found)))
+    flags = ["--epochs", "1", "--clip-grad", "0.1", "--clip-mode", "agc", "--distill", "timm_distillers:Pair"]
+    session = run(*flags, "--peer", "resnet10t")
+    for net in session.distillation.nets.peers:
+        spared = {name for name, p in net.module.named_parameters() if id(p) not in clipped}
+        assert spared == {"fc.weight", "fc.bias"}
 
 
 def test_the_pass_before_the_training_has_the_loaders_workers(run, teacher, monkeypatch):
