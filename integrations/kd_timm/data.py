@@ -381,8 +381,8 @@ def create_data(
     if distiller is not None and (index or streams):
         if isinstance(train, IterableDataset):
             raise DistillError(f"{distiller.name} needs rows by number, which this kind of data set does not have.")
-        if index and args.aug_splits:
-            raise DistillError(f"--aug-splits shows a row several times at once, and {distiller.name} counts rows.")
+        if args.aug_splits:
+            raise DistillError(f"--aug-splits repeats rows, and {distiller.name} counts rows or holds some out.")
         whole = train
         train = staged = StagedRows(replayed or whole, distiller, 1, args.seed, numbered if index else None)
         streams = {name: Rows(whole, rows, index) for name, rows in streams.items() if name}
@@ -487,10 +487,9 @@ def _mixup(args: argparse.Namespace) -> Any:
     """What mixes images and labels: while a batch is collated, on the device, or patch by patch; None without it."""
     if not uses_mixup(args):
         return None
-    if args.batch_size % 2:
-        raise DistillError(f"--batch-size {args.batch_size}: Mixup mixes pairs, so give an even number.")
-    if args.aug_splits and not args.no_prefetcher:
-        raise DistillError("Mixup is collated with the batch, which --aug-splits splits: add --no-prefetcher.")
+    for size in args.train_batch_sizes or [args.batch_size]:
+        if size % 2:
+            raise DistillError(f"A batch of {size}: Mixup mixes pairs, so give an even number.")
     options = _named(args, MIXUP_ARGUMENTS) | {"multi_label": args.task == "multilabel"}
     # One logit decides between two classes.
     options["num_classes"] = args.num_classes if args.task == "multilabel" else max(args.num_classes, 2)

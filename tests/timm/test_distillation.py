@@ -475,6 +475,7 @@ def test_a_teacher_that_does_not_fit_is_refused(run, teacher, tiny, tmp_path, ca
     assert "does not know the student's classes" in message("kd", *given, str(other / "weights.safetensors"))
     assert "layer9" in message("nst", *teacher, "--distill-args", "layers=layer9")
     assert "attention" in message("internal", *teacher)
+    assert "holds some out" in message("dfa", *teacher, "--aug-splits", "3")
 
     def offline(*args, **kwargs):
         raise OSError("no network")

@@ -353,6 +353,7 @@ def test_digits_are_split_once_and_for_all():
         ("--task multilabel", "a digit has one label"),
         ("--gp nothing", "Invalid pool type"),
         ("-b 63 --mixup 0.3", "give an even number"),
+        ("--train-img-sizes 16 24 --train-batch-sizes 6 5 --mixup 0.3 --no-prefetcher", "A batch of 5"),
         ("--in-chans 5", "--input-img-mode"),
         ("--naflex-loader", "choose a NaFlex model"),
         ("--std 0 1 1", "a positive std"),
@@ -426,7 +427,8 @@ def test_sync_bn_converts_the_student_and_its_peers(tiny, monkeypatch):
     distillation = Distillation(args, student, config, None, torch.device("cpu"))
     for network in (student, *distillation.peers):
         kinds = {type(m) for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-        assert kinds and all(issubclass(kind, nn.SyncBatchNorm) for kind in kinds)
+        assert kinds
+        assert all(issubclass(kind, nn.SyncBatchNorm) for kind in kinds)
 
 
 def test_a_file_with_more_than_the_model_is_told_of_with_a_number(tiny, tmp_path, caplog):
