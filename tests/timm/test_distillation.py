@@ -283,6 +283,18 @@ def test_peers_have_arguments_of_their_own(run):
     assert wide.results["peers"][0]["parameters"] > student
 
 
+def test_peers_are_made_for_the_students_images():
+    def peer(name: str, size: int) -> torch.nn.Module:
+        flags = ["--model", "cifar_resnet8", "--num-classes", "10", "--distill", "timm_distillers:Pair", "--peer", name]
+        config = CONFIG | {"input_size": (3, size, size)}
+        student = timm.create_model("cifar_resnet8", num_classes=10)
+        return distillation.Distillation(parse_args(flags), student, config, None, torch.device("cpu")).peers[0]
+
+    assert peer("vit_tiny_patch16_224", 32).patch_embed.img_size == (32, 32)
+    with pytest.raises(kd_plugins.DistillError, match="lenet5 does not take images of 16 x 16 pixels"):
+        peer("lenet5", 16)
+
+
 def test_layer_decay_leaves_the_methods_parts_at_the_full_rate(run, teacher):
     flags = ["--epochs", "1", "--layer-decay", "0.5", "--distill", "fitnet", "--distill-args", "layers=1"]
     session = run(*flags, *teacher, "--teacher-kwargs", "stem_width=16")
