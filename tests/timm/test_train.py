@@ -179,6 +179,21 @@ def test_a_place_in_fewer_batches_is_refused():
         Batches([1]).take_up(rows.place())
 
 
+@pytest.mark.parametrize("flags", [[], ["--use-multi-epochs-loader"]])
+def test_workers_that_live_on_end_mixup(run, monkeypatch, flags):
+    play, mixed = engine.PlainStep.__call__, []
+
+    def seen(step, inputs, targets, *args):
+        mixed.append(bool((targets.max(1).values < 1).any()))
+        return play(step, inputs, targets, *args)
+
+    monkeypatch.setattr(engine.PlainStep, "__call__", seen)
+    run(*"--workers 1 --mixup 9 --smoothing 0 --mixup-off-epoch 1".split(), *flags)
+    assert all(mixed[:4])
+    # A worker has two batches ready.
+    assert not any(mixed[6 if flags else 4 :])
+
+
 def test_epochs_between_evaluations_are_saved(run, monkeypatch):
     monkeypatch.setattr(train, "SAVE_SECONDS", 0.0)
     flags = "--epochs", "3", "--val-interval", "3"
