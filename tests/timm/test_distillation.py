@@ -283,6 +283,14 @@ def test_peers_have_arguments_of_their_own(run):
     assert wide.results["peers"][0]["parameters"] > student
 
 
+def test_no_optimizer_goes_on_where_none_should(run):
+    flags = ["--distill", "timm_distillers:Pair", "--peer", "resnet10t", "--stop-epoch", "1"]
+    run(*flags, name="parts")
+    again = run(*flags, "--resume", "auto", "--no-resume-opt", name="parts")
+    assert not again.optimizer.state
+    assert not again.distillation.player["peer1"].optimizer.state
+
+
 def test_peers_are_made_for_the_students_images():
     def peer(name: str, size: int) -> torch.nn.Module:
         flags = ["--model", "cifar_resnet8", "--num-classes", "10", "--distill", "timm_distillers:Pair", "--peer", name]

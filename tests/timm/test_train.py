@@ -160,6 +160,26 @@ def test_a_signal_before_the_training_leaves_nothing(few_digits, tiny, tmp_path,
     assert "the training had not begun" in capsys.readouterr().err
 
 
+def test_a_rate_by_update_goes_on_behind_an_epoch_that_was_not_evaluated(run, monkeypatch):
+    """Where the run goes on otherwise than it would have, the rate is found anew."""
+    flags = ["--epochs", "3", "--sched-on-updates"]
+    whole = run(*flags, name="whole")
+    evaluate = train.evaluate
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "SAVE_SECONDS", 0.0)
+        left = iter([evaluate])
+        patch.setattr(train, "evaluate", lambda *a, **k: next(left, _interrupt)(*a, **k))
+        parts = run(*flags, name="parts")
+    # Clips nothing, and counts as another training.
+    parts = run(*flags, "--resume", str(parts.folder), "--clip-grad", "1e9", name="parts")
+    assert same(load_file(whole.folder / "last.safetensors"), load_file(parts.folder / "last.safetensors"))
+    assert (whole.folder / "summary.csv").read_text() == (parts.folder / "summary.csv").read_text()
+
+
+def _interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize(("flags", "updates"), [("-b 32", 8), ("--use-multi-epochs-loader", 4)])
 def test_other_batches_begin_the_epoch_anew(run, stopped, tmp_path, caplog, flags, updates):
     stopped(6, *(flags.split() if "use" in flags else ()), name="parts")
