@@ -102,7 +102,8 @@ def make_groups(distiller: Distiller, optimizer: Optimizer, nets: Nets | None) -
     peers = nets.peers if nets else ()
     for i, peer in enumerate(peers[1:], 1):
         split = like_student(optimizer, peers[0].module, peer.module)
-        parameters = [p for part in split.values() for p in part]
+        # In the network's order, by which adaptive clipping knows the classifier.
+        parameters = [p for p in peer.module.parameters() if p.requires_grad]
         made[f"peer{i}"] = Group(f"peer{i}", parameters, like(optimizer, split), None)
     extra = {name: list(module.parameters()) for name, module in distiller.extras().items()}
     if overrides(distiller, "shared"):
@@ -129,8 +130,11 @@ def make_groups(distiller: Distiller, optimizer: Optimizer, nets: Nets | None) -
 
 
 def largest(optimizer: Optimizer) -> int:
-    """The parameter group that holds most of the weights: hosts put biases and norms apart, without weight decay."""
-    sizes = [sum(p.numel() for p in group["params"]) for group in optimizer.param_groups]
+    """The parameter group that holds most of the weights: hosts put biases and norms apart, without weight decay.
+
+    timm's layer decay slows a group by its `lr_scale`: one at the full rate is taken.
+    """
+    sizes = [(group.get("lr_scale", 1.0), sum(p.numel() for p in group["params"])) for group in optimizer.param_groups]
     return sizes.index(max(sizes))
 
 
@@ -138,6 +142,7 @@ def like_student(optimizer: Optimizer, student: nn.Module, peer: nn.Module) -> d
     """A peer's parameters by the number of the group of the student's optimizer that they are to be treated as."""
     number = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
     of_name = {name: p for name, p in student.named_parameters() if id(p) in number}
+    scales = [group.get("lr_scale", 1.0) for group in optimizer.param_groups]
     sizes: Counter[tuple[bool, int]] = Counter()
     for p in of_name.values():
         sizes[p.dim() > 1, number[id(p)]] += p.numel()
@@ -149,8 +154,8 @@ def like_student(optimizer: Optimizer, student: nn.Module, peer: nn.Module) -> d
         if same is not None and same.dim() == p.dim():
             group = number[id(same)]
         else:
-            kind = [(size, group) for (matrix, group), size in sizes.items() if matrix == (p.dim() > 1)]
-            group = max(kind)[1] if kind else largest(optimizer)
+            kind = [(scales[g], size, g) for (matrix, g), size in sizes.items() if matrix == (p.dim() > 1)]
+            group = max(kind)[-1] if kind else largest(optimizer)
         split.setdefault(group, []).append(p)
     return split
 

@@ -100,7 +100,7 @@ class Data:
             for part in found[: 2 if hasattr(parts[0], "set_epoch") else 1]:
                 part.set_epoch(epoch)
         if self.mixup is not None:
-            self.mixup.mixup_enabled = not (mixup_off_epoch and epoch >= mixup_off_epoch)
+            self.mixup.mixup_enabled.fill_(not (mixup_off_epoch and epoch >= mixup_off_epoch))
 
     def stream_batches(self) -> dict[str, Batches]:
         """Endless batches of the streams; a new set for every epoch, so that a resumed run sees the same rows."""
@@ -357,8 +357,7 @@ def create_data(
 ) -> Data:
     """Makes the loaders as timm's script makes them.
 
-    Departure: with `--mixup-off-epoch` worker processes start anew in each epoch, because those that live on would not
-    hear that Mixup has ended.
+    Departure: with `--mixup-off-epoch` worker processes that live on hear that Mixup has ended.
 
     Args:
         args: Parsed arguments.
@@ -381,8 +380,8 @@ def create_data(
     if distiller is not None and (index or streams):
         if isinstance(train, IterableDataset):
             raise DistillError(f"{distiller.name} needs rows by number, which this kind of data set does not have.")
-        if index and args.aug_splits:
-            raise DistillError(f"--aug-splits shows a row several times at once, and {distiller.name} counts rows.")
+        if args.aug_splits:
+            raise DistillError(f"--aug-splits repeats rows, and {distiller.name} counts rows or holds some out.")
         whole = train
         train = staged = StagedRows(replayed or whole, distiller, 1, args.seed, numbered if index else None)
         streams = {name: Rows(whole, rows, index) for name, rows in streams.items() if name}
@@ -402,7 +401,7 @@ def create_data(
         distributed=distributed,
         img_dtype=model_dtype(args),
         use_prefetcher=not args.no_prefetcher,
-        persistent_workers=args.persistent_workers and not args.mixup_off_epoch,
+        persistent_workers=args.persistent_workers,
     )
     patches = dict(patchify_channels_last=not args.naflex_patchify_channels_first)
 
@@ -487,15 +486,17 @@ def _mixup(args: argparse.Namespace) -> Any:
     """What mixes images and labels: while a batch is collated, on the device, or patch by patch; None without it."""
     if not uses_mixup(args):
         return None
-    if args.batch_size % 2:
-        raise DistillError(f"--batch-size {args.batch_size}: Mixup mixes pairs, so give an even number.")
-    if args.aug_splits and not args.no_prefetcher:
-        raise DistillError("Mixup is collated with the batch, which --aug-splits splits: add --no-prefetcher.")
+    for size in args.train_batch_sizes or [args.batch_size]:
+        if size % 2:
+            raise DistillError(f"A batch of {size}: Mixup mixes pairs, so give an even number.")
     options = _named(args, MIXUP_ARGUMENTS) | {"multi_label": args.task == "multilabel"}
     # One logit decides between two classes.
     options["num_classes"] = args.num_classes if args.task == "multilabel" else max(args.num_classes, 2)
     if not args.naflex_loader:
-        return Mixup(**options) if args.no_prefetcher else FastCollateMixup(**options)
+        made = Mixup(**options) if args.no_prefetcher else FastCollateMixup(**options)
+        # In shared memory, where workers that outlive an epoch see it change.
+        made.mixup_enabled = torch.tensor(True).share_memory_()
+        return made
     if args.mixup_mode != "batch" or args.cutmix_minmax is not None:
         raise DistillError("--naflex-loader mixes whole batches: leave --mixup-mode and --cutmix-minmax out.")
     del options["mode"], options["cutmix_minmax"]

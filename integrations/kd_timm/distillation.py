@@ -21,7 +21,7 @@ from kd_plugins.binding import connect, needs_pass, prepare, schedule, set_up
 from kd_plugins.catalog.registry import options_from_strings
 from kd_plugins.stages import StageTable
 from kd_timm.batches import batches
-from kd_timm.build import create_student
+from kd_timm.build import check_size, create_student
 from kd_timm.cache import Absent, AbsentNetwork, TeacherCache
 from kd_timm.data import plain_loader
 from kd_timm.engine import PlainStep, TrainingRun
@@ -85,15 +85,17 @@ class Distillation:
         return AbsentNetwork(self.teachers[number].module, self.cache.layers[number])
 
     def _peer(self, number: int, name: str) -> nn.Module:
-        """Another network to train, made as the student is; files of weights are the student's alone."""
+        """Another network to train, made as the student is and for its images; files of weights are its alone."""
         args = copy.copy(self.args)
         args.initial_checkpoint = args.pretrained_path = None
         if number < len(args.peer_kwargs):
             args.model_kwargs = args.peer_kwargs[number]
         elif name != args.model:
             args.model_kwargs = {}
-        args.model, args.in_chans = name, self.config["input_size"][0]
-        return create_student(args, "--peer")[0]
+        args.model, args.img_size, args.in_chans, args.input_size = name, None, None, self.config["input_size"]
+        peer = create_student(args, "--peer")[0]
+        check_size(peer, args, self.config, torch.device("cpu"))
+        return peer
 
     # Data
 

@@ -111,6 +111,8 @@ def _load_state(session: Parts, folder: Path) -> tuple[int, Mapping[str, Any], b
     changed = _changed(session, saved["arguments"], folder)
     if session.distillation is not None:
         session.distillation.player.load(folder / "distiller")
+        for group in session.distillation.player if session.args.no_resume_opt else ():
+            group.optimizer.state.clear()
         if "epochs" in changed:
             session.distillation.stretch(session.epochs * session.updates_per_epoch)
         session.new_schedule()

@@ -107,9 +107,9 @@ class Session(Parts):
         self.summary.rows = [row for row in self.summary.rows if int(row["epoch"]) < start]
         # The plateau schedule alone is no function of the epoch.
         done = start - self.stage_start
-        if self.scheduler is not None and start > 0 and not exact and args.sched != "plateau":
+        if self.scheduler is not None and (start > 0 or place) and not exact and args.sched != "plateau":
             if args.sched_on_updates:
-                within = place["sums"][0] if "sums" in place else 0
+                within = place["sums"][0] if "sums" in place else self.updates_per_epoch if place else 0
                 self.scheduler.step_update(done * self.updates_per_epoch + within)
             else:
                 self.scheduler.step(done)

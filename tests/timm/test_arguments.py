@@ -87,6 +87,8 @@ def test_what_timm_documents_of_policies_is_taken():
         (["--kd-temperature=3"], "--kd-temperature does nothing without --kd-model-name"),
         (["--asl-clip=0"], "--asl-clip does nothing without --loss asl"),
         (["--torchscript", "--torchcompile"], "exclude each other"),
+        (["--aug-splits", "3", "--no-prefetcher"], "--no-prefetcher does not go with --aug-splits"),
+        (["--aug-splits", "3", "--cutmix", "1"], "--cutmix does not go with --aug-splits"),
         (["--distill", "kd", "--kd-model-name", "x"], "--distill kd --teacher MODEL"),
         (["--distill", "kd", "--naflex-loader"], "this loader gives patches"),
         (["--bce-loss", "--loss", "asl"], "two losses"),

@@ -22,7 +22,7 @@ from timm.utils import random_seed
 import kd_plugins
 from kd_plugins import Batch
 from kd_report.uncertainty import doubts, uncertainty_metrics
-from kd_timm import data, distillation, teachers, train
+from kd_timm import data, distillation, engine, teachers, train
 from kd_timm.arguments import parse_args
 from kd_timm.build import check_model_name
 from kd_timm.teachers import InputTransform, create_teacher
@@ -283,6 +283,45 @@ def test_peers_have_arguments_of_their_own(run):
     assert wide.results["peers"][0]["parameters"] > student
 
 
+def test_no_optimizer_goes_on_where_none_should(run):
+    flags = ["--distill", "timm_distillers:Pair", "--peer", "resnet10t", "--stop-epoch", "1"]
+    run(*flags, name="parts")
+    again = run(*flags, "--resume", "auto", "--no-resume-opt", name="parts")
+    assert not again.optimizer.state
+    assert not again.distillation.player["peer1"].optimizer.state
+
+
+def test_peers_are_made_for_the_students_images():
+    def peer(name: str, size: int) -> torch.nn.Module:
+        flags = ["--model", "cifar_resnet8", "--num-classes", "10", "--distill", "timm_distillers:Pair", "--peer", name]
+        config = CONFIG | {"input_size": (3, size, size)}
+        student = timm.create_model("cifar_resnet8", num_classes=10)
+        return distillation.Distillation(parse_args(flags), student, config, None, torch.device("cpu")).peers[0]
+
+    assert peer("vit_tiny_patch16_224", 32).patch_embed.img_size == (32, 32)
+    with pytest.raises(kd_plugins.DistillError, match="lenet5 does not take images of 16 x 16 pixels"):
+        peer("lenet5", 16)
+
+
+def test_layer_decay_leaves_the_methods_parts_at_the_full_rate(run, teacher):
+    flags = ["--epochs", "1", "--layer-decay", "0.5", "--distill", "fitnet", "--distill-args", "layers=1"]
+    session = run(*flags, *teacher, "--teacher-kwargs", "stem_width=16")
+    groups = session.optimizer.param_groups
+    assert len({group["lr_scale"] for group in groups}) > 1
+    (own,) = session.distillation.player["own"].optimizer.param_groups
+    assert groups[own["follows"]]["lr_scale"] == 1.0
+
+
+def test_adaptive_clipping_leaves_the_classifiers_of_peers_alone(run, monkeypatch):
+    clipped = set()
+    monkeypatch.setattr(engine, "dispatch_clip_grad", lambda found, **options: clipped.update(map(id, found)))
+    flags = ["--epochs", "1", "--clip-grad", "0.1", "--clip-mode", "agc", "--distill", "timm_distillers:Pair"]
+    session = run(*flags, "--peer", "resnet10t")
+    for net in session.distillation.nets.peers:
+        spared = {name for name, p in net.module.named_parameters() if id(p) not in clipped}
+        assert spared == {"fc.weight", "fc.bias"}
+
+
 def test_the_pass_before_the_training_has_the_loaders_workers(run, teacher, monkeypatch):
     made, workers = distillation.plain_loader, []
     monkeypatch.setattr(
@@ -456,6 +495,7 @@ def test_a_teacher_that_does_not_fit_is_refused(run, teacher, tiny, tmp_path, ca
     assert "does not know the student's classes" in message("kd", *given, str(other / "weights.safetensors"))
     assert "layer9" in message("nst", *teacher, "--distill-args", "layers=layer9")
     assert "attention" in message("internal", *teacher)
+    assert "holds some out" in message("dfa", *teacher, "--aug-splits", "3")
 
     def offline(*args, **kwargs):
         raise OSError("no network")

@@ -160,6 +160,26 @@ def test_a_signal_before_the_training_leaves_nothing(few_digits, tiny, tmp_path,
     assert "the training had not begun" in capsys.readouterr().err
 
 
+def test_a_rate_by_update_goes_on_behind_an_epoch_that_was_not_evaluated(run, monkeypatch):
+    """Where the run goes on otherwise than it would have, the rate is found anew."""
+    flags = ["--epochs", "3", "--sched-on-updates"]
+    whole = run(*flags, name="whole")
+    evaluate = train.evaluate
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "SAVE_SECONDS", 0.0)
+        left = iter([evaluate])
+        patch.setattr(train, "evaluate", lambda *a, **k: next(left, _interrupt)(*a, **k))
+        parts = run(*flags, name="parts")
+    # Clips nothing, and counts as another training.
+    parts = run(*flags, "--resume", str(parts.folder), "--clip-grad", "1e9", name="parts")
+    assert same(load_file(whole.folder / "last.safetensors"), load_file(parts.folder / "last.safetensors"))
+    assert (whole.folder / "summary.csv").read_text() == (parts.folder / "summary.csv").read_text()
+
+
+def _interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize(("flags", "updates"), [("-b 32", 8), ("--use-multi-epochs-loader", 4)])
 def test_other_batches_begin_the_epoch_anew(run, stopped, tmp_path, caplog, flags, updates):
     stopped(6, *(flags.split() if "use" in flags else ()), name="parts")
@@ -177,6 +197,21 @@ def test_a_place_in_fewer_batches_is_refused():
     assert list(again) == [3]
     with pytest.raises(DistillError, match="had read 2 batches of its epoch, and there are 1"):
         Batches([1]).take_up(rows.place())
+
+
+@pytest.mark.parametrize("flags", [[], ["--use-multi-epochs-loader"]])
+def test_workers_that_live_on_end_mixup(run, monkeypatch, flags):
+    play, mixed = engine.PlainStep.__call__, []
+
+    def seen(step, inputs, targets, *args):
+        mixed.append(bool((targets.max(1).values < 1).any()))
+        return play(step, inputs, targets, *args)
+
+    monkeypatch.setattr(engine.PlainStep, "__call__", seen)
+    run(*"--workers 1 --mixup 9 --smoothing 0 --mixup-off-epoch 1".split(), *flags)
+    assert all(mixed[:4])
+    # A worker has two batches ready.
+    assert not any(mixed[6 if flags else 4 :])
 
 
 def test_epochs_between_evaluations_are_saved(run, monkeypatch):
@@ -353,6 +388,7 @@ def test_digits_are_split_once_and_for_all():
         ("--task multilabel", "a digit has one label"),
         ("--gp nothing", "Invalid pool type"),
         ("-b 63 --mixup 0.3", "give an even number"),
+        ("--train-img-sizes 16 24 --train-batch-sizes 6 5 --mixup 0.3 --no-prefetcher", "A batch of 5"),
         ("--in-chans 5", "--input-img-mode"),
         ("--naflex-loader", "choose a NaFlex model"),
         ("--std 0 1 1", "a positive std"),
