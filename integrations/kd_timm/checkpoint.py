@@ -107,6 +107,15 @@ class Checkpoints:
         kept = "".join(f" {(str(self._path(epoch)), metric)}\n" for metric, epoch in self.kept)
         return f"Current checkpoints:\n{kept}"
 
+    def forget_later(self) -> None:
+        """Removes the files of epochs that a state does not know, from which a run goes on."""
+        self.kept = [(metric, epoch) for metric, epoch in self.kept if self._path(epoch).is_file()]
+        known = {self._path(epoch) for _, epoch in self.kept}
+        for file in {*self.folder.glob("checkpoint-*.safetensors")} - known:
+            file.unlink()
+        if self.best:
+            copy_file(self._path(self.best[1]), self.folder / "model_best.safetensors")
+
     def restart(self) -> None:
         """Forgets the epochs so far: they belong to another student."""
         for _, epoch in self.kept:

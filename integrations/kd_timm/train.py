@@ -63,7 +63,7 @@ class Session(Parts):
     def fit(self) -> dict[str, Any]:
         """Trains to the end, or to an interrupt, and evaluates the best student."""
         self.first, place = self._start()
-        self.saved, self.earlier = time.monotonic(), self.state is None
+        self.saved, self.earlier = time.monotonic(), True
         self.reporter.line(f"Output in {self.folder}")
         self.recorder = Recorder(self, self.first, begun=bool(place))
         try:
@@ -192,12 +192,15 @@ class Session(Parts):
     def _forget_earlier(self) -> None:
         """Removes of an earlier run of this folder what would be taken for this one's: states, results, best epochs."""
         if self.primary and self.earlier:
-            for slot in slots(self.folder):
+            (self.folder / "results.json").unlink(missing_ok=True)
+            if self.state is not None:
+                self.checkpoints.forget_later()
+            # A run that goes on needs its states until there is a new one.
+            for slot in slots(self.folder) if self.state is None else ():
                 shutil.rmtree(slot, ignore_errors=True)
             # The epochs before a checkpoint of timm's are this run's.
-            epochs = self.folder.glob("checkpoint-*.safetensors") if self.checkpoint is None else ()
-            for file in (self.folder / "results.json", *epochs):
-                file.unlink(missing_ok=True)
+            for file in self.folder.glob("checkpoint-*.safetensors") if self.state is self.checkpoint is None else ():
+                file.unlink()
         self.earlier = False
 
     def _evaluate(self) -> dict[str, float]:

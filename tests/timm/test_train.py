@@ -246,6 +246,23 @@ def test_resume_refuses_the_folder_of_a_third_run(tmp_path):
         resume._bring_along(before, folder)
 
 
+def test_a_run_that_goes_on_otherwise_exports_its_own_best_epoch(run, monkeypatch):
+    """Epochs behind the milestone were better, and another run's."""
+    flags = ["--epochs", "3", "--save-epochs", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr("kd_timm.checkpoint.rank", lambda kept, decreasing: -kept[1])
+        first = run(*flags, name="parts")
+    assert first.results["best_epoch"] == 2
+    monkeypatch.setattr("kd_timm.checkpoint.rank", lambda kept, decreasing: kept[1])
+    milestone = str(first.folder / "milestone-1")
+    again = run(*flags, "--resume", milestone, "--stop-epoch", "2", "--clip-grad", "1", name="parts")
+    assert again.results["best_epoch"] == 0
+    assert again.results["evaluation"]["top1"] == again.results["best_metric"]
+    kept = [path.name for path in sorted(again.folder.glob("checkpoint-*"))]
+    assert kept == ["checkpoint-0.safetensors", "checkpoint-1.safetensors"]
+    assert same(load_file(again.folder / "model_best.safetensors"), load_file(again.folder / kept[0]))
+
+
 def test_resume_refuses_other_settings(run):
     first = run()
     config = (first.folder / "config.json").read_text()
