@@ -207,10 +207,10 @@ def create_datasets(
     if args.val_split:
         evaluation = _read(told_as, split=args.val_split, num_samples=args.val_num_samples, **common)
     if data_free:
-        return None, evaluation, None if evaluation is None else _class_names(evaluation, args.target_key)
+        return None, evaluation, None if evaluation is None else class_names(evaluation, args.target_key)
     of_training = dict(seed=args.seed, repeats=args.epoch_repeats, num_samples=args.train_num_samples)
     train = _read(told_as, split=args.train_split, is_training=True, **of_training, **common)
-    classes = _class_names(train, args.target_key)
+    classes = class_names(train, args.target_key)
     if evaluation is not None and not args.dataset and args.val_split != args.train_split:
         # Where a folder has no such split, timm reads the whole of it.
         roots = [str(getattr(dataset.reader, "root", "")) for dataset in (train, evaluation)]
@@ -220,7 +220,7 @@ def create_datasets(
                 " read the same images. Name splits, --train-split and --val-split, or none to evaluate."
             )
     if evaluation is not None and classes is not None:
-        theirs = _class_names(evaluation, args.target_key)
+        theirs = class_names(evaluation, args.target_key)
         if theirs is not None and theirs != classes:
             raise DistillError(
                 f"The training split has the classes {_few(classes)} and the evaluation split {_few(theirs)}: the same"
@@ -294,7 +294,8 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f", ... ({len(names)})" if len(names) > 4 else "")
 
 
-def _class_names(dataset: Any, target_key: str | None) -> tuple[str, ...] | None:
+def class_names(dataset: Any, target_key: str | None = None) -> tuple[str, ...] | None:
+    """The names of a data set's classes in their order, where it knows them; `target_key` is the labels' column."""
     classes = getattr(dataset, "classes", None)
     if classes:
         return tuple(map(str, classes))

@@ -23,6 +23,7 @@ from kd_accelerate.command import run_command
 from kd_plugins import DistillError
 from kd_plugins.binding import schedule
 from kd_plugins.catalog.registry import options_from_strings
+from kd_timm.data import class_names
 from kd_timm.task import DistillationTask
 
 # Whatever flag or file asks the script for them.
@@ -77,6 +78,7 @@ def launch(args: argparse.Namespace, rest: list[str]) -> None:
             distiller_args=options,
             teacher_checkpoint=args.teacher_checkpoint,
             data_config=seen.get("config"),
+            classes=seen.get("classes"),
             **given,
         )
         tasks.append(made)
@@ -88,6 +90,10 @@ def launch(args: argparse.Namespace, rest: list[str]) -> None:
     def keep(config: Any, bound: inspect.BoundArguments) -> None:
         seen["config"] = config
 
+    def name(made: Any, bound: inspect.BoundArguments) -> None:
+        if bound.arguments.get("is_training"):
+            seen["classes"] = class_names(made, bound.arguments.get("kwargs", {}).get("target_key"))
+
     def length(made: Any, bound: inspect.BoundArguments) -> None:
         updates = bound.arguments.get("updates_per_epoch")
         for each in tasks if updates else ():
@@ -97,6 +103,7 @@ def launch(args: argparse.Namespace, rest: list[str]) -> None:
     with (
         mock.patch.multiple(timm.task, **tasks_of_script),
         _observed(timm.data, "resolve_data_config", keep),
+        _observed(timm.data, "create_dataset", name),
         _observed(timm.scheduler, "create_scheduler_v2", length),
         mock.patch.object(sys, "argv", [str(args.script), *rest]),
         mock.patch.object(sys, "path", [str(args.script.parent), *sys.path]),

@@ -75,6 +75,7 @@ class DistillationTask(TrainingTask):
         criterion: Task loss of scores and targets; created of `criterion_kwargs` when None.
         criterion_kwargs: Arguments of timm's `create_classification_loss`.
         data_config: The loader's data configuration; by default the student's own.
+        classes: Names of the student's classes in their order, for teachers that have them in another.
         sample: One batch of normalised images `[B, C, H, W]` for the method to build its parts on; by default noise of
             the configured size.
         total_steps: Updates in the training, for methods that follow its progress.
@@ -97,6 +98,7 @@ class DistillationTask(TrainingTask):
         criterion: nn.Module | Callable[..., Tensor] | None = None,
         criterion_kwargs: dict[str, Any] | None = None,
         data_config: Mapping[str, Any] | None = None,
+        classes: Sequence[str] | None = None,
         sample: Tensor | None = None,
         total_steps: int | None = None,
         device: torch.device | None = None,
@@ -116,7 +118,7 @@ class DistillationTask(TrainingTask):
                 f"The softmax of one class is always 1, so nothing would learn by {type(self.criterion).__name__}: give"
                 " a criterion of one logit, or a student with two classes."
             )
-        self.config = dict(data_config or build.data_config(student_model))
+        self.config, self.classes = dict(data_config or build.data_config(student_model)), classes
         listed = [teacher_model] if isinstance(teacher_model, (str, nn.Module)) else list(teacher_model or ())
         paths = [teacher_checkpoint] if isinstance(teacher_checkpoint, str) else list(teacher_checkpoint)
         made = [self._teacher(t, paths[i] if i < len(paths) else "", student_model) for i, t in enumerate(listed)]
@@ -150,7 +152,8 @@ class DistillationTask(TrainingTask):
 
     def _teacher(self, teacher: str | nn.Module, path: str, student: Any) -> Teacher:
         if isinstance(teacher, str):
-            made = create_teacher(teacher, path, {}, config=self.config, num_classes=student.num_classes, classes=None)
+            fit = {"config": self.config, "num_classes": student.num_classes, "classes": self.classes}
+            made = create_teacher(teacher, path, {}, **fit)
         else:
             name, theirs, ours = type(teacher).__name__, *(getattr(m, "num_classes", None) for m in (teacher, student))
             misfit = "" if theirs is None or ours is None else other_classes(name, theirs, ours)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import timm.task
+from PIL import Image
 from safetensors.torch import save_file
 
 from kd_timm.launch import main
@@ -59,6 +60,25 @@ def test_the_task_of_the_script_is_a_distiller(tmp_path: Path) -> None:
     assert (found["total"], found["mean"]) == (12, [0.1, 0.2, 0.3])
     assert (found["name"], found["argv"]) == ("__main__", flags)
     assert timm.task.ClassificationTask.__module__.startswith("timm.")
+
+
+def test_the_teacher_s_classes_are_put_in_the_order_of_the_data(tmp_path: Path) -> None:
+    names = list("abcdefghij")
+    for name in names:
+        (tmp_path / "train" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "train" / name / "0.png")
+    made = "create_dataset('', root=args.output.rsplit('/', 1)[0], split='train', is_training=True)\nloss ="
+    text = SCRIPT.replace("import resolve_data_config", "import create_dataset, resolve_data_config")
+    text = text.replace("loss =", made, 1).replace('{"terms"', '{"order": task._nets[0].teachers[0].order, "terms"')
+    teacher = timm.create_model("cifar_resnet8", num_classes=10)
+    save_file(teacher.state_dict(), tmp_path / "teacher.safetensors")
+    config = {"architecture": "cifar_resnet8", "num_classes": 10, "label_names": names[::-1]}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"pretrained_cfg": teacher.pretrained_cfg}))
+    flags = ["--model", "resnet10t", "--mean", "0", "0", "0", "--output", str(tmp_path / "out.json")]
+    ours = ["--distill", "kd", "--teacher", "cifar_resnet8"]
+    ours += ["--teacher-checkpoint", str(tmp_path / "teacher.safetensors")]
+    assert main([str(script(tmp_path, text)), *flags, *ours]) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["order"] == list(range(10))[::-1]
 
 
 @pytest.mark.parametrize(
