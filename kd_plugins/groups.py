@@ -120,7 +120,7 @@ def make_groups(distiller: Distiller, optimizer: Optimizer, nets: Nets | None) -
             f" {sorted(extra) or 'no extra groups'}.{did_you_mean(name, extra)}"
         )
     for name, given in extra.items():
-        parameters = [p for p in given if p.requires_grad]
+        parameters = [p for p in given if p.requires_grad] or given
         spec = override(specs.get(name, OptimSpec()), distiller.optim_overrides.get(name, {}), name)
         made[name] = Group(name, parameters, make(spec, parameters), spec)
     student = {id(p) for group in optimizer.param_groups for p in group["params"]}

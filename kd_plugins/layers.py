@@ -110,7 +110,7 @@ class LayerDistiller(Distiller):
             # XLNet's layers have the tokens first, and some models fewer of them than the input.
             raise DistillError(
                 f"{self.name} reads tokens [B, L, C] of the mask {list(mask.shape)}, got {list(x.shape)} at the layer"
-                f" {layer!r}: choose one with a vector for each token of the input."
+                f" {layer!r}: choose one with a vector for each of those tokens (the decoder's, where a model has one)."
             )
 
     def check_pair(self, pair: Pair) -> None:

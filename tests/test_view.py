@@ -93,7 +93,9 @@ def test_an_undeclared_stream_is_an_error(images):
     ],
 )
 def test_no_softmax_is_taken_of_what_has_none(task, scores, labels):
-    with pytest.raises(DistillError, match=rf"none of scores .* of the task {task}: give Batch.of\(..., criterion="):
+    with pytest.raises(
+        DistillError, match=rf"for scores .* of the task {task} that may not be meant: give Batch.of\(..., criterion="
+    ):
         Batch.of(torch.zeros(2, 3), labels, task=task).task_loss(View(scores))
 
 

@@ -349,7 +349,8 @@ def _run(run: Run) -> Parts:
         "Folder": run.name,
     }
     command = shlex.join(map(str, info.get("command") or []))
-    return [("pre", command), ("facts", facts), ("folded", ("All settings", _flat(info.get("settings") or {})))]
+    given = _flat(info.get("settings") or {})
+    return [("pre", command), ("facts", facts), ("folded", given and ("All settings", given))]
 
 
 def _method(run: Run) -> Parts:

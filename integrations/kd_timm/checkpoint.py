@@ -109,11 +109,13 @@ class Checkpoints:
 
     def forget_later(self) -> None:
         """Removes the files of epochs that a state does not know, from which a run goes on."""
-        self.kept = [(metric, epoch) for metric, epoch in self.kept if self._path(epoch).is_file()]
-        known = {self._path(epoch) for _, epoch in self.kept}
-        for file in {*self.folder.glob("checkpoint-*.safetensors")} - known:
+        later = {*self.folder.glob("checkpoint-*.safetensors")} - {self._path(epoch) for _, epoch in self.kept}
+        for file in later:
             file.unlink()
-        if self.best:
+        # Without any, model_best is this state's, whatever else was deleted by hand.
+        if later:
+            self.kept = [(metric, epoch) for metric, epoch in self.kept if self._path(epoch).is_file()]
+        if later and self.best:
             copy_file(self._path(self.best[1]), self.folder / "model_best.safetensors")
 
     def restart(self) -> None:

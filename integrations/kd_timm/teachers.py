@@ -216,4 +216,5 @@ def _order(name: str, theirs: Any, ours: Sequence[str] | None) -> list[int] | No
             f"The teacher {name} does not know the student's classes {', '.join(missing[:4])}; it has"
             f" {', '.join(list(place)[:4])}, ...: take a teacher that was trained on the student's classes."
         )
-    return [place[label] for label in ours]
+    # Outputs beyond the names of the data keep the classes that are left.
+    return [place[label] for label in ours] + [i for label, i in place.items() if label not in ours]

@@ -234,7 +234,8 @@ def check_problem(teacher: nn.Module, task: str) -> None:
     if theirs != task:
         raise DistillError(
             f"Expected a teacher for {task}, as the student and the labels are, got {type(base(teacher)).__name__} with"
-            f" problem_type={problem!r}: use one that was trained on such labels, or set teacher.config.problem_type."
+            f" problem_type={problem!r}: use one that was trained on such labels, or set problem_type of the"
+            " configuration that is wrong."
         )
 
 

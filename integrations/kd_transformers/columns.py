@@ -72,7 +72,8 @@ def check_ids(
     if len(sizes) > 1:
         raise DistillError(
             f"The columns {TEACHER}... go to every teacher, got teachers with vocabularies of"
-            f" {' and '.join(map(str, sorted(sizes)))} tokens: use teachers that share a tokenizer."
+            f" {' and '.join(map(str, sorted(sizes)))} tokens: use teachers that share a tokenizer, and"
+            " resize_token_embeddings where one has rows of padding alone."
         )
 
 

@@ -25,6 +25,12 @@ from kd_transformers.data import Labels
 
 logger = logging.get_logger(__name__)
 
+# What configurations call the size of a feed-forward layer.
+_FEED_FORWARD = (
+    *("intermediate_size", "hidden_dim", "d_inner", "n_inner", "d_ff"),
+    *("ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim"),
+)
+
 
 def from_checkpoint(name: str, labels: Labels, *, fresh_head: bool, **hub: Any) -> Any:
     """A sequence classifier from a checkpoint.
@@ -234,7 +240,7 @@ def shrink(
     if isinstance(getattr(config, "layer_types", None), list):
         config.layer_types = [config.layer_types[kept[i] - 1] for i in range(1, chosen + 1)]
     if hidden_size is not None:
-        for name in ("intermediate_size", "hidden_dim", "d_inner", "n_inner"):
+        for name in _FEED_FORWARD:
             if getattr(config, name, None):
                 setattr(config, name, max(1, getattr(config, name) * hidden_size // config.hidden_size))
         config.hidden_size = hidden_size

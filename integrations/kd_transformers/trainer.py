@@ -243,7 +243,8 @@ class DistillationTrainer(Resumable):
         """Whether a network's task loss divides by the number of items it is given; BERT's classifiers ignore it."""
         if not (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
             return False
-        for asked in itertools.chain([batch], () if self._peeked is not None else self._pass(loader)):
+        batches = itertools.chain([batch], () if self._peeked is not None else self._pass(loader))
+        for asked in itertools.islice(batches, 16):
             one, two = (net.task_loss(asked, n) for n in torch.tensor([1.0, 2.0], device=self.args.device))
             if one is None or two is None:
                 return False

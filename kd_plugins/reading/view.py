@@ -299,9 +299,9 @@ class Batch:
         scores, soft = view.logits, isinstance(self.labels, Tensor) and self.labels.is_floating_point()
         if self.task not in ("classification", "segmentation") or scores.shape[1:2] in ((), (1,)):
             raise DistillError(
-                "The task loss is the cross entropy of a softmax where the batch has no other, and that is none of"
-                f" scores {list(scores.shape)} of the task {self.task}: give Batch.of(..., criterion=function), which"
-                " is called with the view and the labels, or drop the task term."
+                "The task loss is the cross entropy of a softmax over axis 1 where the batch has no other, and for"
+                f" scores {list(scores.shape)} of the task {self.task} that may not be meant: give"
+                " Batch.of(..., criterion=function), called with the view and the labels, or drop the task term."
             )
         return F.cross_entropy(scores, self.labels, ignore_index=-100 if soft else self.ignore_index)
 
