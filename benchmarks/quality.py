@@ -97,8 +97,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     spec = yaml.safe_load(Path(args.list).read_text())
     target = Path(args.json or f"benchmarks/results/{Path(args.list).stem}.json")
-    before_it = json.loads(target.read_text()) if args.keep and target.is_file() else {}
-    kept = before_it.get("rows", {}) if before_it.get("common", spec["common"]) == spec["common"] else {}
+    earlier = json.loads(target.read_text()) if args.keep and target.is_file() else {}
+    kept = earlier.get("rows", {}) if earlier.get("common", spec["common"]) == spec["common"] else {}
     root = Path(args.output) / Path(args.list).stem
     wanted = spec.get("results", "results.json")
     scale = spec.get("scale", 1)

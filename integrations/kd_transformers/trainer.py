@@ -244,7 +244,7 @@ class DistillationTrainer(Resumable):
         if not (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
             return False
         batches = itertools.chain([batch], () if self._peeked is not None else self._pass(loader))
-        for asked in itertools.islice(batches, 16):
+        for asked in itertools.islice(batches, 16):  # not the whole of a set without labels
             one, two = (net.task_loss(asked, n) for n in torch.tensor([1.0, 2.0], device=self.args.device))
             if one is None or two is None:
                 return False

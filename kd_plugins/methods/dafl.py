@@ -177,7 +177,7 @@ class DAFL(Distiller):
             raise DistillError(
                 f"dafl's generator makes one image of every noise at step {self.progress.step}, and gets no gradient to"
                 " make others: begin again with a lower rate (generator.lr) or one that falls with the student's"
-                " (generator.schedule=student), or go on from a state written more than {_EVERY} updates ago."
+                f" (generator.schedule=student), or go on from a state written more than {_EVERY} updates ago."
             )
 
     # What the report shows
