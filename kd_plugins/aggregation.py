@@ -13,14 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kd_plugins import DistillError, Progress, Reads, View
 from kd_plugins import functional as KF
-from kd_plugins.errors import DistillError
 from kd_plugins.host import world
 from kd_plugins.nn.connectors import as_weights
 from kd_plugins.picture import Bars, Heatmap, Picture
 from kd_plugins.reading.trunk import LayerGroup
-from kd_plugins.reading.view import Reads, View
-from kd_plugins.stages import Progress
 
 __all__ = ["Aggregate", "Aggregating", "first_alpha", "inverse_rms", "read_search"]
 

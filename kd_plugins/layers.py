@@ -8,12 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kd_plugins import Batch, Distiller, DistillError, Needs, Net, Nets, Reads, View
 from kd_plugins.catalog.values import NonNegative
-from kd_plugins.distiller import Distiller, Terms
-from kd_plugins.errors import DistillError
+from kd_plugins.distiller import Terms
 from kd_plugins.nn.connectors import as_weights
-from kd_plugins.reading.nets import Net, Nets
-from kd_plugins.reading.view import Batch, Needs, Reads, View
 
 __all__ = ["DENSE_TASKS", "FEATURE_TASKS", "LayerDistiller", "Pair"]
 

@@ -8,18 +8,15 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from kd_plugins import Batch, Distiller, DistillError, Needs, Nets, OptimSpec, Paper, Reads, View
 from kd_plugins import functional as KF
-from kd_plugins.catalog.options import OptimSpec
-from kd_plugins.catalog.paper import Paper
 from kd_plugins.catalog.values import AtLeastOne, NonNegative, Positive, Range
-from kd_plugins.distiller import Distiller, Terms, Turn
-from kd_plugins.errors import DistillError, check_built
+from kd_plugins.distiller import Terms, Turn
+from kd_plugins.errors import check_built
 from kd_plugins.nn.connectors import as_weights
 from kd_plugins.nn.generator import Generator
 from kd_plugins.nn.patches import pixels
 from kd_plugins.picture import Images, Picture
-from kd_plugins.reading.nets import Nets
-from kd_plugins.reading.view import Batch, Needs, Reads, View
 
 __all__ = ["DAFL"]
 

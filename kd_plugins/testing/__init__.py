@@ -46,10 +46,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from kd_plugins.catalog.registry import create_distiller, distiller_classes
-from kd_plugins.distiller import Distiller
-from kd_plugins.errors import DistillError
-from kd_plugins.reading.view import Batch, Reads
+from kd_plugins import Batch, Distiller, DistillError, Reads, create_distiller
+from kd_plugins.catalog.registry import distiller_classes
 from kd_plugins.testing.clauses import ContractError, broken, check_class, check_needs, check_parts, parts_of, trained
 from kd_plugins.testing.networks import (
     TinyNet,

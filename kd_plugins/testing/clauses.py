@@ -12,14 +12,12 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
+from kd_plugins import Distiller, DistillError, Nets
 from kd_plugins.authors import overrides
 from kd_plugins.binding import needs_of_stages
 from kd_plugins.catalog.options import check as check_options
 from kd_plugins.catalog.options import options_of, parse
 from kd_plugins.catalog.values import as_text
-from kd_plugins.distiller import Distiller
-from kd_plugins.errors import DistillError
-from kd_plugins.reading.nets import Nets
 
 
 class ContractError(DistillError):

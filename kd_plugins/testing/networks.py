@@ -9,12 +9,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from kd_plugins import Batch, Distiller, DistillError, Network
 from kd_plugins.binding import needs_of_stages
-from kd_plugins.distiller import Distiller
-from kd_plugins.errors import DistillError
-from kd_plugins.reading.network import Network
 from kd_plugins.reading.network import adapt as adapt_any
-from kd_plugins.reading.view import Batch
 
 _VOCABULARY = 40
 

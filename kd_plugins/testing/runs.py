@@ -13,12 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from kd_plugins import Batch, Distiller, DistillError, Network, Run, play
 from kd_plugins.binding import connect, needs_pass, prepare, schedule, set_up
-from kd_plugins.distiller import Distiller, Turn
-from kd_plugins.errors import DistillError
-from kd_plugins.reading.network import Network
-from kd_plugins.reading.view import Batch
-from kd_plugins.run import Run, play, total
+from kd_plugins.distiller import Turn
+from kd_plugins.run import total
 from kd_plugins.testing.clauses import ContractError, broken, frozen, trained
 
 _ISLAND = "compute the loss in float32, with autocast disabled (.float()), and away from 0 / 0 and log(0)"
