@@ -6,7 +6,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -23,29 +23,27 @@ from kd_plugins.reading.nets import Nets
 __all__ = ["Group", "make_groups"]
 
 
+@dataclass(eq=False)
 class Group:
     """Parameters that one optimizer of ours moves.
 
-    Args:
+    Attributes:
         name: What the turns call it.
         parameters: Its parameters.
         optimizer: Its optimizer.
         spec: How its learning rate runs and its gradient is clipped; None follows the student's optimizer.
-
-    Attributes:
         clip: Clips the gradients in the parameters' `.grad`; hosts that clip the student's set it for peers.
     """
 
-    def __init__(
-        self, name: str, parameters: Sequence[nn.Parameter], optimizer: Optimizer, spec: OptimSpec | None
-    ) -> None:
-        self.name = name
-        self.parameters = list(parameters)
-        self.optimizer = optimizer
-        self.spec = spec
-        self.clip: Callable[[list[nn.Parameter]], Any] | None = None
-        if spec is not None and spec.clip is not None:
-            self.clip = partial(nn.utils.clip_grad_norm_, max_norm=spec.clip)
+    name: str
+    parameters: list[nn.Parameter]
+    optimizer: Optimizer
+    spec: OptimSpec | None = None
+    clip: Callable[[list[nn.Parameter]], Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.spec is not None and self.spec.clip is not None:
+            self.clip = partial(nn.utils.clip_grad_norm_, max_norm=self.spec.clip)
 
     def follow(self, student: Optimizer) -> None:
         """Sets the learning rate for the coming update."""
@@ -98,13 +96,13 @@ def make_groups(distiller: Distiller, optimizer: Optimizer, nets: Nets | None) -
     made: dict[str, Group] = {}
     own = distiller.own_parameters()
     if own:
-        made["own"] = Group("own", own, like(optimizer, {largest(optimizer): own}), None)
+        made["own"] = Group("own", own, like(optimizer, {largest(optimizer): own}))
     peers = nets.peers if nets else ()
     for i, peer in enumerate(peers[1:], 1):
         split = like_student(optimizer, peers[0].module, peer.module)
         # In the network's order, by which adaptive clipping knows the classifier.
         parameters = [p for p in peer.module.parameters() if p.requires_grad]
-        made[f"peer{i}"] = Group(f"peer{i}", parameters, like(optimizer, split), None)
+        made[f"peer{i}"] = Group(f"peer{i}", parameters, like(optimizer, split))
     extra = {name: list(module.parameters()) for name, module in distiller.extras().items()}
     if overrides(distiller, "shared"):
         if nets is None:

@@ -122,12 +122,12 @@ class DAFL(Distiller):
                 "size=512, shape=(3, 32, 32))), and the same batch in every step."
             )
         self.features = nets.teacher.network.classifier() + ":in" if self.layer is None else self.layer
-        self.images = Generator(self.latent, batch.shape, self.width).to(_device(nets))
+        self.images = Generator(self.latent, batch.shape, self.width).to(nets.device)
         self.images.requires_grad_(self.trained)
         shown = (_SHOWN, min(batch.size, _SHOWN), 3, *batch.shape[1:])
         self.register_buffer("shown", torch.zeros(shown, dtype=torch.uint8))
         self.register_buffer("steps", torch.zeros(_SHOWN, dtype=torch.long))
-        made = batch.with_inputs(as_weights(nets.student.module, torch.zeros(2, *batch.shape, device=_device(nets))))
+        made = batch.with_inputs(as_weights(nets.student.module, torch.zeros(2, *batch.shape, device=nets.device)))
         student, teacher = nets.student(made).logits, nets.teacher(made, reads=Reads(features=(self.features,))).logits
         if student.shape != teacher.shape:
             raise DistillError(f"dafl needs the same classes, got scores {list(student.shape)}, {list(teacher.shape)}.")
@@ -141,7 +141,7 @@ class DAFL(Distiller):
 
     def turns(self, nets: Nets, batch: Batch) -> Iterator[Turn]:
         check_built(self, **dict.fromkeys(self.taught_by, self.trained))
-        images = self.generated(batch.size, _device(nets), batch.shape)
+        images = self.generated(batch.size, nets.device, batch.shape)
         asked = batch.with_inputs(images)
         self._check(images)
         self._show(images, batch)
@@ -191,7 +191,3 @@ class DAFL(Distiller):
     def pictures(self) -> list[Picture]:
         rows = {f"step {int(step)}": list(images) for step, images in zip(self.steps, self.shown, strict=True) if step}
         return [Images("Generated images", rows, "What the student learns from.")] if rows else []
-
-
-def _device(nets: Nets) -> torch.device:
-    return next(nets.student.module.parameters()).device

@@ -49,8 +49,6 @@ class DKD(Distiller):
 
     def loss(self, student: View, teacher: View, batch: Batch) -> Terms:
         rows = class_scores(student, teacher, batch).exclusive(self.name)
-        (labels, known), grown = rows.hard_labels(self.name), 1.0
-        if self.warmup:
-            grown = min(self.progress.fraction / self.warmup, 1.0)
+        labels, known = rows.hard_labels(self.name)
         s, t, options = rows.student, rows.teacher, (self.alpha, self.beta, self.temperature)
-        return {"dkd": grown * KF.dkd(s, t, labels, *options, mask=known)}
+        return {"dkd": self.progress.warmed(self.warmup) * KF.dkd(s, t, labels, *options, mask=known)}

@@ -74,5 +74,4 @@ class ReviewKD(LayerDistiller):
         for pair, fusion in reversed(list(zip(self.pairs(student, teacher), self.fusions, strict=True))):
             fused, deeper = fusion(as_weights(fusion, pair.student), deeper, pair.teacher.shape[2:])
             terms.append(KF.hcl(fused, pair.teacher))
-        grown = min(1.0, self.progress.fraction / self.warmup) if self.warmup else 1.0
-        return {self.name: self.weight * grown * torch.stack(terms).sum()}
+        return {self.name: self.weight * self.progress.warmed(self.warmup) * torch.stack(terms).sum()}

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError
-from kd_plugins.reading.tap import Hook, Reached
+from kd_plugins.reading.tap import Hook, Reached, untraced
 from kd_plugins.reading.view import Attention
 
 MASKED = -1e4
@@ -323,18 +323,9 @@ class BaseAttentionTaps:
         Raises:
             DistillError: Nothing that can be read was found, or not in every layer.
         """
-        flags = [(module, module.training) for module in self.model.modules()]
-        device = next((p.device for p in self.model.parameters() if p.device.index is not None), None)
-        rng = torch.random.fork_rng([device.index], device_type=device.type) if device else torch.random.fork_rng([])
-        trace = Trace(self.model)
-        try:
-            self.model.eval()
-            with torch.no_grad(), rng, torch.compiler.set_stance("force_eager"):
-                with trace.listen(), self._listen(trace):
-                    self.model(*args, **inputs)
-        finally:
-            for module, training in flags:
-                module.training = training
+        trace, eager = Trace(self.model), torch.compiler.set_stance("force_eager")
+        with untraced(self.model), eager, trace.listen(), self._listen(trace):
+            self.model(*args, **inputs)
         found = trace.layers()
         if not found:
             raise DistillError(

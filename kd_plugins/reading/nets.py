@@ -187,6 +187,11 @@ class Nets:
             raise DistillError("This method reads a teacher, and none was given: pass one.")
         return self.teachers[0]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the student's weights are."""
+        return next((p.device for p in self.student.module.parameters()), torch.device("cpu"))
+
     def __iter__(self) -> Iterator[Net]:
         return iter((*self.peers, *self.teachers))
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError
 from kd_plugins.reading.nets import Net, Nets
-from kd_plugins.reading.tap import _first_tensor
+from kd_plugins.reading.tap import first_tensor
 from kd_plugins.reading.view import Batch, Reads
 
 _LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -202,7 +202,7 @@ def _probe(net: Net, batch: Batch) -> dict[str, Tensor]:
 
     def ended(path: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            x = _first_tensor(output)
+            x = first_tensor(output)
             if x is not None and x.dim() == 4:
                 calls.setdefault(path, []).append((x, x._version))
 

@@ -274,29 +274,28 @@ def _check_after(training: Training, where: str) -> None:
             )
 
 
-def _snapshot(module: nn.Module) -> dict[str, Any]:
+_NOT_YOURS = {
+    "the value of": "never write into a network; work on a copy of the tensor",
+    "requires_grad of": "freezing is the host's; use detach()",
+    "the mode of": "train() and eval() are the host's",
+}
+
+
+def _snapshot(module: nn.Module) -> dict[str, dict[str, Any]]:
     return {
-        "state": {name: tensor.detach().clone() for name, tensor in module.state_dict().items()},
-        "grad": {name: p.requires_grad for name, p in module.named_parameters()},
-        "mode": {name: m.training for name, m in module.named_modules()},
+        "the value of": {name: tensor.detach().clone() for name, tensor in module.state_dict().items()},
+        "requires_grad of": {name: p.requires_grad for name, p in module.named_parameters()},
+        "the mode of": {name: m.training for name, m in module.named_modules()},
     }
 
 
 def _compare(module: nn.Module, before: Mapping[str, Any], clause: str, who: str, whose: str, where: str = "") -> None:
-    after = _snapshot(module)
-    state = after["state"].items()
-    changed = [n for n, v in state if n not in before["state"] or not torch.equal(v, before["state"][n])]
-    for kind, found, remedy in (
-        ("changes the value of", changed, "never write into a network; work on a copy of the tensor"),
-        ("changes requires_grad of", _differ(after["grad"], before["grad"]), "freezing is the host's; use detach()"),
-        ("changes the mode of", _differ(after["mode"], before["mode"]), "train() and eval() are the host's"),
-    ):
-        if found:
-            broken(clause, f"{who} {kind} {found[0] or 'the whole'} of {whose} {where}".rstrip(), remedy)
-
-
-def _differ(after: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
-    return [name for name, value in after.items() if before.get(name) != value]
+    for what, after in _snapshot(module).items():
+        for name, value in after.items():
+            old = before[what].get(name)
+            if not (torch.equal(value, old) if isinstance(value, Tensor) and old is not None else value is old):
+                found = f"{who} changes {what} {name or 'the whole'} of {whose} {where}"
+                broken(clause, found.rstrip(), _NOT_YOURS[what])
 
 
 def difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> tuple[float, str]:
