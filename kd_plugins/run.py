@@ -390,7 +390,7 @@ class Run(Saving):
             for term, value in terms.items():
                 key = f"distill/{term}" if name == "student" else f"distill/{name}/{term}"
                 old, n = self._sums.get(key, (None, 0))
-                new = seen[key] = value.detach().float()
+                new = seen[key] = value.detach().float().reshape(())
                 self._sums[key] = (new if old is None else old + new, n + 1)
         self.watch.see(seen)
 
@@ -435,7 +435,7 @@ def total(terms: Any, group: str) -> Tensor:
     check_terms(terms, f"the group {group!r}")
     if not terms:
         raise DistillError(f"The turn for the group {group!r} holds no loss terms: leave the group out or give it one.")
-    return sum(terms.values())  # type: ignore[no-any-return]
+    return sum(term.reshape(()) for term in terms.values())  # type: ignore[return-value]
 
 
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
