@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from kd_plugins import states
 from kd_plugins.catalog.registry import config_of
 from kd_plugins.distiller import Distiller
 from kd_plugins.errors import DistillError
 from kd_plugins.finite import Watch, check_weights
-from kd_plugins.groups import Group
+from kd_plugins.groups import Grouped
 from kd_plugins.host import world
 from kd_plugins.reading.nets import Nets
 
@@ -26,25 +25,20 @@ __all__ = ["Saving", "parts"]
 _logger = logging.getLogger(__name__)
 
 
-class Saving:
+class Saving(Grouped):
     """How a `Run` is saved and loaded."""
 
     # Whether `save` and `load` keep the student and its optimizer as well, which no host does in a bare loop.
     keeps_student = True
-    distiller: Distiller
-    nets: Nets | None
-    initial: dict[str, Tensor] | None
-    watch: Watch
-    # What the next log is the mean of: a sum and a count by loss term.
-    _sums: dict[str, tuple[Tensor, int]]
 
-    @property
-    def plain_optimizer(self) -> Optimizer:
-        """The student's optimizer."""
-        raise NotImplementedError
-
-    def __iter__(self) -> Iterator[Group]:
-        raise NotImplementedError
+    def __init__(self, distiller: Distiller, optimizer: Any, nets: Nets | None, max_grad_norm: float | None) -> None:
+        super().__init__(distiller, optimizer, nets, max_grad_norm)
+        self.watch = Watch()
+        # What the next log is the mean of: a sum and a count by loss term.
+        self._sums: dict[str, tuple[Tensor, int]] = {}
+        self.initial: dict[str, Tensor] | None = None
+        if self.nets is not None and any(stage.fresh_student for stage in distiller.stages()):
+            self.initial = {k: v.detach().cpu().clone() for k, v in self.nets.student.module.state_dict().items()}
 
     def save(self, folder: str | Path, *others: Any) -> None:
         """Writes what a resumed run needs: weights as safetensors, the rest as JSON and tensors.
@@ -188,8 +182,7 @@ class Saving:
             if self.keeps_student:
                 raise DistillError("Saving a run needs the networks: make_optimizers(distiller, optimizer, nets).")
             return {}
-        named = {f"peer{i}" if i else "student": peer.module for i, peer in enumerate(self.nets.peers)}
-        return {name: module for name, module in named.items() if name != "student" or self.keeps_student}
+        return {name: m for name, m in self.nets.trained.items() if name != "student" or self.keeps_student}
 
     def _checked_state(self, folder: Path) -> dict[str, Any]:
         """The state of a checkpoint whose weights this run's method has taken up."""

@@ -20,6 +20,7 @@ from kd_plugins.picture import Images, Picture
 
 __all__ = ["DAFL"]
 
+_AUTHORS = "Hanting Chen, Yunhe Wang, Chang Xu, Zhaohui Yang, Chuanjian Liu, Boxin Shi, Chunjing Xu, Chao Xu, Qi Tian"
 _SHOWN = 8
 _EVERY = 50  # updates between two looks at the images, each of which waits for the device
 _LOSSES = ("one_hot", "activation", "information")
@@ -59,17 +60,7 @@ class DAFL(Distiller):
 
     paper = Paper(
         "Data-Free Learning of Student Networks",
-        (
-            "Hanting Chen",
-            "Yunhe Wang",
-            "Chang Xu",
-            "Zhaohui Yang",
-            "Chuanjian Liu",
-            "Boxin Shi",
-            "Chunjing Xu",
-            "Chao Xu",
-            "Qi Tian",
-        ),
+        tuple(_AUTHORS.split(", ")),
         "ICCV",
         2019,
         arxiv="1904.01186",

@@ -48,7 +48,7 @@ from torch.optim import SGD, Optimizer
 
 from kd_plugins import Batch, Distiller, DistillError, Reads, create_distiller
 from kd_plugins.catalog.registry import distiller_classes
-from kd_plugins.testing.clauses import ContractError, broken, check_class, check_needs, check_parts, parts_of, trained
+from kd_plugins.testing.clauses import ContractError, broken, check_class, check_needs, check_parts
 from kd_plugins.testing.networks import (
     TinyNet,
     adapt,
@@ -115,7 +115,7 @@ def check_distiller(
     """
     make = _maker(distiller, options)
     probe = make()
-    for part in parts_of(probe):
+    for part in probe.methods.values():
         check_class(part)
     student = tiny_network(probe, 0) if student is None else student
     device = next((p.device for p in student.parameters()), torch.device("cpu"))
@@ -171,7 +171,7 @@ def _maker(distiller: Any, options: Mapping[str, Any] | None) -> Callable[[], Di
 
 
 def _check_reached(run: Training, reached: Mapping[str, bool]) -> None:
-    untrained = tuple(glob for part in parts_of(run.distiller) for glob in part.untrained)
+    untrained = tuple(glob for part in run.distiller.methods.values() for glob in part.untrained)
     excused = _unused(run)
     for name, found in reached.items():
         if not found and name not in excused and not any(fnmatch.fnmatch(name, glob) for glob in untrained):
@@ -186,7 +186,7 @@ def _unused(run: Training) -> set[str]:
     """Parameters of the trained networks that not even their own logits depend on."""
     unused = set()
     batch = run.setting.batches[0]
-    for who, net in zip(trained(run.nets), run.nets.peers if batch.inputs is not None else (), strict=False):
+    for who, net in zip(run.nets.trained, run.nets.peers if batch.inputs is not None else (), strict=False):
         named = {f"{who}.{name}": p for name, p in net.module.named_parameters() if p.requires_grad}
         logits = net.network.read(batch, Reads()).logits
         gradients = torch.autograd.grad(logits.sum(), list(named.values()), allow_unused=True)

@@ -17,7 +17,7 @@ from kd_plugins import Batch, Distiller, DistillError, Network, Run, play
 from kd_plugins.binding import connect, needs_pass, prepare, schedule, set_up
 from kd_plugins.distiller import Turn
 from kd_plugins.run import total
-from kd_plugins.testing.clauses import ContractError, broken, frozen, trained
+from kd_plugins.testing.clauses import ContractError, broken
 
 _ISLAND = "compute the loss in float32, with autocast disabled (.float()), and away from 0 / 0 and log(0)"
 
@@ -111,7 +111,7 @@ class Training:
 
     def state(self) -> dict[str, Tensor]:
         """All weights that the training moves, by name."""
-        modules = {"distiller": self.distiller, **trained(self.nets)}
+        modules = {"distiller": self.distiller, **self.nets.trained}
         return {f"{who}.{k}": v.detach().clone() for who, m in modules.items() for k, v in m.state_dict().items()}
 
     def resume(self, folder: str) -> Training:
@@ -135,7 +135,7 @@ def walk(training: Training, *, dtype: torch.dtype | None = None) -> dict[str, b
     """
     # Of all parameters that should be trained: `critic.weight`, `student.head.weight`, `peer1.head.weight`.
     names = {id(p): name for name, p in training.distiller.named_parameters()}
-    for who, module in trained(training.nets).items():
+    for who, module in training.nets.trained.items():
         names |= {id(p): f"{who}.{name}" for name, p in module.named_parameters() if p.requires_grad}
     reached = dict.fromkeys(names.values(), False)
     clause = "gradients" if dtype is None else "precision"
@@ -183,9 +183,7 @@ def _turns(training: Training, batch: Batch, dtype: torch.dtype | None, where: s
             seen = last in turn
             yield turn
     finally:
-        close = getattr(turns, "close", None)
-        if close is not None:
-            close()
+        getattr(turns, "close", lambda: None)()
     if not seen:
         broken(
             "student last",
@@ -253,14 +251,14 @@ def _gradients(
 def _outside(training: Training, *, student: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters in which a step may leave no `.grad`."""
     yield from training.distiller.named_parameters()
-    for who, module in (frozen(training.nets) | trained(training.nets)).items():
+    for who, module in (training.nets.frozen | training.nets.trained).items():
         if student or who != "student":
             yield from ((f"{who}.{name}", p) for name, p in module.named_parameters())
 
 
 def _check_after(training: Training, where: str) -> None:
     name = training.distiller.name
-    for (who, module), state in zip(frozen(training.nets).items(), training.teacher_states, strict=True):
+    for (who, module), state in zip(training.nets.frozen.items(), training.teacher_states, strict=True):
         _compare(module, state, "teacher untouched", f"a step of {name}", who, where)
     for label, parameter in _outside(training):
         if parameter.grad is not None:
