@@ -145,7 +145,8 @@ def _move(value: Any, device: torch.device | str) -> Any:
     if isinstance(value, Mapping):
         return {k: _move(v, device) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(_move(v, device) for v in value)
+        moved = (_move(v, device) for v in value)
+        return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)
     return value
 
 
