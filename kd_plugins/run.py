@@ -53,12 +53,7 @@ class Run(Saving):
     """
 
     def __init__(
-        self,
-        distiller: Distiller,
-        optimizer: Any,
-        nets: Nets | None = None,
-        *,
-        max_grad_norm: float | None = None,
+        self, distiller: Distiller, optimizer: Any, nets: Nets | None = None, *, max_grad_norm: float | None = None
     ) -> None:
         check_made(distiller)
         super().__init__(distiller, optimizer, nets, max_grad_norm)

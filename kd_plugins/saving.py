@@ -86,7 +86,8 @@ class Saving(Grouped):
         streams |= {f"|{term}": pair for term, pair in sums.items()}
         save_file(_plain(streams), folder / f"distiller_random_{rank}.safetensors")
         if self.keeps_student:
-            torch.save(_random_state(), folder / f"random_{rank}.pt")
+            cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+            torch.save({"cpu": torch.get_rng_state(), "cuda": cuda}, folder / f"random_{rank}.pt")
         if rank:
             return
         progress = self.distiller.progress
@@ -141,8 +142,8 @@ class Saving(Grouped):
             self.plain_optimizer.load_state_dict(optimizer)
         if self.initial is not None:
             self.initial = load_file(folder / "initial_student.safetensors")
-        random = folder / f"distiller_random_{rank}.safetensors"
-        streams = load_file(random) if random.is_file() else {}
+        file = folder / f"distiller_random_{rank}.safetensors"
+        streams = load_file(file) if file.is_file() else {}
         for name, part in parts(self.distiller).items():
             own = {key.partition("|")[2]: value for key, value in streams.items() if key.partition("|")[0] == name}
             part.host.load(own)
@@ -154,7 +155,10 @@ class Saving(Grouped):
         progress.stage = state["progress"]["stage"]
         progress.at(state["progress"]["step"], state["progress"]["epoch"])
         if self.keeps_student:
-            _restore_random_state(torch.load(folder / f"random_{rank}.pt", weights_only=True))
+            random = torch.load(folder / f"random_{rank}.pt", weights_only=True)
+            torch.set_rng_state(random["cpu"])
+            if random["cuda"]:
+                torch.cuda.set_rng_state_all(random["cuda"])
         for other in others:
             other.load(folder)
         return changed
@@ -227,13 +231,3 @@ def parts(distiller: Distiller) -> dict[str, Distiller]:
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors as safetensors takes them: contiguous, sharing no memory."""
     return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
-
-
-def _random_state() -> dict[str, Any]:
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-
-
-def _restore_random_state(state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])

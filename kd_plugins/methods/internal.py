@@ -138,6 +138,8 @@ class Internal(Distiller):
                 " student's: use a teacher with the student's tokenizer, or attention_weight=0."
             )
 
+    # The schedule: what a phase compares, and so reads
+
     def stages(self) -> list[Stage]:
         if self.schedule == "all":
             return [Stage("all layers")]
@@ -172,6 +174,8 @@ class Internal(Distiller):
             return Needs(student | Reads(), teacher | Reads(softened=self.temperature))
         cut = (layers[-1] - 1,) if self.freeze_lower and layers[-1] > 1 else ()
         return Needs(student | Reads(False, cut=cut), teacher)
+
+    # A step
 
     def loss(self, student: View, teacher: View, batch: Batch) -> Terms:
         layers, labels = self._phase()

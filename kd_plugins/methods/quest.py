@@ -177,6 +177,8 @@ class QUEST(LayerDistiller):
         losses = [vocabulary(*_positions(pair.student, pair.teacher), self.temperature) for vocabulary, pair in pairs]
         return {"quest": self.weight * torch.stack(losses).sum()}
 
+    # What the report shows
+
     @torch.no_grad()
     def visual_words(
         self, nets: Nets, batches: Iterable[Batch], *, words: int = 8, patches: int = 8

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError
-from kd_plugins.host import world
 from kd_plugins.nn.connectors import UnitHead
 
 __all__ = ["MemoryBank", "OtherRows", "PairMemory", "of_all_processes"]
@@ -16,10 +15,9 @@ __all__ = ["MemoryBank", "OtherRows", "PairMemory", "of_all_processes"]
 
 def of_all_processes(x: Tensor) -> Tensor:
     """The rows of all processes' tensors, in their order; without gradient, and of any number on each."""
-    _, processes = world()
-    if processes == 1:
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return x
-    counts = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(processes)]
+    counts = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(dist.get_world_size())]
     dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
     padded = x.new_zeros(int(max(counts)), *x.shape[1:])
     padded[: len(x)] = x

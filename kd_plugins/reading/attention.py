@@ -362,7 +362,7 @@ class BaseAttentionTaps:
         for number in numbers:
             wanted.setdefault(self._taps[number - 1], []).append(number)
         captured: dict[int, Attention] = {}
-        failed, started = False, []
+        whole, started = False, []
         try:
             for tap, which in wanted.items():
                 share = mode == "share" and not checkpointed and all(self.layers[n - 1].mode == "share" for n in which)
@@ -370,14 +370,13 @@ class BaseAttentionTaps:
                 started.append(tap)
             with self._around(any(not isinstance(tap, DropoutTap) for tap in wanted)):
                 yield captured
+            whole = True
         except Reached:
-            raise
-        except BaseException:
-            failed = True
+            whole = True
             raise
         finally:
             records = {tap: tap.stop() for tap in started}
-            if not failed:
+            if whole:
                 for number in numbers:
                     captured[number] = self._attention(number, records[self._taps[number - 1]], checkpointed)
 

@@ -60,15 +60,7 @@ from kd_plugins.testing.networks import (
 )
 from kd_plugins.testing.runs import Setting, Training, difference, under_accelerate, walk
 
-__all__ = [
-    "CLAUSES",
-    "ContractError",
-    "TinyNet",
-    "check_distiller",
-    "tiny_batches",
-    "tiny_tokens",
-    "tiny_transformer",
-]
+__all__ = ["CLAUSES", "ContractError", "TinyNet", "check_distiller", "tiny_batches", "tiny_tokens", "tiny_transformer"]
 
 CLAUSES = (
     *("docstring", "options", "config", "networks untouched", "no network inside", "registered", "one group", "needs"),

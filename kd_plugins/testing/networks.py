@@ -74,13 +74,7 @@ def tiny_transformer(layers: int = 2, classes: int = 3) -> nn.Module:
 
 
 def tiny_batches(
-    count: int = 3,
-    size: int = 8,
-    classes: int = 4,
-    *,
-    streams: Sequence[str] = (),
-    seed: int = 0,
-    dense: bool = False,
+    count: int = 3, size: int = 8, classes: int = 4, *, streams: Sequence[str] = (), seed: int = 0, dense: bool = False
 ) -> list[Batch]:
     """Batches of noise images `[size, 3, 12, 12]` with labels, row numbers, mean and std, and further streams of them.
 
