@@ -153,12 +153,13 @@ def untraced(*networks: nn.Module) -> Iterator[None]:
     """No gradient, evaluation mode, and no trace in a random stream of torch or Python: for a look at networks."""
     modes = [(m, m.training) for network in networks for m in network.modules()]
     parameters = (p for network in networks for p in network.parameters())
-    devices = sorted({p.device.index or 0 for p in parameters if p.device.type == "cuda"})
+    devices = {p.device for p in parameters if p.device.type not in ("cpu", "meta")}
+    kind, numbers = next((d.type for d in devices), "cuda"), sorted(d.index or 0 for d in devices)
     python = random.getstate()
     try:
         for network in networks:
             network.eval()
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        with torch.random.fork_rng(devices=numbers, device_type=kind), torch.no_grad():
             yield
     finally:
         random.setstate(python)
