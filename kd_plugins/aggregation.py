@@ -13,14 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kd_plugins import DistillError, Progress, Reads, View
 from kd_plugins import functional as KF
-from kd_plugins.errors import DistillError
 from kd_plugins.host import world
 from kd_plugins.nn.connectors import as_weights
 from kd_plugins.picture import Bars, Heatmap, Picture
 from kd_plugins.reading.trunk import LayerGroup
-from kd_plugins.reading.view import Reads, View
-from kd_plugins.stages import Progress
+from kd_plugins.states import write_json
 
 __all__ = ["Aggregate", "Aggregating", "first_alpha", "inverse_rms", "read_search"]
 
@@ -193,29 +192,28 @@ class Aggregating(nn.Module):
     def export(self, folder: str | Path) -> None:
         """Writes the weights as search.json, for another run."""
         groups = [group._asdict() for group in self._found()]
-        text = json.dumps({"method": "dfa", "aggregation": self.aggregation, "groups": groups}, indent=2)
-        (Path(folder) / "search.json").write_text(text + "\n", encoding="utf-8")
+        content = {"method": "dfa", "aggregation": self.aggregation, "groups": groups}
+        write_json(Path(folder) / "search.json", content)
 
     def pictures(self) -> list[Picture]:
         """The weights of each group, and how they have moved in its search."""
+        words = "Weight of each teacher layer in what the student's layer learns from; the line: all the same."
         bars: list[Picture] = []
-        maps: list[Picture] = []
-        for i, group in enumerate(self._found()):
-            words = "Weight of each teacher layer in what the student's layer learns from; the line: all the same."
+        for group in self._found():
             values = list(zip(group.teacher, group.alpha, strict=True))
             bars.append(Bars(f"Weights for {group.student}", values, mark=1 / len(values), caption=words))
-            if str(i) in self.betas:
-                trace = self.get_buffer(f"trace{i}")
-                kept = [p for p in range(len(trace)) if not trace[p].isnan().any()]
-                maps.append(
-                    Heatmap(
-                        f"Search for {group.student}",
-                        trace[kept].T.tolist(),
-                        group.teacher,
-                        [f"{100 * p // _POINTS} %" for p in kept],
-                        row_label="teacher layer",
-                        column_label="part of the search",
-                        caption="The same weights from the beginning of each group's search to its end.",
-                    )
-                )
-        return [*bars, *maps]
+        return [*bars, *(self._moved(int(key)) for key in self.betas)]
+
+    def _moved(self, i: int) -> Heatmap:
+        """How the weights of group i have moved in its search."""
+        trace = self.get_buffer(f"trace{i}")
+        kept = [p for p in range(len(trace)) if not trace[p].isnan().any()]
+        return Heatmap(
+            f"Search for {self.groups[i].student}",
+            trace[kept].T.tolist(),
+            list(self.groups[i].teacher),
+            [f"{100 * p // _POINTS} %" for p in kept],
+            row_label="teacher layer",
+            column_label="part of the search",
+            caption="The same weights from the beginning of each group's search to its end.",
+        )

@@ -8,12 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kd_plugins.host import world
+
 __all__ = ["average_buffers", "average_gradients", "broadcast", "distributed"]
 
 
 def distributed() -> bool:
     """Whether there is more than one process."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return world()[1] > 1
 
 
 def average_gradients(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:

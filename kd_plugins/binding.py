@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import random
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from kd_plugins.errors import DistillError
 from kd_plugins.finite import check_weights
 from kd_plugins.reading.nets import Net, Nets, Transform
 from kd_plugins.reading.network import Forward, Network, adapt
+from kd_plugins.reading.tap import untraced
 from kd_plugins.reading.view import Batch, Needs, Reads
 from kd_plugins.stages import Progress, StageTable
 
@@ -94,8 +95,7 @@ def bind(
     def start(batch: Batch) -> None:
         for net in nets:
             net._before = None
-        weight = next(nets.student.module.parameters(), None)
-        with torch.autocast("cpu" if weight is None else weight.device.type, enabled=False):
+        with torch.autocast(nets.device.type, enabled=False):
             set_up(distiller, nets, batch)
             if needs_pass(distiller) and batches is not None:
                 prepare(distiller, nets, batches)
@@ -182,25 +182,23 @@ def connect(
     check_weights({_called("The teacher", i, teachers): t.module for i, t in enumerate(teachers)}, remedy)
     for network in teachers:
         network.module.requires_grad_(False).eval()
-    forwards = [*forwards, *[None] * (1 + len(peers) - len(forwards))]
-    transforms = [*transforms, *[None] * (len(teachers) - len(transforms))]
-    orders = [*orders, *[None] * (len(teachers) - len(orders))]
 
-    def reads(kind: str, number: int = 0) -> Reads:
+    def trained(number: int) -> Reads:
         needs = needs_of(distiller)
-        return {"student": needs.student, "peer": needs.peer(number), "teacher": needs.of_teacher(number)}[kind]
+        return needs.peer(number - 1) if number else needs.student
 
-    return Nets(
-        Net(student, partial(reads, "student"), forward=forwards[0]),
-        [
-            Net(network, partial(reads, "teacher", i), frozen=True, transform=transform, order=order, number=i)
-            for i, (network, transform, order) in enumerate(zip(teachers, transforms, orders, strict=True))
-        ],
-        [
-            Net(network, partial(reads, "peer", i), forward=forward)
-            for i, (network, forward) in enumerate(zip(peers, forwards[1:], strict=True))
-        ],
-    )
+    def taught_by(number: int) -> Reads:
+        return needs_of(distiller).of_teacher(number)
+
+    made = [
+        Net(network, partial(trained, i), forward=forward)
+        for i, (network, forward) in enumerate(zip_longest([student, *peers], forwards))
+    ]
+    frozen = [
+        Net(network, partial(taught_by, i), frozen=True, transform=transform, order=order, number=i)
+        for i, (network, transform, order) in enumerate(zip_longest(teachers, transforms, orders))
+    ]
+    return Nets(made[0], frozen, made[1:])
 
 
 def _called(who: str, number: int, others: Sequence[Any]) -> str:
@@ -296,20 +294,12 @@ def needs_pass(distiller: Distiller) -> bool:
 @contextmanager
 def untouched(nets: Nets, distiller: Distiller | None = None) -> Iterator[None]:
     """No gradient, evaluation mode, and no trace in any random stream: what a pass before the training may leave."""
-    modes = [(m, m.training) for net in nets for m in net.module.modules()]
     parts = distiller.modules() if distiller is not None else ()
     hosts = [(part.host, part.host.state()) for part in parts if isinstance(part, Distiller)]
-    devices = sorted({p.device.index or 0 for net in nets for p in net.module.parameters() if p.device.type == "cuda"})
-    python = random.getstate()
     try:
-        for net in nets:
-            net.module.eval()
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        with untraced(*(net.module for net in nets)):
             yield
     finally:
-        random.setstate(python)
-        for module, training in modes:
-            module.training = training
         for host, state in hosts:
             host.load(state)
 
@@ -320,15 +310,9 @@ def set_up(distiller: Distiller, nets: Nets, batch: Batch) -> None:
         return
     with untouched(nets, distiller):
         distiller.setup(nets, batch)
-        needs = needs_of(distiller)
-        nets.student.network.install(needs.student)
-        for i, net in enumerate(nets.peers[1:]):
-            net.network.install(needs.peer(i))
-        for i, net in enumerate(nets.teachers):
-            net.network.install(needs.of_teacher(i))
-    reference = next(nets.student.module.parameters(), None)
-    if reference is not None:
-        distiller.to(reference.device)
+        for net in nets:
+            net.network.install(net.reads)
+    distiller.to(nets.device)
     distiller.ready = True
 
 

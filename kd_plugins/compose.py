@@ -91,16 +91,14 @@ class Composite(Distiller):
 
     @staticmethod
     def _merge(what: str, given: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        merged: dict[str, Any] = {}
         owner: dict[str, str] = {}
         for part, items in given.items():
-            for name, item in items.items():
-                if name in merged:
+            for name in items:
+                if owner.setdefault(name, part) != part:
                     raise DistillError(
                         f"{owner[name]} and {part} both have the {what} {name!r} and cannot be combined: take one."
                     )
-                merged[name], owner[name] = item, part
-        return merged
+        return {name: given[part][name] for name, part in owner.items()}
 
     def stages(self) -> list[Stage]:
         return self.methods[self._staged].stages() if self._staged else super().stages()

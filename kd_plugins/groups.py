@@ -6,7 +6,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kd_plugins.authors import overrides
+from kd_plugins.averaging import distributed
+from kd_plugins.binding import agree, bound
 from kd_plugins.catalog.options import OptimSpec
 from kd_plugins.distiller import Distiller
 from kd_plugins.errors import DistillError, did_you_mean, told
@@ -23,29 +25,27 @@ from kd_plugins.reading.nets import Nets
 __all__ = ["Group", "make_groups"]
 
 
+@dataclass(eq=False)
 class Group:
     """Parameters that one optimizer of ours moves.
 
-    Args:
+    Attributes:
         name: What the turns call it.
         parameters: Its parameters.
         optimizer: Its optimizer.
         spec: How its learning rate runs and its gradient is clipped; None follows the student's optimizer.
-
-    Attributes:
         clip: Clips the gradients in the parameters' `.grad`; hosts that clip the student's set it for peers.
     """
 
-    def __init__(
-        self, name: str, parameters: Sequence[nn.Parameter], optimizer: Optimizer, spec: OptimSpec | None
-    ) -> None:
-        self.name = name
-        self.parameters = list(parameters)
-        self.optimizer = optimizer
-        self.spec = spec
-        self.clip: Callable[[list[nn.Parameter]], Any] | None = None
-        if spec is not None and spec.clip is not None:
-            self.clip = partial(nn.utils.clip_grad_norm_, max_norm=spec.clip)
+    name: str
+    parameters: list[nn.Parameter]
+    optimizer: Optimizer
+    spec: OptimSpec | None = None
+    clip: Callable[[list[nn.Parameter]], Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.spec is not None and self.spec.clip is not None:
+            self.clip = partial(nn.utils.clip_grad_norm_, max_norm=self.spec.clip)
 
     def follow(self, student: Optimizer) -> None:
         """Sets the learning rate for the coming update."""
@@ -82,6 +82,83 @@ class Group:
         self.optimizer.step()
 
 
+class Grouped:
+    """What a `Run` moves: the student's optimizer, and our groups beside it.
+
+    These are made when they are first asked for, after the method has built its parts. For the arguments see `Run`.
+    """
+
+    def __init__(self, distiller: Distiller, optimizer: Any, nets: Nets | None, max_grad_norm: float | None) -> None:
+        if not hasattr(optimizer, "param_groups"):
+            raise DistillError(f"Expected the student's optimizer, a torch.optim.Optimizer, got {optimizer!r}.")
+        self.distiller = distiller
+        self.nets = nets if nets is not None else bound(distiller)
+        self.optimizer = optimizer
+        self.max_grad_norm = max_grad_norm
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        self._groups: dict[str, Group] | None = None
+
+    @property
+    def plain_optimizer(self) -> Optimizer:
+        """The student's optimizer, without what a host has wrapped around it."""
+        inner: Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return inner
+
+    @property
+    def student(self) -> list[nn.Parameter]:
+        """The parameters of the student's optimizer."""
+        return [p for group in self.plain_optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+    @property
+    def groups(self) -> dict[str, Group]:
+        """Our groups by name: `"own"`, the peers, extra and shared groups."""
+        if self._groups is None:
+            if not self.distiller.ready and overrides(self.distiller, "setup"):
+                raise DistillError(
+                    f"{self.distiller.name} has no parts to train before it is set up: bind(..., batch=one batch)."
+                )
+            self._groups = make_groups(self.distiller, self.plain_optimizer, self.nets)
+            if self.joined and self.nets is not None and not self.nets.student.averaged:
+                agree(self.distiller, self.nets)
+            if self.max_grad_norm is not None:
+                self.clip_peers(partial(nn.utils.clip_grad_norm_, max_norm=self.max_grad_norm))
+        return self._groups
+
+    @property
+    def own(self) -> Group | None:
+        """The method's parts that are stepped with the student."""
+        return self.groups.get("own")
+
+    @property
+    def clip_parameters(self) -> list[nn.Parameter]:
+        """The group `"own"`, which a host clips jointly with the student."""
+        return self.own.parameters if self.own else []
+
+    def __iter__(self) -> Iterator[Group]:
+        return iter(self.groups.values())
+
+    def __getitem__(self, name: str) -> Group:
+        try:
+            return self.groups[name]
+        except KeyError:
+            raise DistillError(
+                f"{self.distiller.name} yields a turn for the group {name!r}, but its groups are"
+                f" {['student', *self.groups]}.{did_you_mean(name, self.groups)} Declare it in extras() or shared()."
+            ) from None
+
+    def clip_peers(self, clip: Callable[[list[nn.Parameter]], Any]) -> None:
+        """Has the gradient of each peer clipped, as the host clips the student's."""
+        for name, group in self.groups.items():
+            if name.startswith("peer"):
+                group.clip = clip
+
+    @property
+    def joined(self) -> bool:
+        """Whether several processes train one student."""
+        return distributed() and self.nets is not None and self.nets.student.averaged
+
+
 def make_groups(distiller: Distiller, optimizer: Optimizer, nets: Nets | None) -> dict[str, Group]:
     """The groups of a distillation: `"own"`, the peers, extra and shared groups.
 
@@ -98,13 +175,13 @@ def make_groups(distiller: Distiller, optimizer: Optimizer, nets: Nets | None) -
     made: dict[str, Group] = {}
     own = distiller.own_parameters()
     if own:
-        made["own"] = Group("own", own, like(optimizer, {largest(optimizer): own}), None)
+        made["own"] = Group("own", own, like(optimizer, {largest(optimizer): own}))
     peers = nets.peers if nets else ()
     for i, peer in enumerate(peers[1:], 1):
         split = like_student(optimizer, peers[0].module, peer.module)
         # In the network's order, by which adaptive clipping knows the classifier.
         parameters = [p for p in peer.module.parameters() if p.requires_grad]
-        made[f"peer{i}"] = Group(f"peer{i}", parameters, like(optimizer, split), None)
+        made[f"peer{i}"] = Group(f"peer{i}", parameters, like(optimizer, split))
     extra = {name: list(module.parameters()) for name, module in distiller.extras().items()}
     if overrides(distiller, "shared"):
         if nets is None:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from kd_plugins import Batch, Distiller, DistillError, Needs, Net, Nets, Reads, View
 from kd_plugins.catalog.values import NonNegative
-from kd_plugins.distiller import Distiller, Terms
-from kd_plugins.errors import DistillError
+from kd_plugins.distiller import Terms
 from kd_plugins.nn.connectors import as_weights
-from kd_plugins.reading.nets import Net, Nets
-from kd_plugins.reading.view import Batch, Needs, Reads, View
 
 __all__ = ["DENSE_TASKS", "FEATURE_TASKS", "LayerDistiller", "Pair"]
 
@@ -147,17 +144,13 @@ class LayerDistiller(Distiller):
         Raises:
             DistillError: A glob stands for other numbers of modules in student and teacher.
         """
-        return list(paired(student, teacher, self.layers, self.teacher_layers))
-
-
-def paired(
-    student: View, teacher: View, layers: Sequence[str | int], teacher_layers: Sequence[str | int]
-) -> Iterator[Pair]:
-    for ours, theirs in zip(layers, teacher_layers, strict=True):
-        found = student.features.select(ours), teacher.features.select(theirs)
-        if len(found[0]) != len(found[1]):
-            raise DistillError(
-                f"Expected as many teacher layers as student layers, got {len(found[0])} for {ours!r} in the student"
-                f" and {len(found[1])} for {theirs!r} in the teacher: name them one by one."
-            )
-        yield from (Pair(f_s, f_t, ours, theirs) for f_s, f_t in zip(*found, strict=True))
+        pairs = []
+        for layer, teacher_layer in zip(self.layers, self.teacher_layers, strict=True):
+            ours, theirs = student.features.select(layer), teacher.features.select(teacher_layer)
+            if len(ours) != len(theirs):
+                raise DistillError(
+                    f"Expected as many teacher layers as student layers, got {len(ours)} for {layer!r} in the student"
+                    f" and {len(theirs)} for {teacher_layer!r} in the teacher: name them one by one."
+                )
+            pairs += [Pair(f_s, f_t, layer, teacher_layer) for f_s, f_t in zip(ours, theirs, strict=True)]
+        return pairs

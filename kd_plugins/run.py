@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,13 +11,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kd_plugins.authors import check_made, overrides
-from kd_plugins.averaging import average_buffers, average_gradients, distributed
-from kd_plugins.binding import agree, bound, check_batch
+from kd_plugins.authors import check_made
+from kd_plugins.averaging import average_buffers, average_gradients
+from kd_plugins.binding import check_batch
 from kd_plugins.distiller import Distiller, Turn
-from kd_plugins.errors import DistillError, did_you_mean
-from kd_plugins.finite import Watch
-from kd_plugins.groups import Group, make_groups
+from kd_plugins.errors import DistillError
+from kd_plugins.groups import Group
 from kd_plugins.host import world
 from kd_plugins.reading.nets import Nets
 from kd_plugins.reading.view import Batch
@@ -41,8 +39,6 @@ class Run(Saving):
        accumulation boundary where the host does not, and steps the extra groups;
     3. `after_update()`, after the host has clipped (`clip_parameters`) and stepped, steps the group `"own"` and counts.
 
-    Our groups are made when they are first asked for, after the method has built its parts.
-
     Args:
         distiller: The method.
         optimizer: The student's optimizer.
@@ -57,89 +53,15 @@ class Run(Saving):
     """
 
     def __init__(
-        self,
-        distiller: Distiller,
-        optimizer: Any,
-        nets: Nets | None = None,
-        *,
-        max_grad_norm: float | None = None,
+        self, distiller: Distiller, optimizer: Any, nets: Nets | None = None, *, max_grad_norm: float | None = None
     ) -> None:
         check_made(distiller)
-        if not hasattr(optimizer, "param_groups"):
-            raise DistillError(f"Expected the student's optimizer, a torch.optim.Optimizer, got {optimizer!r}.")
-        self.distiller = distiller
-        self.nets = nets if nets is not None else bound(distiller)
-        self.optimizer = optimizer
-        self.max_grad_norm = max_grad_norm
+        super().__init__(distiller, optimizer, nets, max_grad_norm)
         self.accumulation = 1
-        self.watch = Watch()
-        for group in optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])
-        self._groups: dict[str, Group] | None = None
-        self.initial: dict[str, Tensor] | None = None
-        if self.nets is not None and any(stage.fresh_student for stage in distiller.stages()):
-            self.initial = {k: v.detach().cpu().clone() for k, v in self.nets.student.module.state_dict().items()}
         self._held: dict[tuple[int, str], list[Tensor | None]] = {}
         self._turn = 0
         self._last: list[str] = []
         self._turns: Iterator[Turn] | None = None
-        self._sums: dict[str, tuple[Tensor, int]] = {}
-
-    # Groups
-
-    @property
-    def plain_optimizer(self) -> Optimizer:
-        """The student's optimizer, without what a host has wrapped around it."""
-        inner: Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        return inner
-
-    @property
-    def student(self) -> list[nn.Parameter]:
-        """The parameters of the student's optimizer."""
-        return [p for group in self.plain_optimizer.param_groups for p in group["params"] if p.requires_grad]
-
-    @property
-    def groups(self) -> dict[str, Group]:
-        """Our groups by name: `"own"`, the peers, extra and shared groups."""
-        if self._groups is None:
-            if not self.distiller.ready and overrides(self.distiller, "setup"):
-                raise DistillError(
-                    f"{self.distiller.name} has no parts to train before it is set up: bind(..., batch=one batch)."
-                )
-            self._groups = make_groups(self.distiller, self.plain_optimizer, self.nets)
-            if self.joined and self.nets is not None and not self.nets.student.averaged:
-                agree(self.distiller, self.nets)
-            if self.max_grad_norm is not None:
-                self.clip_peers(partial(nn.utils.clip_grad_norm_, max_norm=self.max_grad_norm))
-        return self._groups
-
-    @property
-    def own(self) -> Group | None:
-        """The method's parts that are stepped with the student."""
-        return self.groups.get("own")
-
-    @property
-    def clip_parameters(self) -> list[nn.Parameter]:
-        """The group `"own"`, which a host clips jointly with the student."""
-        return self.own.parameters if self.own else []
-
-    def __iter__(self) -> Iterator[Group]:
-        return iter(self.groups.values())
-
-    def __getitem__(self, name: str) -> Group:
-        try:
-            return self.groups[name]
-        except KeyError:
-            raise DistillError(
-                f"{self.distiller.name} yields a turn for the group {name!r}, but its groups are"
-                f" {['student', *self.groups]}.{did_you_mean(name, self.groups)} Declare it in extras() or shared()."
-            ) from None
-
-    def clip_peers(self, clip: Callable[[list[nn.Parameter]], Any]) -> None:
-        """Has the gradient of each peer clipped, as the host clips the student's."""
-        for name, group in self.groups.items():
-            if name.startswith("peer"):
-                group.clip = clip
 
     # What a host changes
 
@@ -147,11 +69,6 @@ class Run(Saving):
     def sync(self) -> bool:
         """Whether the current micro-batch closes an accumulation window."""
         return True
-
-    @property
-    def joined(self) -> bool:
-        """Whether several processes train one student."""
-        return distributed() and self.nets is not None and self.nets.student.averaged
 
     @property
     def by_hand(self) -> bool:
@@ -390,7 +307,7 @@ class Run(Saving):
             for term, value in terms.items():
                 key = f"distill/{term}" if name == "student" else f"distill/{name}/{term}"
                 old, n = self._sums.get(key, (None, 0))
-                new = seen[key] = value.detach().float()
+                new = seen[key] = value.detach().float().reshape(())
                 self._sums[key] = (new if old is None else old + new, n + 1)
         self.watch.see(seen)
 
@@ -435,7 +352,7 @@ def total(terms: Any, group: str) -> Tensor:
     check_terms(terms, f"the group {group!r}")
     if not terms:
         raise DistillError(f"The turn for the group {group!r} holds no loss terms: leave the group out or give it one.")
-    return sum(terms.values())  # type: ignore[no-any-return]
+    return sum(term.reshape(()) for term in terms.values())  # type: ignore[return-value]
 
 
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from kd_plugins import states
 from kd_plugins.catalog.registry import config_of
 from kd_plugins.distiller import Distiller
 from kd_plugins.errors import DistillError
 from kd_plugins.finite import Watch, check_weights
-from kd_plugins.groups import Group
+from kd_plugins.groups import Grouped
 from kd_plugins.host import world
 from kd_plugins.reading.nets import Nets
 
@@ -26,25 +25,20 @@ __all__ = ["Saving", "parts"]
 _logger = logging.getLogger(__name__)
 
 
-class Saving:
+class Saving(Grouped):
     """How a `Run` is saved and loaded."""
 
     # Whether `save` and `load` keep the student and its optimizer as well, which no host does in a bare loop.
     keeps_student = True
-    distiller: Distiller
-    nets: Nets | None
-    initial: dict[str, Tensor] | None
-    watch: Watch
-    # What the next log is the mean of: a sum and a count by loss term.
-    _sums: dict[str, tuple[Tensor, int]]
 
-    @property
-    def plain_optimizer(self) -> Optimizer:
-        """The student's optimizer."""
-        raise NotImplementedError
-
-    def __iter__(self) -> Iterator[Group]:
-        raise NotImplementedError
+    def __init__(self, distiller: Distiller, optimizer: Any, nets: Nets | None, max_grad_norm: float | None) -> None:
+        super().__init__(distiller, optimizer, nets, max_grad_norm)
+        self.watch = Watch()
+        # What the next log is the mean of: a sum and a count by loss term.
+        self._sums: dict[str, tuple[Tensor, int]] = {}
+        self.initial: dict[str, Tensor] | None = None
+        if self.nets is not None and any(stage.fresh_student for stage in distiller.stages()):
+            self.initial = {k: v.detach().cpu().clone() for k, v in self.nets.student.module.state_dict().items()}
 
     def save(self, folder: str | Path, *others: Any) -> None:
         """Writes what a resumed run needs: weights as safetensors, the rest as JSON and tensors.
@@ -92,7 +86,8 @@ class Saving:
         streams |= {f"|{term}": pair for term, pair in sums.items()}
         save_file(_plain(streams), folder / f"distiller_random_{rank}.safetensors")
         if self.keeps_student:
-            torch.save(_random_state(), folder / f"random_{rank}.pt")
+            cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+            torch.save({"cpu": torch.get_rng_state(), "cuda": cuda}, folder / f"random_{rank}.pt")
         if rank:
             return
         progress = self.distiller.progress
@@ -147,8 +142,8 @@ class Saving:
             self.plain_optimizer.load_state_dict(optimizer)
         if self.initial is not None:
             self.initial = load_file(folder / "initial_student.safetensors")
-        random = folder / f"distiller_random_{rank}.safetensors"
-        streams = load_file(random) if random.is_file() else {}
+        file = folder / f"distiller_random_{rank}.safetensors"
+        streams = load_file(file) if file.is_file() else {}
         for name, part in parts(self.distiller).items():
             own = {key.partition("|")[2]: value for key, value in streams.items() if key.partition("|")[0] == name}
             part.host.load(own)
@@ -160,7 +155,10 @@ class Saving:
         progress.stage = state["progress"]["stage"]
         progress.at(state["progress"]["step"], state["progress"]["epoch"])
         if self.keeps_student:
-            _restore_random_state(torch.load(folder / f"random_{rank}.pt", weights_only=True))
+            random = torch.load(folder / f"random_{rank}.pt", weights_only=True)
+            torch.set_rng_state(random["cpu"])
+            if random["cuda"]:
+                torch.cuda.set_rng_state_all(random["cuda"])
         for other in others:
             other.load(folder)
         return changed
@@ -188,8 +186,7 @@ class Saving:
             if self.keeps_student:
                 raise DistillError("Saving a run needs the networks: make_optimizers(distiller, optimizer, nets).")
             return {}
-        named = {f"peer{i}" if i else "student": peer.module for i, peer in enumerate(self.nets.peers)}
-        return {name: module for name, module in named.items() if name != "student" or self.keeps_student}
+        return {name: m for name, m in self.nets.trained.items() if name != "student" or self.keeps_student}
 
     def _checked_state(self, folder: Path) -> dict[str, Any]:
         """The state of a checkpoint whose weights this run's method has taken up."""
@@ -234,13 +231,3 @@ def parts(distiller: Distiller) -> dict[str, Distiller]:
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors as safetensors takes them: contiguous, sharing no memory."""
     return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
-
-
-def _random_state() -> dict[str, Any]:
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-
-
-def _restore_random_state(state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])

@@ -86,6 +86,10 @@ class Progress:
             )
         return min(self.step / max(self.total, 1), 1.0)
 
+    def warmed(self, share: float) -> float:
+        """What a weight is multiplied by that grows linearly from 0 in that share of the training; 0 has it whole."""
+        return min(1.0, self.fraction / share) if share else 1.0
+
     @property
     def stage_fraction(self) -> float:
         """Part of the current stage that is done, 0 to 1."""

@@ -159,6 +159,20 @@ def test_named_groups() -> None:
         find_groups(net(student), net(teacher), images(), ["fc"])
 
 
+def test_a_named_layer_is_not_left_out_without_a_word() -> None:
+    names = ("cifar_resnet8", "cifar_resnet20", "resnet18")
+    student, teacher, other = (net(timm.create_model(name)) for name in names)
+    # Two layers of one size, of the student or of the teacher; one of a size that the other network has not.
+    for of, layers, teacher_layers in (
+        (teacher, (0, "layer1"), None),
+        (teacher, None, ("layer1.0", "layer1.1")),
+        (other, ("layer2", "layer3"), None),
+    ):
+        with pytest.raises(DistillError, match=r"a group for each of the layers .*with the other's by their size"):
+            find_groups(student, of, images(), layers, teacher_layers)
+    assert [g.student for g in find_groups(student, teacher, images(), ("layer3", "layer2"))] == ["layer3", "layer2"]
+
+
 def test_cached_logits_do_not_stand_for_the_forward() -> None:
     module = net(timm.create_model("cifar_resnet8"))
     module.frozen = True

@@ -143,6 +143,26 @@ def test_ddp_in_a_compiled_network_is_refused():
         bind(create_distiller("kd"), around, nn.Linear(4, 3))
 
 
+class OneNumber(Distiller):
+    """A term of one number that has an axis of its own."""
+
+    def loss(self, student, teacher, batch):
+        return {"apart": (student.logits - teacher.logits).square().mean().reshape(1)}
+
+
+def test_a_term_of_one_number_may_have_axes():
+    distiller, batch = OneNumber(), tiny_batches(1)[0]
+    student, teacher = pair()
+    nets = bind(distiller, student, teacher, batch=batch)
+    run = make_optimizers(distiller, sgd(student), nets)
+    apart = (student(batch.inputs) - teacher(batch.inputs)).square().mean()
+    task = torch.nn.functional.cross_entropy(student(batch.inputs), batch.labels)
+    loss = run.step(batch)
+    assert loss.shape == ()
+    assert loss.item() == pytest.approx(apart.item() + task.item())
+    assert run.logs() == pytest.approx({"distill/apart": apart.item(), "distill/task": task.item()})
+
+
 @pytest.mark.parametrize(("name", "options"), [("dfa", {}), ("afd", {"layer": "layer2"}), ("kd+dfa", {})])
 def test_the_first_step_is_the_same_where_the_first_batch_sets_up(name, options):
     """DFA and AFD look at what set-up finds before they ask a network."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import kd_plugins
-from kd_plugins import Batch, Distiller, DistillError, Needs, Network, Reads, View, bind
+from kd_plugins import Attention, Batch, Distiller, DistillError, Needs, Network, Reads, View, bind
 from kd_plugins.reading.network import adapt
 from kd_plugins.reading.view import Features
 from kd_plugins.testing import TinyNet
@@ -70,8 +70,11 @@ def test_a_batch_is_changed_by_copies(images):
 
 def test_a_batch_moves_with_all_it_holds(images):
     stream = Batch.of(images, LABELS)
-    batch = Batch.of({"input_ids": LABELS[None], "extra": (LABELS, "text")}, LABELS, streams={"search": stream})
+    extra = {"extra": (LABELS, "text"), "named": Attention(images, None)}
+    batch = Batch.of({"input_ids": LABELS[None], **extra}, LABELS, streams={"search": stream})
     moved = batch.to("meta")
+    assert isinstance(moved.kwargs["named"], Attention)
+    assert moved.kwargs["named"].scores.device.type == "meta"
     assert {moved.inputs.device.type, moved.labels.device.type, moved.kwargs["extra"][0].device.type} == {"meta"}
     assert moved.kwargs["extra"][1] == "text"
     assert moved.stream("search").inputs.device.type == "meta"

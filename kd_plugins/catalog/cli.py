@@ -10,17 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kd_plugins.catalog.installed import (
-    NETWORKS,
-    entries_by_name,
-    kd_version,
-    known_rows,
-    load,
-    only_entry,
-    ours,
-    source_of,
-    unused,
-)
+from kd_plugins.catalog import installed
 from kd_plugins.errors import DistillError
 
 # What is imported in a function brings torch, which a list of this distribution's methods can do without.
@@ -70,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kd-plugins", description="Knowledge distillation that plugs into HuggingFace Trainer and timm."
     )
-    parser.add_argument("--version", action="version", version=f"kd-plugins {kd_version()}")
+    parser.add_argument("--version", action="version", version=f"kd-plugins {installed.kd_version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     listing = commands.add_parser("list", help="all installed distillers (the default)")
     listing.add_argument(
@@ -91,7 +81,7 @@ def _list(files: Sequence[Path] | None) -> None:
     from rich import box
     from rich.table import Table
 
-    found, known = entries_by_name(), known_rows()
+    found, known = installed.entries_by_name(), installed.known_rows()
     if not found:
         raise DistillError("expected installed distillers, got none — run `pip install -e .` in a source checkout")
     if files is not None:
@@ -117,11 +107,11 @@ def _list(files: Sequence[Path] | None) -> None:
     for name in sorted(found):
         entries = found[name]
         *cells, cited = (known.get(entries[0].value) if len(entries) == 1 else None) or _imported(name)
-        source = str(source_of(entries[0]) or "") if len(entries) == 1 else "several"
+        source = str(installed.source_of(entries[0]) or "") if len(entries) == 1 else "several"
         add(name, *cells, source, cited)
-    for entry in unused():
+    for entry in installed.unused():
         why = f"not used: {entry.name} is a method of kd-plugins ({entry.value})"
-        add(entry.name, "", "", "", "", str(source_of(entry)), why)
+        add(entry.name, "", "", "", "", str(installed.source_of(entry)), why)
     _print(console, table)
     for line in _networks():
         _print(console, line)
@@ -129,15 +119,18 @@ def _list(files: Sequence[Path] | None) -> None:
 
 def _networks() -> list[str]:
     """What other distributions' adapters of networks are, a line each; nothing of ours."""
-    lines = [f"{entry.name} of {source_of(entry)}: not used, the name is taken" for entry in unused(NETWORKS)]
-    for name, entries in sorted(entries_by_name(NETWORKS).items()):
-        if ours(entries[0]):
+    lines = [
+        f"{entry.name} of {installed.source_of(entry)}: not used, the name is taken"
+        for entry in installed.unused(installed.NETWORKS)
+    ]
+    for name, entries in sorted(installed.entries_by_name(installed.NETWORKS).items()):
+        if installed.ours(entries[0]):
             continue
         from kd_plugins.reading.network import Network
 
         try:
-            cls = load(only_entry(entries), Network, "adapter of networks")
-            lines.append(f"{name} of {source_of(entries[0])}: {cls.__module__}:{cls.__qualname__}")
+            cls = installed.load(installed.only_entry(entries), Network, "adapter of networks")
+            lines.append(f"{name} of {installed.source_of(entries[0])}: {cls.__module__}:{cls.__qualname__}")
         except DistillError as error:
             lines.append(f"{name}: broken: {str(error).splitlines()[0]}")
     return ["", *(f"networks of {line}" for line in lines)] if lines else []

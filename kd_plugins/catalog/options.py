@@ -103,30 +103,23 @@ def options_of(cls: type) -> dict[str, Option]:
         hints = _hints(init, cls)
         helps = {**_argument_help(base.__doc__), **_argument_help(init.__doc__)}
         parameters = list(inspect.signature(init).parameters.values())[1:]
-        for parameter in parameters:
-            if parameter.kind is parameter.VAR_KEYWORD or parameter.name in options:
+        own = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
+        for p in own:
+            name = p.name
+            if name in options:
                 continue
-            if (
-                parameter.kind is not parameter.KEYWORD_ONLY
-                or parameter.default is parameter.empty
-                or parameter.name not in hints
-            ):
+            if p.kind is not p.KEYWORD_ONLY or p.default is p.empty or name not in hints:
                 raise DistillError(
                     f"expected every argument of {cls.__name__}.__init__ to be keyword-only, annotated and defaulted, "
-                    f"got {parameter.name!r} — write `*, {parameter.name}: float = ...`"
+                    f"got {name!r} — write `*, {name}: float = ...`"
                 )
-            if parameter.name in _TAKEN:
+            if name in _TAKEN:
                 raise DistillError(
-                    f"expected options of {cls.__name__} under names of their own, got {parameter.name!r}, where every"
-                    f" distiller keeps something else — choose another name, such as `own_{parameter.name}`"
+                    f"expected options of {cls.__name__} under names of their own, got {name!r}, where every"
+                    f" distiller keeps something else — choose another name, such as `own_{name}`"
                 )
-            options[parameter.name] = Option(
-                name=parameter.name,
-                annotation=hints[parameter.name],
-                default=parameter.default,
-                help=helps.get(parameter.name, ""),
-            )
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            options[name] = Option(name, hints[name], p.default, helps.get(name, ""))
+        if own == parameters:
             break
     return options
 

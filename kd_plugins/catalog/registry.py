@@ -18,14 +18,7 @@ from typing import Any
 import torch
 
 from kd_plugins.authors import check_made
-from kd_plugins.catalog.installed import (
-    GROUP,
-    distribution_of,
-    entries_by_name,
-    kd_version,
-    load,
-    only_entry,
-)
+from kd_plugins.catalog.installed import GROUP, distribution_of, entries_by_name, kd_version, load, only_entry
 from kd_plugins.catalog.options import Resolved, resolve, split
 from kd_plugins.compose import Composite
 from kd_plugins.distiller import Distiller

@@ -96,7 +96,7 @@ def convert(value: Any, hint: Any, text: bool = False) -> Any:
 
 def _convert_union(value: Any, members: Sequence[Any], text: bool) -> Any:
     if not text and type(value) in members:
-        return value
+        return convert(value, type(value))
     # Every text is a str, so str comes last; a literal "none" goes before None, and both before the rest.
     ranks: dict[Any, int] = {types.NoneType: 1, str: 3}
     for member in sorted(members, key=lambda member: 0 if get_origin(member) is Literal else ranks.get(member, 2)):

@@ -9,17 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kd_plugins import Batch, Distiller, DistillError, Needs, Net, Nets, OptimSpec, Paper, Reads, View
 from kd_plugins import functional as KF
-from kd_plugins.catalog.options import OptimSpec
-from kd_plugins.catalog.paper import Paper
 from kd_plugins.catalog.values import AtLeastOne, Positive
-from kd_plugins.distiller import Distiller, Terms, Turn
-from kd_plugins.errors import DistillError
+from kd_plugins.distiller import Terms, Turn
 from kd_plugins.methods.kd import soft_labels
 from kd_plugins.nn.connectors import as_weights
 from kd_plugins.nn.discriminators import Discriminator, probability, transfer_layer
-from kd_plugins.reading.nets import Net, Nets, check_unlike
-from kd_plugins.reading.view import Batch, Needs, Reads, View
+from kd_plugins.reading.nets import check_unlike
 
 __all__ = ["AFD", "sources"]
 

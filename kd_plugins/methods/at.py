@@ -6,11 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from kd_plugins.catalog.paper import Paper
+from kd_plugins import Batch, Paper
 from kd_plugins.catalog.values import AtLeastOne, NonNegative
 from kd_plugins.functional.at import at
 from kd_plugins.layers import LayerDistiller
-from kd_plugins.reading.view import Batch
 
 __all__ = ["AT"]
 

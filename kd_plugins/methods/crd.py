@@ -7,15 +7,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kd_plugins.catalog.paper import Paper
+from kd_plugins import Batch, DistillError, Needs, Nets, Paper, Reads
 from kd_plugins.catalog.values import AtLeastOne, NonNegative, Positive, Share
-from kd_plugins.errors import DistillError
 from kd_plugins.functional.crd import crd, crd_log_z
 from kd_plugins.functional.embedding import embedding
 from kd_plugins.layers import LayerDistiller
 from kd_plugins.nn.bank import PairMemory
-from kd_plugins.reading.nets import Nets
-from kd_plugins.reading.view import Batch, Needs, Reads
 
 __all__ = ["CRD"]
 

@@ -6,15 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kd_plugins import Batch, DistillError, Needs, Nets, Paper, Reads, View
 from kd_plugins import functional as KF
-from kd_plugins.catalog.paper import Paper
 from kd_plugins.catalog.values import NonNegative, Positive
 from kd_plugins.distiller import Terms
-from kd_plugins.errors import DistillError
 from kd_plugins.layers import DENSE_TASKS, LayerDistiller
-from kd_plugins.reading.nets import Nets
 from kd_plugins.reading.scores import score_maps
-from kd_plugins.reading.view import Batch, Needs, Reads, View
 
 __all__ = ["CWD"]
 

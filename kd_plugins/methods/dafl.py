@@ -8,21 +8,19 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from kd_plugins import Batch, Distiller, DistillError, Needs, Nets, OptimSpec, Paper, Reads, View
 from kd_plugins import functional as KF
-from kd_plugins.catalog.options import OptimSpec
-from kd_plugins.catalog.paper import Paper
 from kd_plugins.catalog.values import AtLeastOne, NonNegative, Positive, Range
-from kd_plugins.distiller import Distiller, Terms, Turn
-from kd_plugins.errors import DistillError, check_built
+from kd_plugins.distiller import Terms, Turn
+from kd_plugins.errors import check_built
 from kd_plugins.nn.connectors import as_weights
 from kd_plugins.nn.generator import Generator
 from kd_plugins.nn.patches import pixels
 from kd_plugins.picture import Images, Picture
-from kd_plugins.reading.nets import Nets
-from kd_plugins.reading.view import Batch, Needs, Reads, View
 
 __all__ = ["DAFL"]
 
+_AUTHORS = "Hanting Chen, Yunhe Wang, Chang Xu, Zhaohui Yang, Chuanjian Liu, Boxin Shi, Chunjing Xu, Chao Xu, Qi Tian"
 _SHOWN = 8
 _EVERY = 50  # updates between two looks at the images, each of which waits for the device
 _LOSSES = ("one_hot", "activation", "information")
@@ -62,17 +60,7 @@ class DAFL(Distiller):
 
     paper = Paper(
         "Data-Free Learning of Student Networks",
-        (
-            "Hanting Chen",
-            "Yunhe Wang",
-            "Chang Xu",
-            "Zhaohui Yang",
-            "Chuanjian Liu",
-            "Boxin Shi",
-            "Chunjing Xu",
-            "Chao Xu",
-            "Qi Tian",
-        ),
+        tuple(_AUTHORS.split(", ")),
         "ICCV",
         2019,
         arxiv="1904.01186",
@@ -125,12 +113,12 @@ class DAFL(Distiller):
                 "size=512, shape=(3, 32, 32))), and the same batch in every step."
             )
         self.features = nets.teacher.network.classifier() + ":in" if self.layer is None else self.layer
-        self.images = Generator(self.latent, batch.shape, self.width).to(_device(nets))
+        self.images = Generator(self.latent, batch.shape, self.width).to(nets.device)
         self.images.requires_grad_(self.trained)
         shown = (_SHOWN, min(batch.size, _SHOWN), 3, *batch.shape[1:])
         self.register_buffer("shown", torch.zeros(shown, dtype=torch.uint8))
         self.register_buffer("steps", torch.zeros(_SHOWN, dtype=torch.long))
-        made = batch.with_inputs(as_weights(nets.student.module, torch.zeros(2, *batch.shape, device=_device(nets))))
+        made = batch.with_inputs(as_weights(nets.student.module, torch.zeros(2, *batch.shape, device=nets.device)))
         student, teacher = nets.student(made).logits, nets.teacher(made, reads=Reads(features=(self.features,))).logits
         if student.shape != teacher.shape:
             raise DistillError(f"dafl needs the same classes, got scores {list(student.shape)}, {list(teacher.shape)}.")
@@ -144,7 +132,7 @@ class DAFL(Distiller):
 
     def turns(self, nets: Nets, batch: Batch) -> Iterator[Turn]:
         check_built(self, **dict.fromkeys(self.taught_by, self.trained))
-        images = self.generated(batch.size, _device(nets), batch.shape)
+        images = self.generated(batch.size, nets.device, batch.shape)
         asked = batch.with_inputs(images)
         self._check(images)
         self._show(images, batch)
@@ -194,7 +182,3 @@ class DAFL(Distiller):
     def pictures(self) -> list[Picture]:
         rows = {f"step {int(step)}": list(images) for step, images in zip(self.steps, self.shown, strict=True) if step}
         return [Images("Generated images", rows, "What the student learns from.")] if rows else []
-
-
-def _device(nets: Nets) -> torch.device:
-    return next(nets.student.module.parameters()).device

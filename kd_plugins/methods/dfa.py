@@ -8,17 +8,13 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
+from kd_plugins import Batch, Distiller, DistillError, Needs, Nets, OptimSpec, Paper, Reads, Stage, View
 from kd_plugins import functional as KF
 from kd_plugins.aggregation import Aggregating, first_alpha, inverse_rms, read_search
-from kd_plugins.catalog.options import OptimSpec, options_of
-from kd_plugins.catalog.paper import Paper
+from kd_plugins.catalog.options import options_of
 from kd_plugins.catalog.values import NonNegative, Positive, Range
-from kd_plugins.distiller import Distiller, Terms, Turn
-from kd_plugins.errors import DistillError
-from kd_plugins.reading.nets import Nets
+from kd_plugins.distiller import Terms, Turn
 from kd_plugins.reading.trunk import check_maps, find_groups
-from kd_plugins.reading.view import Batch, Needs, Reads, View
-from kd_plugins.stages import Stage
 
 __all__ = ["DFA"]
 

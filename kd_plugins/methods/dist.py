@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from kd_plugins import Batch, Distiller, Paper, View
 from kd_plugins import functional as KF
-from kd_plugins.catalog.paper import Paper
 from kd_plugins.catalog.values import NonNegative, Positive
-from kd_plugins.distiller import Distiller, Terms
+from kd_plugins.distiller import Terms
 from kd_plugins.reading.scores import class_scores
-from kd_plugins.reading.view import Batch, View
 
 __all__ = ["DIST"]
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from kd_plugins import Batch, Distiller, Paper, View
 from kd_plugins import functional as KF
-from kd_plugins.catalog.paper import Paper
 from kd_plugins.catalog.values import NonNegative, Positive, Share
-from kd_plugins.distiller import Distiller, Terms
+from kd_plugins.distiller import Terms
 from kd_plugins.reading.scores import class_scores
-from kd_plugins.reading.view import Batch, View
 
 __all__ = ["DKD"]
 
@@ -50,8 +49,6 @@ class DKD(Distiller):
 
     def loss(self, student: View, teacher: View, batch: Batch) -> Terms:
         rows = class_scores(student, teacher, batch).exclusive(self.name)
-        (labels, known), grown = rows.hard_labels(self.name), 1.0
-        if self.warmup:
-            grown = min(self.progress.fraction / self.warmup, 1.0)
+        labels, known = rows.hard_labels(self.name)
         s, t, options = rows.student, rows.teacher, (self.alpha, self.beta, self.temperature)
-        return {"dkd": grown * KF.dkd(s, t, labels, *options, mask=known)}
+        return {"dkd": self.progress.warmed(self.warmup) * KF.dkd(s, t, labels, *options, mask=known)}

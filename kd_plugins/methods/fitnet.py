@@ -6,14 +6,12 @@ from typing import Annotated, Any
 
 from torch import Tensor, nn
 
+from kd_plugins import Batch, Needs, Paper, Reads, Stage, View
 from kd_plugins import functional as KF
-from kd_plugins.catalog.paper import Paper
 from kd_plugins.catalog.values import NonNegative, Range
 from kd_plugins.distiller import Terms
 from kd_plugins.layers import LayerDistiller
 from kd_plugins.nn.connectors import hint_regressor
-from kd_plugins.reading.view import Batch, Needs, Reads, View
-from kd_plugins.stages import Stage
 
 __all__ = ["FitNet"]
 

@@ -7,17 +7,13 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
+from kd_plugins import Batch, Distiller, DistillError, Needs, Nets, Paper, Reads, Stage, View
 from kd_plugins import functional as KF
-from kd_plugins.catalog.paper import Paper
 from kd_plugins.catalog.values import NonNegative, Positive, Range
-from kd_plugins.distiller import Distiller, Terms
-from kd_plugins.errors import DistillError
+from kd_plugins.distiller import Terms
 from kd_plugins.methods.kd import soft_labels
 from kd_plugins.nn.connectors import as_weights
 from kd_plugins.reading.depth import pairs_of, uniform
-from kd_plugins.reading.nets import Nets
-from kd_plugins.reading.view import Batch, Needs, Reads, View
-from kd_plugins.stages import Stage
 
 __all__ = ["Internal"]
 
@@ -142,6 +138,8 @@ class Internal(Distiller):
                 " student's: use a teacher with the student's tokenizer, or attention_weight=0."
             )
 
+    # The schedule: what a phase compares, and so reads
+
     def stages(self) -> list[Stage]:
         if self.schedule == "all":
             return [Stage("all layers")]
@@ -176,6 +174,8 @@ class Internal(Distiller):
             return Needs(student | Reads(), teacher | Reads(softened=self.temperature))
         cut = (layers[-1] - 1,) if self.freeze_lower and layers[-1] > 1 else ()
         return Needs(student | Reads(False, cut=cut), teacher)
+
+    # A step
 
     def loss(self, student: View, teacher: View, batch: Batch) -> Terms:
         layers, labels = self._phase()

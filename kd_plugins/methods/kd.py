@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from kd_plugins import Batch, Distiller, Needs, Paper, Reads, View
 from kd_plugins import functional as KF
-from kd_plugins.catalog.paper import Paper
 from kd_plugins.catalog.values import Positive, Share
-from kd_plugins.distiller import Distiller, Terms
+from kd_plugins.distiller import Terms
 from kd_plugins.reading.scores import class_scores
-from kd_plugins.reading.view import Batch, Needs, Reads, View
 
 __all__ = ["KD", "soft_labels"]
 

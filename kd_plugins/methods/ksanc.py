@@ -9,17 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kd_plugins import Batch, DistillError, Needs, Nets, OptimSpec, Paper, Stage, View
 from kd_plugins import functional as KF
-from kd_plugins.catalog.options import OptimSpec
-from kd_plugins.catalog.paper import Paper
 from kd_plugins.catalog.values import AtLeastOne, NonNegative, Range
 from kd_plugins.distiller import Terms, Turn
-from kd_plugins.errors import DistillError, check_built
+from kd_plugins.errors import check_built
 from kd_plugins.layers import LayerDistiller, Pair
 from kd_plugins.nn.descriptors import AttentionEstimator, LogitDiscriminator
-from kd_plugins.reading.nets import Nets
-from kd_plugins.reading.view import Batch, Needs, View
-from kd_plugins.stages import Stage
 
 __all__ = ["KSANC"]
 

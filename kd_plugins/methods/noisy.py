@@ -10,14 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd_plugins.catalog.paper import Paper
+from kd_plugins import Batch, DistillError, Needs, Nets, Paper, View
 from kd_plugins.catalog.values import NonNegative, Share
 from kd_plugins.distiller import Terms, Turn
-from kd_plugins.errors import DistillError, check_built
+from kd_plugins.errors import check_built
 from kd_plugins.methods.kd import KD
-from kd_plugins.reading.nets import Nets
 from kd_plugins.reading.scores import class_scores
-from kd_plugins.reading.view import Batch, Needs, View
 
 __all__ = ["Noisy"]
 

@@ -6,12 +6,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from kd_plugins import Batch, DistillError, Paper
 from kd_plugins import functional as KF
-from kd_plugins.catalog.paper import Paper
 from kd_plugins.catalog.values import AtLeastOne, NonNegative, Positive
-from kd_plugins.errors import DistillError
 from kd_plugins.layers import LayerDistiller, Pair
-from kd_plugins.reading.view import Batch
 
 __all__ = ["NST"]
 

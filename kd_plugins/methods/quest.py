@@ -11,18 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kd_plugins import Batch, DistillError, Nets, Paper, View
 from kd_plugins import functional as KF
-from kd_plugins.catalog.paper import Paper
 from kd_plugins.catalog.values import NonNegative, Positive, Range
 from kd_plugins.distiller import Terms
-from kd_plugins.errors import DistillError
 from kd_plugins.layers import LayerDistiller, Pair
 from kd_plugins.nn.codebook import Sample, fingerprint_of
 from kd_plugins.nn.patches import ImageSample, NearestPatches, patch_side, pixels
 from kd_plugins.nn.vocabulary import Vocabulary
 from kd_plugins.picture import Picture
-from kd_plugins.reading.nets import Nets
-from kd_plugins.reading.view import Batch, View
 
 __all__ = ["QUEST"]
 
@@ -179,6 +176,8 @@ class QUEST(LayerDistiller):
         pairs = zip(self.vocabularies, self.pairs(student, teacher), strict=True)
         losses = [vocabulary(*_positions(pair.student, pair.teacher), self.temperature) for vocabulary, pair in pairs]
         return {"quest": self.weight * torch.stack(losses).sum()}
+
+    # What the report shows
 
     @torch.no_grad()
     def visual_words(

@@ -7,16 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from kd_plugins import Batch, DistillError, Nets, Paper, View
 from kd_plugins import functional as KF
-from kd_plugins.catalog.paper import Paper
 from kd_plugins.catalog.values import NonNegative, Share
 from kd_plugins.distiller import Terms
-from kd_plugins.errors import DistillError
 from kd_plugins.layers import LayerDistiller
 from kd_plugins.nn.connectors import as_weights
 from kd_plugins.nn.fusion import AttentionFusion
-from kd_plugins.reading.nets import Nets
-from kd_plugins.reading.view import Batch, View
 
 __all__ = ["ReviewKD"]
 
@@ -77,5 +74,4 @@ class ReviewKD(LayerDistiller):
         for pair, fusion in reversed(list(zip(self.pairs(student, teacher), self.fusions, strict=True))):
             fused, deeper = fusion(as_weights(fusion, pair.student), deeper, pair.teacher.shape[2:])
             terms.append(KF.hcl(fused, pair.teacher))
-        grown = min(1.0, self.progress.fraction / self.warmup) if self.warmup else 1.0
-        return {self.name: self.weight * grown * torch.stack(terms).sum()}
+        return {self.name: self.weight * self.progress.warmed(self.warmup) * torch.stack(terms).sum()}

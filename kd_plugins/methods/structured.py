@@ -9,17 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from kd_plugins import Batch, DistillError, Needs, Nets, OptimSpec, Paper, Reads, View
 from kd_plugins import functional as KF
-from kd_plugins.catalog.options import OptimSpec
-from kd_plugins.catalog.paper import Paper
 from kd_plugins.catalog.values import AtLeastOne, NonNegative
 from kd_plugins.distiller import Terms, Turn
-from kd_plugins.errors import DistillError, check_built
+from kd_plugins.errors import check_built
 from kd_plugins.layers import DENSE_TASKS, LayerDistiller, Pair
 from kd_plugins.nn.discriminators import Critic
-from kd_plugins.reading.nets import Nets
 from kd_plugins.reading.scores import class_scores, score_maps
-from kd_plugins.reading.view import Batch, Needs, Reads, View
 
 __all__ = ["Structured"]
 

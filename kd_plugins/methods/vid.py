@@ -6,13 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kd_plugins.catalog.paper import Paper
+from kd_plugins import Batch, Paper
 from kd_plugins.catalog.values import NonNegative, Positive
 from kd_plugins.functional.nst import match_spatial
 from kd_plugins.functional.vid import vid
 from kd_plugins.layers import LayerDistiller
 from kd_plugins.nn.connectors import GaussianRegressor
-from kd_plugins.reading.view import Batch
 
 __all__ = ["VID"]
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError
-from kd_plugins.reading.tap import Hook, Reached
+from kd_plugins.reading.tap import Hook, Reached, untraced
 from kd_plugins.reading.view import Attention
 
 MASKED = -1e4
@@ -323,18 +323,9 @@ class BaseAttentionTaps:
         Raises:
             DistillError: Nothing that can be read was found, or not in every layer.
         """
-        flags = [(module, module.training) for module in self.model.modules()]
-        device = next((p.device for p in self.model.parameters() if p.device.index is not None), None)
-        rng = torch.random.fork_rng([device.index], device_type=device.type) if device else torch.random.fork_rng([])
-        trace = Trace(self.model)
-        try:
-            self.model.eval()
-            with torch.no_grad(), rng, torch.compiler.set_stance("force_eager"):
-                with trace.listen(), self._listen(trace):
-                    self.model(*args, **inputs)
-        finally:
-            for module, training in flags:
-                module.training = training
+        trace, eager = Trace(self.model), torch.compiler.set_stance("force_eager")
+        with untraced(self.model), eager, trace.listen(), self._listen(trace):
+            self.model(*args, **inputs)
         found = trace.layers()
         if not found:
             raise DistillError(
@@ -371,7 +362,7 @@ class BaseAttentionTaps:
         for number in numbers:
             wanted.setdefault(self._taps[number - 1], []).append(number)
         captured: dict[int, Attention] = {}
-        failed, started = False, []
+        whole, started = False, []
         try:
             for tap, which in wanted.items():
                 share = mode == "share" and not checkpointed and all(self.layers[n - 1].mode == "share" for n in which)
@@ -379,14 +370,13 @@ class BaseAttentionTaps:
                 started.append(tap)
             with self._around(any(not isinstance(tap, DropoutTap) for tap in wanted)):
                 yield captured
+            whole = True
         except Reached:
-            raise
-        except BaseException:
-            failed = True
+            whole = True
             raise
         finally:
             records = {tap: tap.stop() for tap in started}
-            if not failed:
+            if whole:
                 for number in numbers:
                     captured[number] = self._attention(number, records[self._taps[number - 1]], checkpointed)
 

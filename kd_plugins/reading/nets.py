@@ -187,6 +187,21 @@ class Nets:
             raise DistillError("This method reads a teacher, and none was given: pass one.")
         return self.teachers[0]
 
+    @property
+    def trained(self) -> dict[str, nn.Module]:
+        """Student and peers by the names of their groups: `student`, `peer1`, ..."""
+        return {f"peer{i}" if i else "student": peer.module for i, peer in enumerate(self.peers)}
+
+    @property
+    def frozen(self) -> dict[str, nn.Module]:
+        """The teachers by name: `teacher`, `teacher1`, ..."""
+        return {f"teacher{i}" if i else "teacher": teacher.module for i, teacher in enumerate(self.teachers)}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the student's weights are."""
+        return next((p.device for p in self.student.module.parameters()), torch.device("cpu"))
+
     def __iter__(self) -> Iterator[Net]:
         return iter((*self.peers, *self.teachers))
 
@@ -234,14 +249,11 @@ _RATE = re.compile("^(?!drop_prob|drop_path|layerdrop).*drop")
 def describe(nets: Nets) -> dict[str, Any]:
     """Names and sizes of the networks, for reports and error messages."""
 
-    def size(net: Net) -> int:
-        return sum(p.numel() for p in net.module.parameters())
+    def about(net: Net) -> dict[str, Any]:
+        return {"class": type(net.module).__name__, "parameters": sum(p.numel() for p in net.module.parameters())}
 
-    return {
-        "student": {"class": type(nets.student.module).__name__, "parameters": size(nets.student)},
-        "teachers": [{"class": type(t.module).__name__, "parameters": size(t)} for t in nets.teachers],
-        "peers": [{"class": type(p.module).__name__, "parameters": size(p)} for p in nets.peers[1:]],
-    }
+    student, *peers = map(about, nets.peers)
+    return {"student": student, "teachers": [*map(about, nets.teachers)], "peers": peers}
 
 
 def check_unlike(peers: Sequence[Net]) -> None:

@@ -61,13 +61,12 @@ class Network:
             forward: The callable to go through, where a host has wrapped the network; by default the network itself.
             replace: Tensors to put in place of modules' outputs, or what makes them of these, by path.
         """
-        numbered = bool(reads.hidden or reads.attentions or reads.cut)
-        if numbered:
+        if reads.hidden or reads.attentions or reads.cut:
             self.layers(batch)
         paths = self._paths(reads)
         calls = {key: 1 for expanded in paths.values() for key in expanded}
-        for number in dict.fromkeys((*reads.hidden, *reads.attentions)):
-            key, call = self._output(number)
+        places = {number: self._output(number) for number in (*reads.hidden, *reads.attentions)}
+        for key, call in places.values():
             calls[key] = max(calls.get(key, 1), call + 1)
         capture: Any = nullcontext({})
         if self.attention is not None and reads.attentions:
@@ -96,10 +95,7 @@ class Network:
                 if batch.criterion is None:
                     raise
                 missing = str(error)
-        hidden = Features()
-        for number in reads.hidden:
-            key, call = self._output(number)
-            hidden[number] = seen.all(key)[call]
+        hidden = Features({n: seen.all(key)[call] for n, (key, call) in places.items() if n in reads.hidden})
         features = self._features(paths, seen)
         features.update(maps)
         return View(logits, features, hidden, attentions, output, labels=batch.labels, missing=missing)
@@ -224,13 +220,8 @@ class Network:
     def _paths(self, reads: Reads) -> dict[str | int, list[str]]:
         """Installed module paths behind each name in `reads.features`."""
         own = self._stage_numbers(reads)
-        return {
-            name: self.tap.install(self.stage(name) if isinstance(name, int) else name)
-            if isinstance(name, int) or name not in self.tap._handles
-            else [name]
-            for name in reads.features
-            if name not in own
-        }
+        names = [name for name in reads.features if name not in own]
+        return {name: self.tap.install(self.stage(name) if isinstance(name, int) else name) for name in names}
 
     def _features(self, paths: Mapping[str | int, list[str]], seen: Seen) -> Features:
         features = Features()

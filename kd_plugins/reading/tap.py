@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any, TypeAlias
 
@@ -31,13 +32,12 @@ class Seen(Mapping[str, Tensor]):
         self._network = network
         self._wanted = tuple(wanted)
         self._remedy = remedy
-        self._captured: dict[str, list[Tensor]] = {key: [] for key in self._wanted}
-        self._versions: dict[str, list[int]] = {key: [] for key in self._wanted}
+        # With the version counter of each; -1 where it has none.
+        self._captured: dict[str, list[tuple[Tensor, int]]] = {key: [] for key in self._wanted}
 
     def add(self, key: str, value: Tensor, version: int) -> None:
         """Keeps one activation, with the version counter that tells whether somebody overwrites it later."""
-        self._captured[key].append(value)
-        self._versions[key].append(version)
+        self._captured[key].append((value, version))
 
     def all(self, key: str) -> list[Tensor]:
         """What every call of a module gave, for modules that are called several times in one forward."""
@@ -49,13 +49,12 @@ class Seen(Mapping[str, Tensor]):
                 " network was compiled before it was tapped (hooks that come after the first compiled call are"
                 " ignored). Tap a module that runs, before torch.compile."
             )
-        for value, version in zip(self._captured[key], self._versions[key], strict=True):
-            if version >= 0 and value._version != version:
-                raise DistillError(
-                    f"The activation at {key!r} of {self._network} was modified in place after it was captured, so it"
-                    f" is no longer that module's output: {self._remedy(key)}, or Tap(..., clone=True)."
-                )
-        return self._captured[key]
+        if any(version >= 0 and value._version != version for value, version in self._captured[key]):
+            raise DistillError(
+                f"The activation at {key!r} of {self._network} was modified in place after it was captured, so it"
+                f" is no longer that module's output: {self._remedy(key)}, or Tap(..., clone=True)."
+            )
+        return [value for value, _ in self._captured[key]]
 
     def __getitem__(self, key: str) -> Tensor:
         values = self.all(key)
@@ -101,9 +100,6 @@ def _ignored() -> Any:
 class Hook:
     """A hook of one network; a copy of the network (an EMA model, a pickle) gets one that does nothing."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return _ignore
-
     def __reduce__(self) -> Any:
         return (_ignored, ())
 
@@ -121,12 +117,12 @@ class _TapHook(Hook):
         return self.tap._fire(self.key, module, rest)
 
 
-def _first_tensor(value: Any) -> Tensor | None:
+def first_tensor(value: Any) -> Tensor | None:
     """The activation in what a module takes or returns: the tensor, or the first tensor of a tuple or mapping."""
     if isinstance(value, Tensor):
         return value
     items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
-    return next((found for found in map(_first_tensor, items) if found is not None), None)
+    return next((found for found in map(first_tensor, items) if found is not None), None)
 
 
 def _put(value: Any, new: Replacement) -> Any:
@@ -140,24 +136,35 @@ def _put(value: Any, new: Replacement) -> Any:
 
 def module_at(root: nn.Module, path: str) -> nn.Module:
     """The module at a dotted path, or an error with suggestions and the children of the deepest valid prefix."""
-    try:
+    with suppress(AttributeError):
         return root.get_submodule(path)
-    except AttributeError:
-        pass
-    here, valid = root, []
-    for name in path.split("."):
-        child = dict(here.named_children()).get(name)
-        if child is None:
-            break
-        here = child
-        valid.append(name)
-    prefix = ".".join(valid)
-    names = [name for name, _ in root.named_modules() if name]
-    children = [name for name, _ in here.named_children()]
+    known, prefix = dict(root.named_modules(remove_duplicate=False)), path
+    while prefix not in known:
+        prefix = prefix.rpartition(".")[0]
+    children = [name for name, _ in known[prefix].named_children()]
     raise DistillError(
-        f"{type(root).__name__} has no module {path!r}.{did_you_mean(path, names)}"
+        f"{type(root).__name__} has no module {path!r}.{did_you_mean(path, filter(None, known))}"
         f" Under {prefix or 'the network'!r} there are: {', '.join(children) or 'no modules'}."
     )
+
+
+@contextmanager
+def untraced(*networks: nn.Module) -> Iterator[None]:
+    """No gradient, evaluation mode, and no trace in a random stream of torch or Python: for a look at networks."""
+    modes = [(m, m.training) for network in networks for m in network.modules()]
+    parameters = (p for network in networks for p in network.parameters())
+    devices = {p.device for p in parameters if p.device.type not in ("cpu", "meta")}
+    kind, numbers = next((d.type for d in devices), "cuda"), sorted(d.index or 0 for d in devices)
+    python = random.getstate()
+    try:
+        for network in networks:
+            network.eval()
+        with torch.random.fork_rng(devices=numbers, device_type=kind), torch.no_grad():
+            yield
+    finally:
+        random.setstate(python)
+        for module, training in modes:
+            module.training = training
 
 
 class Tap:
@@ -215,7 +222,7 @@ class Tap:
 
     def install(self, path: str) -> list[str]:
         """Makes a path readable; does nothing when it is already."""
-        keys = self.expand(path)
+        keys = [path] if path in self._handles else self.expand(path)
         for key in keys:
             if key not in self._handles:
                 module = module_at(self.root, key.removesuffix(":in"))
@@ -272,7 +279,7 @@ class Tap:
             value = _put(value, self._replace[key])
         expected = self._expected.get(key)
         if expected is not None:
-            tensor = _first_tensor(value)
+            tensor = first_tensor(value)
             if tensor is None:
                 raise DistillError(f"Expected a tensor at {key!r}, got {type(value).__name__}: tap another module.")
             if not replaced:
@@ -288,7 +295,7 @@ class Tap:
             if self._stop and self._missing == 0:
                 self._end()
         if key in self._cut:
-            tensor = _first_tensor(value)
+            tensor = first_tensor(value)
             return value if tensor is None else _put(value, tensor.detach())
         return value if replaced else None
 

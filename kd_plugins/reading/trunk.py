@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError
 from kd_plugins.reading.nets import Net, Nets
-from kd_plugins.reading.tap import _first_tensor
+from kd_plugins.reading.tap import first_tensor
 from kd_plugins.reading.view import Batch, Reads
 
 _LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -114,7 +114,7 @@ def find_groups(
             all blocks.
 
     Raises:
-        DistillError: No layers are of one size, or the numbers of layers and groups differ.
+        DistillError: No layers are of one size, a named one has no group, or the numbers of layers and groups differ.
     """
     ours = None if layers is None else [_path(student, layer) for layer in layers]
     theirs = None if teacher_layers is None else [_paths(teacher, layer, batch) for layer in teacher_layers]
@@ -138,6 +138,13 @@ def find_groups(
             "The student and the teacher have no maps of one spatial size: the student's are"
             f" {', '.join(map(str, last))}; the teacher's {', '.join(map(str, blocks))}. Name the layers of both, one"
             " group of the teacher's for each of the student's."
+        )
+    named: Sequence[Any] = ours or theirs or groups
+    if len(named) != len(groups):
+        raise DistillError(
+            f"Expected a group for each of the layers {named}, got {[[g.student, *g.teacher] for g in groups]}, since"
+            " layers of one network are paired with the other's by their size: name one of each size that both have,"
+            " or the layers of both in order."
         )
     return groups
 
@@ -202,7 +209,7 @@ def _probe(net: Net, batch: Batch) -> dict[str, Tensor]:
 
     def ended(path: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            x = _first_tensor(output)
+            x = first_tensor(output)
             if x is not None and x.dim() == 4:
                 calls.setdefault(path, []).append((x, x._version))
 

@@ -47,6 +47,9 @@ class TopK:
         return TopK(self.scores.to(*args, **options), self.classes.to(*args, **options), self.temperature)
 
 
+_LAYERS = ("features", "hidden", "attentions", "cut")
+
+
 @dataclass(frozen=True)
 class Reads:
     """What a method reads of one network in one forward; the network runs no deeper than this needs.
@@ -70,25 +73,16 @@ class Reads:
     softened: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("features", "hidden", "attentions", "cut"):
+        for name in _LAYERS:
             kinds = (str, int) if name == "features" else int
             given = getattr(self, name)
             if isinstance(given, str) or not all(isinstance(item, kinds) for item in given):
                 raise DistillError(f"Expected Reads({name}=...) to be a tuple of layers, got {given!r}: ('layer4',).")
 
     def __or__(self, other: Reads) -> Reads:
-        def union(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...]:
-            return tuple(dict.fromkeys((*a, *b)))
-
+        layers = {name: tuple(dict.fromkeys((*getattr(self, name), *getattr(other, name)))) for name in _LAYERS}
         softened = {reads.softened for reads in (self, other) if reads.logits}
-        return Reads(
-            self.logits or other.logits,
-            union(self.features, other.features),
-            union(self.hidden, other.hidden),
-            union(self.attentions, other.attentions),
-            union(self.cut, other.cut),
-            softened.pop() if len(softened) == 1 else None,
-        )
+        return Reads(self.logits or other.logits, **layers, softened=softened.pop() if len(softened) == 1 else None)
 
     @property
     def taps(self) -> bool:
@@ -151,7 +145,8 @@ def _move(value: Any, device: torch.device | str) -> Any:
     if isinstance(value, Mapping):
         return {k: _move(v, device) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(_move(v, device) for v in value)
+        moved = (_move(v, device) for v in value)
+        return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)
     return value
 
 

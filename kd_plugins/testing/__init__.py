@@ -46,11 +46,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from kd_plugins.catalog.registry import create_distiller, distiller_classes
-from kd_plugins.distiller import Distiller
-from kd_plugins.errors import DistillError
-from kd_plugins.reading.view import Batch, Reads
-from kd_plugins.testing.clauses import ContractError, broken, check_class, check_needs, check_parts, parts_of, trained
+from kd_plugins import Batch, Distiller, DistillError, Reads, create_distiller
+from kd_plugins.catalog.registry import distiller_classes
+from kd_plugins.testing.clauses import ContractError, broken, check_class, check_needs, check_parts
 from kd_plugins.testing.networks import (
     TinyNet,
     adapt,
@@ -62,15 +60,7 @@ from kd_plugins.testing.networks import (
 )
 from kd_plugins.testing.runs import Setting, Training, difference, under_accelerate, walk
 
-__all__ = [
-    "CLAUSES",
-    "ContractError",
-    "TinyNet",
-    "check_distiller",
-    "tiny_batches",
-    "tiny_tokens",
-    "tiny_transformer",
-]
+__all__ = ["CLAUSES", "ContractError", "TinyNet", "check_distiller", "tiny_batches", "tiny_tokens", "tiny_transformer"]
 
 CLAUSES = (
     *("docstring", "options", "config", "networks untouched", "no network inside", "registered", "one group", "needs"),
@@ -117,7 +107,7 @@ def check_distiller(
     """
     make = _maker(distiller, options)
     probe = make()
-    for part in parts_of(probe):
+    for part in probe.methods.values():
         check_class(part)
     student = tiny_network(probe, 0) if student is None else student
     device = next((p.device for p in student.parameters()), torch.device("cpu"))
@@ -173,7 +163,7 @@ def _maker(distiller: Any, options: Mapping[str, Any] | None) -> Callable[[], Di
 
 
 def _check_reached(run: Training, reached: Mapping[str, bool]) -> None:
-    untrained = tuple(glob for part in parts_of(run.distiller) for glob in part.untrained)
+    untrained = tuple(glob for part in run.distiller.methods.values() for glob in part.untrained)
     excused = _unused(run)
     for name, found in reached.items():
         if not found and name not in excused and not any(fnmatch.fnmatch(name, glob) for glob in untrained):
@@ -188,7 +178,7 @@ def _unused(run: Training) -> set[str]:
     """Parameters of the trained networks that not even their own logits depend on."""
     unused = set()
     batch = run.setting.batches[0]
-    for who, net in zip(trained(run.nets), run.nets.peers if batch.inputs is not None else (), strict=False):
+    for who, net in zip(run.nets.trained, run.nets.peers if batch.inputs is not None else (), strict=False):
         named = {f"{who}.{name}": p for name, p in net.module.named_parameters() if p.requires_grad}
         logits = net.network.read(batch, Reads()).logits
         gradients = torch.autograd.grad(logits.sum(), list(named.values()), allow_unused=True)

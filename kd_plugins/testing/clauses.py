@@ -12,14 +12,12 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
+from kd_plugins import Distiller, DistillError, Nets
 from kd_plugins.authors import overrides
 from kd_plugins.binding import needs_of_stages
 from kd_plugins.catalog.options import check as check_options
 from kd_plugins.catalog.options import options_of, parse
 from kd_plugins.catalog.values import as_text
-from kd_plugins.distiller import Distiller
-from kd_plugins.errors import DistillError
-from kd_plugins.reading.nets import Nets
 
 
 class ContractError(DistillError):
@@ -37,11 +35,6 @@ class ContractError(DistillError):
 def broken(clause: str, what: str, remedy: str) -> NoReturn:
     """Raises the error of a broken clause."""
     raise ContractError(clause, f"{what} — {remedy}.")
-
-
-def parts_of(distiller: Distiller) -> list[Distiller]:
-    """The methods in a composition, or the one method."""
-    return list(distiller.methods.values())
 
 
 # --- the class: its docstring, its options ----------------------------------------------------------------------------
@@ -154,7 +147,7 @@ def _names(slots: Any) -> tuple[str, ...]:
 def check_parts(distiller: Distiller, nets: Nets) -> None:
     """Clauses `no network inside`, `registered` and `one group`, of a distiller that is set up."""
     theirs: dict[int, str] = {}
-    for net, (who, module) in zip(nets, (trained(nets) | frozen(nets)).items(), strict=True):
+    for net, (who, module) in zip(nets, (nets.trained | nets.frozen).items(), strict=True):
         for name, item in (*module.named_modules(), *module.named_parameters()):
             theirs[id(item)] = f"{who}{'.' if name else ''}{name}"
         theirs[id(net)] = who
@@ -173,16 +166,6 @@ def check_parts(distiller: Distiller, nets: Nets) -> None:
                 "register it (an attribute of the module, nn.ParameterList, nn.ModuleDict, ...)",
             )
     _check_groups(distiller, registered)
-
-
-def trained(nets: Nets) -> dict[str, nn.Module]:
-    """Student and peers by the names that errors give them."""
-    return {f"peer{i}" if i else "student": net.module for i, net in enumerate(nets.peers)}
-
-
-def frozen(nets: Nets) -> dict[str, nn.Module]:
-    """Teachers by the names that errors give them."""
-    return {f"teacher{i}" if i else "teacher": net.module for i, net in enumerate(nets.teachers)}
 
 
 def _check_groups(distiller: Distiller, registered: Collection[int]) -> None:
@@ -228,7 +211,7 @@ def check_needs(distiller: Distiller, nets: Nets) -> None:
     for stage, needs in zip(distiller.stages(), needs_of_stages(distiller), strict=True):
         reads = [needs.student, *(needs.peer(i) for i in range(len(nets.peers) - 1))]
         reads += [needs.of_teacher(i) for i in range(len(nets.teachers))]
-        for who, net, read in zip(trained(nets) | frozen(nets), nets, reads, strict=True):
+        for who, net, read in zip(nets.trained | nets.frozen, nets, reads, strict=True):
             try:
                 net.network.install(read)
             except DistillError as error:

@@ -9,12 +9,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from kd_plugins import Batch, Distiller, DistillError, Network
 from kd_plugins.binding import needs_of_stages
-from kd_plugins.distiller import Distiller
-from kd_plugins.errors import DistillError
-from kd_plugins.reading.network import Network
 from kd_plugins.reading.network import adapt as adapt_any
-from kd_plugins.reading.view import Batch
 
 _VOCABULARY = 40
 
@@ -77,13 +74,7 @@ def tiny_transformer(layers: int = 2, classes: int = 3) -> nn.Module:
 
 
 def tiny_batches(
-    count: int = 3,
-    size: int = 8,
-    classes: int = 4,
-    *,
-    streams: Sequence[str] = (),
-    seed: int = 0,
-    dense: bool = False,
+    count: int = 3, size: int = 8, classes: int = 4, *, streams: Sequence[str] = (), seed: int = 0, dense: bool = False
 ) -> list[Batch]:
     """Batches of noise images `[size, 3, 12, 12]` with labels, row numbers, mean and std, and further streams of them.
 

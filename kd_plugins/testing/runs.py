@@ -13,13 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from kd_plugins import Batch, Distiller, DistillError, Network, Run, play
 from kd_plugins.binding import connect, needs_pass, prepare, schedule, set_up
-from kd_plugins.distiller import Distiller, Turn
-from kd_plugins.errors import DistillError
-from kd_plugins.reading.network import Network
-from kd_plugins.reading.view import Batch
-from kd_plugins.run import Run, play, total
-from kd_plugins.testing.clauses import ContractError, broken, frozen, trained
+from kd_plugins.distiller import Turn
+from kd_plugins.run import total
+from kd_plugins.testing.clauses import ContractError, broken
 
 _ISLAND = "compute the loss in float32, with autocast disabled (.float()), and away from 0 / 0 and log(0)"
 
@@ -113,7 +111,7 @@ class Training:
 
     def state(self) -> dict[str, Tensor]:
         """All weights that the training moves, by name."""
-        modules = {"distiller": self.distiller, **trained(self.nets)}
+        modules = {"distiller": self.distiller, **self.nets.trained}
         return {f"{who}.{k}": v.detach().clone() for who, m in modules.items() for k, v in m.state_dict().items()}
 
     def resume(self, folder: str) -> Training:
@@ -137,7 +135,7 @@ def walk(training: Training, *, dtype: torch.dtype | None = None) -> dict[str, b
     """
     # Of all parameters that should be trained: `critic.weight`, `student.head.weight`, `peer1.head.weight`.
     names = {id(p): name for name, p in training.distiller.named_parameters()}
-    for who, module in trained(training.nets).items():
+    for who, module in training.nets.trained.items():
         names |= {id(p): f"{who}.{name}" for name, p in module.named_parameters() if p.requires_grad}
     reached = dict.fromkeys(names.values(), False)
     clause = "gradients" if dtype is None else "precision"
@@ -185,9 +183,7 @@ def _turns(training: Training, batch: Batch, dtype: torch.dtype | None, where: s
             seen = last in turn
             yield turn
     finally:
-        close = getattr(turns, "close", None)
-        if close is not None:
-            close()
+        getattr(turns, "close", lambda: None)()
     if not seen:
         broken(
             "student last",
@@ -255,14 +251,14 @@ def _gradients(
 def _outside(training: Training, *, student: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters in which a step may leave no `.grad`."""
     yield from training.distiller.named_parameters()
-    for who, module in (frozen(training.nets) | trained(training.nets)).items():
+    for who, module in (training.nets.frozen | training.nets.trained).items():
         if student or who != "student":
             yield from ((f"{who}.{name}", p) for name, p in module.named_parameters())
 
 
 def _check_after(training: Training, where: str) -> None:
     name = training.distiller.name
-    for (who, module), state in zip(frozen(training.nets).items(), training.teacher_states, strict=True):
+    for (who, module), state in zip(training.nets.frozen.items(), training.teacher_states, strict=True):
         _compare(module, state, "teacher untouched", f"a step of {name}", who, where)
     for label, parameter in _outside(training):
         if parameter.grad is not None:
@@ -276,29 +272,28 @@ def _check_after(training: Training, where: str) -> None:
             )
 
 
-def _snapshot(module: nn.Module) -> dict[str, Any]:
+_NOT_YOURS = {
+    "the value of": "never write into a network; work on a copy of the tensor",
+    "requires_grad of": "freezing is the host's; use detach()",
+    "the mode of": "train() and eval() are the host's",
+}
+
+
+def _snapshot(module: nn.Module) -> dict[str, dict[str, Any]]:
     return {
-        "state": {name: tensor.detach().clone() for name, tensor in module.state_dict().items()},
-        "grad": {name: p.requires_grad for name, p in module.named_parameters()},
-        "mode": {name: m.training for name, m in module.named_modules()},
+        "the value of": {name: tensor.detach().clone() for name, tensor in module.state_dict().items()},
+        "requires_grad of": {name: p.requires_grad for name, p in module.named_parameters()},
+        "the mode of": {name: m.training for name, m in module.named_modules()},
     }
 
 
 def _compare(module: nn.Module, before: Mapping[str, Any], clause: str, who: str, whose: str, where: str = "") -> None:
-    after = _snapshot(module)
-    state = after["state"].items()
-    changed = [n for n, v in state if n not in before["state"] or not torch.equal(v, before["state"][n])]
-    for kind, found, remedy in (
-        ("changes the value of", changed, "never write into a network; work on a copy of the tensor"),
-        ("changes requires_grad of", _differ(after["grad"], before["grad"]), "freezing is the host's; use detach()"),
-        ("changes the mode of", _differ(after["mode"], before["mode"]), "train() and eval() are the host's"),
-    ):
-        if found:
-            broken(clause, f"{who} {kind} {found[0] or 'the whole'} of {whose} {where}".rstrip(), remedy)
-
-
-def _differ(after: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
-    return [name for name, value in after.items() if before.get(name) != value]
+    for what, after in _snapshot(module).items():
+        for name, value in after.items():
+            old = before[what].get(name)
+            if not (torch.equal(value, old) if isinstance(value, Tensor) and old is not None else value is old):
+                found = f"{who} changes {what} {name or 'the whole'} of {whose} {where}"
+                broken(clause, found.rstrip(), _NOT_YOURS[what])
 
 
 def difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> tuple[float, str]:
