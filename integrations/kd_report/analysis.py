@@ -170,15 +170,15 @@ def _without_trace(nets: Nets) -> Iterator[None]:
     """`untouched`; neither a hook remains, nor a draw from NumPy's random stream."""
     modules = {m for net in nets for m in net.module.modules()}
     installed = [d for m in modules for name, d in vars(m).items() if name.startswith("_forward_")]
-    before = [set(hooks) for hooks in installed]
+    before = {key for hooks in installed for key in hooks}
     try:
         with undisturbed(), untouched(nets):
             yield
     finally:
         # A network's own hooks, which transformers installs in a first forward, are here to stay.
-        ours = {key for hooks in installed for key, hook in hooks.items() if isinstance(hook, Hook)}
-        for hooks, known in zip(installed, before, strict=True):
-            for added in ours & set(hooks) - known:
+        ours = {key for hooks in installed for key, hook in hooks.items() if isinstance(hook, Hook)} - before
+        for hooks in installed:
+            for added in ours & hooks.keys():
                 del hooks[added]
 
 

@@ -231,19 +231,6 @@ def _drops(module: nn.Module) -> bool:
 _RATE = re.compile("^(?!drop_prob|drop_path|layerdrop).*drop")
 
 
-def describe(nets: Nets) -> dict[str, Any]:
-    """Names and sizes of the networks, for reports and error messages."""
-
-    def size(net: Net) -> int:
-        return sum(p.numel() for p in net.module.parameters())
-
-    return {
-        "student": {"class": type(nets.student.module).__name__, "parameters": size(nets.student)},
-        "teachers": [{"class": type(t.module).__name__, "parameters": size(t)} for t in nets.teachers],
-        "peers": [{"class": type(p.module).__name__, "parameters": size(p)} for p in nets.peers[1:]],
-    }
-
-
 def check_unlike(peers: Sequence[Net]) -> None:
     """Refuses networks that begin as copies and would stay the same; warns where they nearly do.
 
