@@ -60,7 +60,8 @@ class RecordCallback(UpdateTimer):
         names: What to call the networks: `{"student": ..., "teachers": [...], "peers": [...]}`.
         data: The data set in words.
         teachers: Teachers to compare the student of a plain `Trainer` with.
-        settings: What else the report shows; by default the training arguments that differ from their defaults.
+        settings: What else the report shows, and runs of one experiment agree in, beside the training arguments that
+            differ from their defaults.
         predicts: Whether to ask the networks for their predictions; a script that has asked them gives `finish` what
             they said.
         cached: Whether a cache stands for the teachers whose logits alone are read.
@@ -107,7 +108,7 @@ class RecordCallback(UpdateTimer):
             metric=f"eval_{best.removeprefix('eval_')}" if best else "",
             classes=[str(names[i]) for i in sorted(names)] or None,
             decode=getattr(trainer.processing_class, "convert_ids_to_tokens", None),
-            settings={**changed(args), "seed": args.seed} if self.settings is None else self.settings,
+            settings={**changed(args), "seed": args.seed, **(self.settings or {})},
             resume=state.global_step or None,
             rows=[{"step": row["step"], **row} for row in state.log_history],
         )
