@@ -47,7 +47,10 @@ _CHARTS = {
     for made, draw in ((Bars, charts.bars), (Heatmap, charts.heatmap), (Points, charts.points))
 }
 # What differs between the seeds of one experiment, or says nothing about it.
-_INCIDENTAL = {"seed", "experiment", "output", "output_dir", "resume", "log_interval", "run_name", "logging_dir"}
+_INCIDENTAL = {
+    *("seed", "experiment", "output", "output_dir", "run_name", "logging_dir", "log_interval", "config", "cache_dir"),
+    *("resume", "resume_from_checkpoint"),
+}
 # What a training alone cannot share with a distillation.
 _OF_METHOD = re.compile("distill|teacher|peer|epoch_updates$|lr$|learning_rate$")
 _FEW = 32  # Below, the similarity of layers is mostly noise.
