@@ -735,6 +735,14 @@ def test_a_resumed_seed_is_of_the_same_experiment(tmp_path):
     assert "come to its end" not in words
 
 
+def test_what_has_not_come_to_its_end_is_named_beside_the_mean(tmp_path):
+    runs = [written(tmp_path / f"kd-{i}", 90.0 - 60 * i, method="kd", lr=0.1) for i in range(2)]
+    rewrite(runs[1], status="interrupted")
+    rows, words = results(*runs)
+    assert rows[0][1] == "2"
+    assert "kd counts the last evaluation of what has not come to its end: kd-1." in words
+
+
 def test_networks_of_one_name_are_told_apart(tmp_path):
     good = written(tmp_path / "good", 99.0, student="large", accuracy=0.99)
     one = written(tmp_path / "one", 60.0, method="kd", teacher=0.58, n=1)

@@ -229,6 +229,9 @@ def _results(about: Subject) -> Parts:
         results, (base, differ) = (values[name], about.baseline(name)) if key == "student" else ([], (None, []))
         if differ:
             words.append(f"{name} is not compared with the student alone, which differs in {', '.join(differ)}.")
+        stopped = [run.name for run in runs if run.info.get("status") in ("unfinished", "interrupted")]
+        if stopped and key == "student":
+            words.append(f"{name} counts the last evaluation of what has not come to its end: {', '.join(stopped)}.")
         if key != "student":
             # A peer's agreement is with the student, and a teacher's stands beside the student that agrees with it.
             for x in own:
