@@ -47,10 +47,10 @@ _CHARTS = {
     for made, draw in ((Bars, charts.bars), (Heatmap, charts.heatmap), (Points, charts.points))
 }
 # What differs between the seeds of one experiment, or says nothing about it.
-_INCIDENTAL = {
-    *("seed", "experiment", "output", "output_dir", "run_name", "logging_dir", "log_interval", "config", "cache_dir"),
-    *("resume", "resume_from_checkpoint"),
-}
+_INCIDENTAL = re.compile(
+    "(data_)?seed|experiment|run_name|config|cache_dir|disable_tqdm|checkpoint_hist|(dataloader_num_)?workers"
+    "|(output|resume|log|logging|save|report)(_.*)?"
+)
 # What a training alone cannot share with a distillation.
 _OF_METHOD = re.compile("distill|teacher|peer|epoch_updates$|lr$|learning_rate$")
 _FEW = 32  # Below, the similarity of layers is mostly noise.
@@ -138,7 +138,7 @@ def _student(run: Run) -> tuple[str, Any]:
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    return {k: v for k, v in run.info["settings"].items() if k not in _INCIDENTAL}
+    return {k: v for k, v in run.info["settings"].items() if not _INCIDENTAL.fullmatch(k)}
 
 
 def _measured(run: Run, who: str) -> tuple[Any, ...]:
@@ -223,15 +223,14 @@ def _results(about: Subject) -> Parts:
     values = {name: [value for _, value in results] for name, results in found.items()}
     # What a comparison has no room for stands on the page of each run.
     measures = {name: form for name, form in _MEASURES.items() if about.one or name != "confidence"}
-    rows, words = [], list[str]()
+    stopped = [run.name for run in about.all if run.result and run.info.get("status") in ("unfinished", "interrupted")]
+    words = [f"Not at their end, and counted by their last evaluation: {', '.join(stopped)}."] if stopped else []
+    rows = []
     for name, runs, key in about.networks:
         own = [dict(run.part("after", "predictions", key) or {}) for run in runs]
         results, (base, differ) = (values[name], about.baseline(name)) if key == "student" else ([], (None, []))
         if differ:
             words.append(f"{name} is not compared with the student alone, which differs in {', '.join(differ)}.")
-        stopped = [run.name for run in runs if run.info.get("status") in ("unfinished", "interrupted")]
-        if stopped and key == "student":
-            words.append(f"{name} counts the last evaluation of what has not come to its end: {', '.join(stopped)}.")
         if key != "student":
             # A peer's agreement is with the student, and a teacher's stands beside the student that agrees with it.
             for x in own:
@@ -304,8 +303,8 @@ def _similarity(about: Subject) -> Parts:
             for key, names, row, column in found:
                 alike, examples = run.array(phase, key), run.part(phase, "examples") or 0
                 if alike is not None and all(names) and examples >= _FEW:
-                    sides = {"title": f"{title}, {examples} examples", "row_label": row, "column_label": column}
-                    drawn.append(charts.heatmap(alike.clamp_min(0), *names, **sides, **words))
+                    words |= {"title": f"{title}, {examples} examples", "row_label": row, "column_label": column}
+                    drawn.append(charts.heatmap(alike.clamp_min(0), *names, **words))
     return [("charts", drawn)]
 
 
