@@ -93,7 +93,7 @@ def analyse(
                 first, pick = batch, _pick(batch)
                 readers = {name: _Reader(net, batch) for name, net in named.items()}
                 found.summary |= {name: {"layers": list(reader.places)} for name, reader in readers.items()}
-            seen = {name: reader.activations(batch) for name, reader in readers.items()}
+            seen = {name: reader.activations(batch, reader.places) for name, reader in readers.items()}
             if not count and _is_image(batch):
                 for name in dict.fromkeys(("student", compared)):
                     _keep_maps(found, name, readers[name], {layer: x[pick].float() for layer, x in seen[name].items()})
@@ -211,9 +211,8 @@ class _Reader:
         if not self._readable(self.places, two):
             self.places = {name: place for name, place in self.places.items() if self._readable({name: place}, two)}
 
-    def activations(self, batch: Batch, places: Mapping[str, str | int] | None = None) -> dict[str, Tensor]:
-        """What layers, by default all that are read, say of a batch."""
-        places = self.places if places is None else places
+    def activations(self, batch: Batch, places: Mapping[str, str | int]) -> dict[str, Tensor]:
+        """What layers say of a batch."""
         paths = tuple(place for place in places.values() if isinstance(place, str))
         numbers = tuple(place for place in places.values() if isinstance(place, int))
         view = self.net(batch, reads=Reads(False, paths, numbers))
