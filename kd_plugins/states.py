@@ -25,6 +25,7 @@ __all__ = [
     "check",
     "close_state",
     "damage",
+    "digest",
     "facts",
     "newest",
     "open_state",
@@ -137,7 +138,7 @@ def seal(folder: str | Path, **facts: Any) -> None:
     for path in sorted(folder.rglob("*")):
         _flush(path)
         if path.is_file() and path != folder / MANIFEST and path.suffix != _PARTIAL:
-            files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+            files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest(path)}
     write_json(folder / MANIFEST, {"files": files, **facts})
 
 
@@ -170,7 +171,7 @@ def damage(folder: str | Path, needs: Iterable[str] = ()) -> str:
             if size != files[name]["bytes"]:
                 return f"{name} has {size} bytes and was written with {files[name]['bytes']}"
         for name in files:
-            if _digest(folder / name) != files[name]["sha256"]:
+            if digest(folder / name) != files[name]["sha256"]:
                 return f"{name} holds other bytes than were written (its SHA-256 differs)"
     except (DistillError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
@@ -253,12 +254,10 @@ def _shift(folder: str | Path) -> None:
     _flush(Path(folder))
 
 
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
+def digest(path: Path) -> str:
+    """The SHA-256 of a file."""
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -727,6 +727,23 @@ def test_a_baseline_has_the_same_data_and_settings(tmp_path):
     assert "differs in" not in words
 
 
+def test_a_resumed_seed_is_of_the_same_experiment(tmp_path):
+    one = written(tmp_path / "kd-0", 90.0, method="kd", lr=0.1)
+    other = {"resume_from_checkpoint": "true", "config": "of-1.yaml", "save_strategy": "no", "workers": 2}
+    two = written(tmp_path / "kd-1", 92.0, method="kd", lr=0.1, **other)
+    rows, words = results(one, two)
+    assert [row[:3] for row in rows] == [["kd", "2", "91.00 ± 1.41"]]
+    assert "Not at their end" not in words
+
+
+def test_what_has_not_come_to_its_end_is_named_beside_the_mean(tmp_path):
+    runs = [written(tmp_path / f"kd-{i}", 90.0 - 60 * i, method="kd", lr=0.1) for i in range(2)]
+    rewrite(runs[1], status="interrupted")
+    rows, words = results(*runs)
+    assert rows[0][1] == "2"
+    assert "Not at their end, and counted by their last evaluation: kd-1." in words
+
+
 def test_networks_of_one_name_are_told_apart(tmp_path):
     good = written(tmp_path / "good", 99.0, student="large", accuracy=0.99)
     one = written(tmp_path / "one", 60.0, method="kd", teacher=0.58, n=1)

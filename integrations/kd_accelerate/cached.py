@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kd_plugins import Distiller, DistillError, Reads
 from kd_plugins.binding import needs_of_stages
-from kd_plugins.states import read_json, write_json, write_text
+from kd_plugins.states import digest, read_json, write_json, write_text
 
 __all__ = [
     "check_twice",
@@ -57,12 +57,12 @@ def temperature_read(distiller: Distiller, teachers: int, flag: str) -> float:
 def files_id(*paths: str | Path) -> str:
     """Changes with the files of checkpoints: configurations, weights and code, each a folder or a file."""
     kinds = ("config.json", "*.index.json", "*.safetensors", "*.bin", "*.pth*", "*.py")
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for path in map(Path, paths):
         files: Iterable[Path] = {f for kind in kinds for f in path.glob(kind)} if path.is_dir() else [path]
         for file in sorted(files):
-            digest.update(f"{file.name} {_digest(file)}\n".encode())
-    return digest.hexdigest()
+            found.update(f"{file.name} {digest(file)}\n".encode())
+    return found.hexdigest()
 
 
 def note_facts(file: Path, facts: Mapping[str, Any], others: Iterable[Path], same: Sequence[str] = ()) -> None:
@@ -93,13 +93,13 @@ def note_facts(file: Path, facts: Mapping[str, Any], others: Iterable[Path], sam
 def seal_file(file: Path) -> None:
     """Writes down what a file of a cache is, once it is whole; one that was found whole is left alone."""
     if not _sum_file(file).is_file():
-        write_text(_sum_file(file), _digest(file), shared=True)
+        write_text(_sum_file(file), digest(file), shared=True)
 
 
 def drop_damaged(file: Path) -> None:
     """Removes a file of a cache that is not what was written."""
     known = _sum_file(file)
-    if file.is_file() and not (known.is_file() and known.read_text() == _digest(file)):
+    if file.is_file() and not (known.is_file() and known.read_text() == digest(file)):
         logger.warning("%s is damaged or unfinished: its rows are asked for anew.", file)
         file.unlink()
     if not file.is_file():
@@ -113,11 +113,6 @@ def check_twice(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
             "Expected a teacher that says the same of the same rows, got one whose two forwards differ in evaluation"
             " mode: it draws random numbers, so train without a cache."
         )
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _sum_file(file: Path) -> Path:

@@ -124,16 +124,12 @@ class TurnPlayer(Run):
     def after_backward(self) -> None:
         super().after_backward()
         if self.sync:
-            if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-                self.clip_apart()
-            elif self.sharded:
+            deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+            if deepspeed and self.max_grad_norm is not None and self.clip_parameters:
+                nn.utils.clip_grad_norm_(self.clip_parameters, self.max_grad_norm)
+            if self.sharded and not deepspeed:
                 check_reached(self.distiller, self.student)
             self._unscale_own()
-
-    def clip_apart(self) -> None:
-        """Clips the own parts alone."""
-        if self.max_grad_norm is not None and self.clip_parameters:
-            nn.utils.clip_grad_norm_(self.clip_parameters, self.max_grad_norm)
 
     def _unscale_own(self) -> None:
         """Divides the own group's gradients by the host's loss scale; an overflow leaves them out of this update."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +28,16 @@ def split(rows: int, shares: Mapping[str, float], seed: int) -> dict[str, list[i
     """
     if sum(shares.values()) >= 1:
         raise DistillError(f"Expected the streams' shares to leave rows to train on, got {dict(shares)}.")
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()
+    order = iter(torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist())
     parts: dict[str, list[int]] = {}
-    start = 0
     for name, share in shares.items():
         size = round(rows * share)
         if size == 0:
             raise DistillError(
                 f"The stream {name!r} gets a share of {share} of {rows} rows, which is none: use more data."
             )
-        parts[name] = sorted(order[start : start + size])
-        start += size
-    parts[""] = sorted(order[start:])
-    return parts
+        parts[name] = sorted(islice(order, size))
+    return parts | {"": sorted(order)}
 
 
 class StagedDataset(Dataset):

@@ -93,7 +93,7 @@ def analyse(
                 first, pick = batch, _pick(batch)
                 readers = {name: _Reader(net, batch) for name, net in named.items()}
                 found.summary |= {name: {"layers": list(reader.places)} for name, reader in readers.items()}
-            seen = {name: reader.activations(batch) for name, reader in readers.items()}
+            seen = {name: reader.activations(batch, reader.places) for name, reader in readers.items()}
             if not count and _is_image(batch):
                 for name in dict.fromkeys(("student", compared)):
                     _keep_maps(found, name, readers[name], {layer: x[pick].float() for layer, x in seen[name].items()})
@@ -170,15 +170,15 @@ def _without_trace(nets: Nets) -> Iterator[None]:
     """`untouched`; neither a hook remains, nor a draw from NumPy's random stream."""
     modules = {m for net in nets for m in net.module.modules()}
     installed = [d for m in modules for name, d in vars(m).items() if name.startswith("_forward_")]
-    before = [set(hooks) for hooks in installed]
+    before = {key for hooks in installed for key in hooks}
     try:
         with undisturbed(), untouched(nets):
             yield
     finally:
         # A network's own hooks, which transformers installs in a first forward, are here to stay.
-        ours = {key for hooks in installed for key, hook in hooks.items() if isinstance(hook, Hook)}
-        for hooks, known in zip(installed, before, strict=True):
-            for added in ours & set(hooks) - known:
+        ours = {key for hooks in installed for key, hook in hooks.items() if isinstance(hook, Hook)} - before
+        for hooks in installed:
+            for added in ours & hooks.keys():
                 del hooks[added]
 
 
@@ -211,9 +211,8 @@ class _Reader:
         if not self._readable(self.places, two):
             self.places = {name: place for name, place in self.places.items() if self._readable({name: place}, two)}
 
-    def activations(self, batch: Batch, places: Mapping[str, str | int] | None = None) -> dict[str, Tensor]:
-        """What layers, by default all that are read, say of a batch."""
-        places = self.places if places is None else places
+    def activations(self, batch: Batch, places: Mapping[str, str | int]) -> dict[str, Tensor]:
+        """What layers say of a batch."""
         paths = tuple(place for place in places.values() if isinstance(place, str))
         numbers = tuple(place for place in places.values() if isinstance(place, int))
         view = self.net(batch, reads=Reads(False, paths, numbers))

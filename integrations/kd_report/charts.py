@@ -20,7 +20,7 @@ from matplotlib.colors import to_rgb, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-__all__ = ["bars", "dots", "heatmap", "lines", "number", "points", "reliability", "style"]
+__all__ = ["bars", "dots", "formed", "heatmap", "lines", "number", "points", "reliability", "style"]
 
 Points = Sequence[Sequence[float]]
 
@@ -58,6 +58,11 @@ def number(value: float, digits: int = 3) -> str:
     if math.isfinite(value) and abs(float(text)) >= 10**digits:
         text = f"{value:,.0f}"
     return re.sub("^-", "−", text)
+
+
+def formed(value: float, form: str) -> str:
+    """A number in a form, with a real minus; a dash where there is none."""
+    return "–" if math.isnan(value) else f"{value:{form}}".replace("-", "−")
 
 
 def _axes(width: float, height: float, title: object, **given: Any) -> Axes:
@@ -120,14 +125,15 @@ def heatmap(
     rows: Sequence[object] = (),
     columns: Sequence[object] = (),
     *,
-    title: str = "",
-    labels: tuple[str, str] = ("", ""),
+    title: str,
+    row_label: str = "",
+    column_label: str = "",
     signed: bool = False,
     digits: int = 2,
     scale: float | None = None,
     space: float = 400,
 ) -> Markup:
-    """A matrix as cells, `space` pixels wide together, large ones with numbers; `labels` say what rows and columns are.
+    """A matrix as cells, `space` pixels wide together, large ones with numbers; the labels say what both sides are.
 
     With `signed` there are two colours, for values below and above 0; `scale`, by default the largest value that there
     is, has the full colour.
@@ -135,12 +141,12 @@ def heatmap(
     grid = np.asarray(values, dtype=float)
     n, m = grid.shape
     side, strength = min(space / m, 40), np.nan_to_num(np.abs(grid))
-    axes = _axes(m * side, n * side, title, ylabel=labels[0], xlabel=labels[1])
+    axes = _axes(m * side, n * side, title, ylabel=row_label, xlabel=column_label)
     alpha = _FULL * (strength / (scale or strength.max() or 1)).clip(0, 1)
     tones = np.where((signed & (grid < 0))[..., None], _MINUS_TONE, _PLUS_TONE)
     axes.imshow(np.concatenate([tones, alpha[..., None]], 2), interpolation="none", aspect="auto")
     for (i, j), value in np.ndenumerate(grid) if side >= 28 and columns else ():
-        text = _in_words(value, f"{'+' if signed else ''}.{digits}f")
+        text = formed(value, f"{'+' if signed else ''}.{digits}f")
         axes.text(j, i, text, size=9, ha="center", va="center_baseline", in_layout=False)
     axes.spines[:].set_visible(True)
     upright = max((len(str(name)) for name in columns), default=0) * 6.4 < side
@@ -148,7 +154,7 @@ def heatmap(
     for ticks, names, turned in ((axes.set_yticks, rows, {}), (axes.set_xticks, columns, slant)):
         short = [text if len(text) <= 16 else "…" + text[-15:] for text in map(str, names)] if side >= 8 else []
         ticks(range(len(short)), short, color=_INK, size=9, **turned)
-    return _svg(axes, title or " by ".join(labels))
+    return _svg(axes, title)
 
 
 def reliability(diagram: Sequence[Sequence[float]], *, title: str, colour: int) -> Markup:
@@ -175,17 +181,12 @@ def _rows(names: Sequence[str], width: float, title: str) -> Axes:
     return axes
 
 
-def _in_words(value: float, form: str) -> str:
-    """A number with a real minus; a dash where there is none."""
-    return "–" if np.isnan(value) else f"{value:{form}}".replace("-", "−")
-
-
 def bars(values: Sequence[tuple[str, float]], *, title: str, mark: float | None = None) -> Markup:
     """Horizontal bars from 0 with their numbers, and a line to compare with."""
     axes = _rows([str(name) for name, _ in values], 260, title)
     lengths = np.array([value for _, value in values], float)
     drawn = axes.barh(range(len(lengths)), lengths, height=0.58, color=_C[0])
-    axes.bar_label(drawn, [_in_words(value, ".2f") for value in lengths], padding=6)
+    axes.bar_label(drawn, [formed(value, ".2f") for value in lengths], padding=6)
     if mark is not None:
         axes.axvline(mark, **_DASHED)
     return _svg(axes, title)

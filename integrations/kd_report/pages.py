@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -17,9 +18,9 @@ from jinja2 import Environment, PackageLoader
 from matplotlib import colormaps
 from torch import Tensor
 
-from kd_plugins.picture import png
+from kd_plugins.picture import Bars, Heatmap, Points, png
 from kd_report import charts
-from kd_report.charts import number
+from kd_report.charts import formed, number
 from kd_report.measures import difference
 from kd_report.runs import Run
 
@@ -40,8 +41,16 @@ _MEASURES: dict[str, tuple[Any, ...]] = {
     "NLL": ("nll", ".3f"),
     "confidence": ("confidence", ".1f", 100, " %"),
 }
+# The chart of each kind of picture that a method gives, and the fields of the picture that it draws.
+_CHARTS = {
+    made.kind: (draw, {field.name for field in dataclasses.fields(made)} - {"caption"})
+    for made, draw in ((Bars, charts.bars), (Heatmap, charts.heatmap), (Points, charts.points))
+}
 # What differs between the seeds of one experiment, or says nothing about it.
-_INCIDENTAL = {"seed", "experiment", "output", "output_dir", "resume", "log_interval", "run_name", "logging_dir"}
+_INCIDENTAL = re.compile(
+    "(data_)?seed|experiment|run_name|config|cache_dir|disable_tqdm|checkpoint_hist|(dataloader_num_)?workers"
+    "|(output|resume|log|logging|save|report)(_.*)?"
+)
 # What a training alone cannot share with a distillation.
 _OF_METHOD = re.compile("distill|teacher|peer|epoch_updates$|lr$|learning_rate$")
 _FEW = 32  # Below, the similarity of layers is mostly noise.
@@ -63,24 +72,24 @@ class Subject:
         self.all, self.one = runs, runs[0] if len(runs) == 1 else None
         self.axis = "step" if all("step" in row for run in runs for row in run.history) else "epoch"
         found = {"student": list(runs)} if self.one else _experiments(runs)
-        teachers = {_measured(run, "teacher") for run in runs if run.info.get("teachers")}
+        teachers: dict[Any, Run] = {}
+        for run in runs:
+            if run.info["teachers"]:
+                teachers.setdefault(_measured(run, "teacher"), run)
         taught = {_student(run) for run in runs if run.method != "alone"}
         above = {}
         for name, group in found.items():
-            own = {_measured(run, "student") for run in group} & teachers
+            own = {_measured(run, "student") for run in group} & teachers.keys()
             if own and group[0].method == "alone" and _student(group[0]) not in taught:
                 above[name] = own
         order = sorted(found, key=lambda name: (name in above, found[name][0].method != "alone"))
         self.groups = {f"{n} (teacher)" if n in above and n != "teacher" else n: found[n] for n in order}
         self.networks = [(name, group, "student") for name, group in self.groups.items()]
         shown: set[Any] = set().union(*above.values())
-        for run in runs:
-            who = _measured(run, "teacher")
-            if run.info.get("teachers") and who not in shown:
-                self.networks.append((f"teacher: {run.teacher}", [run], "teacher"))
-                shown.add(who)
-            for i, peer in enumerate((run.info.get("peers") or []) if self.one else (), 1):
-                self.networks.append((f"peer{i}: {peer['name']}", [run], f"peer{i}"))
+        others = [run for who, run in teachers.items() if who not in shown]
+        self.networks += [(f"teacher: {run.teacher}", [run], "teacher") for run in others]
+        peers = enumerate(self.one.info["peers"] if self.one else (), 1)
+        self.networks += [(f"peer{i}: {peer['name']}", list(runs), f"peer{i}") for i, peer in peers]
 
     def baseline(self, name: str) -> tuple[str | None, list[str]]:
         """The first experiment that trained the same student alone, on the same data, with the same settings.
@@ -129,7 +138,7 @@ def _student(run: Run) -> tuple[str, Any]:
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    return {k: v for k, v in (run.info.get("settings") or {}).items() if k not in _INCIDENTAL}
+    return {k: v for k, v in run.info["settings"].items() if not _INCIDENTAL.fullmatch(k)}
 
 
 def _measured(run: Run, who: str) -> tuple[Any, ...]:
@@ -182,7 +191,7 @@ def _paired(runs: Sequence[Run], others: Sequence[Run]) -> str:
 
 
 def _label(run: Run, i: int) -> str:
-    labels, names = run.part("after", "labels") or run.part("before", "labels") or [], run.info.get("classes") or []
+    labels, names = run.part("after", "labels") or run.part("before", "labels") or [], run.info["classes"]
     if i >= len(labels):
         return f"example {i + 1}"
     return f"label: {names[labels[i]] if 0 <= labels[i] < len(names) else labels[i]}"
@@ -214,18 +223,20 @@ def _results(about: Subject) -> Parts:
     values = {name: [value for _, value in results] for name, results in found.items()}
     # What a comparison has no room for stands on the page of each run.
     measures = {name: form for name, form in _MEASURES.items() if about.one or name != "confidence"}
-    rows, unlike = [], []
+    stopped = [run.name for run in about.all if run.result and run.info.get("status") in ("unfinished", "interrupted")]
+    words = [f"Not at their end, and counted by their last evaluation: {', '.join(stopped)}."] if stopped else []
+    rows = []
     for name, runs, key in about.networks:
         own = [dict(run.part("after", "predictions", key) or {}) for run in runs]
         results, (base, differ) = (values[name], about.baseline(name)) if key == "student" else ([], (None, []))
         if differ:
-            unlike.append(f"{name} is not compared with the student alone, which differs in {', '.join(differ)}.")
+            words.append(f"{name} is not compared with the student alone, which differs in {', '.join(differ)}.")
         if key != "student":
             # A peer's agreement is with the student, and a teacher's stands beside the student that agrees with it.
             for x in own:
                 x |= {"kl": None, "agreement": None, "peers": x.get("agreement") if key != "teacher" else None}
         counts = sorted({int(x["examples"]) for x in own if "examples" in x})
-        seen = " to ".join(f"{n:,}" for n in dict.fromkeys([*counts[:1], *counts[-1:]]))
+        seen = " to ".join(f"{n:,}" for n in [*counts[:1], *counts[1:][-1:]])
         accuracy, *others = (_mean((x.get(k) for x in own), *form) for k, *form in measures.values())
         mean = _mean(results, ".2f" if results and abs(results[0]) > 1.5 else ".4f")
         beside = _paired(runs, about.groups[base]) if base else "–"
@@ -235,11 +246,11 @@ def _results(about: Subject) -> Parts:
     table = _table(columns, [row for row in rows if set(row[2:]) != {"–"}])
     if about.one:
         tiles = [(cell, name) for name, cell in zip(columns[1:], rows[0][1:], strict=True) if cell != "–"]
-        written = _flat(about.one.info.get("results") or {})
+        written = _flat(about.one.info["results"])
         return [("tiles", tiles[:6]), table, ("folded", written and ("All that the script wrote", written))]
     finite = {name: kept for name, given in values.items() if (kept := [x for x in given if math.isfinite(x)])}
     drawn = [charts.dots(finite, title=metric)] if metric and finite else []
-    return [table, ("words", " ".join(unlike)), ("charts", drawn)]
+    return [table, ("words", " ".join(words)), ("charts", drawn)]
 
 
 def _curves(about: Subject) -> Parts:
@@ -283,20 +294,17 @@ def _similarity(about: Subject) -> Parts:
     drawn = []
     words: dict[str, Any] = {"scale": 1.0, "space": 400 if about.one else 290}
     for name, (run, *more) in about.groups.items():
-        for phase in run.phases[0 if about.one else -1 :] if about.one or run.other != "student" else ():
-            examples = run.part(phase, "examples") or 0
-            if examples < _FEW:
-                continue
+        for phase in run.phases if about.one else run.phases[-1:] if run.other != "student" else ():
             title = f"{phase.capitalize()} training" if about.one else f"{name}, {run.name}" if more else name
-            title += f", {examples} examples"
-            cka, layers = run.array(phase, "cka"), [run.part(phase, who, "layers") for who in ("student", run.other)]
-            if cka is not None and all(layers):
-                labels = ("student", run.other)
-                drawn.append(charts.heatmap(cka.clamp_min(0), *layers, title=title, labels=labels, **words))
-            peers, names = run.array(phase, "peers/similarity"), ["student", *(run.part(phase, "peers") or [])]
-            if peers is not None and about.one:
-                labels = ("last layer", "last layer")
-                drawn.append(charts.heatmap(peers.clamp_min(0), names, names, title=title, labels=labels, **words))
+            layers = [run.part(phase, who, "layers") for who in ("student", run.other)]
+            trained = ["student", *(run.part(phase, "peers") or [])]
+            found = [("cka", layers, "student", run.other)]
+            found += [("peers/similarity", [trained, trained], "last layer", "last layer")] if about.one else []
+            for key, names, row, column in found:
+                alike, examples = run.array(phase, key), run.part(phase, "examples") or 0
+                if alike is not None and all(names) and examples >= _FEW:
+                    words |= {"title": f"{title}, {examples} examples", "row_label": row, "column_label": column}
+                    drawn.append(charts.heatmap(alike.clamp_min(0), *names, **words))
     return [("charts", drawn)]
 
 
@@ -327,53 +335,46 @@ def _runs(about: Subject) -> Parts:
 
 
 def _run(run: Run) -> Parts:
-    info, method = run.info, run.info.get("method") or {}
-    described = method.get("parts") or []
+    info, described = run.info, run.part("method", "parts") or []
+    method = [f"{p['name']}: {p['summary']}" for p in described] or run.part("method", "name")
     papers = [part["paper"] for part in described if part.get("paper")]
-    options = {k: v for k, v in (method.get("options") or {}).items() if v is not None}
+    options = {k: v for k, v in (run.part("method", "options") or {}).items() if v is not None}
 
     def networks(given: Iterable[Mapping[str, Any] | None]) -> list[str]:
         return [f"{n['name']}, {_value(n.get('parameters') or '?')} parameters" for n in given if n]
 
     facts = {
-        "Method": [f"{p['name']}: {p['summary']}" for p in described] or method.get("name") or "none: plain training",
+        "Method": method or "none: plain training",
         "Options": ", ".join(f"{k}={_value(v)}" for k, v in options.items()),
         "Paper": [f"{p['title']} ({p['short']}" + (f", arXiv:{p['arxiv']})" if p["arxiv"] else ")") for p in papers],
         "Student": networks([info.get("student")]),
-        "Teacher": networks(info.get("teachers") or []),
-        "Peers": networks(info.get("peers") or []),
+        "Teacher": networks(info["teachers"]),
+        "Peers": networks(info["peers"]),
         "Data": info.get("data"),
         "Stages": [f"{name}: steps {a:,.0f} to {b:,.0f}" for name, a, b in run.stages],
         "Device": info.get("device"),
-        "Versions": ", ".join(f"{k} {v}" for k, v in (info.get("versions") or {}).items()),
+        "Versions": ", ".join(f"{k} {v}" for k, v in info["versions"].items()),
         "Folder": run.name,
     }
-    command = shlex.join(map(str, info.get("command") or []))
-    given = _flat(info.get("settings") or {})
+    command = shlex.join(map(str, info["command"]))
+    given = _flat(info["settings"])
     return [("pre", command), ("facts", facts), ("folded", given and ("All settings", given))]
 
 
 def _method(run: Run) -> Parts:
     """Pictures that the method gave to the record; those of kinds that are not known here are left out."""
     parts: Parts = []
-    for caption, pictures in groupby(run.info.get("pictures") or [], key=lambda p: p.get("caption") or ""):
+    for caption, pictures in groupby(run.info["pictures"], key=lambda p: p.get("caption") or ""):
         parts.append(("words", caption))
         drawn = []
         for given in pictures:
-            kind, title = given["kind"], str(given["title"])
-            if kind == "bars":
-                drawn.append(charts.bars(given["values"], title=title, mark=given.get("mark")))
-            elif kind == "heatmap":
-                names = given["rows"], given["columns"]
-                labels = given.get("row_label") or "", given.get("column_label") or ""
-                signed = bool(given.get("signed"))
-                drawn.append(charts.heatmap(given["values"], *names, title=title, labels=labels, signed=signed))
-            elif kind == "points":
-                drawn.append(charts.points(given["groups"], title=title))
-            elif kind == "images":
+            if given["kind"] in _CHARTS:
+                draw, fields = _CHARTS[given["kind"]]
+                drawn.append(draw(**{key: x for key, x in given.items() if key in fields}))
+            elif given["kind"] == "images":
                 each = given["rows"].items()
                 rows = {name: [("", x) for x in sources if _PNG.fullmatch(str(x))] for name, sources in each}
-                parts.append(("strips", [(title, rows)]))
+                parts.append(("strips", [(given["title"], rows)]))
         parts.append(("charts", drawn))
     return parts if any(kind != "words" and content for kind, content in parts) else []
 
@@ -455,23 +456,23 @@ def _confusion(run: Run) -> Parts:
     student, other = (run.array("after", f"{who}/confusion") for who in ("student", run.other))
     if student is None:
         return []
-    given = run.info.get("classes") or []
+    given = run.info["classes"]
     names = [str(given[i]) if i < len(given) else str(i) for i in range(len(student))]
-    words: dict[str, Any] = {"labels": ("true class", "answer"), "digits": 0, "space": 460}
+    words: dict[str, Any] = {"row_label": "true class", "column_label": "answer", "digits": 0, "space": 460}
 
     def rates(cells: Tensor) -> Tensor:
         return 100 * cells.float() / cells.sum(1, keepdim=True).clamp_min(1)
 
     if other is None or run.other == "student":
         return [("charts", [charts.heatmap(rates(student), names, names, title="Share of each class, %", **words)])]
-    title, change = f"Student − {run.other}, percentage points", student - other
-    chart = charts.heatmap(rates(student) - rates(other), names, names, title=title, signed=True, **words)
-    change.fill_diagonal_(0)
+    words |= {"title": f"Student − {run.other}, percentage points", "signed": True}
+    chart = charts.heatmap(rates(student) - rates(other), names, names, **words)
+    change = (student - other).fill_diagonal_(0)
     rows = []
     for place in change.abs().flatten().argsort(descending=True, stable=True)[:_CHANGES].tolist():
         i, j = divmod(place, len(names))
         if change[i, j] and len(names) > 2:
-            counts = [f"{int(other[i, j])}", f"{int(student[i, j])}", f"{int(change[i, j]):+d}".replace("-", "−")]
+            counts = [formed(int(x[i, j]), form) for x, form in ((other, "d"), (student, "d"), (change, "+d"))]
             rows.append([f"{names[i]} taken for {names[j]}", *counts])
     table = _table(["Mistakes that changed most", run.other, "student", "change"], rows)
     return [("charts", [chart]), table]
@@ -480,7 +481,7 @@ def _confusion(run: Run) -> Parts:
 def _notes(run: Run) -> Parts:
     asked = {who: run.part("after", who, "attention_note") for who in ("student", run.other)}
     of_attention = [f"Attention of the {who}: {note}" for who, note in asked.items() if note]
-    return [("list", list(dict.fromkeys([*(run.info.get("notes") or []), *of_attention])))]
+    return [("list", list(dict.fromkeys([*run.info["notes"], *of_attention])))]
 
 
 # A section is named as its function; the template has their order and their headings.

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import platform
+import statistics
 import sys
 import time
 import warnings
@@ -28,26 +28,29 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset, Subset
 
-from kd_plugins import Batch, Distiller, Nets
+from kd_accelerate.player import TurnPlayer
+from kd_plugins import Batch, Distiller, Net, Nets
 from kd_plugins.binding import needs_of_stages
 from kd_plugins.catalog.registry import config_of
 from kd_plugins.picture import Picture
-from kd_plugins.reading.nets import describe
 from kd_plugins.states import read_json, replacing, write_text
 from kd_report.analysis import Decode, analyse, as_nets, predict
 from kd_report.measures import predictions
 from kd_report.runs import FORMAT, read_rows
-from kd_report.timing import StepTimer
 from kd_report.uncertainty import Doubts
 
 _logger = logging.getLogger(__name__)
 
-__all__ = ["MOST_AT_ONCE", "SHARE", "RunRecord", "rows_to_analyse", "some_rows"]
+__all__ = ["MOST_AT_ONCE", "SHARE", "RunRecord", "StepTimer", "rows_to_analyse", "some_rows"]
 
 # How many rows are analysed in one batch: the activations of all layers are held at once.
 MOST_AT_ONCE = 64
 SHARE = 0.01
 """The share of a training's time that predictions may take which no evaluation has made."""
+# The first steps of a training are no measure.
+_SKIP, _STEPS = 3, 25
+_TERMS, _REST = "distillation terms", "data and the rest"
+_LAST = (_TERMS, "backward", "optimizer", _REST)
 _PACKAGES = ("kd-plugins", "torch", "accelerate", "timm", "transformers", "datasets")
 
 
@@ -117,13 +120,12 @@ class RunRecord:
         self.folder, self.enabled = Path(folder), enabled
         self.distiller, self.decode = distiller, decode
         self.timer: StepTimer | None = None
-        self._began, self._spent = time.monotonic(), 0.0
+        self._began = time.monotonic()
         if not enabled:
             return
         nets = as_nets(nets)
-        device = next((p.device for p in nets.student.module.parameters()), torch.device("cpu"))
-        self._cuda = device if device.type == "cuda" else None
-        threads = f"{device.type.upper()}, threads: {torch.get_num_threads()}"
+        self.device = next((p.device for p in nets.student.module.parameters()), torch.device("cpu"))
+        threads = f"{self.device.type.upper()}, threads: {torch.get_num_threads()}"
         self.run: dict[str, Any] = {
             "format": FORMAT,
             "status": "unfinished",
@@ -132,11 +134,11 @@ class RunRecord:
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": 0.0,
             "versions": _versions(),
-            "device": torch.cuda.get_device_name(device) if self._cuda else threads,
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else threads,
             "data": data,
             "task": task,
             "metric": metric,
-            "classes": list(classes) if classes is not None else None,
+            "classes": classes and list(classes),
             "settings": dict(settings or {}),
             "method": None if distiller is None else _method(distiller),
             "stages": None,
@@ -157,14 +159,14 @@ class RunRecord:
             kept = [row for row in given if (row.get("step") or 0) <= resume]
             try:
                 known = read_json(before) if before.is_file() else {}
-                self._spent = float(known.get("seconds", 0.0))
+                self._began -= float(known.get("seconds", 0.0))
                 self.run |= {k: known[k] for k in ("started", "seconds", "notes", "cost", "before") if k in known}
                 self.run["resumed"] = known.get("resumed", 0) + 1
             except (TypeError, ValueError, AttributeError) as error:
                 self.run["notes"].append(f"What was recorded before the run was resumed cannot be read: {error}")
         if "before" not in self.run:
             (self.folder / "analysis.safetensors").unlink(missing_ok=True)
-        write_text(history, "".join(json.dumps(_plain(row)) + "\n" for row in kept))
+        write_text(history, "".join(_json(row) + "\n" for row in kept))
         self._write()
 
     @_optional
@@ -207,7 +209,7 @@ class RunRecord:
     def log(self, row: Mapping[str, Any]) -> None:
         """Adds a row to the history: `step` (or `epoch`), losses and metrics by name."""
         with (self.folder / "history.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_plain(row)) + "\n")
+            file.write(_json(row) + "\n")
 
     def time_steps(self, player: Any) -> None:
         """Measures what a few early steps of a `TurnPlayer` spend their time on; removes itself afterwards."""
@@ -237,7 +239,7 @@ class RunRecord:
         """
         parts = self.timer.stop() if self.timer is not None else {}
         step = {} if seconds_per_step is None else {"seconds_per_step": seconds_per_step}
-        self.run["cost"] |= step | ({"parts": parts} if parts else {}) | _peak_memory(self._cuda)
+        self.run["cost"] |= step | ({"parts": parts} if parts else {}) | _peak_memory(self.device)
         self.run |= {"results": dict(results), "status": status}
         with self._trying("The method's pictures could not be made", "No pictures of the method"):
             own = self.distiller.pictures() if self.distiller is not None else []
@@ -246,11 +248,11 @@ class RunRecord:
 
     def _write(self) -> None:
         """Writes `run.json` in one step, so that a report made meanwhile reads the old one or the new one."""
-        self.run["seconds"] = self._spent + time.monotonic() - self._began
+        self.run["seconds"] = time.monotonic() - self._began
         if self.distiller is not None and self.distiller.progress.table is not None:
             self.run["stages"] = self.distiller.progress.table.to_json()
-        text = json.dumps(_plain(self.run), indent=2, ensure_ascii=False)
-        write_text(self.folder / "run.json", text.encode(errors="replace").decode() + "\n")
+        text = _json(self.run, indent=2, ensure_ascii=False) + "\n"
+        write_text(self.folder / "run.json", text.encode(errors="replace").decode())
 
     @contextmanager
     def _trying(self, note: str, warning: str) -> Iterator[None]:
@@ -259,6 +261,61 @@ class RunRecord:
         except Exception as error:  # noqa: BLE001
             self.note(f"{note}: {error}")
             warnings.warn(f"{warning}: {type(error).__name__}: {error}", stacklevel=5)
+
+
+class StepTimer:
+    """Measures the parts of a few steps of a `TurnPlayer`, without the first ones, then takes itself out of the way.
+
+    The parts of one update, accumulation included: the forwards of student, teachers and peers; `distillation terms`
+    (what the turns do beside those forwards, updates of critics included); `backward` of the student's loss;
+    `optimizer` (gradients of groups, clipping, updates); `data and the rest` (between two steps). On a GPU every part
+    ends with a synchronisation, so that a measured step takes a little longer than the others; numbers do not change.
+    """
+
+    def __init__(self, player: TurnPlayer) -> None:
+        self.rows: list[dict[str, float]] = [{}]
+        self._wrapped: list[tuple[Any, str]] = []
+        self._mark = time.perf_counter()
+        self._cuda = player.accelerator.device.type == "cuda"
+        for net in player.nets:
+            name = "teacher" if net.frozen else "student" if net is player.nets.student else "peers"
+            self._wrap(net.network, "read", _TERMS, f"{name} forward")
+        self._wrap(player, "forward", _REST, _TERMS)
+        self._wrap(player, "after_backward", "backward", "optimizer")
+        self._wrap(player, "after_update", "optimizer", "optimizer")
+
+    def stop(self) -> dict[str, float]:
+        """Gives the methods back; the median seconds of each part of a step, empty where none was measured."""
+        while self._wrapped:
+            delattr(*self._wrapped.pop())
+        rows = self.rows[_SKIP:-1]
+        found = dict.fromkeys(name for row in rows for name in row)
+        names = sorted(found, key=lambda name: _LAST.index(name) if name in _LAST else -1)
+        return {name: statistics.median(row.get(name, 0.0) for row in rows) for name in names}
+
+    def _ends(self, part: str) -> None:
+        """Adds the time since the last call to a part."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        before, self._mark = self._mark, time.perf_counter()
+        self.rows[-1][part] = self.rows[-1].get(part, 0.0) + self._mark - before
+
+    def _wrap(self, owner: Any, method: str, before: str, part: str) -> None:
+        """Times a method as `part`, and what lies between the method before it and its start as `before`."""
+        original = getattr(owner, method)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._ends(before)
+            result = original(*args, **kwargs)
+            self._ends(part)
+            if method == "after_update":
+                self.rows.append({})
+                if len(self.rows) > _SKIP + _STEPS:
+                    self.stop()
+            return result
+
+        setattr(owner, method, timed)
+        self._wrapped.append((owner, method))
 
 
 def rows_to_analyse(trained: int) -> int:
@@ -287,17 +344,14 @@ def _attentions(distiller: Distiller | None) -> dict[str, list[int]]:
     return {name: sorted({i for reads in found for i in reads.attentions}) for name, found in read.items()}
 
 
-def _plain(value: Any) -> Any:
-    """What JSON holds: no tensors, no infinities, no tuples."""
-    if isinstance(value, Tensor):
-        return _plain(value.tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set)):
-        return [_plain(item) for item in value]
-    return value if value is None or isinstance(value, (str, int, bool)) else str(value)
+def _json(value: Any, **form: Any) -> str:
+    """JSON, which has no infinities and no NaN: null stands for them."""
+
+    def plain(x: Any) -> Any:
+        return x.tolist() if isinstance(x, Tensor) else dict(x) if isinstance(x, Mapping) else str(x)
+
+    finite = json.loads(json.dumps(value, default=plain), parse_constant=lambda _: None)
+    return json.dumps(finite, **form)
 
 
 def _command() -> list[str]:
@@ -331,16 +385,18 @@ def _method(distiller: Distiller) -> dict[str, Any]:
 
 def _networks(nets: Nets, names: Mapping[str, Any]) -> dict[str, Any]:
     """Name, class and size of each network; without a name its class stands for it."""
-    sizes = describe(nets)
-    found: dict[str, Any] = {"student": {"name": names.get("student") or sizes["student"]["class"], **sizes["student"]}}
-    for kind in ("teachers", "peers"):
-        given = chain(names.get(kind) or (), repeat(None))
-        found[kind] = [{"name": n or size["class"], **size} for n, size in zip(given, sizes[kind], strict=False)]
-    return found
+
+    def told(net: Net, name: Any) -> dict[str, Any]:
+        kind, parameters = type(net.module).__name__, sum(p.numel() for p in net.module.parameters())
+        return {"name": name or kind, "class": kind, "parameters": parameters}
+
+    several = {"teachers": nets.teachers, "peers": nets.peers[1:]}
+    found = {kind: list(map(told, own, chain(names.get(kind) or (), repeat("")))) for kind, own in several.items()}
+    return {"student": told(nets.student, names.get("student")), **found}
 
 
-def _peak_memory(device: torch.device | None) -> dict[str, Any]:
-    if device is not None:
+def _peak_memory(device: torch.device) -> dict[str, Any]:
+    if device.type == "cuda":
         return {"memory": torch.cuda.max_memory_allocated(device), "memory_kind": "GPU memory, peak"}
     try:
         import resource

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ _FILES, _TENSORS = ("run.json", "history.jsonl"), "analysis.safetensors"
 _KEY = re.compile(r"(?:(eval|train)_)?(?:(peer\d+)-.+_(?=[^_]+$))?(?:distill/)?(.+)")
 _COST = ("runtime", "per_second", "flos", "samples", "steps_per", "grad_norm", "seconds", "memory")
 _RATES = ("lr", "learning_rate")
+_LISTS, _BY_NAME = ("teachers", "peers", "classes", "command", "notes", "pictures"), ("settings", "results", "versions")
 
 
 @dataclass
@@ -35,6 +37,7 @@ class Run:
 
     Attributes:
         info: What was run, results, cost, what was found `before` and `after`, the method's `pictures` (`run.json`).
+            Lists and mappings that were left out are empty here.
         history: One row a log, numbers only (`history.jsonl`).
         arrays: Tensors of the analysis by name (`analysis.safetensors`).
     """
@@ -70,8 +73,7 @@ class Run:
     @property
     def teacher(self) -> str:
         """The teachers' names, or the peers' where there is no teacher; empty without either."""
-        others = self.info.get("teachers") or self.info.get("peers") or []
-        return " + ".join(str(other["name"]) for other in others)
+        return " + ".join(str(other["name"]) for other in self.info["teachers"] or self.info["peers"])
 
     @property
     def other(self) -> str:
@@ -104,8 +106,8 @@ class Run:
         table = self.info.get("stages")
         if not table or len(table["names"]) < 2 or not table["total"]:
             return []
-        ends = [*table["starts"][1:], table["total"]]
-        return [(str(name), a, b) for name, a, b in zip(table["names"], table["starts"], ends, strict=True)]
+        starts = [*table["starts"], table["total"]]
+        return [(str(name), *ends) for name, ends in zip(table["names"], pairwise(starts), strict=True)]
 
     def curves(self, x: str) -> list[tuple[str, str, list[tuple[float, float]]]]:
         """The curves: panel (a loss, a metric, the rate), line ("training", "evaluation", a peer), and points."""
@@ -172,7 +174,9 @@ def load_run(folder: str | Path) -> Run:
     numbers = [{k: x for k, given in row.items() if (x := _number(k, given)) is not None} for row in history]
     with told(f"{tensors} cannot be read", SafetensorError, OSError, remedy="it is damaged: remove it."):
         arrays = load_file(tensors) if tensors.is_file() else {}
-    return Run(folder, info, numbers, {key: x for key, x in arrays.items() if key.partition("/")[0] in info})
+    found = {key: x for key, x in arrays.items() if key.partition("/")[0] in info}
+    empty: dict[str, Any] = {**{key: [] for key in _LISTS}, **{key: {} for key in _BY_NAME}}
+    return Run(folder, empty | {key: x for key, x in info.items() if x or key not in empty}, numbers, found)
 
 
 def _number(key: str, given: Any) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from torch import nn
@@ -22,7 +23,7 @@ from kd_transformers.checks import class_order, task_of
 from kd_transformers.columns import with_padding
 from kd_transformers.compat import on_device, used_columns
 
-__all__ = ["RecordCallback", "UpdateTimer"]
+__all__ = ["RecordCallback", "UpdateTimer", "changed"]
 
 
 class UpdateTimer(TrainerCallback):
@@ -59,7 +60,8 @@ class RecordCallback(UpdateTimer):
         names: What to call the networks: `{"student": ..., "teachers": [...], "peers": [...]}`.
         data: The data set in words.
         teachers: Teachers to compare the student of a plain `Trainer` with.
-        settings: What else the report shows; by default the training arguments that differ from their defaults.
+        settings: What else the report shows, and runs of one experiment agree in, beside the training arguments that
+            differ from their defaults.
         predicts: Whether to ask the networks for their predictions; a script that has asked them gives `finish` what
             they said.
         cached: Whether a cache stands for the teachers whose logits alone are read.
@@ -83,14 +85,17 @@ class RecordCallback(UpdateTimer):
         self.trainer, self.teachers, self.predicts, self.cached = trainer, tuple(teachers), predicts, cached
         self.host, self.names, self.data, self.settings = host, names, data, settings
         self.record: RunRecord | None = None
-        self.stopped = False
         self.results: dict[str, Any] = {}
-        self._began, self._rows = 0.0, 0
+        # A model_init gives a new method for each training.
+        self._distiller: Any = None
+        self._task, self._began, self._rows = "", 0.0, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
         trainer, best = self.trainer, args.metric_for_best_model
+        self._distiller = getattr(trainer, "distiller", None)
+        self._task = getattr(trainer, "task", None) or task_of(trainer.model)
         names = getattr(getattr(trainer.model, "config", None), "id2label", None) or {}
         self.record = RunRecord(
             args.output_dir,
@@ -103,7 +108,7 @@ class RecordCallback(UpdateTimer):
             metric=f"eval_{best.removeprefix('eval_')}" if best else "",
             classes=[str(names[i]) for i in sorted(names)] or None,
             decode=getattr(trainer.processing_class, "convert_ids_to_tokens", None),
-            settings=_changed(args) if self.settings is None else self.settings,
+            settings={**changed(args), "seed": args.seed, **(self.settings or {})},
             resume=state.global_step or None,
             rows=[{"step": row["step"], **row} for row in state.log_history],
         )
@@ -125,7 +130,7 @@ class RecordCallback(UpdateTimer):
             self.results |= {key: value for key, value in logs.items() if key.startswith("eval_")}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.record is not None and not self.stopped:
+        if self.record is not None:
             if args.load_best_model_at_end:
                 # The weights that stay are those of the best evaluation.
                 best = [row for row in state.log_history if row["step"] == state.best_global_step]
@@ -135,9 +140,9 @@ class RecordCallback(UpdateTimer):
 
     def interrupted(self) -> None:
         """Says that the training has not come to its end."""
-        self.stopped = True
         if self.record is not None:
             self.record.finish({}, status="interrupted")
+        self.record = None
 
     def finish(self, results: Mapping[str, Any], found: Mapping[str, Doubts] | None = None, classes: int = 0) -> None:
         """Writes other results than those of the last evaluation in the training.
@@ -154,24 +159,12 @@ class RecordCallback(UpdateTimer):
             shown = predicted_maps(self._nets(), next(self._batches(self._rows or 8)))
             yield from [] if shown is None else [shown]
 
-    @property
-    def _distiller(self) -> Any:
-        return getattr(self.trainer, "distiller", None)
-
-    @property
-    def _task(self) -> str:
-        return getattr(self.trainer, "task", None) or task_of(self.trainer.model)
-
     def _nets(self) -> Nets:
         nets, student = getattr(self.trainer, "_nets", None), self.trainer.model
         if nets is not None:
             # A teacher that the cache stands for is left out, also in the run that fills it.
-            shown = [
-                net
-                for i, net in enumerate(nets.teachers)
-                if not isinstance(net.module, Absent)
-                and not (self.cached and layers_of(self._distiller, i) is not None)
-            ]
+            asked = [net for net in nets.teachers if not self.cached or layers_of(self._distiller, net.number) is None]
+            shown = [net for net in asked if not isinstance(net.module, Absent)]
             return Nets(nets.student, shown, nets.peers[1:])
         orders = [(teacher, class_order(student, teacher)) for teacher in self.teachers]
         taught = [Net(adapt(teacher), Reads, frozen=True, order=order) for teacher, order in orders]
@@ -219,8 +212,9 @@ class RecordCallback(UpdateTimer):
                 return
 
 
-def _changed(args: Any) -> dict[str, Any]:
-    """Training arguments that differ from their defaults, and the seed."""
-    defaults = {name: field.default for name, field in type(args).__dataclass_fields__.items()}
-    given = {k: v for k, v in args.to_dict().items() if k in defaults and v != defaults[k] and v not in (None, "", [])}
-    return {**{k: v for k, v in given.items() if isinstance(v, (str, int, float, bool))}, "seed": args.seed}
+def changed(args: Any) -> dict[str, Any]:
+    """Those of the arguments in a dataclass that differ from their defaults."""
+    # TrainingArguments so leave tokens out.
+    values = args.to_dict() if hasattr(args, "to_dict") else vars(args)
+    given = {f.name: values[f.name] for f in fields(args) if values.get(f.name) not in (f.default, None, "", [])}
+    return {name: value for name, value in given.items() if isinstance(value, (str, int, float, bool))}

@@ -38,7 +38,7 @@ from kd_transformers.checkpoints import RECIPE, Resumable, asked_for, checkpoint
 from kd_transformers.checks import class_order
 from kd_transformers.data import Labels, fingerprint, load_other, load_text
 from kd_transformers.metrics import agreement, build_metrics, default_metrics, ensemble, logits_of
-from kd_transformers.recording import RecordCallback, UpdateTimer
+from kd_transformers.recording import RecordCallback, UpdateTimer, changed
 from kd_transformers.rehearsal import check_best, check_recipe
 from kd_transformers.students import (
     absent_teacher,
@@ -159,6 +159,7 @@ class Session:
                 "peers": distillation.peer,
             },
             data=self.data.source,
+            settings=changed(data) | changed(model),
             teachers=[] if distillation.distill else self.teachers,
             predicts=not training.do_eval,
             cached=distillation.cache_teacher,

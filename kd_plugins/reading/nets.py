@@ -246,16 +246,6 @@ def _drops(module: nn.Module) -> bool:
 _RATE = re.compile("^(?!drop_prob|drop_path|layerdrop).*drop")
 
 
-def describe(nets: Nets) -> dict[str, Any]:
-    """Names and sizes of the networks, for reports and error messages."""
-
-    def about(net: Net) -> dict[str, Any]:
-        return {"class": type(net.module).__name__, "parameters": sum(p.numel() for p in net.module.parameters())}
-
-    student, *peers = map(about, nets.peers)
-    return {"student": student, "teachers": [*map(about, nets.teachers)], "peers": peers}
-
-
 def check_unlike(peers: Sequence[Net]) -> None:
     """Refuses networks that begin as copies and would stay the same; warns where they nearly do.
 

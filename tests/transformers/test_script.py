@@ -110,6 +110,9 @@ def test_the_embedded_data_need_no_flags(run):
     record = load_run(folder)
     assert record.info["status"] == "finished"
     assert record.info["results"]["eval_accuracy"] == results["eval_accuracy"]
+    # Else runs on other rows, or of other inputs, would count as seeds of one experiment.
+    settings = record.info["settings"]
+    assert (settings["max_train_samples"], settings["max_seq_length"], settings["use_cpu"]) == (64, 16, True)
     # The accuracy is that of the folder that was saved.
     rows = docstrings["validation"].select(range(32))
     inputs = tokenizer(list(rows["text"]), truncation=True, max_length=16, padding=True, return_tensors="pt")
