@@ -92,8 +92,8 @@ PARTS = {
         teacher="--student_layers 4 --num_train_epochs 8",
         students={
             "alone": _TEXT,
-            "kd": f"{_TEXT} --distill kd",
-            "internal": f"{_TEXT} --distill internal",
+            "kd": f"{_TEXT} --distill kd --cache_teacher",
+            "internal": f"{_TEXT} --distill internal --cache_teacher",
         },
         results="all_results.json",
         note="Which of 12 packages a paragraph is from. All students begin with one of the teacher's four layers.",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from kd_plugins import Distiller, DistillError, Reads
@@ -18,13 +20,13 @@ from kd_plugins.states import digest, read_json, write_json, write_text
 
 __all__ = [
     "check_twice",
-    "drop_damaged",
     "files_id",
     "layers_of",
+    "making",
     "note_facts",
     "reads_of",
-    "seal_file",
     "temperature_read",
+    "whole",
 ]
 
 logger = logging.getLogger(__name__)
@@ -90,20 +92,30 @@ def note_facts(file: Path, facts: Mapping[str, Any], others: Iterable[Path], sam
     write_json(file, facts, shared=True)
 
 
-def seal_file(file: Path) -> None:
-    """Writes down what a file of a cache is, once it is whole; one that was found whole is left alone."""
-    if not _sum_file(file).is_file():
-        write_text(_sum_file(file), digest(file), shared=True)
+def whole(file: Path) -> bool:
+    """Whether a file of a cache is what was written."""
+    seal = _seal(file)
+    return file.is_file() and seal.is_file() and seal.read_text() == digest(file)
 
 
-def drop_damaged(file: Path) -> None:
-    """Removes a file of a cache that is not what was written."""
-    known = _sum_file(file)
-    if file.is_file() and not (known.is_file() and known.read_text() == digest(file)):
-        logger.warning("%s is damaged or unfinished: its rows are asked for anew.", file)
-        file.unlink()
-    if not file.is_file():
-        known.unlink(missing_ok=True)
+@contextmanager
+def making(file: Path) -> Iterator[bool]:
+    """Lets one process at a time make a file of a cache, and seals it: several runs may share a cache.
+
+    Yields:
+        Whether it is to be made. One that is whole is only read, which needs no right to write.
+    """
+    if whole(file):
+        yield False
+        return
+    with FileLock(file.with_suffix(".lock")):
+        missing = not whole(file)
+        if missing and file.is_file():
+            logger.warning("%s is damaged or unfinished: its rows are asked for anew.", file)
+            file.unlink()
+        yield missing
+        if missing:
+            write_text(_seal(file), digest(file), shared=True)
 
 
 def check_twice(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
@@ -115,5 +127,5 @@ def check_twice(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
         )
 
 
-def _sum_file(file: Path) -> Path:
+def _seal(file: Path) -> Path:
     return file.with_suffix(".sha256")

@@ -29,12 +29,12 @@ from torch.utils.data import Dataset, IterableDataset
 
 from kd_accelerate.cached import (
     check_twice,
-    drop_damaged,
     files_id,
     layers_of,
+    making,
     note_facts,
-    seal_file,
     temperature_read,
+    whole,
 )
 from kd_plugins import Batch, Distiller, DistillError, Net, Reads
 from kd_plugins import functional as KF
@@ -199,15 +199,14 @@ class TeacherCache:
             note_facts(self.folder / "facts.json", self.facts, self.folder.parent.glob("*/facts.json"))
             self._look(replayed)
         accelerator.wait_for_everyone()
-        for file in (kept, *map(self.answers.file, questions)):
-            drop_damaged(file)
-        missing = [question for question in questions if not self.answers.file(question).is_file()]
+        missing = [question for question in questions if not whole(self.answers.file(question))]
+        evaluated = whole(kept)
         # Every process must come here, whoever of them has something to ask.
-        if any(gather_object([bool(missing) or not kept.is_file()])):
-            if missing or not kept.is_file():
+        if any(gather_object([bool(missing) or not evaluated])):
+            if missing or not evaluated:
                 teachers = self._loaded(run, nets, teachers)
                 self._ask(run, nets, replayed, missing)
-                if not kept.is_file():
+                if not evaluated:
                     _save(kept, {"scores": self._ask_evaluation(run, nets, teachers)})
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
@@ -413,9 +412,10 @@ def _views(
 
 
 def _save(file: Path, tensors: dict[str, Tensor]) -> None:
-    with replacing(file, shared=True) as partial:
-        save_file(tensors, partial)
-    seal_file(file)
+    with making(file) as missing:
+        if missing:
+            with replacing(file, shared=True) as partial:
+                save_file(tensors, partial)
 
 
 def _layers(distiller: Distiller, teachers: int) -> list[tuple[str | int, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from kd_accelerate.cached import drop_damaged, layers_of, note_facts, seal_file, temperature_read
+from kd_accelerate.cached import layers_of, making, note_facts, temperature_read
 from kd_plugins import Distiller, DistillError, create_distiller
 from kd_plugins.catalog.values import AtLeastOne, Positive, convert
 from kd_plugins.errors import told as told_in_words
@@ -241,22 +242,18 @@ class _Blocks:
         end = min(start + _BLOCK, len(self.rows))
         name = f"{self.known}-{start}" if self.views is None else f"{self.known}-{view}-{start}"
         file = None if self.folder is None else self.folder / f"teacher-{name}.arrow"
-        if file is not None:
-            drop_damaged(file)
         which = f", view {view}" if self.views else ""
-        made = self.rows.select(range(start, end)).map(
-            partial(self.asking, first=start, view=view),
-            batched=True,
-            with_indices=True,
-            batch_size=16 * self.asking.batch_size,
-            cache_file_name=None if file is None else str(file),
-            new_fingerprint=name,
-            remove_columns=self.rows.column_names,
-            desc=f"Asking the teacher, rows {start} to {end} of {len(self.rows)}{which}",
-        )
-        if file is not None:
-            seal_file(file)
-        return made
+        with nullcontext() if file is None else making(file):
+            return self.rows.select(range(start, end)).map(
+                partial(self.asking, first=start, view=view),
+                batched=True,
+                with_indices=True,
+                batch_size=16 * self.asking.batch_size,
+                cache_file_name=None if file is None else str(file),
+                new_fingerprint=name,
+                remove_columns=self.rows.column_names,
+                desc=f"Asking the teacher, rows {start} to {end} of {len(self.rows)}{which}",
+            )
 
 
 def _hash(*values: Any) -> str:

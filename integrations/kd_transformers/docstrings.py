@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import os
 import re
+import shutil
+import sys
 import sysconfig
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from functools import cache
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, config
 
 from kd_plugins.errors import DistillError
 
@@ -63,14 +66,26 @@ def load_docstrings(packages: int = 12, validation: float = 0.2, root: str | Pat
         Splits `train` and `validation` with the columns `text`, `label` (a `ClassLabel`) and `file`, rows in a fixed
         mixed order.
     """
-    # Each caller gets data sets of its own, which it may change.
-    return _splits(packages, validation, root).with_format(None)
+    if root is not None:
+        return _splits(packages, validation, Path(root))
+    library = Path(sysconfig.get_path("stdlib"))
+    # Reading the library takes seconds: its rows are kept where `datasets` keeps those of the hub.
+    facts = repr((sys.version, library, packages, validation, Path(__file__).read_text(encoding="utf-8")))
+    kept = Path(config.HF_DATASETS_CACHE, f"docstrings-{_digest(facts)[:16]}")
+    if not kept.is_dir():
+        splits = _splits(packages, validation, library)
+        own = kept.with_name(f"{kept.name}.{os.getpid()}")
+        with suppress(OSError):  # a cache that is read-only, or another process that was first
+            splits.save_to_disk(own)
+            own.rename(kept)
+        shutil.rmtree(own, ignore_errors=True)
+        if not kept.is_dir():
+            return splits
+    return DatasetDict.load_from_disk(kept)
 
 
-@cache
-def _splits(packages: int, validation: float, root: str | Path | None) -> DatasetDict:
-    """Reading the library takes seconds; a process does it once."""
-    paragraphs = read_docstrings(Path(root or sysconfig.get_path("stdlib")))
+def _splits(packages: int, validation: float, root: Path) -> DatasetDict:
+    paragraphs = read_docstrings(root)
     counts = Counter(p.package for p in paragraphs)
     files = {name: Counter(p.file for p in paragraphs if p.package == name) for name in counts}
     # Ties are broken by name. A package of one or two files could not be split.

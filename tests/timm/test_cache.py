@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+import threading
 from argparse import Namespace
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from kd_accelerate.cached import note_facts, seal_file
+from kd_accelerate.cached import making, note_facts, whole
 from kd_accelerate.randomness import undisturbed
 from kd_plugins import Batch, DistillError, Net, Reads, create_distiller
 from kd_plugins.states import write_json
@@ -210,8 +211,8 @@ def test_a_process_without_a_block_of_its_own_fills_nothing(teacher, few_digits,
     made = cache.TeacherCache(args, {"mean": (0.5,)}, classes, rows, distillation.make_distiller(args))
     made.folder.mkdir()
     block = made.answers.file((0, 0, 256))
-    save_file({"logits": torch.zeros(256, 1, 10)}, block)
-    seal_file(block)
+    with making(block):
+        save_file({"logits": torch.zeros(256, 1, 10)}, block)
     said = []
     run = SimpleNamespace(
         args=args,
@@ -223,6 +224,28 @@ def test_a_process_without_a_block_of_its_own_fills_nothing(teacher, few_digits,
     )
     made.fill(run, [], [], epochs=1)
     assert "1 views of each image, 40 bytes each" in said[0]
+
+
+def test_a_file_that_another_run_makes_is_waited_for(tmp_path):
+    """A file is not taken for damaged, and removed, while the run that makes it has yet to seal it."""
+    file, began, made = tmp_path / "block", threading.Event(), []
+
+    def other() -> None:
+        began.wait()
+        with making(file) as missing:
+            made.append(missing)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with making(file) as missing:
+        file.write_text("answers")
+        began.set()
+        thread.join(0.2)
+        assert missing
+    thread.join()
+    assert made == [False]
+    assert whole(file)
+    assert file.read_text() == "answers"
 
 
 def test_a_fact_that_has_gone_is_told(tmp_path, caplog):

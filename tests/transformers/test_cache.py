@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -355,6 +357,22 @@ def test_an_interrupted_pass_goes_on_and_a_damaged_file_is_made_anew(rows, monke
     order = torch.tensor([mixed[i]["input_ids"] == rows[j]["input_ids"] for i in range(16) for j in range(16)])
     found = torch.tensor(cache_teacher(mixed, teacher)[TEACHER_LOGITS][:])
     torch.testing.assert_close(found, expected[order.view(16, 16).int().argmax(1)], rtol=1e-5, atol=1e-5)
+
+
+def test_runs_that_share_a_cache_ask_once(rows):
+    """Two that begin at the same time: the second waits for the answers of the first."""
+    first = kit.teacher()
+    teachers, both = [first, copy.deepcopy(first)], threading.Barrier(2)
+
+    def cached(teacher: Any) -> Any:
+        both.wait()
+        return cache_teacher(rows, teacher)[TEACHER_LOGITS][:]
+
+    with kit.calls({"first": teachers[0], "second": teachers[1]}) as count, ThreadPoolExecutor(2) as pool:
+        told = list(pool.map(cached, teachers))
+    assert told[0] == told[1]
+    # The first rows of a pass are asked about twice.
+    assert sorted(count.values()) == [0, 2]
 
 
 def test_each_of_several_processes_asks_about_blocks_of_its_own(rows, monkeypatch):

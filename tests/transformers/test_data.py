@@ -76,8 +76,22 @@ def test_docstrings_are_the_same_every_time(tmp_path):
     for split in ("train", "validation"):
         assert first[split].to_dict() == again[split].to_dict()
         assert len(first[split]) > 0
-    del again["train"]
-    assert "train" in load_docstrings(root=tmp_path / "two")
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_docstrings_are_read_once_where_the_cache_can_keep_them(docstrings, tmp_path, monkeypatch, writable):
+    cache = tmp_path / "cache"
+    if not writable:
+        cache.write_text("a file, below which nothing can be written", encoding="utf-8")
+    monkeypatch.setattr("kd_transformers.docstrings.config.HF_DATASETS_CACHE", cache)
+    first = load_docstrings()
+    if writable:
+        assert [path.name[:11] for path in cache.iterdir()] == ["docstrings-"]
+        monkeypatch.setattr("kd_transformers.docstrings.read_docstrings", lambda root: pytest.fail("read again"))
+        first = load_docstrings()
+    for split in ("train", "validation"):
+        assert first[split].features == docstrings[split].features
+        assert first[split].to_dict() == docstrings[split].to_dict()
 
 
 def test_docstrings_leave_out_tests_doctests_and_what_two_packages_share(tmp_path):
