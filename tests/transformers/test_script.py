@@ -746,3 +746,6 @@ def test_an_ensemble_teaches_and_uncertainty_is_told(run, taught, tmp_path, caps
     )
     missing = [*TINY, *SCRATCH, "--ood_dataset", str(tmp_path / "no.csv"), "--output_dir", str(tmp_path / "o")]
     assert "--ood_dataset" in fails(capsys, missing)
+    (tmp_path / "other.xls").write_text("text")
+    wrong = [*TINY, *SCRATCH, "--ood_dataset", str(tmp_path / "other.xls"), "--output_dir", str(tmp_path / "o")]
+    assert "error: --ood_dataset: expected a file ending in" in fails(capsys, wrong)
