@@ -49,6 +49,9 @@ def from_checkpoint(name: str, labels: Labels, *, fresh_head: bool, **hub: Any) 
         config = AutoConfig.from_pretrained(name, **hub)
     if not fresh_head:
         _check_classes(name, config, labels)
+    # Classes that the checkpoint numbers otherwise than the labels do: the rows of its head follow.
+    numbers = {class_name.lower(): i for i, class_name in enumerate(class_names(config) or ())}
+    order = [numbers.get(class_name.lower(), -1) for class_name in labels.names or ()] if fresh_head else []
     config.update(settings)
     with told(unfit, Exception):
         model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -56,6 +59,9 @@ def from_checkpoint(name: str, labels: Labels, *, fresh_head: bool, **hub: Any) 
         )
     _check_weights(name, info["missing_keys"], fresh_head)
     check_weights({f"The checkpoint {name}": model}, "take weights that were trained to their end.")
+    if order and sorted(order) == list(range(len(numbers))):
+        for parameter in map(model.get_parameter, _head(model, len(order))):
+            parameter.data = parameter.data[order]
     return model
 
 
