@@ -13,8 +13,6 @@ from kd_plugins import Batch, DistillError, Reads
 from kd_plugins.reading.network import Network, adapt
 from kd_transformers.checks import base
 
-__all__ = ["Absent", "AbsentNetwork", "called"]
-
 
 class Absent(nn.Module):
     """A teacher that is not loaded, since what it says is in the data.
@@ -49,9 +47,6 @@ class Absent(nn.Module):
             )
         with undisturbed():
             return self._load().requires_grad_(False).eval()
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.load()(*args, **kwargs)
 
 
 class AbsentNetwork:

@@ -20,35 +20,29 @@ from kd_accelerate.command import explain, flags, given, with_file
 from kd_plugins.catalog.values import AtLeastOne, NonNegative, Positive, Range, Share, convert
 from kd_transformers.docstrings import DOCSTRINGS_DEFAULTS
 
+_COUNT = AtLeastOne, "a whole number, at least 1"
 # What TrainingArguments take, and the training fails at or makes nonsense of.
 _RANGES: dict[str, tuple[Any, str]] = {
-    **{
-        name: (AtLeastOne, "a whole number, at least 1")
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-    },
-    **{
-        name: (Annotated[float, Range(low=0, below=1)], "a number from 0, below 1")
-        for name in ("adam_beta1", "adam_beta2")
-    },
-    **{name: (NonNegative, "a number, at least 0") for name in ("learning_rate", "adam_epsilon", "weight_decay")},
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), _COUNT),
+    "gradient_accumulation_steps": _COUNT,
+    **dict.fromkeys(
+        ("adam_beta1", "adam_beta2"), (Annotated[float, Range(low=0, below=1)], "a number from 0, below 1")
+    ),
+    **dict.fromkeys(("learning_rate", "adam_epsilon", "weight_decay"), (NonNegative, "a number, at least 0")),
     "neftune_noise_alpha": (NonNegative | None, "a number, at least 0"),
-    **{name: (Positive | None, "a number above 0") for name in ("save_steps", "eval_steps", "logging_steps")},
+    **dict.fromkeys(("save_steps", "eval_steps", "logging_steps"), (Positive | None, "a number above 0")),
     "label_smoothing_factor": (Share, "a number from 0 to 1"),
     "seed": (Annotated[int, Range(low=0, high=2**32 - 1)], f"a whole number from 0 to {2**32 - 1}"),
     "dataloader_num_workers": (Annotated[int, Range(low=0)], "a whole number, at least 0"),
 }
+_TEACHER_SHAPE = ("teacher_layers", "teacher_hidden_size", "teacher_heads")
 # Flags that say something of another one.
 _BELONGS = {
     "dataset_config_name": "dataset_name",
     "ood_split": "ood_dataset",
     "model_revision": "model_name_or_path",
-    "distill_args": "distill",
-    "peer": "distill",
-    "teacher_epochs": "train_teacher",
-    "teacher_learning_rate": "train_teacher",
-    "teacher_layers": "train_teacher",
-    "teacher_hidden_size": "train_teacher",
-    "teacher_heads": "train_teacher",
+    **dict.fromkeys(("distill_args", "peer"), "distill"),
+    **dict.fromkeys(("teacher_epochs", "teacher_learning_rate", *_TEACHER_SHAPE), "train_teacher"),
 }
 _DATA_FLAGS = ("task_name", "dataset_name", "train_file", "validation_file")
 
@@ -263,8 +257,7 @@ def _problem(arguments: Arguments, named: set[str]) -> str | None:
     for name in ("batch_eval_metrics", "prediction_loss_only", "eval_do_concat_batches"):
         if getattr(training, name) is not (name == "eval_do_concat_batches"):
             return f"--{name}: the metrics are of all predictions at once: leave it out"
-    shape = ("teacher_layers", "teacher_hidden_size", "teacher_heads")
-    if distillation.teacher and named.intersection(shape):
+    if distillation.teacher and named.intersection(_TEACHER_SHAPE):
         return "--teacher_layers, --teacher_hidden_size and --teacher_heads shape one from scratch: leave out --teacher"
     if model.model_name_or_path and (model.config_name or model.student_init or model.student_layers):
         return "--model_name_or_path is a whole student: leave out --config_name, --student_layers, --student_init"

@@ -1,35 +1,33 @@
-"""Teachers are asked about the rows of a data set, and what they say becomes columns."""
+"""Teachers are asked about rows, as they lie or as a transform shows them; what they say becomes columns."""
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 
 from kd_accelerate.cached import check_twice
+from kd_accelerate.streams import ReplayedDataset
 from kd_plugins import Batch, DistillError, Net, Reads
 from kd_plugins import functional as KF
 from kd_plugins.reading.network import adapt
 from kd_plugins.reading.view import View
 from kd_transformers.absent import Absent
 from kd_transformers.checks import base, inputs_of, scores_tokens
-from kd_transformers.columns import (
-    TEACHER,
-    TEACHER_CLASSES,
-    TEACHER_LOGITS,
-    as_file,
-    is_told,
-    layer_column,
-)
-from kd_transformers.views import Views
+from kd_transformers.columns import TEACHER, TEACHER_CLASSES, TEACHER_LOGITS, as_file, is_told, layer_column
 
-__all__ = ["Asking"]
+_LOOKED_AT = 16
 
 
+@dataclass(eq=False)
 class Asking:
     """Asks teachers about rows; refuses answers that cannot be kept when the first of them come.
 
@@ -45,24 +43,16 @@ class Asking:
         views: The rows as a transform shows them; None where they are as they lie.
     """
 
-    def __init__(
-        self,
-        teachers: Sequence[nn.Module],
-        collate: Callable[[list[Any]], Any],
-        layers: Sequence[tuple[str | int, ...]],
-        *,
-        many: bool,
-        top_k: int | None,
-        temperature: float,
-        batch_size: int,
-        device: torch.device,
-        views: Views | None,
-    ) -> None:
-        self.teachers, self.collate, self.layers, self.many = teachers, collate, layers, many
-        self.top_k, self.temperature, self.batch_size = top_k, temperature, batch_size
-        self.device, self.views = device, views
-        self._taken = set().union(*map(inputs_of, teachers))
-        self._tried_twice = self._tried_alone = False
+    teachers: Sequence[nn.Module]
+    collate: Callable[[list[Any]], Any]
+    layers: Sequence[tuple[str | int, ...]]
+    many: bool
+    top_k: int | None
+    temperature: float
+    batch_size: int
+    device: torch.device
+    views: Views | None
+    _tried_twice = _tried_alone = False
 
     @cached_property
     def nets(self) -> list[Net]:
@@ -84,10 +74,10 @@ class Asking:
         if self.views is None:
             # The others are not read: to decode their images would take long.
             columns = {column: rows[column] for column in rows if self._is_input(column)}
-            shown: Any = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+            items = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         else:
             shown = (self.views.item(first + number, view) for number in numbers)
-        items = [{column: value for column, value in row.items() if self._is_input(column)} for row in shown]
+            items = [{column: value for column, value in row.items() if self._is_input(column)} for row in shown]
         found: dict[str, list[Any]] = defaultdict(list)
         for start in range(0, len(items), self.batch_size):
             for column, values in self._columns(items[start : start + self.batch_size]).items():
@@ -95,7 +85,8 @@ class Asking:
         return dict(found)
 
     def _is_input(self, column: str) -> bool:
-        taken = not self._taken or column in self._taken or column.startswith(TEACHER)
+        names = set().union(*map(inputs_of, self.teachers))
+        taken = not names or column in names or column.startswith(TEACHER)
         return taken and not is_told(column) and not column.startswith("label")
 
     def _columns(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Sequence[Any]]:
@@ -130,9 +121,8 @@ class Asking:
         theirs = {k.removeprefix(TEACHER): v for k, v in inputs.items() if k.startswith(TEACHER)}
         own = {k: v for k, v in inputs.items() if not k.startswith((TEACHER, "label"))}
         batch = Batch.of(own, name=name, teacher_kwargs=theirs).to(self.device)
-        asked = zip(self.nets, self.layers, strict=True)
-        mask = batch.teacher_mask
-        return inputs, [net(batch, reads=Reads(features=names)) for net, names in asked], mask
+        views = [net(batch, reads=Reads(features=names)) for net, names in zip(self.nets, self.layers, strict=True)]
+        return inputs, views, batch.teacher_mask
 
     def _logits(self, said: Sequence[View], mask: Tensor | None) -> list[Tensor]:
         """Those of each row: of a text's tokens without the padding, of several teachers side by side."""
@@ -189,3 +179,46 @@ def _check_padding(padded: Tensor, alone: Tensor) -> None:
             "Expected a teacher that says the same of a text whatever it is padded to, got one that does not (positions"
             " that are counted from padding on the left): pad on the right, or pad all rows to one length."
         )
+
+
+class Views(ReplayedDataset):
+    """Rows that a transform augments, each view with what the teachers say of it, as `cache_teacher` makes them."""
+
+    answers: Sequence[Dataset]
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        view, row = self.view, int(row)
+        return {**self.item(row, view), **self.answers[view][row]}
+
+    @property
+    def column_names(self) -> list[str]:
+        """Those of the rows, and those of the teachers."""
+        return [*self.dataset.column_names, *self.answers[0].column_names]
+
+    @property
+    def info(self) -> Any:
+        """The description, which tells of the teachers."""
+        return self.answers[0].info
+
+    def sample(self) -> str:
+        """Changes with the views of some rows; refuses a transform that cannot be replayed."""
+        looks = [(number * len(self) // _LOOKED_AT, number % self.views) for number in range(_LOOKED_AT)]
+        digests = [hashlib.sha256(b"".join(_bytes(self.item(*look)) for look in looks)).hexdigest() for _ in range(2)]
+        if digests[0] != digests[1]:
+            raise DistillError(
+                "Expected a transform whose random numbers are Python's, NumPy's or torch's, got one that shows another"
+                " view when it is asked for the same: it draws from a generator of its own, so train without a cache."
+            )
+        return digests[0]
+
+
+def _bytes(value: Any) -> bytes:
+    """What a value of a row is made of, so that another one has others."""
+    if isinstance(value, Mapping):
+        return b"".join(str(key).encode() + _bytes(value[key]) for key in sorted(value, key=str))
+    if isinstance(value, (list, tuple)):
+        return b"[" + b",".join(map(_bytes, value)) + b"]"
+    if isinstance(value, Tensor):
+        return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    # Of numbers and words, of arrays and of images of PIL.
+    return np.asarray(value).tobytes()

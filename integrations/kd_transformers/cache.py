@@ -6,29 +6,28 @@ import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import PartialState
+from datasets import Dataset, concatenate_datasets
+from datasets.fingerprint import Hasher
 from torch import nn
+from transformers import default_data_collator
 
 from kd_accelerate.cached import layers_of, making, note_facts, temperature_read
 from kd_plugins import Distiller, DistillError, create_distiller
 from kd_plugins.catalog.values import AtLeastOne, Positive, convert
 from kd_plugins.errors import told as told_in_words
 from kd_transformers.absent import Absent
-from kd_transformers.asking import Asking
+from kd_transformers.asking import Asking, Views
 from kd_transformers.checks import kind_of
-from kd_transformers.columns import TEACHER_LOGITS, Padded, Told, is_told, with_padding
+from kd_transformers.columns import TEACHER_LOGITS, Told, is_told, with_padding
 from kd_transformers.compat import rows_id
 from kd_transformers.playing import listed
 from kd_transformers.told import noted
-from kd_transformers.views import Views
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
 
 _BLOCK = 4096
 _NUMBERS = {
@@ -106,9 +105,6 @@ def cache_teacher(
             anything but scores of rows or of their tokens, two answers to one question, or another answer where a text
             is padded further; `top_k` for a distiller that reads all logits.
     """
-    from datasets import Dataset, concatenate_datasets
-    from transformers import default_data_collator
-
     if not isinstance(dataset, Dataset):
         raise DistillError(
             f"Expected a datasets.Dataset, whose rows are the same in every epoch, got {type(dataset).__name__}:"
@@ -160,14 +156,11 @@ def cache_teacher(
         facts["images"] = replayed.sample()
         with told_in_words("The transform cannot be told from others", Exception, remedy="give a function of a module"):
             # Of a function of a module the name alone would be known.
-            facts["transform"] = _hash(
-                transform, *([inspect.getsource(transform)] if inspect.isfunction(transform) else [])
-            )
-    blocks = _Blocks(plain, asking, facts, views)
+            source = [inspect.getsource(transform)] if inspect.isfunction(transform) else []
+            facts["transform"] = _hash(transform, *source)
     modes = [t.training for t in teachers]
     try:
-        blocks.share()
-        each = [blocks.whole(view) for view in range(views or 1)]
+        each = _Blocks(plain, asking, facts).answers()
     finally:
         for t, training in zip(teachers, modes, strict=True):
             t.train(training)
@@ -210,39 +203,34 @@ class _Blocks:
         rows: The rows, without what teachers have said.
         asking: Asks about them.
         facts: What the answers depend on.
-        views: How many views of each row there are; None where a row has one.
     """
 
-    def __init__(self, rows: Dataset, asking: Asking, facts: Mapping[str, str], views: int | None) -> None:
-        self.rows, self.asking, self.views, self.known = rows, asking, views, _hash(facts)
+    def __init__(self, rows: Dataset, asking: Asking, facts: Mapping[str, str]) -> None:
+        self.rows, self.asking, self.known = rows, asking, _hash(facts)
+        self.starts = range(0, len(rows), _BLOCK)
         self.folder = Path(rows.cache_files[0]["filename"]).parent if rows.cache_files else None
         if self.folder is not None and PartialState().is_main_process:
             file = self.folder / f"teacher-{self.known}.json"
             note_facts(file, facts, self.folder.glob("teacher-*.json"), same=["split"])
 
-    def share(self) -> None:
-        """Lets each process ask about blocks of its own, where it can find those of the others."""
-        processes = PartialState()
+    def answers(self) -> list[Dataset]:
+        """What the teachers say of all rows, view by view.
+
+        Each process asks about blocks of its own, where it can find those of the others.
+        """
+        shown, processes = self.asking.views, PartialState()
+        views = range(1 if shown is None else shown.views)
         if self.folder is not None and processes.num_processes > 1:
-            blocks = [(view, start) for view in range(self.views or 1) for start in self._starts()]
-            for view, start in blocks[processes.process_index :: processes.num_processes]:
-                self._one(view, start)
+            for block in [*product(views, self.starts)][processes.process_index :: processes.num_processes]:
+                self._one(*block)
             processes.wait_for_everyone()
-
-    def whole(self, view: int) -> Dataset:
-        """What the teachers say of all rows in one view."""
-        from datasets import concatenate_datasets
-
-        return concatenate_datasets([self._one(view, start) for start in self._starts()])
-
-    def _starts(self) -> range:
-        return range(0, len(self.rows), _BLOCK)
+        return [concatenate_datasets([self._one(view, start) for start in self.starts]) for view in views]
 
     def _one(self, view: int, start: int) -> Dataset:
         end = min(start + _BLOCK, len(self.rows))
-        name = f"{self.known}-{start}" if self.views is None else f"{self.known}-{view}-{start}"
+        name = f"{self.known}-{start}" if self.asking.views is None else f"{self.known}-{view}-{start}"
         file = None if self.folder is None else self.folder / f"teacher-{name}.arrow"
-        which = f", view {view}" if self.views else ""
+        which = "" if self.asking.views is None else f", view {view}"
         with nullcontext() if file is None else making(file):
             return self.rows.select(range(start, end)).map(
                 partial(self.asking, first=start, view=view),
@@ -257,8 +245,6 @@ class _Blocks:
 
 
 def _hash(*values: Any) -> str:
-    from datasets.fingerprint import Hasher
-
     hasher = Hasher()
     for value in values:
         hasher.update(value)
@@ -267,8 +253,7 @@ def _hash(*values: Any) -> str:
 
 def _facts(dataset: Any, teachers: Sequence[nn.Module], collate: Any) -> dict[str, str]:
     """What the logits depend on, each by a word for it that a user knows."""
-    while isinstance(collate, (Told, Padded)):
-        collate = collate.collate
+    collate = collate.collate if isinstance(collate, Told) else collate
     settings = dict(getattr(collate, "__dict__", {}))
     tokenizer = settings.pop("tokenizer", None)
     return {

@@ -9,9 +9,8 @@ from pathlib import Path
 from torch import nn
 
 from kd_plugins import Distiller, DistillError
+from kd_transformers.absent import called
 from kd_transformers.checks import base
-
-__all__ = ["add_to_card", "check_gain", "section"]
 
 Gain = Mapping[str, Sequence[float]]
 
@@ -52,10 +51,8 @@ def _told(metric: str, mean: float, low: float, high: float) -> str:
 
 
 def _name(network: nn.Module) -> str:
-    module = base(network)
-    path = str(getattr(getattr(module, "config", None), "_name_or_path", "") or "")
+    path, kind = str(getattr(getattr(base(network), "config", None), "_name_or_path", "") or ""), called(network)
     # A folder of this machine means nothing to others.
-    kind = getattr(module, "stands_for", type(module).__name__)
     hub = path and not Path(path).exists() and not Path(path).is_absolute()
     return f"`{path}`, {kind}" if hub else kind
 

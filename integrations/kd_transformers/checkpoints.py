@@ -19,8 +19,6 @@ from kd_transformers.compat import Hooks
 if TYPE_CHECKING:
     from kd_transformers.arguments import Arguments
 
-__all__ = ["RECIPE", "Resumable", "asked_for", "check_same_run", "checkpoints", "find_checkpoint", "identity"]
-
 logger = logging.get_logger(__name__)
 
 # Training arguments that make another run of one seed, learning rate and batch size.

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import NoneType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from kd_plugins import DistillError
 from kd_transformers.checks import base, check_vocabulary, scores_tokens
@@ -105,40 +107,51 @@ def _as_tensor(value: Any) -> Tensor:
 
 
 def with_padding(collate: Any, teachers: Sequence[nn.Module]) -> Any:
-    """A collator that knows the teacher's columns: what teachers have said, and where it is transformers' own the rest.
+    """A collator that knows our columns: row numbers, what teachers have said, and the teacher's own inputs.
 
-    Collators of transformers do not know the teacher's columns, which they get padded.
+    The last go to a collator of the user's, who may know them, and past one of transformers'.
     """
-    if not teachers:
-        return collate
     pads = [getattr(getattr(base(t), "config", None), "pad_token_id", None) for t in teachers]
     pad = next((p for p in pads if p is not None), None)
-    own = getattr(collate, "__module__", "").startswith("transformers.")
-    return Told(Padded(collate, pad) if own else collate, tokens=scores_tokens(teachers))
+    inputs = bool(teachers) and getattr(collate, "__module__", "").startswith("transformers.")
+    return Told(collate, tokens=scores_tokens(teachers), inputs=inputs, pad=pad)
 
 
 class Told:
-    """A collator that carries what teachers have said past another one.
+    """A collator that carries columns of ours past another one.
 
-    What they say of tokens is put where the mask of the batch has a token, whichever side is padded.
+    What teachers have said of tokens is put where the mask of the batch has a token, whichever side is padded. A
+    teacher's input of sequences is padded to its longest row: token ids with the teacher's padding token, everything
+    else (masks, types) with 0.
 
     Args:
         collate: The other one.
         tokens: Whether the teachers have scored tokens.
+        inputs: Whether the teacher's inputs go past it, too.
+        pad: The teacher's padding token, where it has one.
     """
 
-    def __init__(self, collate: Callable[[list[Any]], Any], *, tokens: bool) -> None:
-        self.collate, self.tokens = collate, tokens
+    def __init__(
+        self, collate: Callable[[list[Any]], Any], *, tokens: bool, inputs: bool = False, pad: int | None = None
+    ) -> None:
+        self.collate, self.tokens, self.inputs, self.pad = collate, tokens, inputs, pad
 
     def __call__(self, items: list[Any]) -> Any:
-        names = [name for name in items[0] if is_told(name)] if isinstance(items[0], Mapping) else []
-        if not names:
+        known = items[0] if isinstance(items[0], Mapping) else {}
+        told = [name for name in known if is_told(name) or name == INDEX]
+        # What is no number is left out by transformers' collators.
+        numbers = [name for name, value in known.items() if not isinstance(value, (str, NoneType))]
+        inputs = [name for name in numbers if self.inputs and name.startswith(TEACHER) and name not in told]
+        ours = {*told, *inputs}
+        if not ours:
             return self.collate(items)
-        batch = self.collate([{k: v for k, v in item.items() if k not in names} for item in items])
+        batch = self.collate([{k: v for k, v in item.items() if k not in ours} for item in items])
+        for name, value in self._inputs({name: [_as_tensor(item[name]) for item in items] for name in inputs}).items():
+            batch[name] = value
         mask = batch.get(f"{TEACHER}attention_mask", batch.get("attention_mask"))
-        for name in names:
+        for name in told:
             rows = [_as_tensor(item[name]) for item in items]
-            tokens = rows[0].dim() == 2 if name.startswith(TEACHER_LAYER) else self.tokens
+            tokens = rows[0].dim() == 2 if name.startswith(TEACHER_LAYER) else self.tokens and name != INDEX
             masked = tokens and isinstance(mask, Tensor) and mask.dim() == 2
             fits = masked and mask.sum(1).tolist() == list(map(len, rows))
             if not fits and len({row.shape for row in rows}) > 1:
@@ -150,66 +163,26 @@ class Told:
             if not fits:
                 batch[name] = torch.stack(rows)
                 continue
-            told = torch.cat(rows)
-            batch[name] = told.new_zeros(*mask.shape, *told.shape[1:])
-            batch[name][mask.bool()] = told
+            whole = torch.cat(rows)
+            batch[name] = whole.new_zeros(*mask.shape, *whole.shape[1:])
+            batch[name][mask.bool()] = whole
         return batch
 
-
-class Padded:
-    """A collator of transformers that gets the teacher's own columns padded, of which it knows nothing.
-
-    A column of sequences is padded to its longest row: token ids with the teacher's padding token, everything else
-    (masks, types) with 0.
-
-    Args:
-        collate: The collator.
-        pad: The teacher's padding token, where it has one.
-    """
-
-    def __init__(self, collate: Callable[[list[Any]], Any], pad: int | None) -> None:
-        self.collate, self.pad = collate, pad
-
-    def __call__(self, items: list[Any]) -> Any:
+    def _inputs(self, columns: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+        """The teacher's inputs of a batch, with a mask of its tokens where they were padded without one."""
         ids, mask = f"{TEACHER}input_ids", f"{TEACHER}attention_mask"
-        own = [name for name in items[0] if name.startswith(TEACHER)] if isinstance(items[0], Mapping) else []
-        ragged = [name for name in own if len({_length(item[name]) for item in items}) > 1]
-        if not ragged:
-            return self.collate(items)
-        rows = [{**item, **{name: torch.as_tensor(item[name]).tolist() for name in ragged}} for item in items]
-        if ids in ragged and self.pad is None:
-            raise DistillError(
-                f"Expected a teacher whose configuration has a pad_token_id, to pad the column {ids} with: set"
-                " teacher.config.pad_token_id, or give a data_collator that pads it."
-            )
-        if ids in ragged and mask not in own:
-            ragged.append(mask)
-            for row in rows:
-                row[mask] = [1] * len(row[ids])
-        for name in ragged:
-            longest, fill = max(len(row[name]) for row in rows), self.pad if name == ids else 0
-            for row in rows:
-                row[name] = row[name] + [fill] * (longest - len(row[name]))
-        return self.collate(rows)
-
-
-def _length(value: Any) -> int:
-    """Of a sequence of numbers; 0 for anything else."""
-    if isinstance(value, (list, tuple)):
-        return 0 if value and isinstance(value[0], (list, tuple)) else len(value)
-    return len(value) if getattr(value, "ndim", 0) == 1 else 0
-
-
-class Indexed:
-    """A collator that carries row numbers past another one."""
-
-    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
-        self.collate = collate
-
-    def __call__(self, items: list[Any]) -> Any:
-        index = torch.tensor([item[INDEX] for item in items])
-        batch = self.collate([{k: v for k, v in item.items() if k != INDEX} for item in items])
-        return {**batch, INDEX: index}
+        if len(set(map(len, columns.get(ids, ())))) > 1:
+            if self.pad is None:
+                raise DistillError(
+                    f"Expected a teacher whose configuration has a pad_token_id, to pad the column {ids} with: set"
+                    " teacher.config.pad_token_id, or give a data_collator that pads it."
+                )
+            columns = {mask: list(map(torch.ones_like, columns[ids])), **columns}
+        fill = {ids: self.pad or 0}
+        return {
+            name: torch.stack(rows) if rows[0].dim() != 1 else pad_sequence(rows, True, fill.get(name, 0))
+            for name, rows in columns.items()
+        }
 
 
 def with_index(item: Any, row: int) -> Any:

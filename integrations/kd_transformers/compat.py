@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PretrainedConfig, Trainer
@@ -23,25 +24,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.training_args import ParallelMode
 
 from kd_plugins.errors import DistillError
-
-__all__ = [
-    "ALWAYS_DIVIDES",
-    "Hooks",
-    "attention_name",
-    "averages",
-    "chosen_attention",
-    "chosen_mask",
-    "commit_of",
-    "frames_of",
-    "hears",
-    "is_reentrant",
-    "on_device",
-    "rates_are",
-    "rows_id",
-    "shifted",
-    "tapped",
-    "used_columns",
-]
 
 # Before 5.19 Trainer takes every compute_loss_func for one that counts the accumulated items itself.
 ALWAYS_DIVIDES = hasattr(Trainer, "loss_is_scaled_for_ga")
@@ -165,17 +147,14 @@ class Hooks(Trainer):
             found.update({k.removeprefix(_OPTION): v for k, v in params.items() if k.startswith(_OPTION)})
             return {k: v for k, v in params.items() if not k.startswith(_OPTION)}
 
-        if isinstance(trial, dict):
-            super()._hp_search_setup(without_ours(trial))
-        else:
-            space = getattr(self, "hp_space", None)
+        space = getattr(self, "hp_space", None)
+        if space is not None:
+            self.hp_space = lambda trial: without_ours(space(trial))
+        try:
+            super()._hp_search_setup(without_ours(trial) if isinstance(trial, dict) else trial)
+        finally:
             if space is not None:
-                self.hp_space = lambda trial: without_ours(space(trial))
-            try:
-                super()._hp_search_setup(trial)
-            finally:
-                if space is not None:
-                    self.hp_space = space
+                self.hp_space = space
         if found:
             self.search_options(found)
 
@@ -254,8 +233,6 @@ def on_device(trainer: Trainer, inputs: Any) -> Mapping[str, Any]:
 
 def used_columns(trainer: Trainer, dataset: Any, collate: Any, description: str) -> tuple[Any, Any]:
     """A data set and its collator without the columns that nothing takes."""
-    from datasets import Dataset
-
     if isinstance(dataset, Dataset):
         return trainer._remove_unused_columns(dataset, description=description), collate
     return dataset, trainer._get_collator_with_removed_columns(collate, description=description)

@@ -17,8 +17,10 @@ from kd_transformers.docstrings import load_docstrings
 
 _GLUE = "nyu-mll/glue"
 _EXTENSIONS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-_PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"))
-_TEXTS = ("sentence", "text", "content", "review")
+_TEXTS = (
+    *(("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence")),
+    *(("sentence",), ("text",), ("content",), ("review",)),
+)
 _LABELS = ("label", "labels", "target", "class", "score")
 
 
@@ -134,13 +136,12 @@ def load_other(args: DataArguments, tokenizer: Any, length: int, **hub: Any) -> 
     name = args.ood_dataset
     if name is None:
         return None
-    try:
-        raw = _read_files({args.ood_split: name}, hub) if Path(name).is_file() else datasets.load_dataset(name, **hub)
-    except DistillError as error:
-        raise DistillError(f"--ood_dataset: {error}") from error
-    except Exception as error:
+    if Path(name).is_file():
+        raw = _read_files("--ood_dataset", {args.ood_split: name}, hub)
+    else:
         # The loader raises errors of many libraries; each means that the data is not to be had.
-        raise DistillError(f"--ood_dataset {name} cannot be loaded ({type(error).__name__}: {error}).") from error
+        with told(f"--ood_dataset {name} cannot be loaded", Exception, remedy="check the name and the network."):
+            raw = datasets.load_dataset(name, **hub)
     rows = _rows(raw, args.ood_split, "Name one of them with --ood_split.")
     named = args.text_column in rows.column_names
     columns = _text_columns(args if named else DataArguments(label_column=args.label_column), rows)
@@ -165,7 +166,7 @@ def fingerprint(data: TextData) -> str:
 def _read(args: DataArguments, hub: Mapping[str, Any]) -> tuple[Any, str]:
     if args.train_file:
         files = {"train": args.train_file, "validation": args.validation_file}
-        return _read_files({split: path for split, path in files.items() if path}, hub), args.train_file
+        return _read_files("--{}_file", {split: path for split, path in files.items() if path}, hub), args.train_file
     if not (args.task_name or args.dataset_name):
         return load_docstrings(), "docstrings of Python's standard library"
     name, config = (_GLUE, args.task_name) if args.task_name else (args.dataset_name, args.dataset_config_name)
@@ -176,19 +177,20 @@ def _read(args: DataArguments, hub: Mapping[str, Any]) -> tuple[Any, str]:
         return datasets.load_dataset(name, config, **hub), source
 
 
-def _read_files(files: Mapping[str, str], hub: Mapping[str, Any]) -> DatasetDict:
+def _read_files(flag: str, files: Mapping[str, str], hub: Mapping[str, Any]) -> DatasetDict:
+    """The files of splits; `flag` names a file to the user, by its split."""
     splits = {}
     for split, path in files.items():
-        kind = _EXTENSIONS.get(Path(path).suffix.lower())
+        kind, flag_of = _EXTENSIONS.get(Path(path).suffix.lower()), flag.format(split)
         if kind is None:
-            raise DistillError(f"--{split}_file: expected a file ending in {', '.join(_EXTENSIONS)}, got {path}.")
+            raise DistillError(f"{flag_of}: expected a file ending in {', '.join(_EXTENSIONS)}, got {path}.")
         if not Path(path).is_file():
-            raise DistillError(f"--{split}_file: there is no file {path}.")
+            raise DistillError(f"{flag_of}: there is no file {path}.")
         options = {"sep": "\t"} if path.lower().endswith(".tsv") else {}
         try:
             loaded = datasets.load_dataset(kind, data_files={split: path}, cache_dir=hub.get("cache_dir"), **options)
         except Exception as error:
-            raise DistillError(f"--{split}_file {path} cannot be read: {error.__cause__ or error}") from error
+            raise DistillError(f"{flag_of} {path} cannot be read: {error.__cause__ or error}") from error
         splits[split] = loaded[split]
     return DatasetDict(splits)
 
@@ -222,12 +224,9 @@ def _text_columns(args: DataArguments, train: Dataset) -> tuple[str, ...]:
         if not args.text_column:
             raise DistillError("--text_pair_column is a second text: give --text_column, the first, too.")
         return tuple(name for name in (args.text_column, args.text_pair_column) if name)
-    for pair in _PAIRS:
-        if set(pair) <= set(names):
-            return pair
-    for name in _TEXTS:
-        if name in names:
-            return (name,)
+    for known in _TEXTS:
+        if set(known) <= set(names):
+            return known
     label = args.label_column or next((name for name in _LABELS if name in names), None)
     texts = [n for n in names if n != label and getattr(train.features[n], "dtype", "") in ("string", "large_string")]
     if len(texts) == 1:
@@ -261,7 +260,7 @@ def read_labels(train: Dataset, column: str) -> Labels:
     if inner is not None:
         return _multi_label(inner, values)
     if isinstance(feature, datasets.ClassLabel):
-        return _single_label(tuple(feature.names), range(len(feature.names)))
+        return _classes("single_label_classification", tuple(feature.names), range(len(feature.names)))
     kind = getattr(feature, "dtype", "")
     if kind.startswith(("float", "double")):
         return Labels("regression", None, 1, float)
@@ -269,47 +268,39 @@ def read_labels(train: Dataset, column: str) -> Labels:
     if len(classes) < 2:
         raise DistillError(f"Expected two classes or more in {column}, got {classes}.")
     numbered = kind.startswith(("int", "uint", "bool")) and [int(c) for c in classes] == list(range(len(classes)))
-    return _single_label(None if numbered else tuple(str(c) for c in classes), classes)
-
-
-def _single_label(names: tuple[str, ...] | None, classes: Sequence[Any]) -> Labels:
-    numbers = {value: i for i, value in enumerate(classes)}
-
-    def encode(value: Any) -> int:
-        if value not in numbers:
-            raise DistillError(f"Expected a label of the training split, {_few(numbers)}, got {value!r}: drop the row.")
-        return numbers[value]
-
-    return Labels("single_label_classification", names, len(numbers), encode)
+    return _classes("single_label_classification", None if numbered else tuple(map(str, classes)), classes)
 
 
 def _multi_label(inner: Any, values: Sequence[Sequence[Any]]) -> Labels:
     widths = {len(value) for value in values}
     members = sorted({item for value in values for item in value})
-    names: tuple[str, ...] | None
     if isinstance(inner, datasets.ClassLabel):
         names, classes = tuple(inner.names), list(range(len(inner.names)))
     elif len(widths) == 1 and widths != {1} and set(members) <= {0, 1}:
         (width,) = widths
         return Labels("multi_label_classification", None, width, lambda value: [float(item) for item in value])
     else:
-        names, classes = tuple(str(member) for member in members), members
-    places = {value: i for i, value in enumerate(classes)}
-    if len(places) < 2:
+        names, classes = tuple(map(str, members)), members
+    if len(classes) < 2:
         raise DistillError(f"Expected lists of two classes or more, got {classes}.")
-
-    def encode(value: Sequence[Any]) -> list[float]:
-        unknown = [item for item in value if item not in places]
-        if unknown:
-            raise DistillError(f"Expected labels of the training split, {_few(places)}, got {unknown[0]!r}.")
-        return [float(item in value) for item in classes]
-
-    return Labels("multi_label_classification", names, len(places), encode)
+    return _classes("multi_label_classification", names, classes)
 
 
-def _few(values: Mapping[Any, Any]) -> str:
-    shown = ", ".join(repr(value) for value in list(values)[:8])
-    return shown + (", ..." if len(values) > 8 else "")
+def _classes(problem: str, names: tuple[str, ...] | None, classes: Sequence[Any]) -> Labels:
+    """Labels that are of these classes, one of them or several."""
+    numbers = {value: i for i, value in enumerate(classes)}
+    few = ", ".join(map(repr, classes[:8])) + (", ..." if len(classes) > 8 else "")
+
+    def number(value: Any) -> int:
+        if value not in numbers:
+            raise DistillError(f"Expected a label of the training split, {few}, got {value!r}: drop the row.")
+        return numbers[value]
+
+    def several(values: Sequence[Any]) -> list[float]:
+        held = set(map(number, values))
+        return [float(i in held) for i in range(len(numbers))]
+
+    return Labels(problem, names, len(numbers), several if problem == "multi_label_classification" else number)
 
 
 def _check_rows(data: TextData, name: str, split: Dataset) -> None:

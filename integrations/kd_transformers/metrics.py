@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -160,3 +160,29 @@ def _local(name: str, average: str, truth: Any, guess: Any) -> dict[str, float]:
     if guess.dtype.kind == "f":
         truth, guess = truth.astype(np.float64), guess.astype(np.float64)
     return {name: float(_LOCAL[name](truth, guess, average))}
+
+
+def check_best(
+    metric: str | None, measure: Callable[[EvalPrediction], Mapping[str, Any]], labels: Sequence[Any], classes: int
+) -> None:
+    """Refuses a metric for the best model that no evaluation will measure.
+
+    Args:
+        metric: Its name; the loss without one.
+        measure: Trainer's `compute_metrics`.
+        labels: Of a few rows.
+        classes: Number of classes.
+    """
+    scores = np.random.default_rng(0).normal(size=(len(labels), classes))
+    measured = {"loss", "runtime", "samples_per_second", "steps_per_second"}
+    try:
+        measured |= set(measure(EvalPrediction(predictions=scores, label_ids=np.asarray(labels))))
+    except Exception as error:  # noqa: BLE001
+        logger.warning(f"What the metrics are called cannot be told from eight rows: {error}")
+        return
+    best = str(metric or "loss").removeprefix("eval_")
+    if best not in measured:
+        raise DistillError(
+            f"--metric_for_best_model {best} is not measured, which are {', '.join(sorted(measured))}: name one, or add"
+            " --metric."
+        )

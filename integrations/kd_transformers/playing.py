@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from transformers import TrainerCallback
 
 from kd_accelerate.streams import ReplayedDataset, StagedDataset
 from kd_plugins import Batch, DistillError, Net, View, binding
-from kd_transformers.inputs import with_labels
+from kd_transformers.network import with_labels
+from kd_transformers.schedule import refresh
 
 
 def divides(one: Tensor, two: Tensor, gather: Callable[[Tensor], Tensor] = lambda seen: seen) -> bool | None:
@@ -59,10 +61,8 @@ class Trained(Net):
             return None
         self.module.eval()
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            return self.trainer.host_loss(self.module, self._with_labels(inputs, batch.labels), items)[0]
-
-    def _with_labels(self, inputs: Mapping[str, Any], labels: Any) -> dict[str, Any]:
-        return with_labels(self.module, inputs, labels, self.trainer._label)
+            labelled = with_labels(self.module, inputs, batch.labels, self.trainer._label)
+            return self.trainer.host_loss(self.module, labelled, items)[0]
 
     def _call(self, **inputs: Any) -> Any:
         trainer, labels = self.trainer, self._batch.labels if self._asks_loss else None
@@ -78,7 +78,7 @@ class Trained(Net):
         trainer = self.trainer
         if labels is None and not any(name in inputs for name in trainer.label_names):
             return model(**inputs)
-        inputs = self._with_labels(inputs, labels)
+        inputs = with_labels(self.module, inputs, labels, trainer._label)
         # Another stream's batch is no part of the accumulated one, whose items were counted.
         whole = not trainer._drawn or bool(self._batch.streams)
         items = (trainer._items if whole else trainer.count_items(inputs)) if self.counts else None
@@ -98,7 +98,10 @@ class Trained(Net):
 
 
 class Updates(TrainerCallback):
-    """Steps the distiller's own parts with the student's optimizer, and tells it of the end of an epoch."""
+    """Steps the distiller's own parts with the student's optimizer, and tells it of the end of an epoch.
+
+    Where there are steps, there is a player.
+    """
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
@@ -113,35 +116,35 @@ class Updates(TrainerCallback):
             rows.set_epoch(int(state.epoch or 0))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.before_update()
+        if not self.trainer._played:
+            raise DistillError(
+                f"{type(self.trainer).__name__}.training_step hides the distillation: call super().training_step in it,"
+                " or override compute_loss."
+            )
+        self.trainer._played = False
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.player is not None:
-            self.trainer.player.after_update()
+        self.trainer.player.after_update()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Here, and not in on_epoch_end, which follows the checkpoint of an epoch's last step.
-        if state.global_step % self.trainer._epoch_steps == 0:
-            self.trainer.end_epoch(state.epoch)
+        # Here, and not in on_epoch_end, which follows the checkpoint of an epoch's last step. Where the method says
+        # that its stage is done, the next one begins with its own learning rate.
+        if state.global_step % self.trainer._epoch_steps == 0 and self.trainer.player.end_epoch(state.epoch):
+            refresh(self.trainer.lr_scheduler)
         if control.should_evaluate or control.should_save:
-            self.average_buffers()
+            self.trainer.player.average_buffers()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.average_buffers()
-
-    def average_buffers(self) -> None:
         if self.trainer.player is not None:
             self.trainer.player.average_buffers()
 
 
-def listed(kind: str, given: Any) -> list[nn.Module]:
-    """The teachers, or the peers; refuses what is none."""
-    return binding.listed(
-        kind,
-        given,
-        "load it first, with the from_pretrained of the class that fits the task, such as"
-        " AutoModelForSequenceClassification",
-    )
+# The teachers, or the peers; refuses what is none.
+listed = partial(
+    binding.listed,
+    remedy="load it first, with the from_pretrained of the class that fits the task, such as"
+    " AutoModelForSequenceClassification",
+)
 
 
 def ignored_label(config: Any) -> int:

@@ -1,4 +1,4 @@
-"""A learning-rate curve for each stage of a distillation."""
+"""Learning-rate curves: one for each stage of a distillation, and whether there can be the one that is asked for."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainingArguments, get_scheduler
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.utils import is_liger_kernel_available
 
-from kd_plugins import DistillError
+from kd_plugins.errors import DistillError, told
 from kd_plugins.stages import StageTable
 from kd_transformers.compat import rates_are
+
+# Those that take any parameters; others ask for a model, or packages of their own.
+_PLAIN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
 
 
 def staged_scheduler(args: TrainingArguments, optimizer: Any, table: StageTable) -> LambdaLR:
@@ -55,3 +59,21 @@ def refresh(scheduler: Any) -> None:
         for group, rate, curve in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
             group["lr"] = rate * curve(scheduler.last_epoch)
         rates_are(scheduler, [group["lr"] for group in groups])
+
+
+def check_recipe(training: TrainingArguments) -> None:
+    """Makes optimizer and schedule of one parameter, so that what is wrong with them is said before any training."""
+    if training.use_liger_kernel and not is_liger_kernel_available():
+        raise DistillError("--use_liger_kernel needs a package that is not here: pip install liger-kernel.")
+    with told("Optimizer and schedule cannot be made with these arguments", Exception):
+        made: torch.optim.Optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=training.learning_rate)
+        if training.optim in _PLAIN_OPTIMIZERS:
+            cls, options = Trainer.get_optimizer_cls_and_kwargs(training)
+            made = cls([torch.nn.Parameter(torch.zeros(1))], **options)
+        get_scheduler(
+            training.lr_scheduler_type,
+            made,
+            num_warmup_steps=training.get_warmup_steps(10),
+            num_training_steps=10,
+            scheduler_specific_kwargs=training.lr_scheduler_kwargs,
+        )

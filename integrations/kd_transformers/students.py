@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertTokenizer
+from transformers.modeling_utils import load_state_dict
 from transformers.utils import logging
 
 from kd_accelerate.cached import files_id
@@ -48,6 +49,9 @@ def from_checkpoint(name: str, labels: Labels, *, fresh_head: bool, **hub: Any) 
         config = AutoConfig.from_pretrained(name, **hub)
     if not fresh_head:
         _check_classes(name, config, labels)
+    # Classes that the checkpoint numbers otherwise than the labels do: the rows of its head follow.
+    numbers = {class_name.lower(): i for i, class_name in enumerate(class_names(config) or ())}
+    order = [numbers.get(class_name.lower(), -1) for class_name in labels.names or ()] if fresh_head else []
     config.update(settings)
     with told(unfit, Exception):
         model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -55,6 +59,9 @@ def from_checkpoint(name: str, labels: Labels, *, fresh_head: bool, **hub: Any) 
         )
     _check_weights(name, info["missing_keys"], fresh_head)
     check_weights({f"The checkpoint {name}": model}, "take weights that were trained to their end.")
+    if order and sorted(order) == list(range(len(numbers))):
+        for parameter in map(model.get_parameter, _head(model, len(order))):
+            parameter.data = parameter.data[order]
     return model
 
 
@@ -67,14 +74,11 @@ def load_teacher(name: str, checkpoint: str | None, labels: Labels, **hub: Any) 
         labels: What it classifies.
         hub: Options of `from_pretrained`.
     """
-    if not checkpoint:
-        return from_checkpoint(name, labels, fresh_head=False, **hub)
-    folder = Path(checkpoint)
-    if (folder / "config.json").is_file():
-        return from_checkpoint(checkpoint, labels, fresh_head=False, **{**hub, "revision": "main"})
+    if not checkpoint or (Path(checkpoint) / "config.json").is_file():
+        return from_checkpoint(checkpoint or name, labels, fresh_head=False, **hub)
     model = from_configuration(name, labels, hub)
     with told(f"The weights {checkpoint} do not fit the teacher {name}", Exception):
-        outcome = model.load_state_dict(_read_weights(folder), strict=False)
+        outcome = model.load_state_dict(_read_weights(Path(checkpoint)), strict=False)
     _check_weights(checkpoint, set(outcome.missing_keys), False)
     return model.eval()
 
@@ -114,15 +118,7 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
         raise DistillError(f"--teacher-checkpoint: there are no weights at {path}.")
-    weights: dict[str, torch.Tensor] = {}
-    for file in files:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            weights |= load_file(file)
-        else:
-            weights |= torch.load(file, map_location="cpu", weights_only=True)
-    return weights
+    return {name: weight for file in files for name, weight in load_state_dict(str(file)).items()}
 
 
 def _check_weights(name: str, missing: Any, fresh_head: bool) -> None:

@@ -6,10 +6,11 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 
 from kd_accelerate.cached import layers_of
@@ -19,19 +20,6 @@ from kd_plugins.reading.view import TopK, View
 from kd_transformers.absent import Absent, called
 from kd_transformers.checks import base, class_names, counted_as, kind_of
 from kd_transformers.columns import TEACHER_CLASSES, TEACHER_LOGITS
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-__all__ = [
-    "absent_teachers",
-    "cached_logits",
-    "check_told",
-    "loaded_where_read",
-    "noted",
-    "temperature_of",
-    "told_by",
-]
 
 _NOTE = f"{TEACHER_LOGITS}: "
 
@@ -116,22 +104,24 @@ def check_cache(cached: View, asked: View, mask: Tensor | None) -> None:
     told = cached.logits if top is None else top.scores
     if top is not None and told.shape[:-1] == logits.shape[:-1]:
         logits = KF.merge_rest(logits, top.classes, top.temperature)
-    layers = [(x, cached.features[name]) for name, x in asked.features.items()]
-    if mask is not None:
-        layers = [(x * mask[..., None] if x.dim() == 3 and x.shape[:2] == mask.shape else x, y) for x, y in layers]
-    if not all(x.shape == y.shape and torch.allclose(x.float(), y.float(), rtol=2e-2, atol=2e-2) for x, y in layers):
+    if not all(_alike(cached.features[name], x, mask) for name, x in asked.features.items()):
         raise DistillError(
             "The columns of the teacher's layers are not what teacher_model gives of these rows: make them anew with"
             " cache_teacher(dataset, teacher, distiller=...), or remove them."
         )
-    same = told.shape == logits.shape
-    if same and mask is not None and told.shape[:2] == mask.shape and told.dim() == 3:
-        told, logits = told[mask.bool()], logits[mask.bool()]
-    if not same or not torch.allclose(told.float(), logits.float(), rtol=2e-2, atol=2e-2):
+    if not _alike(told, logits, mask):
         raise DistillError(
             f"The column {TEACHER_LOGITS} is not what teacher_model says of these rows: make it anew with"
             " cache_teacher(dataset, teacher), or remove the column."
         )
+
+
+def _alike(told: Tensor, asked: Tensor, mask: Tensor | None) -> bool:
+    if told.shape != asked.shape:
+        return False
+    if mask is not None and told.dim() == 3 and told.shape[:2] == mask.shape:
+        told, asked = told[mask.bool()], asked[mask.bool()]
+    return torch.allclose(told.float(), asked.float(), rtol=2e-2, atol=2e-2)
 
 
 def told_by(dataset: Any, logits: Tensor | None, classes: Tensor | None, *, tokens: bool) -> Any:

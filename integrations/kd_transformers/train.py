@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -30,36 +31,26 @@ from kd_plugins.states import MANIFEST, damage, read_json, seal, write_json
 from kd_report import page_hint
 from kd_report.measures import decisions
 from kd_report.uncertainty import Answers, Doubts, dirichlet_offset, uncertainty_metrics
-from kd_transformers import DistillationTrainer
+from kd_transformers import DistillationTrainer, students
 from kd_transformers.absent import Absent, called
 from kd_transformers.arguments import Arguments, parse_args
 from kd_transformers.cache import cache_teacher
 from kd_transformers.checkpoints import RECIPE, Resumable, asked_for, checkpoints, identity
 from kd_transformers.checks import class_order
 from kd_transformers.data import Labels, fingerprint, load_other, load_text
-from kd_transformers.metrics import agreement, build_metrics, default_metrics, ensemble, logits_of
+from kd_transformers.metrics import agreement, build_metrics, check_best, default_metrics, ensemble, logits_of
 from kd_transformers.recording import RecordCallback, UpdateTimer, changed
-from kd_transformers.rehearsal import check_best, check_recipe
-from kd_transformers.students import (
-    absent_teacher,
-    check_length,
-    check_tokenizers,
-    copy_layers,
-    from_checkpoint,
-    from_configuration,
-    from_scratch,
-    in_order_of,
-    load_teacher,
-    load_tokenizer,
-    match_names,
-    shrink,
-)
+from kd_transformers.schedule import check_recipe
 from kd_transformers.told import cached_logits
 from kd_transformers.wordpiece import train_tokenizer
 
 logger = logging.get_logger(__name__)
 
 _RECORD, _RESULTS = "teacher.json", "all_results.json"
+# Of a `Trainer` for teachers, which has no evaluation set and refuses a schedule of evaluations.
+_ALONE: dict[str, Any] = {
+    **{"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "push_to_hub": False},
+}
 _TASKS = {
     "single_label_classification": "classification",
     "multi_label_classification": "multilabel",
@@ -122,7 +113,7 @@ class Session:
         self.tokenizer = self._tokenizer()
         self.teachers = self._teachers()
         self.student = self._student()
-        self.peers = [self._peer(name) for name in distillation.peer]
+        self.peers = [self._checkpoint(name) for name in distillation.peer]
         networks = [self.student, *self.teachers, *self.peers]
         for network in networks:
             size = getattr(network.config, "vocab_size", None)
@@ -131,7 +122,7 @@ class Session:
                     f"The tokenizer has {len(self.tokenizer)} tokens and {called(network)} reads {size}: use the"
                     " tokenizer that belongs to it."
                 )
-        length = min(check_length(network, data.max_seq_length, self.tokenizer) for network in networks)
+        length = min(students.check_length(network, data.max_seq_length, self.tokenizer) for network in networks)
         if length < data.max_seq_length:
             logger.warning(f"--max_seq_length {data.max_seq_length}: the networks read {length} tokens at most.")
         with training.main_process_first(desc="tokenizing"):
@@ -150,14 +141,11 @@ class Session:
             self.trainer = self._trainer()
         self.trainer.facts = {"arguments": self._fingerprint} if training.do_train else {}
         self.trainer.allow_nonfinite = self.arguments.model.allow_nonfinite
+        shown = {"student": _name(self.student), "teachers": [*map(_name, self.teachers)], "peers": distillation.peer}
         self.recorder = RecordCallback(
             self.trainer,
             host="kd-transformers-train",
-            names={
-                "student": _name(self.student),
-                "teachers": [_name(t) for t in self.teachers],
-                "peers": distillation.peer,
-            },
+            names=shown,
             data=self.data.source,
             settings=changed(data) | changed(model),
             teachers=[] if distillation.distill else self.teachers,
@@ -225,7 +213,7 @@ class Session:
         """Rows with what the teachers say; a teacher is loaded where some have to be asked for."""
         training, teachers = self.arguments.training, self.teachers
         if self.trains_teacher:
-            teachers = [absent_teacher(str(self.teacher_folder), None, self.labels)]
+            teachers = [students.absent_teacher(str(self.teacher_folder), None, self.labels)]
         return cache_teacher(
             rows,
             teachers if len(teachers) > 1 else teachers[0],
@@ -277,26 +265,23 @@ class Session:
                     f"--vocab_size is of a tokenizer trained on the data, and {first} has one: it is left out."
                 )
             revision = {"revision": model.model_revision} if first == model.model_name_or_path else {}
-            tokenizer = load_tokenizer(first, **self.hub, **revision)
-        others = {name: load_tokenizer(path, **self.hub) for name, path in named.items() if path != first}
-        check_tokenizers(tokenizer, others)
+            tokenizer = students.load_tokenizer(first, **self.hub, **revision)
+        others = {name: students.load_tokenizer(path, **self.hub) for name, path in named.items() if path != first}
+        students.check_tokenizers(tokenizer, others)
         return tokenizer
 
     def _teachers(self) -> list[Any]:
-        _, _, distillation, training = self.arguments
-        load: Any = absent_teacher if distillation.cache_teacher else load_teacher
-        if distillation.train_teacher and not self.trains_teacher:
-            teachers = [load(str(self.teacher_folder), None, self.labels)]
-        elif distillation.train_teacher and distillation.teacher:
-            return [from_checkpoint(distillation.teacher[0], self.labels, fresh_head=True, **self._float)]
-        elif distillation.train_teacher:
-            set_seed(training.seed)
+        given = self.arguments.distillation
+        if self.trains_teacher and given.teacher:
+            return [self._checkpoint(given.teacher[0])]
+        if self.trains_teacher:
+            set_seed(self.arguments.training.seed)
             return [self._bert(*self._teacher_size)]
-        else:
-            checkpoints = [*distillation.teacher_checkpoint, *[""] * len(distillation.teacher)]
-            pairs = zip(distillation.teacher, checkpoints, strict=False)
-            teachers = [load(name, weights, self.labels, **self.hub) for name, weights in pairs]
-        self.labels = match_names(self.labels, teachers)
+        load: Any = students.absent_teacher if given.cache_teacher else students.load_teacher
+        names = [str(self.teacher_folder)] if given.train_teacher else given.teacher
+        pairs = zip_longest(names, given.teacher_checkpoint)
+        teachers = [load(name, weights, self.labels, **self.hub) for name, weights in pairs]
+        self.labels = students.match_names(self.labels, teachers)
         return teachers
 
     def _student(self) -> Any:
@@ -304,43 +289,33 @@ class Session:
         # The same student whether its teacher is trained in this run or was in an earlier one.
         set_seed(training.seed)
         if model.model_name_or_path:
-            options = {**self._float, "revision": model.model_revision}
-            student = from_checkpoint(model.model_name_or_path, self.labels, fresh_head=training.do_train, **options)
+            options = {"fresh_head": training.do_train, "revision": model.model_revision}
+            student = self._checkpoint(model.model_name_or_path, **options)
             if not training.do_train:
-                self.labels = self.data.labels = in_order_of(self.labels, student)
+                self.labels = self.data.labels = students.in_order_of(self.labels, student)
             return student
         if not training.do_train:
             raise DistillError("There is no student to evaluate: give --model_name_or_path, or add --do_train.")
         if model.config_name:
-            return from_configuration(model.config_name, self.labels, self.hub, dtype=torch.float32)
+            return students.from_configuration(model.config_name, self.labels, self.hub, dtype=torch.float32)
         if self.teachers:
             size, heads = model.student_hidden_size, model.student_heads
-            return shrink(self.teachers[0], self.labels, model.student_layers, size, heads)
+            return students.shrink(self.teachers[0], self.labels, model.student_layers, size, heads)
         return self._bert(model.student_layers or 4, model.student_hidden_size or 128, model.student_heads or 4)
 
-    def _peer(self, name: str) -> Any:
-        return from_checkpoint(name, self.labels, fresh_head=True, **self._float)
+    def _checkpoint(self, name: str, *, fresh_head: bool = True, **options: Any) -> Any:
+        """What is trained: in full precision, whatever the checkpoint was stored in."""
+        options |= {**self.hub, "dtype": torch.float32}
+        return students.from_checkpoint(name, self.labels, fresh_head=fresh_head, **options)
 
     def _bert(self, *size: int) -> Any:
-        return from_scratch(self.labels, self.tokenizer, self.arguments.data.max_seq_length, *size)
-
-    @property
-    def _float(self) -> dict[str, Any]:
-        """Options for what is trained: full precision, whatever the checkpoint was stored in."""
-        return {**self.hub, "dtype": torch.float32}
+        return students.from_scratch(self.labels, self.tokenizer, self.arguments.data.max_seq_length, *size)
 
     @property
     def _teacher_size(self) -> list[int]:
         """Layers, hidden size and heads of a teacher from scratch."""
         given = self.arguments.distillation
         return [given.teacher_layers, given.teacher_hidden_size, given.teacher_heads]
-
-    @property
-    def _from_teacher(self) -> bool:
-        model = self.arguments.model
-        named = model.model_name_or_path or model.config_name
-        shaped = model.student_hidden_size or model.student_heads or model.student_init == "scratch"
-        return bool(self.teachers and not named and not shaped)
 
     def _trainer(self) -> Resumable:
         distillation, training = self.arguments.distillation, self.arguments.training
@@ -370,6 +345,7 @@ class Session:
     def _teacher_record(self) -> dict[str, Any]:
         """What a teacher of this run is trained with."""
         data, _, distillation, training = self.arguments
+        rows = training.per_device_train_batch_size
         return {
             "start": distillation.teacher or self._teacher_size,
             "data": self._fingerprint["data"],
@@ -377,9 +353,7 @@ class Session:
             "epochs": distillation.teacher_epochs or training.num_train_epochs,
             "max_steps": -1 if distillation.teacher_epochs else training.max_steps,
             "learning_rate": distillation.teacher_learning_rate or training.learning_rate,
-            "batch_size": training.per_device_train_batch_size
-            * training.gradient_accumulation_steps
-            * training.world_size,
+            "batch_size": rows * training.gradient_accumulation_steps * training.world_size,
             "max_seq_length": data.max_seq_length,
             "seed": training.seed,
             **{name: self._fingerprint[name] for name in RECIPE},
@@ -416,11 +390,8 @@ class Session:
             num_train_epochs=record["epochs"],
             max_steps=record["max_steps"],
             learning_rate=record["learning_rate"],
-            save_strategy="no",
-            eval_strategy="no",
-            load_best_model_at_end=False,
-            push_to_hub=False,
             resume_from_checkpoint=None,
+            **_ALONE,
         )
         set_seed(training.seed)
         # As a teacher it was frozen when the student's trainer was built, which is before, for its checks.
@@ -446,10 +417,12 @@ class Session:
     # The student
 
     def _train(self) -> None:
-        training, trainer = self.arguments.training, self.trainer
-        if self._from_teacher:
+        _, model, _, training = self.arguments
+        trainer, named = self.trainer, model.model_name_or_path or model.config_name
+        shaped = model.student_hidden_size or model.student_heads or model.student_init == "scratch"
+        if self.teachers and not (named or shaped):
             teacher = self.teachers[0]
-            kept = copy_layers(self.student, teacher.load() if isinstance(teacher, Absent) else teacher)
+            kept = students.copy_layers(self.student, teacher.load() if isinstance(teacher, Absent) else teacher)
             self._say(f"The student starts from the teacher's layers {', '.join(map(str, kept.values()))}.")
         self._say(f"Training the student: {_size(self.student)}")
         set_seed(training.seed)
@@ -460,10 +433,9 @@ class Session:
         trainer.save_metrics("train", {**result.metrics, "train_samples": len(self.train_set)})
         trainer.save_state()
         trainer.accelerator.wait_for_everyone()
-        weights = [*self.output.glob("model*.safetensors")]
         facts: dict[str, float] = {
             "parameters": sum(p.numel() for p in self.student.parameters()),
-            "bytes": sum(path.stat().st_size for path in weights),
+            "bytes": sum(path.stat().st_size for path in self.output.glob("model*.safetensors")),
         }
         if self.timer.seconds_per_step is not None:
             facts["seconds_per_step"] = self.timer.seconds_per_step
@@ -537,11 +509,8 @@ class Session:
         if self.arguments.distillation.cache_teacher:
             logits = cached_logits(self._cached(rows))
         else:
-            quiet = {"report_to": "none", "push_to_hub": False}
-            # A `Trainer` that only predicts has no evaluation set, and refuses a schedule of evaluations.
-            unscheduled = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
-            args = dataclasses.replace(self.arguments.training, **quiet, **unscheduled)
-            trainers = [Trainer(model=t, args=args, data_collator=self.collate) for t in self.teachers]
+            args = dataclasses.replace(self.arguments.training, report_to="none", **_ALONE)
+            trainers = (Trainer(model=t, args=args, data_collator=self.collate) for t in self.teachers)
             logits = [logits_of(_predict(trainer, rows).predictions) for trainer in trainers]
         orders = [class_order(self.student, teacher) for teacher in self.teachers]
         return [x if order is None else x[:, list(order)] for x, order in zip(logits, orders, strict=True)]

@@ -24,32 +24,17 @@ from kd_plugins import Batch, Distiller, DistillError, Nets, create_distiller
 from kd_plugins.binding import connect, needs_in, needs_of_stages, needs_pass, prepare, schedule, set_up
 from kd_plugins.catalog.registry import to_json
 from kd_plugins.reading.network import adapt
+from kd_transformers import checks
 from kd_transformers.absent import Absent, AbsentNetwork
 from kd_transformers.card import Gain, add_to_card, check_gain, section
 from kd_transformers.checkpoints import Resumable
-from kd_transformers.checks import (
-    TASKS,
-    base,
-    check_aligned,
-    check_checkpointing,
-    check_fit,
-    check_host,
-    check_labels,
-    check_problem,
-    class_order,
-    follow_tokens,
-    inputs_of,
-    reads_scores,
-    same_class_order,
-    special_tokens,
-    task_of,
-)
-from kd_transformers.columns import INDEX, TEACHER, Indexed, check_ids, pop_told, told_columns, with_index, with_padding
+from kd_transformers.checks import base, class_order, inputs_of, reads_scores, task_of
+from kd_transformers.columns import INDEX, TEACHER, check_ids, pop_told, told_columns, with_index, with_padding
 from kd_transformers.compat import ALWAYS_DIVIDES, on_device, used_columns
-from kd_transformers.inputs import decoder_inputs, labels_of
+from kd_transformers.network import decoder_inputs, labels_of
 from kd_transformers.playing import Trained, Updates, divides, export, ignored_label, listed, save_weights
 from kd_transformers.recording import RecordCallback
-from kd_transformers.schedule import refresh, staged_scheduler
+from kd_transformers.schedule import staged_scheduler
 from kd_transformers.streams import Peeked, check_anew
 from kd_transformers.told import absent_teachers, check_told, loaded_where_read, told_by
 
@@ -118,12 +103,11 @@ class DistillationTrainer(Resumable):
         self.player: TurnPlayer | None = None
         self._nets: Nets | None = None
         self._bound_to: nn.Module | None = None
-        self._playing = self._played = self._stepped = self._drawn = self._resuming = False
+        self._playing = self._played = self._drawn = False
         self._items: Any = None
         self._counts: bool | None = True if self.distiller is None else None
         self._outputs: Any = None
         self._epoch_steps: int | None = None
-        self._resumed_from: str | None = None
         self._staged: StagedDataset | None = None
         self._peeked: Peeked | None = None
         self._built: DataLoader | None = None
@@ -132,7 +116,7 @@ class DistillationTrainer(Resumable):
             return
         if not (self.teachers or self.peer_models) and self.distiller.teachers:
             self.teachers = list(absent_teachers(self.train_dataset))
-        check_host(self.args)
+        checks.check_host(self.args)
         is_sharded(self.accelerator)
         if not self.distiller.data:
             raise DistillError(
@@ -153,7 +137,7 @@ class DistillationTrainer(Resumable):
             AbsentNetwork(t) if isinstance(t, Absent) else adapt(t) for t in self.teachers
         ]
         self._nets = self._connect(self.distiller)
-        self._tokens = special_tokens(self.model)
+        self._tokens = checks.special_tokens(self.model)
         # model_init makes a new student in every run; its peers begin anew with it.
         self._peers_at_first = [copy.deepcopy(p.state_dict()) for p in self.peer_models] if self.model_init else []
         self.add_callback(Updates(self))
@@ -179,27 +163,28 @@ class DistillationTrainer(Resumable):
 
     def _connect(self, distiller: Distiller) -> Nets:
         """Connects the distiller to the networks, and refuses what cannot work before any training time is spent."""
-        if self.task not in (None, *TASKS):
-            raise DistillError(f"Expected a task among {', '.join(TASKS)}, got {self.task!r}.")
+        if self.task not in (None, *checks.TASKS):
+            raise DistillError(f"Expected a task among {', '.join(checks.TASKS)}, got {self.task!r}.")
         nets = connect(
             distiller,
             adapt(self.model),
             self._teacher_networks,
             [adapt(p) for p in self.peer_models],
-            orders=[
-                class_order(self.model, teacher) if reads_scores(distiller, i) else None
-                for i, teacher in enumerate(self.teachers)
-            ],
+            orders=self._orders(distiller),
         )
-        check_fit(distiller, self.task or task_of(self.model), self.model)
+        checks.check_fit(distiller, self.task or task_of(self.model), self.model)
         for peer in self.peer_models:
-            check_labels(peer, self._label, own_loss=self.compute_loss_func is not None)
-            same_class_order(self.model, peer)
+            checks.check_labels(peer, self._label, own_loss=self.compute_loss_func is not None)
+            checks.same_class_order(self.model, peer)
         columns = getattr(self.train_dataset, "column_names", None)
         if columns is not None:
             check_ids(self.model, self.teachers, self.peer_models, columns)
         student, *peers = (Trained(self, net, student=net is nets.student) for net in nets.peers)
         return Nets(student, nets.teachers, peers)
+
+    def _orders(self, distiller: Distiller) -> list[Sequence[int] | None]:
+        """The class order of each teacher whose scores are read."""
+        return [class_order(self.model, t) if reads_scores(distiller, i) else None for i, t in enumerate(self.teachers)]
 
     def _set_up(self, distiller: Distiller, loader: Any) -> None:
         """Binds the distiller to the model that is about to be trained; model_init makes a new one in every run."""
@@ -207,7 +192,7 @@ class DistillationTrainer(Resumable):
             return
         nets = self._nets = self._connect(distiller)
         # Trainer has aligned the student with the tokenizer; those that were like it stay so.
-        follow_tokens([*self.teachers, *self.peer_models], self.model, self._tokens)
+        checks.follow_tokens([*self.teachers, *self.peer_models], self.model, self._tokens)
         for module in [*self.teachers, *self.peer_models]:
             if getattr(module, "hf_device_map", None) is None:
                 module.to(self.args.device)
@@ -219,19 +204,19 @@ class DistillationTrainer(Resumable):
                 f"{distiller.name} reads row numbers or further streams of batches, which a loader of your own does not"
                 " give: give train_dataset, and leave get_train_dataloader as it is."
             )
-        check_fit(distiller, batch.task, self.model)
+        checks.check_fit(distiller, batch.task, self.model)
         check_ids(self.model, self.teachers, self.peer_models, [TEACHER + name for name in batch.teacher_kwargs])
-        check_aligned(distiller, batch)
+        checks.check_aligned(distiller, batch)
         for teacher in (t for i, t in enumerate(self.teachers) if reads_scores(distiller, i)):
-            check_problem(teacher, batch.task)
+            checks.check_problem(teacher, batch.task)
         check_told(nets, batch)
         set_up(distiller, nets, batch)
         # Some methods know what they read of a teacher only now.
-        for i, (net, teacher) in enumerate(zip(nets.teachers, self.teachers, strict=True)):
-            net.order = class_order(self.model, teacher) if reads_scores(distiller, i) else None
+        for net, order in zip(nets.teachers, self._orders(distiller), strict=True):
+            net.order = order
         if any(needs.student.taps for needs in needs_of_stages(distiller)):
-            check_checkpointing(self.model)
-        if needs_pass(distiller) and not self._resuming and self.args.process_index == 0:
+            checks.check_checkpointing(self.model)
+        if needs_pass(distiller) and self._resumed is None and self.args.process_index == 0:
             prepare(distiller, nets, self._pass(loader, whole=True))
         trained = [net for net in nets.peers if isinstance(net, Trained)]
         for net in trained:
@@ -269,7 +254,7 @@ class DistillationTrainer(Resumable):
             rows = self._staged or self.train_dataset
             rows = rows if peeked is None or whole else peeked.peek(self.train_batch)
             check_anew(rows)
-            dataset, collate = used_columns(self, rows, self._collate(), "Training")
+            dataset, collate = used_columns(self, rows, with_padding(self.data_collator, self.teachers), "Training")
             workers = self.args.dataloader_num_workers if whole else 0
             loader = DataLoader(dataset, self.train_batch, collate_fn=collate, num_workers=workers)
         else:
@@ -339,10 +324,10 @@ class DistillationTrainer(Resumable):
         if self._streams is None:
             rows = self._staged.dataset if self._staged else self.train_dataset
             # Rows of every kind have their unused columns removed by the collator.
-            _, collate = used_columns(self, None, self._collate(), "Training")
+            _, collate = used_columns(self, None, with_padding(self.data_collator, self.teachers), "Training")
             self._streams = Streams(rows, shares, self.train_batch, collate, self.args.seed, with_index)
-            if self._resumed_from is not None and (Path(self._resumed_from) / "streams.json").is_file():
-                self._streams.load(self._resumed_from)
+            if self._resumed is not None and (self._resumed / "streams.json").is_file():
+                self._streams.load(self._resumed)
         drawn = {name: self._batch(on_device(self, self._streams.draw(name))) for name in shares}
         return dataclasses.replace(batch, streams=drawn)
 
@@ -357,7 +342,7 @@ class DistillationTrainer(Resumable):
             dataset = self._staged = StagedDataset(dataset, self.distiller, steps, seed, with_index)
         if training and isinstance(dataset, IterableDataset) and not hasattr(dataset, "column_names"):
             dataset = self._peeked = Peeked(dataset, self.args.dataloader_num_workers)
-        self.data_collator = self._collate() if training else with_padding(collator, self.teachers)
+        self.data_collator = with_padding(collator, self.teachers)
         try:
             loader = super().loader(dataset, build, training=training)
         finally:
@@ -365,11 +350,6 @@ class DistillationTrainer(Resumable):
         if training:
             self._built = loader
         return loader
-
-    def _collate(self) -> Any:
-        """The collator of training batches."""
-        collate = with_padding(self.data_collator, self.teachers)
-        return collate if self._staged is None else Indexed(collate)
 
     def further_columns(self, columns: list[str]) -> list[str]:
         if self.distiller is None:
@@ -380,8 +360,7 @@ class DistillationTrainer(Resumable):
     # Training
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        self._resuming = bool(resume_from_checkpoint)
-        self._resumed_from, self._peeked, self._built, self._staged = None, None, None, None
+        self._peeked = self._built = self._staged = None
         if self._bound_to is not None and (self.model_init is not None or self._bound_to is not self.model):
             self.distiller, self._bound_to = copy.deepcopy(self._unused), None
             for peer, state in zip(self.peer_models, self._peers_at_first, strict=False):
@@ -453,17 +432,7 @@ class DistillationTrainer(Resumable):
                 " the class that changes the task loss after DistillationTrainer in the bases."
             )
         self.player.after_backward()
-        self._stepped = True
         return loss
-
-    def before_update(self) -> None:
-        """Refuses an update without the distillation."""
-        if self.player is not None and not self._stepped:
-            raise DistillError(
-                f"{type(self).__name__}.training_step hides the distillation: call super().training_step in it, or"
-                " override compute_loss."
-            )
-        self._stepped = False
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -509,11 +478,6 @@ class DistillationTrainer(Resumable):
             logs = {**logs, **self.player.logs()}
         super().log(logs, start_time)
 
-    def end_epoch(self, epoch: float) -> None:
-        """Asks the method whether its stage is done; the next one then begins with its own learning rate."""
-        if self.player is not None and self.player.end_epoch(epoch):
-            refresh(self.lr_scheduler)
-
     def optimizer_saved(self, folder: str) -> None:
         if self.player is not None:
             self.player.save(folder)
@@ -533,7 +497,6 @@ class DistillationTrainer(Resumable):
             )
             progress.table.total = max(total, progress.table.starts[-1] + 1)
             progress.at(progress.step)
-        self._streams, self._resumed_from = None, folder
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)

@@ -396,6 +396,16 @@ def test_evaluation_counts_in_the_order_of_the_checkpoints_classes(run, taught, 
     assert turned["eval_loss"] == pytest.approx(plain["eval_loss"], rel=1e-5)
 
 
+def test_a_student_that_is_trained_further_keeps_its_classes(run, taught, tmp_path):
+    """Its classes are numbered as the data has them: the rows of its head follow."""
+    other = permuted(taught, tmp_path / "permuted")
+    words = "--learning_rate 0 --do_train --do_eval".split()
+    _, plain = run("--model_name_or_path", str(taught), *words, name="a")
+    folder, turned = run("--model_name_or_path", str(other), *words, name="b")
+    assert turned["eval_accuracy"] == plain["eval_accuracy"] > 0
+    assert same(weights(folder), weights(taught))
+
+
 def test_labels_in_the_order_of_a_model():
     labels = read_labels(Dataset.from_dict({"label": ["no", "yes", "perhaps"]}), "label")
     model = SimpleNamespace(config=SimpleNamespace(id2label={0: "Yes", 1: "No", 2: "Perhaps"}))
@@ -749,3 +759,6 @@ def test_an_ensemble_teaches_and_uncertainty_is_told(run, taught, tmp_path, caps
     )
     missing = [*TINY, *SCRATCH, "--ood_dataset", str(tmp_path / "no.csv"), "--output_dir", str(tmp_path / "o")]
     assert "--ood_dataset" in fails(capsys, missing)
+    (tmp_path / "other.xls").write_text("text")
+    wrong = [*TINY, *SCRATCH, "--ood_dataset", str(tmp_path / "other.xls"), "--output_dir", str(tmp_path / "o")]
+    assert "error: --ood_dataset: expected a file ending in" in fails(capsys, wrong)
