@@ -77,8 +77,7 @@ def launch(args: argparse.Namespace, rest: list[str]) -> None:
             args.teacher,
             distiller_args=options,
             teacher_checkpoint=args.teacher_checkpoint,
-            data_config=seen.get("config"),
-            classes=seen.get("classes"),
+            **seen,
             **given,
         )
         tasks.append(made)
@@ -88,7 +87,7 @@ def launch(args: argparse.Namespace, rest: list[str]) -> None:
         raise DistillError("--kd-model-name is timm's own distillation: give it or --distill, not both.")
 
     def keep(config: Any, bound: inspect.BoundArguments) -> None:
-        seen["config"] = config
+        seen["data_config"] = config
 
     def name(made: Any, bound: inspect.BoundArguments) -> None:
         if bound.arguments.get("is_training"):

@@ -476,7 +476,7 @@ def test_sync_bn_converts_the_student_and_its_peers(tiny, monkeypatch):
     args = parse_args([*tiny, "--num-classes", "10", "--sync-bn", "--distill", "afd", "--peer", "resnet10t"])
     monkeypatch.setattr(build, "PartialState", lambda: SimpleNamespace(num_processes=2))
     student, config = build.create_student(args)
-    distillation = Distillation(args, student, config, None, torch.device("cpu"))
+    distillation = Distillation(args, student, config, data.Datasets(None, None, None), torch.device("cpu"))
     for network in (student, *distillation.peers):
         kinds = {type(m) for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
         assert kinds
