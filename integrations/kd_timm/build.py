@@ -393,6 +393,8 @@ def of_stage(args: argparse.Namespace, epochs: int, of: int) -> argparse.Namespa
         part.decay_epochs = 90 * share
     elif args.decay_epochs is not None and args.decay_epochs >= 1:
         part.decay_epochs = args.decay_epochs * share
+    if args.lr_stable_timescale is not None:
+        part.lr_stable_timescale = args.lr_stable_timescale * share
     part.decay_milestones = [round(milestone * share) for milestone in args.decay_milestones]
     part.epochs = epochs - part.cooldown_epochs - (part.warmup_epochs if args.warmup_prefix else 0)
     return part

@@ -640,3 +640,9 @@ def test_parts_of_the_digits_are_named_as_those_of_datasets():
     for split in ("train[:x]", "train[5:5]", "tests[:3]", "train[:2000]"):
         with pytest.raises(DistillError, match="Expected (a part of )?the digits"):
             Digits(split, "L")
+
+
+def test_the_schedule_of_a_stage_is_that_of_the_run_drawn_together():
+    words = "--sched rsqrt --epochs 40 --warmup-epochs 8 --lr-stable-timescale 4 --decay-epochs 8"
+    part = build.of_stage(parse_args(words.split()), 10, of=40)
+    assert (part.epochs, part.warmup_epochs, part.decay_epochs, part.lr_stable_timescale) == (10, 2, 2, 1)
