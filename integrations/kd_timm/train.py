@@ -96,7 +96,9 @@ class Session(Parts):
             self.summary.read()
         if args.start_epoch is not None:
             start, place, exact = args.start_epoch, {}, False
+        # Epochs that are trained again take the place of those before.
         self.summary.rows = [row for row in self.summary.rows if int(row["epoch"]) < start]
+        self.checkpoints.kept = [kept for kept in self.checkpoints.kept if kept[1] < start]
         # The plateau schedule alone is no function of the epoch.
         done = start - self.stage_start
         if self.scheduler is not None and (start > 0 or place) and not exact and args.sched != "plateau":
