@@ -144,8 +144,7 @@ class TeacherCache:
             self.facts["top k"] = f"{self.top} at temperature {self.temperature:g}"
         if any(self.layers):
             self.facts["layers"] = json.dumps(self.layers)
-        root = Path(args.cache_teacher)
-        self.folder = root / _digest(self.facts)[:16]
+        self.folder = Path(args.cache_teacher) / _digest(self.facts)[:16]
         self.scores = ["logits", "classes"] if "top k" in self.facts else ["logits"]
         maps = [f"{i}:{layer}" for i, layers in enumerate(self.layers) for layer in layers]
         block = _SMALL_BLOCK if maps else _BLOCK
@@ -157,10 +156,8 @@ class TeacherCache:
         self.make = make
         if not self.known.is_file():
             return make()
-        return [
-            Teacher(network=network, **about)
-            for network, about in zip(self.absent(), read_json(self.known), strict=True)
-        ]
+        known = zip(self.absent(), read_json(self.known), strict=True)
+        return [Teacher(network=network, **about) for network, about in known]
 
     def absent(self) -> list[Network]:
         """What stands for the teachers."""
@@ -440,8 +437,8 @@ def _teachers_id(args: argparse.Namespace) -> str:
         source, model = parse_model_name(name)
         found.append([name, kwargs])
         if path:
-            beside = [Path(path).with_suffix(".json"), Path(path).with_name("config.json")]
-            found.append(cached.files_id(*(p for p in (path, *beside) if Path(p).is_file())))
+            files = (Path(path), Path(path).with_suffix(".json"), Path(path).with_name("config.json"))
+            found.append(cached.files_id(*filter(Path.is_file, files)))
         elif source == "local-dir":
             found.append(cached.files_id(model))
         else:

@@ -7,7 +7,6 @@ import importlib
 import json
 import logging
 import os
-from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -125,7 +124,7 @@ class Parts(TrainingRun):
         self._begin(datasets, config)
         self._open_output()
         if self.accelerator.log_with:
-            start_trackers(self.accelerator, args, self.folder, self.given)
+            self._start_trackers()
 
     def _begin(self, datasets: data.Datasets, config: dict[str, Any]) -> None:
         """Builds what the training loop works with."""
@@ -280,6 +279,24 @@ class Parts(TrainingRun):
         if self.primary and not slots(self.folder)[1].is_dir():
             self.describe()
 
+    def _start_trackers(self) -> None:
+        """Starts the accelerator's trackers; those that write files write to `logs` in the run's folder."""
+        args, accelerator = self.args, self.accelerator
+        accelerator.project_configuration.logging_dir = str(self.folder / "logs")
+        wandb: dict[str, Any] = {"name": self.folder.name, "tags": args.wandb_tags}
+        if args.wandb_resume_id:
+            wandb |= {"id": args.wandb_resume_id, "resume": "must"}
+        # Trackers take numbers and text alone.
+        plain = (bool, int, float, str, type(None))
+        config = {key: value if isinstance(value, plain) else str(value) for key, value in self.given.items()}
+        names, remedy = (
+            ", ".join(map(str, accelerator.log_with)),
+            "mend that, or leave --report-to and --log-wandb out.",
+        )
+        # Whatever a tracker raises (no account, no server), the remedy is the same.
+        with told(f"The trackers {names} cannot start", Exception, remedy=remedy):
+            accelerator.init_trackers(args.wandb_project or "kd-timm-train", config, {"wandb": wandb})
+
     def describe(self) -> None:
         """Writes `args.yaml` and `config.json`; beside the state of a run before, only once there is one of this."""
         if self.described:
@@ -368,26 +385,3 @@ def tracker_names(args: argparse.Namespace) -> list[str]:
         if name in LoggerType and name not in map(str, get_available_trackers()) and name != "all":
             raise DistillError(f"--report-to {name}: that tracker is not installed: pip install {name}.")
     return names
-
-
-def start_trackers(
-    accelerator: Accelerator, args: argparse.Namespace, folder: Path, settings: Mapping[str, Any]
-) -> None:
-    """Starts the accelerator's trackers; those that write files write to `logs` in the run's folder.
-
-    Args:
-        accelerator: Made with `log_with=tracker_names(args)`.
-        args: Parsed arguments.
-        folder: Output folder of the run.
-        settings: What the run was started with.
-    """
-    accelerator.project_configuration.logging_dir = str(folder / "logs")
-    wandb: dict[str, Any] = {"name": folder.name, "tags": args.wandb_tags}
-    if args.wandb_resume_id:
-        wandb |= {"id": args.wandb_resume_id, "resume": "must"}
-    # Trackers take numbers and text alone.
-    config = {k: v if v is None or isinstance(v, (bool, int, float, str)) else str(v) for k, v in settings.items()}
-    names, remedy = ", ".join(map(str, accelerator.log_with)), "mend that, or leave --report-to and --log-wandb out."
-    # Whatever a tracker raises (no account, no server), the remedy is the same.
-    with told(f"The trackers {names} cannot start", Exception, remedy=remedy):
-        accelerator.init_trackers(args.wandb_project or "kd-timm-train", config, {"wandb": wandb})
