@@ -101,14 +101,14 @@ def evaluate(
         loss, mean average precision and F1.
     """
     accelerator, loader = run.accelerator, run.data.evaluation
-    judge = evaluator(run.args, device=accelerator.device, max_samples=evaluation_sample_limit(loader))
+    measured = evaluator(run.args, device=accelerator.device, max_samples=evaluation_sample_limit(loader))
     agree = torch.zeros(len(others) + 1, dtype=torch.float64, device=accelerator.device)
     taken, last, begun = AverageMeter(), len(loader) - 1, time.monotonic()
     for number, (output, targets, told, rows) in enumerate(answers(run, model, loader, others)):
         for i, scores in enumerate(told):
             agree[i] += (scores.argmax(-1) == output.argmax(-1))[:rows].sum()
         agree[-1] += rows
-        judge.update(output, targets)
+        measured.update(output, targets)
         if seen is not None:
             seen(output[:rows], targets[:rows], [scores[:rows] for scores in told])
         taken.update(time.monotonic() - begun)
@@ -116,12 +116,12 @@ def evaluate(
         if label and (number % run.args.log_interval == 0 or number == last):
             here = evaluator(run.args, device=accelerator.device)
             here.update(output, targets)
-            means = judge.summary()
+            means = measured.summary()
             numbers = [_beside(name, value, means[name]) for name, value in here.summary().items()]
             time_ = f"Time: {taken.val:.3f} ({taken.avg:.3f})"
             run.reporter.line("  ".join([f"{label}: [{number:>4d}/{last}]", time_, *numbers]))
     distributed = accelerator.num_processes > 1
-    metrics = dict(judge.compute(distributed=distributed))
+    metrics = dict(measured.compute(distributed=distributed))
     if not run.args.allow_nonfinite:
         check_loss(metrics["loss"])
     if label and (distributed or run.args.task == "multilabel"):
@@ -166,7 +166,7 @@ def judge(
     return evaluation, uncertain, whole
 
 
-def gathered(answers: Answers) -> dict[str, Doubts]:
+def gathered(kept: Answers) -> dict[str, Doubts]:
     """All examples of all processes, by network; must be called on every process."""
-    answers.parts = {name: gather_object(parts) for name, parts in answers.parts.items()}
-    return answers.found()
+    kept.parts = {name: gather_object(parts) for name, parts in kept.parts.items()}
+    return kept.found()

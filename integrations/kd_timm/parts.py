@@ -289,10 +289,8 @@ class Parts(TrainingRun):
         # Trackers take numbers and text alone.
         plain = (bool, int, float, str, type(None))
         config = {key: value if isinstance(value, plain) else str(value) for key, value in self.given.items()}
-        names, remedy = (
-            ", ".join(map(str, accelerator.log_with)),
-            "mend that, or leave --report-to and --log-wandb out.",
-        )
+        names = ", ".join(map(str, accelerator.log_with))
+        remedy = "mend that, or leave --report-to and --log-wandb out."
         # Whatever a tracker raises (no account, no server), the remedy is the same.
         with told(f"The trackers {names} cannot start", Exception, remedy=remedy):
             accelerator.init_trackers(args.wandb_project or "kd-timm-train", config, {"wandb": wandb})
