@@ -10,7 +10,8 @@ import ast
 import copy
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +28,10 @@ REFUSED: dict[str, str] = {name: reason for name, (_, reason) in _RULES["refused
 
 
 class KeyValues(argparse.Action):
-    """Reads `key=value ...` into a dict, values as Python literals where they are such, else as text."""
+    """Reads `key=value ...` into a dict, values as Python literals where they are such, else as text.
+
+    Where the default is a list, each use of the flag adds a dict to it.
+    """
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         pairs = {}
@@ -39,26 +43,17 @@ class KeyValues(argparse.Action):
                 pairs[key] = ast.literal_eval(value)
             except (ValueError, SyntaxError):
                 pairs[key] = value
-        setattr(namespace, self.dest, pairs)
-
-
-class AppendKeyValues(KeyValues):
-    """`key=value ...`, once for each use of the flag."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         earlier = getattr(namespace, self.dest)
-        super().__call__(parser, namespace, values, option_string)
-        setattr(namespace, self.dest, [*earlier, getattr(namespace, self.dest)])
+        setattr(namespace, self.dest, [*earlier, pairs] if isinstance(earlier, list) else pairs)
 
 
 # What a flag's text may be, by the type in flags.yaml: an annotation, as options of distillers have it, and its words.
-_SEED = Annotated[int, Range(low=0, high=2**32 - 1)]
 _TYPES: dict[str, tuple[Any, str]] = {
     "int": (int, "a whole number"),
     "float": (float, "a finite number"),
     "count": (AtLeastOne, "a whole number, at least 1"),
     "whole": (Annotated[int, Range(low=0)], "a whole number, at least 0"),
-    "seed": (_SEED, f"a whole number from 0 to {2**32 - 1}"),
+    "seed": (Annotated[int, Range(low=0, high=2**32 - 1)], f"a whole number from 0 to {2**32 - 1}"),
     "share": (Share, "a number from 0 to 1"),
     "part": (Annotated[float, Range(low=0, below=1)], "a number from 0 to below 1"),
     "nonnegative": (NonNegative, "a number, at least 0"),
@@ -66,17 +61,13 @@ _TYPES: dict[str, tuple[Any, str]] = {
 }
 
 
-def _reader(kind: str) -> Callable[[str], Any]:
-    """What argparse reads a flag of this type with."""
+def _read(kind: str, text: str) -> Any:
+    """The value that a flag of this type has on the command line."""
     hint, words = _TYPES[kind]
-
-    def read(text: str) -> Any:
-        try:
-            return convert(text.strip(), hint, text=True)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"expected {words}, got {text}") from None
-
-    return read
+    try:
+        return convert(text.strip(), hint, text=True)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected {words}, got {text}") from None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -91,13 +82,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-c", "--config", default="", type=str, metavar="FILE", help="YAML file with default arguments")
     parser.add_argument("data", nargs="?", metavar="DIR", help="path to dataset (positional is deprecated)")
-    types: dict[str, Any] = {"str": str, **{kind: _reader(kind) for kind in _TYPES}}
-    actions = {"KeyValues": KeyValues, "AppendKeyValues": AppendKeyValues}
+    types: dict[str, Any] = {"str": str} | {kind: partial(_read, kind) for kind in _TYPES}
     for title, group_flags in copy.deepcopy(_FLAGS).items():
         group = parser.add_argument_group(title)
         for names, options in group_flags.items():
             if "action" in options:
-                options["action"] = actions.get(options["action"], options["action"])
+                options["action"] = KeyValues if options["action"] == "KeyValues" else options["action"]
             elif (kind := options.get("type", type(options.get("default")).__name__)) in types:
                 options["type"] = types[kind]
             if options.get("default") not in (None, "", [], {}, True) and "default" not in options["help"]:

@@ -85,18 +85,14 @@ def batches(loader: Any) -> Iterator[Any]:
         DistillError: A row cannot be read, or not be augmented as the flags say.
     """
     rows = iter(loader)
-    while True:
-        try:
-            batch = next(rows, _END)
-        except (DistillError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # of whatever reads and augments
-            # Of a worker process the text is a traceback, with the error in its last line.
-            why = (str(error).strip().splitlines() or [""])[-1]
-            raise DistillError(
-                f"A batch of images cannot be read and augmented ({type(error).__name__}: {why}): mend the data, or the"
-                " flags of size and augmentation."
-            ) from error
-        if batch is _END:
-            return
-        yield batch
+    try:
+        yield from rows
+    except (DistillError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of whatever reads and augments
+        # Of a worker process the text is a traceback, with the error in its last line.
+        why = (str(error).strip().splitlines() or [""])[-1]
+        raise DistillError(
+            f"A batch of images cannot be read and augmented ({type(error).__name__}: {why}): mend the data, or the"
+            " flags of size and augmentation."
+        ) from error

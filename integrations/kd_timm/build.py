@@ -19,23 +19,15 @@ from accelerate import PartialState
 from timm.data import resolve_input_data_config
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
 from timm.loss import create_classification_loss, load_class_stats, resolve_class_weights
-from timm.models import (
-    get_model_input_config,
-    load_checkpoint,
-    load_state_dict,
-    parse_model_name,
-    resolve_model_input_args,
-    safe_model_name,
-)
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.task import FeatureDistillationTask, LogitDistillationTask, TokenDistillationTask, TrainingTask
 from timm.utils import set_jit_fuser
 from torch import Tensor, nn
 
 from kd_accelerate.randomness import undisturbed
 from kd_plugins.errors import DistillError, did_you_mean, told
 from kd_plugins.finite import check_weights
-from kd_timm.compat import FeatureDistillationTask, LogitDistillationTask, TokenDistillationTask, TrainingTask
 from kd_timm.data import model_dtype, uses_mixup
 
 _logger = logging.getLogger(__name__)
@@ -59,7 +51,7 @@ TASK_ARGUMENTS: dict[str, tuple[Any, dict[str, str]]] = {
     "logit": (LogitDistillationTask, _WEIGHTS | {"loss_type": "kd_loss_type", "temperature": "kd_temperature"}),
     "feature": (
         FeatureDistillationTask,
-        _WEIGHTS | {"student_feature_dim": "kd_student_feature_dim", "teacher_feature_dim": "kd_teacher_feature_dim"},
+        _WEIGHTS | {f"{who}_feature_dim": f"kd_{who}_feature_dim" for who in ("student", "teacher")},
     ),
     "token": (
         TokenDistillationTask,
@@ -77,7 +69,7 @@ def check_model_name(name: str, flag: str, *, weights: bool = False) -> None:
         weights: Whether the model's own weights are taken, and no file that is named beside it.
     """
     with told(f"{flag} {name}", ValueError):
-        source, model = parse_model_name(name)
+        source, model = timm.models.parse_model_name(name)
     if source is None and not timm.is_model(model.split(".")[0]):
         hint = did_you_mean(model, timm.list_models())
         raise DistillError(f"{flag}: timm has no model named {name!r}.{hint} timm.list_models() names them all.")
@@ -109,7 +101,7 @@ def data_config(
         verbose: Whether timm logs it.
     """
     cfg = dict(getattr(model, "pretrained_cfg", None) or {}) if cfg is None else dict(cfg)
-    if get_model_input_config(model)["input_size"][0] == 1:
+    if timm.models.get_model_input_config(model)["input_size"][0] == 1:
         several = {key: cfg[key] for key in ("mean", "std") if isinstance(cfg.get(key), (tuple, list))}
         cfg |= {key: (sum(values) / len(values),) for key, values in several.items()}
     return resolve_input_data_config(model, args, pretrained_cfg=cfg, verbose=verbose)
@@ -136,7 +128,7 @@ def create_student(
             raise DistillError(f"{option} {path} does not exist: mend the path.")
         if path:
             with told(f"{option} {path} cannot be read", Exception, remedy="name a file of weights."), _silently():
-                names = set(load_state_dict(path))
+                names = set(timm.models.load_state_dict(path))
     overlay = dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else {}
     overlay |= args.pretrained_cfg_overlay
     if args.fuser:
@@ -147,22 +139,20 @@ def create_student(
     wanted = {name: getattr(args, flag) for name, flag in MODEL_ARGUMENTS.items()} | {"in_chans": channels}
     # What timm makes of arguments and files fails in every way.
     with told(f"{flag} {args.model} cannot be made with these arguments", Exception):
-        resolved = resolve_model_input_args(
+        resolved = timm.models.resolve_model_input_args(
             args.model, vars(args), pretrained_cfg_overlay=overlay or None, **{**wanted, **args.model_kwargs}
         )
         model = timm.create_model(pretrained=args.pretrained or bool(args.pretrained_path), **resolved)
         if verbose:
             count = sum(p.numel() for p in model.parameters())
-            _logger.info(f"Model {safe_model_name(args.model)} created, param count:{count}")
+            _logger.info(f"Model {timm.models.safe_model_name(args.model)} created, param count:{count}")
         config = data_config(model, vars(args), verbose=verbose)
     if args.pretrained_path:
         _check_filled(model, resolved, args, names)
     if args.initial_checkpoint:
-        remedy = "name a checkpoint of that model."
-        with told(
-            f"--initial-checkpoint {args.initial_checkpoint} does not fit {args.model}", Exception, remedy=remedy
-        ):
-            load_checkpoint(model, args.initial_checkpoint)
+        what = f"--initial-checkpoint {args.initial_checkpoint} does not fit {args.model}"
+        with told(what, Exception, remedy="name a checkpoint of that model."):
+            timm.models.load_checkpoint(model, args.initial_checkpoint)
     check_normalisation(config, f"{flag} {args.model}")
     if args.naflex_loader and "patch_coord" not in inspect.signature(model.forward).parameters:
         raise DistillError(f"--naflex-loader gives patches, and {args.model} takes images: choose a NaFlex model.")
@@ -183,6 +173,13 @@ def create_student(
     if args.sync_bn and PartialState().num_processes > 1:
         model = convert_sync_batchnorm(model)
     return model.to(model_dtype(args)), config
+
+
+def place(module: nn.Module, args: argparse.Namespace, device: torch.device) -> None:
+    """Puts a network on the device, laid out as `--channels-last` says."""
+    module.to(device)
+    if args.channels_last:
+        module.to(memory_format=torch.channels_last)
 
 
 @contextmanager
@@ -381,22 +378,11 @@ def create_scheduler(
         return create_scheduler_v2(optimizer, **options, updates_per_epoch=updates_per_epoch)
 
 
-def create_stage_scheduler(
-    args: argparse.Namespace,
-    optimizer: torch.optim.Optimizer,
-    updates_per_epoch: int,
-    *,
-    decreasing: bool,
-    epochs: int,
-    of: int,
-) -> Any:
-    """The schedule of one stage: that of the whole run, drawn together to the stage's epochs.
+def of_stage(args: argparse.Namespace, epochs: int, of: int) -> argparse.Namespace:
+    """The arguments of the schedule of one stage: that of the whole run, drawn together to the stage's epochs.
 
     Args:
         args: Parsed arguments.
-        optimizer: The optimizer that it steers.
-        updates_per_epoch: Optimizer steps in one epoch.
-        decreasing: Whether a lower metric is better.
         epochs: Epochs of the stage.
         of: Epochs of the whole run, with warmup prefix and cooldown.
     """
@@ -407,6 +393,8 @@ def create_stage_scheduler(
         part.decay_epochs = 90 * share
     elif args.decay_epochs is not None and args.decay_epochs >= 1:
         part.decay_epochs = args.decay_epochs * share
+    if args.lr_stable_timescale is not None:
+        part.lr_stable_timescale = args.lr_stable_timescale * share
     part.decay_milestones = [round(milestone * share) for milestone in args.decay_milestones]
     part.epochs = epochs - part.cooldown_epochs - (part.warmup_epochs if args.warmup_prefix else 0)
-    return create_scheduler(part, optimizer, updates_per_epoch, decreasing=decreasing)[0]
+    return part

@@ -11,7 +11,7 @@ import os
 import shutil
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, cycle, islice
 from pathlib import Path
 from tarfile import TarInfo
 from typing import Any
@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from accelerate.utils import gather_object
 from huggingface_hub import try_to_load_from_cache
 from rich.progress import track
 from safetensors.torch import load_file, save_file
@@ -27,15 +26,7 @@ from timm.models import parse_model_name
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from kd_accelerate.cached import (
-    check_twice,
-    files_id,
-    layers_of,
-    making,
-    note_facts,
-    temperature_read,
-    whole,
-)
+from kd_accelerate import cached
 from kd_plugins import Batch, Distiller, DistillError, Net, Reads
 from kd_plugins import functional as KF
 from kd_plugins.binding import needs_of_stages, needs_pass
@@ -44,11 +35,11 @@ from kd_plugins.reading.network import Network
 from kd_plugins.reading.view import TopK, View
 from kd_plugins.states import read_json, replacing, write_json
 from kd_timm.batches import batches
-from kd_timm.build import check_model_name
-from kd_timm.data import DATASET_ARGUMENTS, LOADER_ARGUMENTS, plain_loader
+from kd_timm.build import check_model_name, place
+from kd_timm.data import DATASET_ARGUMENTS, LOADER_ARGUMENTS, Datasets, plain_loader
 from kd_timm.engine import TrainingRun
 from kd_timm.rows import Replayed, Targets, Transformed
-from kd_timm.teachers import Teacher, published
+from kd_timm.teachers import Teacher, named_teachers, published
 
 # Rows of a file; fewer where it holds layers.
 _BLOCK, _SMALL_BLOCK = 4096, 256
@@ -58,20 +49,15 @@ Question = tuple[int, int, int]
 """A view, and its rows from and to."""
 
 
-class Absent(nn.Module):
-    """A teacher that is not loaded, since what it says is in the cache."""
-
-
 class AbsentNetwork(Network):
-    """Refuses whatever the cache does not hold.
+    """A teacher that is not loaded, since what it says is in the cache; refuses whatever that does not hold.
 
     Args:
-        module: What stands for the teacher.
         kept: The layers that the cache holds.
     """
 
-    def __init__(self, module: Absent, kept: Sequence[str | int]) -> None:
-        super().__init__(module)
+    def __init__(self, kept: Sequence[str | int]) -> None:
+        super().__init__(nn.Module())
         self.kept = kept
 
     def read(self, *args: Any, **options: Any) -> Any:
@@ -130,19 +116,14 @@ class TeacherCache:
     Args:
         args: Parsed arguments.
         config: The student's data configuration.
-        classes: Its class names, where they are known.
-        dataset: The training set.
+        data: The training set, and its class names, where they are known.
         distiller: The method.
     """
 
     def __init__(
-        self,
-        args: argparse.Namespace,
-        config: Mapping[str, Any],
-        classes: Sequence[str] | None,
-        dataset: Any,
-        distiller: Distiller,
+        self, args: argparse.Namespace, config: Mapping[str, Any], data: Datasets, distiller: Distiller
     ) -> None:
+        dataset = data.train
         self.args, self.config = args, config
         self.layers = _layers(distiller, len(args.teacher))
         if dataset is None or isinstance(dataset, IterableDataset):
@@ -150,21 +131,20 @@ class TeacherCache:
                 "--cache-teacher needs training rows by number, which data that are streamed or made do not have."
             )
         self.facts = {
-            "data": _data_id(args, dataset),
+            "data": _digest([_named(args, "dataset", "train_split", "epoch_repeats"), _rows_id(dataset)]),
             "teachers": _teachers_id(args),
             "augmentation": _digest({k: getattr(args, k) for k in (*LOADER_ARGUMENTS.values(), "no_prefetcher")}),
-            "images": _digest([{k: v for k, v in config.items()}, args.train_interpolation, args.input_img_mode]),
-            "classes": _digest([args.num_classes, classes]),
+            "images": _digest([dict(config), args.train_interpolation, args.input_img_mode]),
+            "classes": _digest([args.num_classes, data.classes]),
             "precision": f"{args.device} {args.amp_dtype if args.amp else 'float32'}",
         }
         self.top, self.temperature = args.cache_top_k, 1.0
         if self.top and self.top < args.num_classes:
-            self.temperature = temperature_read(distiller, len(args.teacher), "--cache-top-k")
+            self.temperature = cached.temperature_read(distiller, len(args.teacher), "--cache-top-k")
             self.facts["top k"] = f"{self.top} at temperature {self.temperature:g}"
         if any(self.layers):
             self.facts["layers"] = json.dumps(self.layers)
-        root = Path(args.cache_teacher)
-        self.folder = root / _digest(self.facts)[:16]
+        self.folder = Path(args.cache_teacher) / _digest(self.facts)[:16]
         self.scores = ["logits", "classes"] if "top k" in self.facts else ["logits"]
         maps = [f"{i}:{layer}" for i, layers in enumerate(self.layers) for layer in layers]
         block = _SMALL_BLOCK if maps else _BLOCK
@@ -176,43 +156,46 @@ class TeacherCache:
         self.make = make
         if not self.known.is_file():
             return make()
-        return [Teacher(module=Absent(), transform=None, **about) for about in read_json(self.known)]
+        known = zip(self.absent(), read_json(self.known), strict=True)
+        return [Teacher(network=network, **about) for network, about in known]
 
-    def fill(self, run: TrainingRun, nets: Sequence[Net], teachers: Sequence[Teacher], epochs: int) -> None:
+    def absent(self) -> list[Network]:
+        """What stands for the teachers."""
+        return [AbsentNetwork(layers) for layers in self.layers]
+
+    def fill(self, run: TrainingRun, teachers: Sequence[Teacher], epochs: int) -> None:
         """Asks the teachers what they have not been asked, and puts the answers beside the training images.
 
         Args:
             run: The run, with its loaders.
-            nets: The teachers' networks, which are not kept.
-            teachers: The teachers.
+            teachers: The teachers, whose networks are not kept.
             epochs: Of the training.
         """
         replayed, accelerator = run.data.replayed, run.accelerator
         assert replayed is not None
+        self.run, self.replayed = run, replayed
         replayed.views = self.args.cache_views or epochs
-        share = slice(accelerator.process_index, None, accelerator.num_processes)
         kept = self.folder / f"evaluation-{_evaluation_id(run)}.safetensors"
-        questions, nets = self.answers.questions(replayed.views)[share], list(nets)
+        questions = self.answers.questions(replayed.views)[accelerator.process_index :: accelerator.num_processes]
         if accelerator.is_main_process:
             with told("--cache-teacher: the folder cannot be made", OSError, remedy="name one that can be written"):
                 self.folder.mkdir(parents=True, exist_ok=True)
-            note_facts(self.folder / "facts.json", self.facts, self.folder.parent.glob("*/facts.json"))
-            self._look(replayed)
+            cached.note_facts(self.folder / "facts.json", self.facts, self.folder.parent.glob("*/facts.json"))
+            self._look()
         accelerator.wait_for_everyone()
-        missing = [question for question in questions if not whole(self.answers.file(question))]
-        evaluated = whole(kept)
-        # Every process must come here, whoever of them has something to ask.
-        if any(gather_object([bool(missing) or not evaluated])):
-            if missing or not evaluated:
-                teachers = self._loaded(run, nets, teachers)
-                self._ask(run, nets, replayed, missing)
-                if not evaluated:
-                    _save(kept, {"scores": self._ask_evaluation(run, nets, teachers)})
-            accelerator.wait_for_everyone()
-            if accelerator.is_main_process:
-                about = [{"name": t.name, "order": t.order, "misfit": t.misfit} for t in teachers]
-                if not self.known.is_file():
-                    write_json(self.known, about, shared=True)
+        missing, evaluated = [q for q in questions if not cached.whole(self.answers.file(q))], cached.whole(kept)
+        if missing or not evaluated:
+            if any(isinstance(t.network, AbsentNetwork) for t in teachers):
+                teachers = self.make()
+                for teacher in teachers:
+                    place(teacher.module, self.args, accelerator.device)
+            self._ask(teachers, missing)
+            if not evaluated:
+                _save(kept, {"scores": self._ask_evaluation(teachers)})
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process and not self.known.is_file():
+            about = [{"name": t.name, "order": t.order, "misfit": t.misfit} for t in teachers]
+            write_json(self.known, about, shared=True)
         accelerator.wait_for_everyone()
         self.told = load_file(kept)["scores"]
         replayed.answers = self.answers
@@ -221,11 +204,10 @@ class TeacherCache:
         size = self.answers.file((view, start, end)).stat().st_size / (end - start)
         run.reporter.line(f"{self.folder} holds {replayed.views} views of each image, {size:.0f} bytes each.")
 
-    def first_batch(self, run: TrainingRun) -> tuple[Tensor, Targets]:
+    def first_batch(self) -> tuple[Tensor, Targets]:
         """The first rows in their first view, with what the teachers say of them."""
-        assert run.data.replayed is not None
         size = min(self.args.batch_size, self.answers.rows, self.answers.block)
-        inputs, labels = next(self._read(run, run.data.replayed, [(0, 0, size)]))
+        inputs, labels = next(self._read([(0, 0, size)]))
         told = zip(*(self.answers(0, row) for row in range(size)), strict=True)
         return inputs, Targets(labels, torch.arange(size), tuple(map(torch.stack, told))).to(inputs.device)
 
@@ -250,17 +232,16 @@ class TeacherCache:
             "teacher_features": tuple({layer: next(maps) for layer in layers} for layers in self.layers),
         }
 
-    def asked(self, teachers: Sequence[Teacher]) -> list[Callable[[Tensor], Tensor]]:
+    def asked(self) -> list[Callable[[Tensor], Tensor]]:
         """What the teachers of the student's classes say of the evaluation images, in the order of the loaders."""
-        known = [t for t in teachers if not t.misfit]
-        return [_Told(self.told[:, i]) for i, _ in enumerate(known)]
+        return [_replay(scores) for scores in self.told.unbind(1)]
 
-    def _look(self, replayed: Replayed) -> None:
+    def _look(self) -> None:
         """Compares some images with those that the teachers were asked about."""
         rows = sorted({i * self.answers.rows // _LOOKED_AT for i in range(_LOOKED_AT)})
         digest = hashlib.sha256()
         for row in rows:
-            image, label = replayed.item(row, 0)
+            image, label = self.replayed.item(row, 0)
             digest.update(np.ascontiguousarray(image).tobytes() + str(label).encode())
         seen, file = {"images": digest.hexdigest()}, self.folder / "images.json"
         if not file.is_file():
@@ -271,48 +252,33 @@ class TeacherCache:
                 " that read and augment them have changed. Name another folder, --cache-teacher DIR."
             )
 
-    def _loaded(self, run: TrainingRun, nets: list[Net], teachers: Sequence[Teacher]) -> Sequence[Teacher]:
-        """Teachers that can be asked; their networks take the place of those in the list."""
-        if any(isinstance(t.module, Absent) for t in teachers):
-            from kd_timm.network import TimmNetwork
-
-            teachers = self.make()
-            for i, teacher in enumerate(teachers):
-                module = teacher.module.to(run.accelerator.device)
-                if self.args.channels_last:
-                    module.to(memory_format=torch.channels_last)
-                options: dict[str, Any] = {"transform": teacher.transform, "order": teacher.order, "number": i}
-                nets[i] = Net(TimmNetwork(module), Reads, frozen=True, **options)
-        return teachers
-
-    def _ask(self, run: TrainingRun, nets: Sequence[Net], replayed: Replayed, missing: Sequence[Question]) -> None:
+    def _ask(self, teachers: Sequence[Teacher], missing: Sequence[Question]) -> None:
         """Asks about blocks of rows, and writes each as soon as it is whole."""
-        if not missing:
-            return
-        # In the teachers' own class order; a method's view of them is in the student's.
-        raw = [Net(net.network, Reads, frozen=True, transform=net.transform) for net in nets]
-        pending, found = iter(missing), dict[str, list[Tensor]]()
-        question: Question | None = next(pending)
-        whole = sum(end - start for _, start, end in missing)
-        read, steps = self._read(run, replayed, missing), -(-whole // self.args.batch_size)
-        quiet = not run.reporter.terminal
-        for inputs, _ in track(read, "asking the teachers", total=steps, disable=quiet, transient=True):
-            kept = self._kept(run, raw, inputs)
-            if not found:
-                again = self._kept(run, raw, inputs)
-                check_twice(list(kept.values()), [again[name] for name in kept])
-                size = sum(x.nbytes for x in kept.values()) / len(inputs)
-                self._check_room(size, whole * run.accelerator.num_processes)
-            for name, values in kept.items():
-                found.setdefault(name, []).append(values)
-            while question is not None and sum(map(len, found["logits"])) >= (size := question[2] - question[1]):
-                rows = {name: torch.cat(values) for name, values in found.items()}
-                _save(self.answers.file(question), {name: x[:size].contiguous() for name, x in rows.items()})
-                found, question = {name: [x[size:]] for name, x in rows.items()}, next(pending, None)
+        rows = self._answered(teachers, missing)
+        for question in missing:
+            _, start, end = question
+            kept = (torch.stack(x).contiguous() for x in zip(*islice(rows, end - start), strict=True))
+            _save(self.answers.file(question), dict(zip(self.answers.names, kept, strict=True)))
 
-    def _kept(self, run: TrainingRun, nets: Sequence[Net], images: Tensor) -> dict[str, Tensor]:
-        """What is written of some images: scores `[N, teachers, K]`, or the highest of them, and layers."""
-        views = _views(run, nets, images, self.args.batch_size, self.layers)
+    def _answered(self, teachers: Sequence[Teacher], missing: Sequence[Question]) -> Iterator[tuple[Tensor, ...]]:
+        """What the teachers say of each row of some blocks, in the order of the names."""
+        # In the teachers' own class order; a method's view of them is in the student's.
+        nets = [_net(teacher) for teacher in teachers]
+        rows = sum(end - start for _, start, end in missing)
+        read, steps = self._read(missing), -(-rows // self.args.batch_size)
+        quiet, first = not self.run.reporter.terminal, True
+        for inputs, _ in track(read, "asking the teachers", total=steps, disable=quiet, transient=True):
+            kept = self._kept(nets, inputs)
+            if first:
+                cached.check_twice(kept, self._kept(nets, inputs))
+                size = sum(x.nbytes for x in kept) / len(inputs)
+                self._check_room(size, rows * self.run.accelerator.num_processes)
+            first = False
+            yield from zip(*kept, strict=True)
+
+    def _kept(self, nets: Sequence[Net], images: Tensor) -> list[Tensor]:
+        """What is written of some images: scores `[N, teachers, K]`, or the highest of them, and layers, by name."""
+        views = _views(self.run, nets, images, self.args.batch_size, self.layers)
         scores = [view.logits for view in views]
         if len({s.shape for s in scores}) > 1 or scores[0].dim() != 2:
             raise DistillError(
@@ -330,7 +296,8 @@ class TeacherCache:
                     f"--cache-teacher holds what a layer gives of each image, and {name} gives {list(x.shape)} of"
                     f" {len(scores[0])} images: leave it out."
                 )
-        return {name: x[: len(images)].cpu() for name, x in (found | maps).items()}
+        found |= maps
+        return [found[name][: len(images)].cpu() for name in self.answers.names]
 
     def _check_room(self, size: float, rows: int) -> None:
         """Refuses what the disk does not hold, before the teachers are asked for hours."""
@@ -341,34 +308,30 @@ class TeacherCache:
                 f" {self.folder} has {free:,.1f} left: keep fewer views, --cache-views, or smaller layers."
             )
 
-    def _ask_evaluation(self, run: TrainingRun, nets: Sequence[Net], teachers: Sequence[Teacher]) -> Tensor:
+    def _ask_evaluation(self, teachers: Sequence[Teacher]) -> Tensor:
         """Scores `[N, teachers, K]` of this process's evaluation images, and those of another kind behind them."""
-        known = [net for net, teacher in zip(nets, teachers, strict=True) if not teacher.misfit]
-        found = []
-        for loader in filter(None, (run.data.evaluation, run.data.other)):
+        known, found = [_net(teacher, order=teacher.order) for teacher in teachers if not teacher.misfit], []
+        for loader in filter(None, (self.run.data.evaluation, self.run.data.other)):
             # A copy: workers that outlive a pass would be there when the run first reads, which draws random numbers.
             read = copy.copy(loader)
             if hasattr(read, "loader"):
                 read.loader = copy.copy(read.loader)
             for inputs, _ in batches(read):
                 if known:
-                    views = _views(run, known, run.images(inputs))
+                    views = _views(self.run, known, self.run.images(inputs))
                     found.append(torch.stack([view.logits.cpu() for view in views], 1))
         return torch.cat(found) if found else torch.empty(0, 0, 0)
 
-    def _read(
-        self, run: TrainingRun, replayed: Replayed, questions: Sequence[Question]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _read(self, questions: Sequence[Question]) -> Iterator[tuple[Tensor, Tensor]]:
         """Images and labels of blocks of rows, as training shows them, in batches of its size."""
-        args, transform = self.args, replayed.transform
-        options = {"num_workers": args.workers, "use_prefetcher": not args.no_prefetcher}
-        loader = plain_loader(
-            _Asked(replayed, questions), self.config, args.batch_size, device=run.accelerator.device, **options
-        )
+        args, transform = self.args, self.replayed.transform
+        options: dict[str, Any] = {"num_workers": args.workers, "use_prefetcher": not args.no_prefetcher}
+        options["device"] = self.run.accelerator.device
+        loader = plain_loader(_Asked(self.replayed, questions), self.config, args.batch_size, **options)
         # The loader has set that of an evaluation.
-        replayed.transform = transform
+        self.replayed.transform = transform
         for inputs, labels in batches(loader):
-            yield run.images(inputs), labels
+            yield self.run.images(inputs), labels
 
 
 class _Asked(Transformed, Dataset[tuple[Any, Any]]):
@@ -387,15 +350,15 @@ class _Asked(Transformed, Dataset[tuple[Any, Any]]):
         return self.dataset.item(end - (self.ends[number] - item), view)
 
 
-class _Told:
+def _net(teacher: Teacher, **options: Any) -> Net:
+    """A teacher that is asked."""
+    return Net(teacher.network, Reads, frozen=True, transform=teacher.transform, **options)
+
+
+def _replay(scores: Tensor) -> Callable[[Tensor], Tensor]:
     """A teacher's scores of images in the order in which they come, pass after pass."""
-
-    def __init__(self, scores: Tensor) -> None:
-        self.scores, self.at = scores, 0
-
-    def __call__(self, images: Tensor) -> Tensor:
-        start, self.at = self.at, (self.at + len(images)) % len(self.scores)
-        return self.scores[start : start + len(images)].to(images.device)
+    rows = cycle(scores)
+    return lambda images: torch.stack([*islice(rows, len(images))]).to(images.device)
 
 
 @torch.no_grad()
@@ -412,7 +375,7 @@ def _views(
 
 
 def _save(file: Path, tensors: dict[str, Tensor]) -> None:
-    with making(file) as missing:
+    with cached.making(file) as missing:
         if missing:
             with replacing(file, shared=True) as partial:
                 save_file(tensors, partial)
@@ -420,30 +383,20 @@ def _save(file: Path, tensors: dict[str, Tensor]) -> None:
 
 def _layers(distiller: Distiller, teachers: int) -> list[tuple[str | int, ...]]:
     """The layers of each teacher that a method reads; refuses one that reads more than the cache can hold."""
-    found = [layers_of(distiller, i) for i in range(teachers)]
-    if None in found:
-        raise DistillError(
-            f"--cache-teacher holds scores and layers that are named one by one, and {distiller.name} reads attention,"
-            " all layers or a glob: leave it out."
-        )
-    if needs_pass(distiller):
-        raise DistillError(
-            f"--cache-teacher follows the training, and {distiller.name} looks at the images before it: leave it out."
-        )
-    if any(needs.streams for needs in needs_of_stages(distiller)):
-        raise DistillError(
-            f"--cache-teacher follows the training stream, and {distiller.name} reads others too: leave it out."
-        )
+    found, name = [cached.layers_of(distiller, i) for i in range(teachers)], distiller.name
+    reasons = (
+        (None in found, "holds scores and layers that are named one by one", "reads attention, all layers or a glob"),
+        (needs_pass(distiller), "follows the training", "looks at the images before it"),
+        (any(n.streams for n in needs_of_stages(distiller)), "follows the training stream", "reads others too"),
+    )
+    for refused, does, wants in reasons:
+        if refused:
+            raise DistillError(f"--cache-teacher {does}, and {name} {wants}: leave it out.")
     return [layers or () for layers in found]
 
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _data_id(args: argparse.Namespace, dataset: Any) -> str:
-    """Changes with the rows of the training set."""
-    return _digest([_named(args, "dataset", "train_split", "epoch_repeats"), _rows_id(dataset)])
 
 
 def _named(args: argparse.Namespace, *names: str) -> dict[str, Any]:
@@ -478,17 +431,15 @@ def _file_id(root: str, image: Any, *others: Any) -> list[Any]:
 def _teachers_id(args: argparse.Namespace) -> str:
     """Changes with the teachers' names, arguments and weights: of a file its hash, of published ones where they are."""
     found: list[Any] = []
-    for i, name in enumerate(args.teacher):
+    for name, path, kwargs in named_teachers(args):
         check_model_name(name, "--teacher")
         source, model = parse_model_name(name)
-        path = args.teacher_checkpoint[i] if i < len(args.teacher_checkpoint) else ""
-        kwargs = args.teacher_kwargs[i] if i < len(args.teacher_kwargs) else {}
         found.append([name, kwargs])
         if path:
-            beside = [Path(path).with_suffix(".json"), Path(path).with_name("config.json")]
-            found.append(files_id(*(p for p in (path, *beside) if Path(p).is_file())))
+            files = (Path(path), Path(path).with_suffix(".json"), Path(path).with_name("config.json"))
+            found.append(cached.files_id(*filter(Path.is_file, files)))
         elif source == "local-dir":
-            found.append(files_id(model))
+            found.append(cached.files_id(model))
         else:
             cfg: Any = timm.get_pretrained_cfg(model) if source is None else None
             repository, file = (model, None) if source else (cfg and cfg.hf_hub_id, cfg and cfg.hf_hub_filename)
@@ -515,8 +466,7 @@ def _hub_file(repository: str | None, file: str | None) -> str:
 
 def _evaluation_id(run: TrainingRun) -> str:
     """Changes with the evaluation images and their order, and with a process's share of them."""
-    args, parts = run.args, []
-    for loader in filter(None, (run.data.evaluation, run.data.other)):
-        named = _named(args, "dataset", "val_split", "ood_dataset", "ood_split", "no_prefetcher")
-        parts.append([named, _rows_id(loader.dataset), len(loader)])
+    named = _named(run.args, "dataset", "val_split", "ood_dataset", "ood_split", "no_prefetcher")
+    loaders = filter(None, (run.data.evaluation, run.data.other))
+    parts = [[named, _rows_id(loader.dataset), len(loader)] for loader in loaders]
     return _digest([parts, run.accelerator.process_index, run.accelerator.num_processes])[:16]

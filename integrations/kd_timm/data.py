@@ -7,20 +7,11 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+import timm.data
 import torch
 from accelerate import PartialState
-from timm.data import (
-    AugMixDataset,
-    FastCollateMixup,
-    Mixup,
-    MultiLabelTarget,
-    NaFlexMixup,
-    create_dataset,
-    create_loader,
-    create_naflex_loader,
-)
 from torch.utils.data import IterableDataset, default_collate
 
 from kd_accelerate.streams import split
@@ -28,7 +19,6 @@ from kd_plugins import Distiller, DistillError
 from kd_plugins.binding import needs_of_stages
 from kd_plugins.errors import told
 from kd_timm.arguments import as_flag, parse_args
-from kd_timm.batches import Batches
 from kd_timm.compat import fast_collate
 from kd_timm.digits import DIGITS_DEFAULTS, Digits
 from kd_timm.rows import CollateTargets, Replayed, Rows, StagedRows, numbered
@@ -62,6 +52,20 @@ MIXUP_ARGUMENTS = {
 }
 
 
+class Datasets(NamedTuple):
+    """What a run reads.
+
+    Attributes:
+        train: The training set; None for a training without data.
+        evaluation: The evaluation set; None without `--val-split`.
+        classes: Class names by label, where they are known.
+    """
+
+    train: Any
+    evaluation: Any
+    classes: tuple[str, ...] | None
+
+
 @dataclass
 class Data:
     """The loaders of a run.
@@ -74,8 +78,6 @@ class Data:
         streams: Loaders of training rows that are held out for a distiller, by stream name.
         mixup: What mixes, when mixup or cutmix is on and the loader can be told to end it.
         mean_batch: Rows of a batch, on average.
-        staged: The training set of a distillation that wants row numbers or streams; its `epoch_steps`, the updates in
-            an epoch, must be set before training.
         other: Loader of the images of another kind; None without them.
         replayed: The training set whose augmentation is replayed, with `--cache-teacher`.
     """
@@ -85,9 +87,8 @@ class Data:
     config: dict[str, Any]
     classes: tuple[str, ...] | None = None
     streams: dict[str, Any] = field(default_factory=dict)
-    mixup: Mixup | None = None
+    mixup: timm.data.Mixup | None = None
     mean_batch: float = 0.0
-    staged: StagedRows | None = None
     other: Any = None
     replayed: Replayed | None = None
 
@@ -101,10 +102,6 @@ class Data:
                 part.set_epoch(epoch)
         if self.mixup is not None:
             self.mixup.mixup_enabled.fill_(not (mixup_off_epoch and epoch >= mixup_off_epoch))
-
-    def stream_batches(self) -> dict[str, Batches]:
-        """Endless batches of the streams; a new set for every epoch, so that a resumed run sees the same rows."""
-        return {name: Batches(loader, endless=True) for name, loader in self.streams.items()}
 
 
 def apply_data_defaults(args: argparse.Namespace, data_free: bool = False) -> None:
@@ -162,34 +159,24 @@ def _refuse_idle(args: argparse.Namespace, names: Sequence[str], why: str) -> No
 _WITHOUT_FOLDER = ("torch", "hfds", "hfids", "tfds", "wds")
 
 
-def create_datasets(
-    args: argparse.Namespace, channels: int, data_free: bool = False
-) -> tuple[Any, Any, tuple[str, ...] | None]:
+def create_datasets(args: argparse.Namespace, channels: int, data_free: bool = False) -> Datasets:
     """Makes the training and the evaluation data set.
 
     Args:
         args: Parsed arguments, after `apply_data_defaults`.
         channels: Image channels of the model.
         data_free: Whether the training needs no data set.
-
-    Returns:
-        Training set (None for a training without data), evaluation set (None without `--val-split`), class names where
-        they are known.
     """
     if data_free and not (args.dataset or args.data_dir):
-        return None, None, None
-    if channels not in (1, 3) and not args.input_img_mode:
-        raise DistillError(
-            f"The model takes {channels} channels, and images are read in colour or grey: name how, --input-img-mode."
-        )
-    mode = args.input_img_mode or ("RGB" if channels == 3 else "L")
+        return Datasets(None, None, None)
+    mode = _mode(args, channels)
     if args.dataset == "digits":
         if args.task == "multilabel":
             raise DistillError("--task multilabel: a digit has one label; name a data set with several, --dataset.")
         _refuse_idle(args, (*_OF_READING, *_OF_STREAMS), "Digits are read from scikit-learn, where")
         train: Any = Digits(args.train_split, mode)
         evaluation: Any = Digits(args.val_split, mode) if args.val_split else None
-        return None if data_free else train, evaluation, train.classes
+        return Datasets(None if data_free else train, evaluation, train.classes)
     if not args.data_dir and args.dataset.partition("/")[0] not in _WITHOUT_FOLDER:
         raise DistillError(
             f"--dataset: expected digits or <type>/<name>, with a type of {', '.join(_WITHOUT_FOLDER)}, got"
@@ -202,12 +189,14 @@ def create_datasets(
     common = _named(args, DATASET_ARGUMENTS) | {"name": args.dataset, "input_img_mode": mode}
     told_as = args.dataset or args.data_dir
     if args.task == "multilabel":
-        common["target_transform"] = MultiLabelTarget(args.num_classes, dense=args.target_format == "multihot")
-    evaluation = None
+        hot = args.target_format == "multihot"
+        common["target_transform"] = timm.data.MultiLabelTarget(args.num_classes, dense=hot)
+    evaluation = theirs = None
     if args.val_split:
         evaluation = _read(told_as, split=args.val_split, num_samples=args.val_num_samples, **common)
+        theirs = class_names(evaluation, args.target_key)
     if data_free:
-        return None, evaluation, None if evaluation is None else class_names(evaluation, args.target_key)
+        return Datasets(None, evaluation, theirs)
     of_training = dict(seed=args.seed, repeats=args.epoch_repeats, num_samples=args.train_num_samples)
     train = _read(told_as, split=args.train_split, is_training=True, **of_training, **common)
     classes = class_names(train, args.target_key)
@@ -219,21 +208,28 @@ def create_datasets(
                 f"{told_as} has no folders {args.train_split} and {args.val_split}: the training and the evaluation"
                 " read the same images. Name splits, --train-split and --val-split, or none to evaluate."
             )
-    if evaluation is not None and classes is not None:
-        theirs = class_names(evaluation, args.target_key)
-        if theirs is not None and theirs != classes:
-            raise DistillError(
-                f"The training split has the classes {_few(classes)} and the evaluation split {_few(theirs)}: the same"
-                " folders, in the same order, must be in both (--class-map fixes the order)."
-            )
-    return train, evaluation, classes
+    if classes is not None and theirs not in (None, classes):
+        raise DistillError(
+            f"The training split has the classes {_few(classes)} and the evaluation split {_few(theirs)}: the same"
+            " folders, in the same order, must be in both (--class-map fixes the order)."
+        )
+    return Datasets(train, evaluation, classes)
+
+
+def _mode(args: argparse.Namespace, channels: int) -> str:
+    """How PIL is to give images of so many channels."""
+    if channels not in (1, 3) and not args.input_img_mode:
+        raise DistillError(
+            f"The model takes {channels} channels, and images are read in colour or grey: name how, --input-img-mode."
+        )
+    return args.input_img_mode or ("RGB" if channels == 3 else "L")
 
 
 def _read(told_as: str, **options: Any) -> Any:
     """A data set of timm's factory."""
     named = f"{told_as} ({options['split']})"
     with told(f"{named} cannot be read", Exception, remedy="mend the flags of the data set"):
-        dataset = create_dataset(**options)
+        dataset = timm.data.create_dataset(**options)
     if not isinstance(dataset, IterableDataset) and (options.get("num_samples") or options.get("repeats")):
         flags = ", ".join(map(as_flag, _OF_STREAMS))
         raise DistillError(f"{named} is no streamed data set, where alone {flags} do something: leave them out.")
@@ -275,7 +271,7 @@ def _other_kind(args: argparse.Namespace, channels: int) -> Any:
     name = args.ood_dataset
     if not name:
         return None
-    mode = args.input_img_mode or ("RGB" if channels == 3 else "L")
+    mode = _mode(args, channels)
     if name == "digits":
         return Digits(args.ood_split, mode)
     named: dict[str, Any] = {"name": "", "root": name}
@@ -308,7 +304,7 @@ def class_names(dataset: Any, target_key: str | None = None) -> tuple[str, ...] 
     return tuple(names) if names else None
 
 
-def check_labels(args: argparse.Namespace, datasets: tuple[Any, Any, tuple[str, ...] | None]) -> None:
+def check_labels(args: argparse.Namespace, datasets: Datasets) -> None:
     """Refuses labels that are none of the model's classes, as far as they are known without reading every image.
 
     Args:
@@ -349,7 +345,7 @@ def _labels(dataset: Any) -> set[int]:
 def create_data(
     args: argparse.Namespace,
     config: dict[str, Any],
-    datasets: tuple[Any, Any, tuple[str, ...] | None],
+    datasets: Datasets,
     device: torch.device,
     *,
     distributed: bool = False,
@@ -374,7 +370,6 @@ def create_data(
     needs = [] if distiller is None else needs_of_stages(distiller)
     index = any(n.index for n in needs)
     streams: dict[str, Any] = {}
-    staged = None
     replayed = Replayed(train) if args.cache_teacher else None
     for shares in (n.streams for n in needs if n.streams):
         streams |= split(len(train), shares, args.seed)
@@ -384,7 +379,7 @@ def create_data(
         if args.aug_splits:
             raise DistillError(f"--aug-splits repeats rows, and {distiller.name} counts rows or holds some out.")
         whole = train
-        train = staged = StagedRows(replayed or whole, distiller, 1, args.seed, numbered if index else None)
+        train = StagedRows(replayed or whole, distiller, 1, args.seed, numbered if index else None)
         streams = {name: Rows(whole, rows, index) for name, rows in streams.items() if name}
     elif replayed is not None:
         train = replayed
@@ -404,7 +399,13 @@ def create_data(
         use_prefetcher=not args.no_prefetcher,
         persistent_workers=args.persistent_workers,
     )
-    patches = dict(patchify_channels_last=not args.naflex_patchify_channels_first)
+
+    def make(dataset: Any, size: int, options: Mapping[str, Any]) -> Any:
+        if not args.naflex_loader:
+            return plain_loader(dataset, config, size, **options)
+        options = {key: config[key] for key in ("mean", "std", "interpolation")} | dict(options)
+        last = not args.naflex_patchify_channels_first
+        return timm.data.create_naflex_loader(dataset, batch_size=size, patchify_channels_last=last, **options)
 
     def loader(dataset: Any) -> Any:
         interpolation = (not args.no_aug and args.train_interpolation) or config["interpolation"]
@@ -412,35 +413,28 @@ def create_data(
         unfit = (AssertionError, LookupError, RuntimeError, TypeError, ValueError)
         with told("These flags of the training images do not go together", *unfit):
             if args.naflex_loader:
-                options |= patches | _patch_sizes(args, patch_size) | {"mean": config["mean"], "std": config["std"]}
                 ranks = dict(rank=PartialState().process_index, world_size=PartialState().num_processes)
-                options |= ranks | {"train_seq_lens": args.naflex_train_seq_lens, "mixup_fn": mixup}
-                made = create_naflex_loader(dataset, batch_size=args.batch_size, **options)
+                lengths = {"train_seq_lens": args.naflex_train_seq_lens, "mixup_fn": mixup}
+                options |= _patch_sizes(args, patch_size) | ranks | lengths
             else:
-                progressive = args.train_size_schedule == "progressive"
-                options |= _named(args, SIZES_ARGUMENTS) | {
-                    "batch_schedule_epochs": args.epochs if progressive else None
-                }
-                dataset = AugMixDataset(dataset, num_splits=args.aug_splits) if args.aug_splits else dataset
-                made = plain_loader(dataset, config, args.batch_size, collate_fn=collate, **options)
+                schedule = args.epochs if args.train_size_schedule == "progressive" else None
+                options |= _named(args, SIZES_ARGUMENTS) | {"batch_schedule_epochs": schedule, "collate_fn": collate}
+                dataset = timm.data.AugMixDataset(dataset, num_splits=args.aug_splits) if args.aug_splits else dataset
+            made = make(dataset, args.batch_size, options)
         if len(made) == 0:
             raise DistillError(
                 f"The {len(dataset)} training rows do not fill one batch of {args.batch_size}: lower --batch-size."
             )
         return made
 
-    size = args.validation_batch_size or args.batch_size
     reading = dict(machine)
     if distributed and any(kind in args.dataset for kind in ("tfds", "wds")):
         reading["num_workers"] = min(2, args.workers)
+    if args.naflex_loader:
+        reading |= {"patch_size": patch_size, "max_seq_len": args.naflex_max_seq_len, "crop_pct": config["crop_pct"]}
 
     def plainly(dataset: Any) -> Any:
-        if dataset is None or not args.naflex_loader:
-            return None if dataset is None else plain_loader(dataset, config, size, **reading)
-        keys = ("mean", "std", "interpolation", "crop_pct")
-        options = reading | patches | {key: config[key] for key in keys}
-        length = args.naflex_max_seq_len
-        return create_naflex_loader(dataset, patch_size=patch_size, max_seq_len=length, batch_size=size, **options)
+        return None if dataset is None else make(dataset, args.validation_batch_size or args.batch_size, reading)
 
     if args.naflex_loader:
         _logger.info("Using NaFlex loader")
@@ -448,6 +442,8 @@ def create_data(
         _logger.info(f"Using variable patch sizes: {sizes}" if sizes else f"Using model patch size: {patch_size}")
     empty = torch.empty(args.batch_size, 0, device=device)
     training = loader(train) if train is not None else [(empty, empty)] * args.epoch_updates * args.grad_accum_steps
+    if isinstance(train, StagedRows):
+        train.epoch_steps = -(-len(training) // args.grad_accum_steps)
     mean_batch = args.batch_size
     if args.train_img_sizes:
         scheduled = training.batch_sampler
@@ -461,7 +457,6 @@ def create_data(
         streams={name: loader(rows) for name, rows in streams.items()},
         mixup=None if args.naflex_loader else mixup,
         mean_batch=float(mean_batch),
-        staged=staged,
         other=plainly(_other_kind(args, config["input_size"][0])),
         replayed=replayed,
     )
@@ -494,14 +489,14 @@ def _mixup(args: argparse.Namespace) -> Any:
     # One logit decides between two classes.
     options["num_classes"] = args.num_classes if args.task == "multilabel" else max(args.num_classes, 2)
     if not args.naflex_loader:
-        made = Mixup(**options) if args.no_prefetcher else FastCollateMixup(**options)
+        made = timm.data.Mixup(**options) if args.no_prefetcher else timm.data.FastCollateMixup(**options)
         # In shared memory, where workers that outlive an epoch see it change.
         made.mixup_enabled = torch.tensor(True).share_memory_()
         return made
     if args.mixup_mode != "batch" or args.cutmix_minmax is not None:
         raise DistillError("--naflex-loader mixes whole batches: leave --mixup-mode and --cutmix-minmax out.")
     del options["mode"], options["cutmix_minmax"]
-    return NaFlexMixup(**options, mixup_off_epoch=args.mixup_off_epoch)
+    return timm.data.NaFlexMixup(**options, mixup_off_epoch=args.mixup_off_epoch)
 
 
 def _patch_sizes(args: argparse.Namespace, patch_size: tuple[int, int]) -> dict[str, Any]:
@@ -530,7 +525,7 @@ def plain_loader(dataset: Any, config: Mapping[str, Any], batch_size: int, **opt
     """
     keys = ("input_size", "interpolation", "mean", "std", "crop_pct")
     made = dict(batch_size=batch_size, persistent_workers=False) | {key: config[key] for key in keys}
-    return create_loader(dataset, **made | options)
+    return timm.data.create_loader(dataset, **made | options)
 
 
 def uses_mixup(args: argparse.Namespace) -> bool:

@@ -6,7 +6,6 @@ import argparse
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -17,17 +16,17 @@ from kd_accelerate import TurnPlayer
 from kd_accelerate.cached import reads_of
 from kd_accelerate.randomness import undisturbed
 from kd_plugins import Batch, Distiller, DistillError, Net, Reads, create_distiller
-from kd_plugins.binding import connect, needs_pass, prepare, schedule, set_up
+from kd_plugins.binding import needs_pass, prepare, schedule, set_up
 from kd_plugins.catalog.registry import options_from_strings
 from kd_plugins.stages import StageTable
-from kd_timm.batches import batches
-from kd_timm.build import check_size, create_student
-from kd_timm.cache import Absent, AbsentNetwork, TeacherCache
-from kd_timm.data import plain_loader
+from kd_timm.batches import Batches, batches
+from kd_timm.build import check_size, create_student, place
+from kd_timm.cache import AbsentNetwork, TeacherCache
+from kd_timm.data import Datasets, plain_loader
 from kd_timm.engine import PlainStep, TrainingRun
 from kd_timm.network import TimmNetwork, image_batch
 from kd_timm.rows import Targets
-from kd_timm.teachers import Teacher, check_classes, create_teacher
+from kd_timm.teachers import Teacher, check_classes, connected, create_teacher, named_teachers
 
 
 class Distillation:
@@ -37,52 +36,30 @@ class Distillation:
         args: Parsed arguments.
         student: The bare student.
         config: Its data configuration.
-        classes: Its class names, where they are known.
+        data: What it is trained with, and its class names, where they are known.
         device: Where teachers and peers go.
-        dataset: The training set, which `--cache-teacher` tells from others.
     """
 
     def __init__(
-        self,
-        args: argparse.Namespace,
-        student: nn.Module,
-        config: Mapping[str, Any],
-        classes: tuple[str, ...] | None,
-        device: torch.device,
-        dataset: Any = None,
+        self, args: argparse.Namespace, student: nn.Module, config: dict[str, Any], data: Datasets, device: torch.device
     ) -> None:
         self.args, self.config, self.distiller = args, config, make_distiller(args)
         self.criterion: Callable[..., Tensor] = nn.functional.cross_entropy
-        make = partial(_teachers, args, config=config, num_classes=args.num_classes, classes=classes)
-        self.cache = None
-        if args.cache_teacher:
-            self.cache = TeacherCache(args, config, classes, dataset, self.distiller)
+
+        def make() -> list[Teacher]:
+            common: dict[str, Any] = dict(config=config, num_classes=args.num_classes, classes=data.classes)
+            return [create_teacher(*each, **common) for each in named_teachers(args)]
+
+        self.cache = TeacherCache(args, config, data, self.distiller) if args.cache_teacher else None
         self.teachers = make() if self.cache is None else self.cache.teachers(make)
         self.peers = [self._peer(i, name) for i, name in enumerate(args.peer)]
         for module in (*(t.module for t in self.teachers), *self.peers):
-            module.to(device)
-            if args.channels_last:
-                module.to(memory_format=torch.channels_last)
+            place(module, args, device)
         self.network = TimmNetwork(student)
-        self.nets = connect(
-            self.distiller,
-            self.network,
-            [
-                self._absent(i) if isinstance(t.module, Absent) else TimmNetwork(t.module)
-                for i, t in enumerate(self.teachers)
-            ],
-            [TimmNetwork(peer) for peer in self.peers],
-            transforms=[teacher.transform for teacher in self.teachers],
-            orders=[teacher.order for teacher in self.teachers],
-        )
+        self.nets = connected(self.distiller, self.network, self.teachers, [TimmNetwork(peer) for peer in self.peers])
         self.device = device
         self.rows = 0
         self.player: TurnPlayer
-
-    def _absent(self, number: int) -> AbsentNetwork:
-        """What stands for a teacher that the cache knows."""
-        assert self.cache is not None
-        return AbsentNetwork(self.teachers[number].module, self.cache.layers[number])
 
     def _peer(self, number: int, name: str) -> nn.Module:
         """Another network to train, made as the student is and for its images; files of weights are its alone."""
@@ -121,26 +98,24 @@ class Distillation:
         assert self.cache is not None
         check_classes(self.distiller, self.teachers)
         with undisturbed(gpu=True):
-            if not any(isinstance(t.module, Absent) for t in self.teachers):
+            if not any(isinstance(t.network, AbsentNetwork) for t in self.teachers):
                 self._rehearse(self.cache, next(self._pass(dataset)))
-            self.cache.fill(run, self.nets.teachers, self.teachers, epochs)
-            for net, teacher in zip(self.nets.teachers, self.teachers, strict=True):
-                teacher.module = Absent()
-                net.network = self._absent(net.number)
+            self.cache.fill(run, self.teachers, epochs)
+            for net, teacher, network in zip(self.nets.teachers, self.teachers, self.cache.absent(), strict=True):
+                net.network = teacher.network = network
         self.rows = len(dataset)
         # With the random numbers of a run that finds everything.
         with undisturbed(gpu=True):
-            set_up(self.distiller, self.nets, self.batch(*self.cache.first_batch(run)))
+            set_up(self.distiller, self.nets, self.batch(*self.cache.first_batch()))
         self.distiller.to(self.device)
 
     def _rehearse(self, cache: TeacherCache, batch: Batch) -> None:
         """Sets a copy up on what the cache will say: what does not fit is found before the teachers are asked."""
-        tried, nets = copy.deepcopy(self.distiller), self.nets
-        networks = [[net.network for net in each] for each in (nets.teachers, nets.peers[1:])]
-        nets = connect(tried, self.network, *networks, transforms=[net.transform for net in nets.teachers])
-        set_up(tried, nets, cache.as_told(batch, nets.teachers))
-        for net, kept in zip(nets.teachers, cache.layers, strict=True):
-            AbsentNetwork(Absent(), kept).install(reads_of(tried, net.number))
+        tried = copy.deepcopy(self.distiller)
+        nets = connected(tried, self.network, self.teachers, [net.network for net in self.nets.peers[1:]])
+        set_up(tried, nets, cache.as_told(batch, self.nets.teachers))
+        for number, network in enumerate(cache.absent()):
+            network.install(reads_of(tried, number))
 
     def set_up(self, dataset: Any, *, fresh: bool) -> None:
         """Lets the method build its parts on one batch, and pass over the training set where it wants to.
@@ -220,15 +195,9 @@ class Distillation:
             return net(Batch.of(images), reads=Reads()).logits
 
         if self.cache is not None:
-            return self.cache.asked(self.teachers)
+            return self.cache.asked()
         known = zip(self.teachers, self.nets.teachers, strict=True)
         return [partial(scores, net) for teacher, net in known if not teacher.misfit]
-
-
-def _teachers(args: argparse.Namespace, **common: Any) -> list[Teacher]:
-    """The teachers that the flags name."""
-    given = zip_longest(args.teacher, args.teacher_checkpoint, args.teacher_kwargs)
-    return [create_teacher(name, path or "", kwargs or {}, **common) for name, path, kwargs in given]
 
 
 def make_distiller(args: argparse.Namespace) -> Distiller:
@@ -254,7 +223,8 @@ class DistillStep(PlainStep):
     def begin_epoch(self) -> None:
         for peer in self.distillation.peers:
             peer.train()
-        self.streams = self.run.data.stream_batches()
+        # New ones for every epoch, so that a resumed run sees the same rows.
+        self.streams = {name: Batches(loader, endless=True) for name, loader in self.run.data.streams.items()}
 
     def loss(self, inputs: Tensor, targets: Any, accumulate: int) -> Tensor:
         distillation = self.distillation

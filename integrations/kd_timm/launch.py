@@ -66,29 +66,20 @@ def launch(args: argparse.Namespace, rest: list[str]) -> None:
             f"{args.script} makes no timm.task.ClassificationTask, whose place the distiller takes: use the train.py of"
             " timm 1.0.27 or newer, or kd-timm-train."
         )
-    options = options_from_strings(args.distill, args.distill_args)
+    options: dict[str, Any] = {"distiller_args": options_from_strings(args.distill, args.distill_args)}
+    options["teacher_checkpoint"] = args.teacher_checkpoint
     tasks: list[DistillationTask] = []
     seen: dict[str, Any] = {}
 
     def task(model: Any, **given: Any) -> DistillationTask:
-        made = DistillationTask(
-            model,
-            args.distill,
-            args.teacher,
-            distiller_args=options,
-            teacher_checkpoint=args.teacher_checkpoint,
-            data_config=seen.get("config"),
-            classes=seen.get("classes"),
-            **given,
-        )
-        tasks.append(made)
-        return made
+        tasks.append(DistillationTask(model, args.distill, args.teacher, **options, **seen, **given))
+        return tasks[-1]
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise DistillError("--kd-model-name is timm's own distillation: give it or --distill, not both.")
 
     def keep(config: Any, bound: inspect.BoundArguments) -> None:
-        seen["config"] = config
+        seen["data_config"] = config
 
     def name(made: Any, bound: inspect.BoundArguments) -> None:
         if bound.arguments.get("is_training"):

@@ -30,11 +30,8 @@ def list_layers(args: argparse.Namespace) -> str:
     inputs = torch.randn(2, *config["input_size"], generator=torch.Generator().manual_seed(0))
     labels = torch.zeros(2, dtype=torch.long)
     batch = image_batch(config, inputs, labels, index=torch.arange(2), rows=2, classes=args.num_classes)
-    lines = [
-        f"{args.model}, images {'x'.join(map(str, config['input_size']))}, {args.num_classes} classes",
-        "",
-        "stages",
-    ]
+    size = "x".join(map(str, config["input_size"]))
+    lines = [f"{args.model}, images {size}, {args.num_classes} classes", "", "stages"]
     try:
         names = network.stages()
         with torch.no_grad():
@@ -42,9 +39,9 @@ def list_layers(args: argparse.Namespace) -> str:
         lines += [f"  {i}  {name}  {list(view.features[i].shape[1:])}" for i, name in enumerate(names)]
     except DistillError as error:
         lines.append(f"  {error}")
-    paths = [(path, module) for path, module in model.named_modules() if path and path.count(".") < 2]
     lines += ["", "module paths (deeper ones go on with further dots)"]
-    lines += [f"  {path}  {type(module).__name__}" for path, module in paths]
+    named = model.named_modules()
+    lines += [f"  {path}  {type(module).__name__}" for path, module in named if path and path.count(".") < 2]
     lines += ["", "methods, with their default options and a teacher of the same architecture"]
 
     def fresh() -> TimmNetwork:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError
@@ -55,9 +56,8 @@ class StagedModel(nn.Module):
         if not stages:
             return one_head(self.model(x, **kwargs), self.model)
         if not logits:
-            return None, self.model.forward_intermediates(
-                x, indices=list(stages), intermediates_only=True, stop_early=True, **kwargs
-            )
+            kwargs |= {"intermediates_only": True, "stop_early": True}
+            return None, self.model.forward_intermediates(x, indices=list(stages), **kwargs)
         final, maps = self.model.forward_intermediates(x, indices=list(stages), **kwargs)
         return one_head(self.model.forward_head(final), self.model), maps
 
@@ -121,10 +121,7 @@ class TimmNetwork(Network):
 
         Going past DDP is sound because gradients are averaged by hand as soon as stages are read.
         """
-        inner: Any = getattr(forward, "_orig_mod", forward)
-        inner = getattr(inner, "module", inner)
-        inner = getattr(inner, "_orig_mod", inner)
-        if forward is not None and isinstance(inner, StagedModel):
+        if forward is not None and isinstance(unwrap_model(forward), StagedModel):
             return forward
         if hasattr(forward, "_orig_mod"):
             raise DistillError(

@@ -14,35 +14,27 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs, LoggerType, broadcast_object_list
 from timm.models import safe_model_name
+from timm.task import ClassificationTask, TrainingTask
 from timm.utils import CheckpointSaver, ModelEmaV3, random_seed
 from torch import nn
 
 from kd_accelerate import broadcast
 from kd_accelerate.randomness import undisturbed
 from kd_plugins import DistillError
-from kd_plugins.errors import told
+from kd_plugins.errors import did_you_mean, told
 from kd_plugins.states import slots, write_text
+from kd_timm import build, data
 from kd_timm.arguments import as_flag
-from kd_timm.build import (
-    check_size,
-    create_criterion,
-    create_optimizer,
-    create_scheduler,
-    create_stage_scheduler,
-    create_student,
-    create_task,
-    resolve_learning_rate,
-)
 from kd_timm.checkpoint import Checkpoints, Summary, find_state, output_folder
-from kd_timm.compat import ClassificationTask, TrainingTask, native_scaler
-from kd_timm.data import apply_data_defaults, check_data_free, check_labels, create_data, create_datasets, model_dtype
+from kd_timm.compat import LOGGER_TYPE_TO_CLASS, native_scaler
 from kd_timm.distillation import Distillation, make_distiller
-from kd_timm.engine import PlainStep, TrainingRun, evaluator
+from kd_timm.engine import PlainStep, TrainingRun
+from kd_timm.evaluation import evaluator
 from kd_timm.peers import Peers
 from kd_timm.progress import Reporter
-from kd_timm.trackers import start_trackers, tracker_names
 
 _logger = logging.getLogger("kd_timm.train")
 
@@ -69,8 +61,8 @@ class Parts(TrainingRun):
         self.accelerator = accelerator = create_accelerator(args)
         self.primary, self.processes = accelerator.is_main_process, accelerator.num_processes
         if self.processes > 1:
-            place = f"Process {accelerator.process_index}, total {self.processes}, device {accelerator.device}."
-            _logger.info(f"Training in distributed mode with multiple processes, 1 device per process.{place}")
+            which = f"Process {accelerator.process_index}, total {self.processes}, device {accelerator.device}."
+            _logger.info(f"Training in distributed mode with multiple processes, 1 device per process.{which}")
         else:
             _logger.info(f"Training with a single process on 1 device ({accelerator.device}).")
         if not self.primary:
@@ -93,15 +85,14 @@ class Parts(TrainingRun):
             # The run's own is made once its random streams have begun.
             data_free = bool(args.distill) and not make_distiller(args).data
         if data_free:
-            check_data_free(args)
-        apply_data_defaults(args, data_free)
+            data.check_data_free(args)
+        data.apply_data_defaults(args, data_free)
         random_seed(args.seed, accelerator.process_index)
-        self.student, config = create_student(args, verbose=self.primary)
+        self.student, config = build.create_student(args, verbose=self.primary)
         self.student.to(accelerator.device)
         # The processes draw from streams of their own; the moving average is copied before DDP would make them agree.
         broadcast(self.student.state_dict().values())
-        if args.channels_last:
-            self.student.to(memory_format=torch.channels_last)
+        build.place(self.student, args, accelerator.device)
         if args.sync_bn and self.processes > 1:
             args.dist_bn = ""
             _logger.info(
@@ -109,24 +100,23 @@ class Parts(TrainingRun):
                 " BN layers (enabled by default for ResNets) while sync-bn enabled."
             )
         if not args.naflex_loader:
-            check_size(self.student, args, config, accelerator.device)
+            build.check_size(self.student, args, config, accelerator.device)
         if args.amp:
             _logger.info("Using native Torch AMP. Training in mixed precision.")
         else:
-            _logger.info(f"AMP not enabled. Training in {model_dtype(args)}.")
-        datasets = create_datasets(args, config["input_size"][0], data_free)
-        classes = datasets[2]
-        check_labels(args, datasets)
+            _logger.info(f"AMP not enabled. Training in {data.model_dtype(args)}.")
+        datasets = data.create_datasets(args, config["input_size"][0], data_free)
+        data.check_labels(args, datasets)
         # Before any hook is set, so that the copy has none.
         self.ema = create_average(args, self.student) if args.model_ema else None
         self.distillation: Distillation | None = None
         if args.distill:
             with undisturbed(gpu=True):
-                self.distillation = Distillation(args, self.student, config, classes, accelerator.device, datasets[0])
+                self.distillation = Distillation(args, self.student, config, datasets, accelerator.device)
             if self.distillation.cache is None:
-                self.distillation.set_up(datasets[0], fresh=self.state is None and self.primary)
+                self.distillation.set_up(datasets.train, fresh=self.state is None and self.primary)
         self.reporter = Reporter(self.primary)
-        if data_free and datasets[1] is not None:
+        if data_free and datasets.evaluation is not None:
             named = f"{args.dataset or args.data_dir} ({args.val_split})"
             self.reporter.line(f"{args.distill} trains without data: {named} is for the evaluation alone.")
         self.seconds, self.updates, self.described = 0.0, 0, False
@@ -134,12 +124,12 @@ class Parts(TrainingRun):
         self._begin(datasets, config)
         self._open_output()
         if self.accelerator.log_with:
-            start_trackers(self.accelerator, args, self.folder, self.given)
+            self._start_trackers()
 
-    def _begin(self, datasets: tuple[Any, Any, Any], config: dict[str, Any]) -> None:
+    def _begin(self, datasets: data.Datasets, config: dict[str, Any]) -> None:
         """Builds what the training loop works with."""
         args, accelerator, distillation = self.args, self.accelerator, self.distillation
-        self.data = create_data(
+        self.data = data.create_data(
             args,
             config,
             datasets,
@@ -149,36 +139,32 @@ class Parts(TrainingRun):
             patch_size=getattr(self.student, "get_patch_size", lambda: (16, 16))(),
         )
         # A training without data keeps its last student, whatever an evaluation set says of it.
-        data_free = distillation is not None and not distillation.distiller.data
+        data_free = datasets.train is None
         judged = self.data.evaluation is not None and (not data_free or args.best_on_eval)
         self.metric = args.eval_metric if judged else "epoch" if data_free else "loss"
         if judged and self.metric not in evaluator(args).metric_names:
             names = ", ".join(evaluator(args).metric_names)
             raise DistillError(f"--eval-metric {self.metric} is not measured here: expected one of {names}.")
-        resolve_learning_rate(args, self.processes, self.data.mean_batch)
-        if (
-            args.kd_distill_type == "feature"
-            and args.model_ema
-            and (args.recovery_interval or self.checkpoint or args.checkpoint_format == "both")
-        ):
+        build.resolve_learning_rate(args, self.processes, self.data.mean_batch)
+        timms = args.recovery_interval or self.checkpoint or args.checkpoint_format == "both"
+        if timms and args.model_ema and args.kd_distill_type == "feature":
             raise DistillError(
                 "--model-ema follows the student alone, and timm's checkpoints of --kd-distill-type feature hold the"
                 " average of its projection too: leave --recovery-interval and --checkpoint-format out, and name an"
                 " output folder to --resume."
             )
-        self.criterion = create_criterion(args).to(accelerator.device)
-        self.task = create_task(args, self.student, self.criterion, accelerator.device)
+        self.criterion = build.create_criterion(args).to(accelerator.device)
+        self.task = build.create_task(args, self.student, self.criterion, accelerator.device)
         if self.task is None and distillation is None:
             # What such a run is a case of, without being one: the line names the loss.
             _logger.info(f"ClassificationTask: criterion={type(self.criterion).__name__}")
         model: Any = self.student if self.task is None else self.task.get_trainable_module()
-        optimizer = create_optimizer(args, model)
-        defaults = ", ".join(
-            f"{key}: {v}" for key, v in (optimizer.defaults | {"weight_decay": args.weight_decay}).items()
-        )
-        self.reporter.line(f"Created {type(optimizer).__name__} ({args.opt}) optimizer: {defaults}")
+        optimizer = build.create_optimizer(args, model)
+        defaults = optimizer.defaults | {"weight_decay": args.weight_decay}
+        told_of = ", ".join(f"{key}: {value}" for key, value in defaults.items())
+        self.reporter.line(f"Created {type(optimizer).__name__} ({args.opt}) optimizer: {told_of}")
         self.updates_per_epoch = -(-len(self.data.train) // args.grad_accum_steps)
-        self.scheduler, self.epochs = create_scheduler(
+        self.scheduler, self.epochs = build.create_scheduler(
             args, optimizer, self.updates_per_epoch, decreasing=self.metric == "loss"
         )
         counted = "(epochs + cooldown_epochs). Warmup within epochs when warmup_prefix=False."
@@ -192,11 +178,9 @@ class Parts(TrainingRun):
                 raise DistillError(f"{flag}: expected at most the {self.epochs} epochs of the run, got {max(asked)}.")
         if distillation is not None:
             if distillation.cache is not None:
-                distillation.fill(self, self.epochs, datasets[0])
+                distillation.fill(self, self.epochs, datasets.train)
             model = distillation.network.staged
             distillation.schedule(self.epochs, self.updates_per_epoch)
-            if self.data.staged is not None:
-                self.data.staged.epoch_steps = self.updates_per_epoch
         if args.torchscript:
             # The script shares the student's weights; Accelerate wraps the forward of a module that is none.
             model = nn.Sequential(torch.jit.script(model))
@@ -231,8 +215,8 @@ class Parts(TrainingRun):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"]
         start, end = self.distillation.stage_epochs(self.updates_per_epoch)
-        stage: dict[str, Any] = dict(epochs=end - start, of=self.epochs, decreasing=self.metric == "loss")
-        self.scheduler = create_stage_scheduler(self.args, optimizer, self.updates_per_epoch, **stage)
+        part, decreasing = build.of_stage(self.args, end - start, self.epochs), self.metric == "loss"
+        self.scheduler = build.create_scheduler(part, optimizer, self.updates_per_epoch, decreasing=decreasing)[0]
 
     def enter_stage(self) -> None:
         """Begins the stage of the coming epoch, where the distillation gets to one."""
@@ -281,12 +265,11 @@ class Parts(TrainingRun):
         self.peers = Peers(args.peer, peers, self.folder, self.metric)
         self.saver = None
         if self.primary and (args.recovery_interval and not args.distill or args.checkpoint_format == "both"):
-            scaler = self.accelerator.scaler
             self.saver = CheckpointSaver(
                 self.student,
                 self.optimizer.optimizer,
                 argparse.Namespace(**self.given),
-                amp_scaler=None if scaler is None else native_scaler(scaler),
+                amp_scaler=native_scaler(self.accelerator.scaler),
                 checkpoint_dir=str(self.folder),
                 recovery_dir=str(self.folder),
                 decreasing=self.metric == "loss",
@@ -295,6 +278,22 @@ class Parts(TrainingRun):
             )
         if self.primary and not slots(self.folder)[1].is_dir():
             self.describe()
+
+    def _start_trackers(self) -> None:
+        """Starts the accelerator's trackers; those that write files write to `logs` in the run's folder."""
+        args, accelerator = self.args, self.accelerator
+        accelerator.project_configuration.logging_dir = str(self.folder / "logs")
+        wandb: dict[str, Any] = {"name": self.folder.name, "tags": args.wandb_tags}
+        if args.wandb_resume_id:
+            wandb |= {"id": args.wandb_resume_id, "resume": "must"}
+        # Trackers take numbers and text alone.
+        plain = (bool, int, float, str, type(None))
+        config = {key: value if isinstance(value, plain) else str(value) for key, value in self.given.items()}
+        names = ", ".join(map(str, accelerator.log_with))
+        remedy = "mend that, or leave --report-to and --log-wandb out."
+        # Whatever a tracker raises (no account, no server), the remedy is the same.
+        with told(f"The trackers {names} cannot start", Exception, remedy=remedy):
+            accelerator.init_trackers(args.wandb_project or "kd-timm-train", config, {"wandb": wandb})
 
     def describe(self) -> None:
         """Writes `args.yaml` and `config.json`; beside the state of a run before, only once there is one of this."""
@@ -314,7 +313,7 @@ def softmax(args: argparse.Namespace) -> bool:
 
 def create_average(args: argparse.Namespace, student: nn.Module) -> ModelEmaV3:
     """The moving average of a student's weights, where and in the precision that `--model-ema` and its like say."""
-    half = model_dtype(args) == torch.float16 or (args.model_ema_force_fp32 and args.model_dtype == "bfloat16")
+    half = data.model_dtype(args) == torch.float16 or (args.model_ema_force_fp32 and args.model_dtype == "bfloat16")
     return ModelEmaV3(
         student,
         decay=args.model_ema_decay,
@@ -343,14 +342,12 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
         torch.backends.cudnn.benchmark = True
         if index:
             torch.cuda.set_device(int(index))
-    precision = "no"
-    if args.amp:
-        precision = {"float16": "fp16", "bfloat16": "bf16"}[args.amp_dtype]
-        if precision == "fp16" and kind == "cpu":
-            if args.distill:
-                raise DistillError("--amp in float16 needs a GPU to scale the loss on: add --amp-dtype bfloat16.")
-            # Accelerate has no such thing; the loss is not scaled, as in timm's script.
-            precision = "no"
+    precision = {"float16": "fp16", "bfloat16": "bf16"}[args.amp_dtype] if args.amp else "no"
+    if precision == "fp16" and kind == "cpu":
+        if args.distill:
+            raise DistillError("--amp in float16 needs a GPU to scale the loss on: add --amp-dtype bfloat16.")
+        # Accelerate has no such thing; the loss is not scaled, as in timm's script.
+        precision = "no"
     accelerator = Accelerator(
         cpu=kind == "cpu",
         mixed_precision=precision,
@@ -366,3 +363,23 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
     if args.sync_bn and kind == "cpu" and accelerator.num_processes > 1:
         raise DistillError("--sync-bn needs GPUs: leave it out, --dist-bn averages the statistics after each epoch.")
     return accelerator
+
+
+def tracker_names(args: argparse.Namespace) -> list[str]:
+    """The trackers that the arguments name.
+
+    Raises:
+        DistillError: One is unknown or not installed, or an option of wandb stands without it.
+    """
+    names = list(dict.fromkeys([*args.report_to, *(["wandb"] if args.log_wandb else [])]))
+    if not {"wandb", "all"} & set(names):
+        given = [name for name in ("wandb_project", "wandb_tags", "wandb_resume_id") if getattr(args, name)]
+        if given:
+            raise DistillError(f"{as_flag(given[0])} does nothing without wandb: add --log-wandb.")
+    for name in names:
+        if name != "all" and name not in LOGGER_TYPE_TO_CLASS:
+            hint = did_you_mean(name, LOGGER_TYPE_TO_CLASS)
+            raise DistillError(f"--report-to {name}: Accelerate has no such tracker.{hint}")
+        if name in LoggerType and name not in map(str, get_available_trackers()) and name != "all":
+            raise DistillError(f"--report-to {name}: that tracker is not installed: pip install {name}.")
+    return names

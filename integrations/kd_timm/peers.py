@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from kd_report.uncertainty import Answers, Doubts
 from kd_timm.checkpoint import load_weights, rank, save_weights
-from kd_timm.engine import TrainingRun, evaluate
-from kd_timm.uncertainty import gathered
+from kd_timm.engine import TrainingRun
+from kd_timm.evaluation import evaluate, gathered
 
 
 class Peers:
@@ -69,7 +69,7 @@ class Peers:
             Results, and what `peer1`, ... say of each image.
         """
         best, answers = broadcast_object_list([self.best])[0], Answers()
-        results = []
+        results: list[dict[str, Any]] = []
         for i, (name, label, peer) in enumerate(zip(self.names, self.labels, self.modules, strict=True), 1):
 
             def seen(output: Tensor, labels: Tensor, told: list[Tensor], key: str = f"peer{i}") -> None:
@@ -78,14 +78,6 @@ class Peers:
             load_weights(peer, self.path(label))
             told = None if run.args.task == "multilabel" else seen
             metrics = {} if run.data.evaluation is None else evaluate(run, peer, others=[student], seen=told)
-            parameters = sum(p.numel() for p in peer.parameters())
-            results.append(
-                {
-                    "model": name,
-                    "file": self.path(label).name,
-                    "best_epoch": int(best[label][1]),
-                    **metrics,
-                    "parameters": parameters,
-                }
-            )
+            about = {"model": name, "file": self.path(label).name, "best_epoch": int(best[label][1])}
+            results.append(about | metrics | {"parameters": sum(p.numel() for p in peer.parameters())})
         return results, gathered(answers)

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from timm.task import load_task_ema_checkpoint, resume_task_checkpoint
 
 from kd_accelerate.randomness import load_random_state, random_state
 from kd_plugins import DistillError, states
 from kd_plugins.errors import told
 from kd_timm.arguments import as_flag
 from kd_timm.checkpoint import copy_file, load_weights, save_weights
-from kd_timm.compat import load_task_ema_checkpoint, native_scaler, resume_task_checkpoint
+from kd_timm.compat import native_scaler
 from kd_timm.data import LOADER_ARGUMENTS, MIXUP_ARGUMENTS
 from kd_timm.parts import Parts
 
@@ -24,9 +25,9 @@ _logger = logging.getLogger("kd_timm.train")
 
 # Arguments that may change on resume without changing the numbers.
 _FREE = {"resume", "config", "output", "experiment", "log_interval", "device", "checkpoint_hist", "pin_mem"}
-_FREE |= {"checkpoint_format", "no_record"}
 _FREE |= {"no_resume_opt", "start_epoch", "stop_epoch", "save_epochs", "recovery_interval", "save_images", "local_rank"}
 _FREE |= {"report_to", "log_wandb", "wandb_project", "wandb_tags", "wandb_resume_id", "validation_batch_size"}
+_FREE |= {"checkpoint_format", "no_record"}
 # Those that may change, so that the run goes on otherwise than it would have.
 _WARNED = {"epochs", "cooldown_epochs", "workers", "persistent_workers", "val_interval", "clip_grad", "clip_mode"}
 # And those that may where no method counts its steps and rows.
@@ -47,8 +48,8 @@ def save_state(session: Parts, epoch: int, place: Mapping[str, Any]) -> None:
     here: dict[str, Any] = {"place": dict(place)}
     if session.processes > 1:
         # DDP gives all processes the first one's batch statistics, where the step before has averaged gradients.
-        statistics = {name: value.cpu() for name, value in _statistics(session).items()}
-        here |= {"statistics": statistics, "gives": session.model.require_forward_param_sync}
+        here["statistics"] = {name: value.cpu() for name, value in _statistics(session).items()}
+        here["gives"] = session.model.require_forward_param_sync
     everywhere = gather_object([(random_state(gpu=True), here)])
     folder = states.open_state(session.folder) if session.primary else states.slots(session.folder)[0]
     session.accelerator.wait_for_everyone()
@@ -58,20 +59,17 @@ def save_state(session: Parts, epoch: int, place: Mapping[str, Any]) -> None:
         save_weights(session.student, folder / "model.safetensors")
         if session.ema is not None:
             save_weights(session.ema.module, folder / "ema.safetensors")
+        scaler, generators = session.accelerator.scaler, _generators(session)
+        state = {
+            "optimizer": session.optimizer.state_dict(),
+            "scaler": scaler.state_dict() if scaler else None,
+            "scheduler": _plateau_state(session.scheduler),
+            "task": session.task.get_task_state() if session.task is not None else {},
+        }
         with states.writing(folder):
-            torch.save(
-                {
-                    "optimizer": session.optimizer.state_dict(),
-                    "scaler": session.accelerator.scaler.state_dict() if session.accelerator.scaler else None,
-                    "scheduler": _plateau_state(session.scheduler),
-                    "stream": None if (own := _stream(session)) is None else own.get_state(),
-                    "rounding": None if (own := _rounding(session)) is None else own.get_state(),
-                    "task": session.task.get_task_state() if session.task is not None else {},
-                },
-                folder / "optimizer.pt",
-            )
-            for rank, (state, here) in enumerate(everywhere):
-                torch.save(state, folder / f"random-{rank}.pt")
+            torch.save(state | {name: own.get_state() for name, own in generators.items()}, folder / "optimizer.pt")
+            for rank, (random, here) in enumerate(everywhere):
+                torch.save(random, folder / f"random-{rank}.pt")
                 torch.save(here, folder / f"place-{rank}.pt")
         content = {
             "epoch": epoch,
@@ -91,18 +89,12 @@ def save_state(session: Parts, epoch: int, place: Mapping[str, Any]) -> None:
     session.accelerator.wait_for_everyone()
 
 
-def load_state(session: Parts) -> tuple[int, Mapping[str, Any], bool]:
+def load_state(session: Parts, folder: Path) -> tuple[int, Mapping[str, Any], bool]:
     """Takes up the state of `--resume`.
 
     Returns:
         The epoch to go on with, the place in it, and whether the run goes on as it would have.
     """
-    assert session.state is not None
-    with states.taking_up(session.state):
-        return _load_state(session, session.state)
-
-
-def _load_state(session: Parts, folder: Path) -> tuple[int, Mapping[str, Any], bool]:
     saved = states.read_json(folder / "state.json")
     if saved["processes"] != session.processes:
         raise DistillError(
@@ -126,12 +118,11 @@ def _load_state(session: Parts, folder: Path) -> tuple[int, Mapping[str, Any], b
         session.optimizer.load_state_dict(state["optimizer"])
         if state.get("stream") is not None:
             session.optimizer.optimizer.generator = torch.Generator(session.accelerator.device)
-            session.optimizer.optimizer.generator.set_state(state["stream"])
-    rounding = _rounding(session)
-    if rounding is not None and state.get("rounding") is not None:
-        rounding.set_state(state["rounding"])
-    if session.accelerator.scaler is not None and not session.args.no_resume_opt:
-        session.accelerator.scaler.load_state_dict(state["scaler"])
+        if session.accelerator.scaler is not None:
+            session.accelerator.scaler.load_state_dict(state["scaler"])
+    for name, own in _generators(session).items():
+        if state.get(name) is not None and not (name == "stream" and session.args.no_resume_opt):
+            own.set_state(state[name])
     if state["scheduler"] is not None:
         session.scheduler.lr_scheduler.load_state_dict(state["scheduler"]["inner"])
         session.scheduler.restore_lr = state["scheduler"]["restore_lr"]
@@ -139,8 +130,7 @@ def _load_state(session: Parts, folder: Path) -> tuple[int, Mapping[str, Any], b
     session.summary.rows = list(saved["summary"])
     session.checkpoints.kept = [(metric, epoch) for metric, epoch in saved["kept"]]
     session.peers.best = saved["peers"]
-    timms = session.folder / "last.pth.tar"
-    if session.saver is not None and timms.is_file():
+    if session.saver is not None and (timms := session.folder / "last.pth.tar").is_file():
         session.saver.load_state_dict_from_checkpoint(timms)
     rank, place = session.accelerator.process_index, {}
     random = torch.load(folder / f"random-{rank}.pt", weights_only=True)
@@ -193,11 +183,9 @@ def _one_spelling(given: dict[str, Any]) -> dict[str, Any]:
 
 def load_checkpoint(session: Parts, path: str) -> int:
     """Takes up a checkpoint of timm's script; returns the epoch to go on with."""
-    scaler = None if session.accelerator.scaler is None else native_scaler(session.accelerator.scaler)
-    task = session.saved_task()
-    with told(
-        f"--resume {path} does not fit this run", Exception, remedy="name the model and flags that it was made with"
-    ):
+    scaler, task = native_scaler(session.accelerator.scaler), session.saved_task()
+    remedy = "name the model and flags that it was made with"
+    with told(f"--resume {path} does not fit this run", Exception, remedy=remedy):
         optimizer = None if session.args.no_resume_opt else session.optimizer.optimizer
         epoch = resume_task_checkpoint(task, path, optimizer, None if optimizer is None else scaler)
         if session.ema is not None:
@@ -206,16 +194,13 @@ def load_checkpoint(session: Parts, path: str) -> int:
     return epoch or 0
 
 
-def _stream(session: Parts) -> torch.Generator | None:
-    """The random stream that an optimizer keeps for itself, as AdaHessian does."""
-    found: torch.Generator | None = getattr(session.optimizer.optimizer, "generator", None)
-    return found
-
-
-def _rounding(session: Parts) -> torch.Generator | None:
-    """The random stream by which a moving average in bfloat16 is rounded."""
-    found: torch.Generator | None = getattr(session.ema, "_sr_generator", None)
-    return found
+def _generators(session: Parts) -> dict[str, torch.Generator]:
+    """The random streams that an optimizer, as AdaHessian, and a moving average in bfloat16 keep for themselves."""
+    owned = {
+        "stream": getattr(session.optimizer.optimizer, "generator", None),
+        "rounding": getattr(session.ema, "_sr_generator", None),
+    }
+    return {name: generator for name, generator in owned.items() if generator is not None}
 
 
 def _statistics(session: Parts) -> dict[str, torch.Tensor]:

@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from timm.loss import JsdCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import group_parameters
+from timm.task import TrainingTask, resolve_classification_loss
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from kd_plugins import Batch, Distiller, DistillError, Net, Nets, View, create_distiller
 from kd_plugins.authors import check_made
-from kd_plugins.binding import connect, schedule, set_up
+from kd_plugins.binding import schedule, set_up
 from kd_plugins.catalog.about import refusals
 from kd_plugins.distiller import Turn
 from kd_timm import build
-from kd_timm.compat import TrainingTask, resolve_classification_loss
 from kd_timm.network import TimmNetwork, image_batch
-from kd_timm.teachers import InputTransform, Teacher, check_classes, create_teacher, other_classes
+from kd_timm.teachers import InputTransform, Teacher, check_classes, connected, create_teacher, other_classes
 
 _DISTANCE = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
 _SOFTMAX = (nn.CrossEntropyLoss, JsdCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy)
@@ -123,13 +123,7 @@ class DistillationTask(TrainingTask):
         paths = [teacher_checkpoint] if isinstance(teacher_checkpoint, str) else list(teacher_checkpoint)
         made = [self._teacher(t, paths[i] if i < len(paths) else "", student_model) for i, t in enumerate(listed)]
         network = TimmNetwork(student_model)
-        nets = connect(
-            distiller,
-            network,
-            [TimmNetwork(teacher.module) for teacher in made],
-            transforms=[teacher.transform for teacher in made],
-            orders=[teacher.order for teacher in made],
-        )
+        nets = connected(distiller, network, made)
         # Not a submodule: a teacher belongs neither in checkpoints nor in the optimizer.
         self._nets: tuple[Nets, TimmNetwork] = (nets, network)
         if sample is None:
@@ -157,7 +151,7 @@ class DistillationTask(TrainingTask):
         else:
             name, theirs, ours = type(teacher).__name__, *(getattr(m, "num_classes", None) for m in (teacher, student))
             misfit = "" if theirs is None or ours is None else other_classes(name, theirs, ours)
-            made = Teacher(name, teacher, transform=None, misfit=misfit)
+            made = Teacher(name, TimmNetwork(teacher), misfit=misfit)
             if getattr(teacher, "pretrained_cfg", None):
                 cfg: Any = teacher.pretrained_cfg
                 config = build.data_config(teacher)
@@ -224,9 +218,8 @@ class DistillationTask(TrainingTask):
 
     def prepare_distributed(self, device_ids: list[Any] | None = None, **ddp_kwargs: Any) -> DistillationTask:
         """Wraps student and distiller in DistributedDataParallel; the teachers stay as they are."""
-        from torch.nn.parallel import DistributedDataParallel
-
-        self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
+        student = self.trainable_module
+        self.trainable_module = nn.parallel.DistributedDataParallel(student, device_ids=device_ids, **ddp_kwargs)
         return self
 
     def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> Any:

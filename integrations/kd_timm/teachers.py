@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,13 @@ import torch.nn.functional as F
 from timm.models import load_state_dict, parse_model_name
 from torch import Tensor, nn
 
-from kd_plugins import Distiller, DistillError
-from kd_plugins.binding import needs_of_stages
+from kd_plugins import Distiller, DistillError, Nets
+from kd_plugins.binding import connect, needs_of_stages
 from kd_plugins.errors import told
+from kd_plugins.reading.network import Network
 from kd_plugins.states import read_json
 from kd_timm.build import check_model_name, check_normalisation, data_config
+from kd_timm.network import TimmNetwork
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as images are read in grey
 
@@ -62,17 +66,36 @@ class Teacher:
 
     Attributes:
         name: The model's name.
-        module: The network, with its weights.
+        network: The network, with its weights.
         transform: Makes its images of the student's.
         order: Its class numbers in the student's order, where they differ.
         misfit: Why its classes are not the student's, where they are not.
     """
 
     name: str
-    module: nn.Module
-    transform: InputTransform | None
+    network: Network
+    transform: InputTransform | None = None
     order: list[int] | None = None
     misfit: str = ""
+
+    @property
+    def module(self) -> nn.Module:
+        """The network itself."""
+        return self.network.module
+
+
+def connected(
+    distiller: Distiller, student: Network, teachers: Sequence[Teacher], peers: Sequence[Network] = ()
+) -> Nets:
+    """The networks as a method sees them, with what each teacher takes."""
+    return connect(
+        distiller,
+        student,
+        [teacher.network for teacher in teachers],
+        peers,
+        transforms=[teacher.transform for teacher in teachers],
+        orders=[teacher.order for teacher in teachers],
+    )
 
 
 def check_classes(distiller: Distiller, teachers: Sequence[Teacher]) -> None:
@@ -93,6 +116,12 @@ def other_classes(name: str, theirs: int, ours: int) -> str:
         f"The teacher {name} {has} and the student tells {ours} classes apart: {same}take a teacher that was trained on"
         " the student's classes, or a method that reads its features alone."
     )
+
+
+def named_teachers(args: argparse.Namespace) -> list[tuple[str, str, dict[str, Any]]]:
+    """The teachers that the flags name: the model, the file of its weights, its arguments."""
+    given = zip_longest(args.teacher, args.teacher_checkpoint, args.teacher_kwargs)
+    return [(name, checkpoint or "", kwargs or {}) for name, checkpoint, kwargs in given]
 
 
 def create_teacher(
@@ -143,7 +172,7 @@ def create_teacher(
     except DistillError as error:
         misfit = str(error)
     transform = InputTransform(config, own, bool(cfg.get("fixed_input_size")))
-    return Teacher(name, module.requires_grad_(False).eval(), transform, order, misfit)
+    return Teacher(name, TimmNetwork(module.requires_grad_(False).eval()), transform, order, misfit)
 
 
 def published(name: str, kwargs: Mapping[str, Any]) -> nn.Module:

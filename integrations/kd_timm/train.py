@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import shutil
@@ -15,16 +14,16 @@ from timm.utils import distribute_bn, setup_default_logging
 
 from kd_accelerate.command import Stopped, run_command, signals
 from kd_plugins import DistillError
-from kd_plugins.states import slots, write_json, writing
+from kd_plugins.states import slots, taking_up, write_json, writing
 from kd_report.uncertainty import Doubts, dirichlet_offset
 from kd_timm.arguments import parse_args
 from kd_timm.checkpoint import load_weights, rank
-from kd_timm.engine import evaluate, listed, train_one_epoch
+from kd_timm.engine import train_one_epoch
+from kd_timm.evaluation import evaluate, judge, listed
 from kd_timm.layers import list_layers
 from kd_timm.parts import Parts, softmax
 from kd_timm.recording import Recorder
 from kd_timm.resume import load_checkpoint, load_state, save_state
-from kd_timm.uncertainty import judge
 
 SAVE_SECONDS = 60.0
 """Seconds from which on an epoch writes the state before its evaluation too, or without one."""
@@ -42,26 +41,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not logging.getLogger().handlers:
         setup_default_logging()
     args = parse_args(argv)
-    return run_command("kd-timm-train", lambda: print(list_layers(args)) if args.list_layers else train(args))
-
-
-def train(args: argparse.Namespace) -> dict[str, Any]:
-    """Trains as the arguments say.
-
-    Args:
-        args: What `parse_args` returned.
-
-    Returns:
-        What `results.json` holds: best metric and epoch, the final evaluation, time and size.
-    """
-    return Session(args).fit()
+    return run_command("kd-timm-train", lambda: print(list_layers(args)) if args.list_layers else Session(args).fit())
 
 
 class Session(Parts):
     """One run from its arguments to its results."""
 
     def fit(self) -> dict[str, Any]:
-        """Trains to the end, or to an interrupt, and evaluates the best student."""
+        """Trains to the end, or to an interrupt, and evaluates the best student.
+
+        Returns:
+            What `results.json` holds: best metric and epoch, the final evaluation, time and size.
+        """
         self.first, place = self._start()
         self.saved, self.earlier = time.monotonic(), True
         self.reporter.line(f"Output in {self.folder}")
@@ -98,13 +89,16 @@ class Session(Parts):
         args, start, exact = self.args, 0, False
         place: Mapping[str, Any] = {}
         if self.state is not None:
-            start, place, exact = load_state(self)
+            with taking_up(self.state):
+                start, place, exact = load_state(self, self.state)
         elif self.checkpoint:
             start = load_checkpoint(self, self.checkpoint)
             self.summary.read()
         if args.start_epoch is not None:
             start, place, exact = args.start_epoch, {}, False
+        # Epochs that are trained again take the place of those before.
         self.summary.rows = [row for row in self.summary.rows if int(row["epoch"]) < start]
+        self.checkpoints.kept = [kept for kept in self.checkpoints.kept if kept[1] < start]
         # The plateau schedule alone is no function of the epoch.
         done = start - self.stage_start
         if self.scheduler is not None and (start > 0 or place) and not exact and args.sched != "plateau":

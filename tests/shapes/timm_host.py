@@ -20,6 +20,7 @@ from torch.utils.data import RandomSampler
 from torch.utils.data.distributed import DistributedSampler
 
 from kd_timm.arguments import parse_args
+from kd_timm.data import Datasets
 from kd_timm.rows import Rows
 from kd_timm.train import Session
 
@@ -120,8 +121,8 @@ class TimmTrained(Host):
         with ExitStack() as stack:
             for target, replacement in (
                 (
-                    "kd_timm.parts.create_datasets",
-                    lambda _args, _chans, free: (None if free else Pictures(), None, None),
+                    "kd_timm.data.create_datasets",
+                    lambda _args, _chans, free: Datasets(None if free else Pictures(), None, None),
                 ),
                 ("torch.utils.data.RandomSampler.__iter__", _in_order),
                 ("torch.utils.data.distributed.DistributedSampler.__iter__", _shards(self.job.micro)),

@@ -129,8 +129,8 @@ def test_what_the_answers_depend_on(teacher, few_digits, tiny, tmp_path):
         args = parse_args(words)
         args.dataset = "digits"
         data.apply_data_defaults(args)
-        rows, _, classes = data.create_datasets(args, 3)
-        made = cache.TeacherCache(args, {"mean": (0.5,)}, classes, rows, distillation.make_distiller(args))
+        rows = data.create_datasets(args, 3)
+        made = cache.TeacherCache(args, {"mean": (0.5,)}, rows, distillation.make_distiller(args))
         return made.facts
 
     plain = facts()
@@ -207,8 +207,8 @@ def test_a_process_without_a_block_of_its_own_fills_nothing(teacher, few_digits,
     args = parse_args([*tiny, *AUGMENTED.split(), *teacher, "--cache-teacher", str(tmp_path)])
     args.dataset = "digits"
     data.apply_data_defaults(args)
-    rows, _, classes = data.create_datasets(args, 3)
-    made = cache.TeacherCache(args, {"mean": (0.5,)}, classes, rows, distillation.make_distiller(args))
+    rows = data.create_datasets(args, 3)
+    made = cache.TeacherCache(args, {"mean": (0.5,)}, rows, distillation.make_distiller(args))
     made.folder.mkdir()
     block = made.answers.file((0, 0, 256))
     with making(block):
@@ -216,13 +216,13 @@ def test_a_process_without_a_block_of_its_own_fills_nothing(teacher, few_digits,
     said = []
     run = SimpleNamespace(
         args=args,
-        data=SimpleNamespace(replayed=training_rows.Replayed(rows), evaluation=None, other=None),
+        data=SimpleNamespace(replayed=training_rows.Replayed(rows.train), evaluation=None, other=None),
         accelerator=SimpleNamespace(
             process_index=1, num_processes=2, is_main_process=False, wait_for_everyone=lambda: None
         ),
         reporter=SimpleNamespace(line=said.append),
     )
-    made.fill(run, [], [], epochs=1)
+    made.fill(run, [], epochs=1)
     assert "1 views of each image, 40 bytes each" in said[0]
 
 

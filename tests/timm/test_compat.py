@@ -6,6 +6,7 @@ import inspect
 from types import SimpleNamespace
 
 import pytest
+import timm.task
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -30,7 +31,7 @@ def parameters(function) -> list[str]:
     ],
 )
 def test_signatures_of_timm(name, expected):
-    assert parameters(getattr(compat, name))[: len(expected)] == expected
+    assert parameters(getattr(compat, name, None) or getattr(timm.task, name))[: len(expected)] == expected
 
 
 def test_what_timm_gives():
@@ -39,14 +40,14 @@ def test_what_timm_gives():
     assert images.shape == (2, 3, 2, 2)
     assert labels.tolist() == [1, 0]
     assert compat.feature_take_indices(4, [0, -1]) == ([0, 3], 3)
-    assert compat.evaluation_sample_limit(SimpleNamespace(sampler=SimpleNamespace(num_valid_samples=5))) == 5
-    assert isinstance(compat.resolve_classification_loss(None, torch.device("cpu")), nn.CrossEntropyLoss)
-    evaluator = compat.ClassificationEvaluator(max_samples=1)
+    assert timm.task.evaluation_sample_limit(SimpleNamespace(sampler=SimpleNamespace(num_valid_samples=5))) == 5
+    assert isinstance(timm.task.resolve_classification_loss(None, torch.device("cpu")), nn.CrossEntropyLoss)
+    evaluator = timm.task.ClassificationEvaluator(max_samples=1)
     evaluator.update(torch.eye(3)[:2], torch.tensor([0, 2]))
     assert evaluator.num_samples == 1
     assert evaluator.compute(distributed=False)["top1"] == 100
     ours = {"get_trainable_module", "update_ema", "prepare_distributed", "compile", "get_eval_model"}
-    assert ours | {"get_clip_parameters", "get_task_state", "load_task_state"} <= set(dir(compat.TrainingTask))
+    assert ours | {"get_clip_parameters", "get_task_state", "load_task_state"} <= set(dir(timm.task.TrainingTask))
 
 
 def test_accelerate_is_told_when_gradients_are_synchronized():

@@ -296,7 +296,8 @@ def test_peers_are_made_for_the_students_images():
         flags = ["--model", "cifar_resnet8", "--num-classes", "10", "--distill", "timm_distillers:Pair", "--peer", name]
         config = CONFIG | {"input_size": (3, size, size)}
         student = timm.create_model("cifar_resnet8", num_classes=10)
-        return distillation.Distillation(parse_args(flags), student, config, None, torch.device("cpu")).peers[0]
+        sets = data.Datasets(None, None, None)
+        return distillation.Distillation(parse_args(flags), student, config, sets, torch.device("cpu")).peers[0]
 
     assert peer("vit_tiny_patch16_224", 32).patch_embed.img_size == (32, 32)
     with pytest.raises(kd_plugins.DistillError, match="lenet5 does not take images of 16 x 16 pixels"):

@@ -338,7 +338,7 @@ class Several(torch.utils.data.Dataset):
 
 
 def test_several_labels_an_image(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "create_dataset", lambda name, split, **_: Several(split))
+    monkeypatch.setattr(data.timm.data, "create_dataset", lambda name, split, **_: Several(split))
     flags = ["--task", "multilabel", "--num-classes", "11", "--dataset", "hfds/x", "--epochs", "1", "--loss", "asl"]
     session = run(*flags, "--asl-clip", "0", "--crop-pct", "1", "--interpolation", "bicubic")
     judge = MultiLabelClassificationEvaluator()

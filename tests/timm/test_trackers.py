@@ -8,7 +8,7 @@ import pytest
 from accelerate import tracking
 
 from kd_plugins import DistillError
-from kd_timm import trackers
+from kd_timm import parts
 from kd_timm.arguments import parse_args
 
 
@@ -90,7 +90,7 @@ def test_wandb_is_called_as_timm_calls_it(run, seen, monkeypatch):
 def test_refused_before_training(flags, words, monkeypatch):
     monkeypatch.setattr(tracking, "_available_trackers", [])
     with pytest.raises(DistillError, match=words):
-        trackers.tracker_names(parse_args(flags.split()))
+        parts.tracker_names(parse_args(flags.split()))
 
 
 def test_a_tracker_that_cannot_start_is_refused(run, seen, monkeypatch):

@@ -476,7 +476,7 @@ def test_sync_bn_converts_the_student_and_its_peers(tiny, monkeypatch):
     args = parse_args([*tiny, "--num-classes", "10", "--sync-bn", "--distill", "afd", "--peer", "resnet10t"])
     monkeypatch.setattr(build, "PartialState", lambda: SimpleNamespace(num_processes=2))
     student, config = build.create_student(args)
-    distillation = Distillation(args, student, config, None, torch.device("cpu"))
+    distillation = Distillation(args, student, config, data.Datasets(None, None, None), torch.device("cpu"))
     for network in (student, *distillation.peers):
         kinds = {type(m) for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
         assert kinds
@@ -640,3 +640,20 @@ def test_parts_of_the_digits_are_named_as_those_of_datasets():
     for split in ("train[:x]", "train[5:5]", "tests[:3]", "train[:2000]"):
         with pytest.raises(DistillError, match="Expected (a part of )?the digits"):
             Digits(split, "L")
+
+
+def test_epochs_that_are_trained_again_take_the_place_of_those_before(run):
+    first = run("--epochs", "3")
+    again = run("--epochs", "3", "--resume", str(first.folder), "--start-epoch", "1")
+    epochs = [epoch for _, epoch in again.checkpoints.kept]
+    assert sorted(epochs) == [0, 1, 2]
+    best, kept = (load_file(again.folder / f"{name}.safetensors") for name in ("model_best", f"checkpoint-{epochs[0]}"))
+    assert all(torch.equal(best[name], kept[name]) for name in kept)
+    metrics = {row["epoch"]: row["eval_top1"] for row in again.summary.rows}
+    assert {epoch: metric for metric, epoch in again.checkpoints.kept} == metrics
+
+
+def test_the_schedule_of_a_stage_is_that_of_the_run_drawn_together():
+    words = "--sched rsqrt --epochs 40 --warmup-epochs 8 --lr-stable-timescale 4 --decay-epochs 8"
+    part = build.of_stage(parse_args(words.split()), 10, of=40)
+    assert (part.epochs, part.warmup_epochs, part.decay_epochs, part.lr_stable_timescale) == (10, 2, 2, 1)

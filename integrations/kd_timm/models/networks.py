@@ -86,8 +86,7 @@ class CifarResNet(StagedNet):
     def __init__(
         self, depth: int, widths: Sequence[int] = (16, 16, 32, 64), shortcut: str = "A", in_chans: int = 3, **head: Any
     ) -> None:
-        super().__init__()
-        self.in_chans = in_chans
+        super().__init__(in_chans)
         if shortcut not in ("A", "B"):
             raise DistillError(f"Expected shortcut 'A' or 'B', got {shortcut!r}: pad (A) or convolve (B).")
         self.conv1 = _conv3x3(in_chans, widths[0])
@@ -138,8 +137,7 @@ class WideResNet(StagedNet):
     renamed = ((r"^(block\d)\.layer\.", r"\1."), (r"\.convShortcut\.", ".shortcut."), (r"^bn1\.", "norm.0."))
 
     def __init__(self, depth: int, widen_factor: int = 1, in_chans: int = 3, **head: Any) -> None:
-        super().__init__()
-        self.in_chans = in_chans
+        super().__init__(in_chans)
         widths = (16, 16 * widen_factor, 32 * widen_factor, 64 * widen_factor)
 
         self.conv1 = _conv3x3(in_chans, widths[0])
@@ -170,8 +168,7 @@ class CifarVGG(StagedNet):
     checkpoint_every = 3  # convolution, norm and ReLU
 
     def __init__(self, layers: int, in_chans: int = 3, **head: Any) -> None:
-        super().__init__()
-        self.in_chans = in_chans
+        super().__init__(in_chans)
         widths = (64, 128, 256, 512, 512)
 
         def block(in_chs: int, out_chs: int) -> nn.Sequential:
@@ -207,8 +204,7 @@ class LeNet5(StagedNet):
     renamed = ((r"^fc1\.", "neck.0."), (r"^fc2\.", "fc."))
 
     def __init__(self, widths: Sequence[int] = (6, 16, 120, 84), in_chans: int = 1, **head: Any) -> None:
-        super().__init__()
-        self.in_chans = in_chans
+        super().__init__(in_chans)
         *channels, hidden = widths
         self.conv1, self.act1 = nn.Conv2d(in_chans, channels[0], 5), nn.ReLU()
         self.pool1 = nn.MaxPool2d(2)

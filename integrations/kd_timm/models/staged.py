@@ -29,6 +29,11 @@ class StagedNet(nn.Module):
     checkpoint_every: ClassVar[int] = 1
     global_pool: nn.Module
 
+    def __init__(self, in_chans: int) -> None:
+        super().__init__()
+        self.in_chans = in_chans
+        self.grad_checkpointing = False
+
     def finish(
         self,
         stages: Sequence[Sequence[str]],
@@ -61,7 +66,6 @@ class StagedNet(nn.Module):
         ]
         self.num_features = channels[-1]
         self.head_hidden_size = head_hidden_size or self.num_features
-        self.grad_checkpointing = False
         self.norm = norm or nn.Identity()
         self.neck = neck or nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
