@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 import types
@@ -90,7 +91,7 @@ def test_nobody_who_stops_reading_sees_a_traceback():
     os.close(read)
     with os.fdopen(write, "w") as closed:
         ended = subprocess.run(
-            [sys.executable, "-m", "kd_plugins", "info", "kd"], stdout=closed, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-m", "kd_plugins", "list"], stdout=closed, stderr=subprocess.PIPE, text=True
         )
     assert (ended.returncode, ended.stderr) == (141, "")
 
@@ -221,12 +222,14 @@ def test_demo_and_report_get_the_rest_of_the_command_line(monkeypatch):
     assert main(["report"]) == 2
 
 
-def test_the_module_is_the_command():
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "kd_plugins", *arguments]
-        return subprocess.run(command, capture_output=True, text=True)
+def test_the_module_is_the_command(monkeypatch, capsys):
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["kd_plugins", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module("kd_plugins", run_name="__main__", alter_sys=True)
+        return ended.value.code
 
-    assert run("--version").stdout == f"kd-plugins {version('kd-plugins')}\n"
-    failed = run("info", "nothing_like_it")
-    assert failed.returncode == 2
-    assert failed.stderr.startswith("kd-plugins: expected an installed distiller, got 'nothing_like_it'")
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"kd-plugins {version('kd-plugins')}\n"
+    assert run("info", "nothing_like_it") == 2
+    assert capsys.readouterr().err.startswith("kd-plugins: expected an installed distiller, got 'nothing_like_it'")

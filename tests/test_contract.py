@@ -38,7 +38,7 @@ FURTHER: list[tuple[str, dict[str, Any], bool]] = [
     ("internal", {"schedule": "stacked", "phase_epochs": 1.0, "gold": 0.5, "layers": "1:1,2:4"}, False),
     ("kd+internal", {"schedule": "all"}, False),
     ("afd", {"logit_only": True, "topology": "all"}, False),
-    ("afd", {"discriminators": "one", "layer": "layer1", "peer_layers": ("conv1",)}, False),
+    ("afd", {"discriminators": "one", "layer": "layer1", "peer_layers": ("conv1",), "hidden": 8}, False),
     ("afd", {"feature_loss": "l1", "adversarial_only": True}, False),
     ("dfa", {"search_only": True, "regularizer": 0.1}, False),
     ("dfa", {"aggregation": "random", "layers": ("layer2",), "teacher_layers": ("layer1.*",)}, False),

@@ -120,7 +120,7 @@ def test_timm_commands(page, data, weights, tmp_path, monkeypatch):
         argv += ["--epochs", next((epochs for word, epochs in EPOCHS.items() if word in line), "1")]
         digits = "hfds" not in line and not {"--data-dir", "--epoch-updates"} & {*argv}
         rows = ["--train-split", "train[:64]"] if digits and "--train-split" not in argv else []
-        rows += ["-vb", "100"] if digits else []
+        rows += ["--val-split", "validation[:50]", "-vb", "100"] if digits else []
         size = ["--img-size", "32" if "dfa" in line else "64"]
         size = [] if any(word in line for word in ("patch16_224", "cifar_", "lenet")) else size
         folder = [] if "--output" in argv else ["--output", "output", "--experiment", str(i)]
@@ -132,6 +132,7 @@ def test_timm_commands(page, data, weights, tmp_path, monkeypatch):
 def _small(line: str) -> str:
     """A command with small networks; a search needs several blocks in a stage."""
     model = "cifar_resnet20" if "dfa" in line else "test_resnet"
+    line = line.replace(" convnext_tiny", " test_convnext").replace(" cifar_resnet56", " cifar_resnet20")
     return re.sub(r"(--(?:model|teacher|peer) )resnet\w+", rf"\1{model}", line).replace("depth=6", "depth=2")
 
 

@@ -304,19 +304,19 @@ def test_options_take_effect_in_the_training():
 
 def test_keeps_the_contract_with_a_teacher():
     for options in ({}, {"discriminators": "one", "teacher_layer": "layer1", "layer": "layer2"}):
-        assert check_distiller("afd", options=options, teacher=TinyNet(6), peers=[]) == CLAUSES
+        assert check_distiller("afd", options={"hidden": 8, **options}, teacher=TinyNet(6), peers=[]) == CLAUSES
 
 
 @pytest.mark.parametrize("topology", ["cycle", pytest.param("all", marks=pytest.mark.slow)])
 def test_keeps_the_contract_with_three_peers(topology):
     torch.manual_seed(1)
     peers = [TinyNet(5), TinyNet(4), TinyNet(3)]
-    assert check_distiller("afd", options={"topology": topology}, peers=peers) == CLAUSES
+    assert check_distiller("afd", options={"topology": topology, "hidden": 8}, peers=peers) == CLAUSES
 
 
 def test_with_kd_from_a_teacher():
     torch.manual_seed(0)
-    assert check_distiller("kd+afd", teacher=TinyNet(6), peers=[TinyNet(5)]) == CLAUSES
+    assert check_distiller("kd+afd", options={"hidden": 8}, teacher=TinyNet(6), peers=[TinyNet(5)]) == CLAUSES
 
 
 def test_beside_peers_it_reads_nothing_of_a_teacher():
@@ -417,7 +417,7 @@ def test_labels_of_several_classes():
 
 DIGITS = [
     *"--device cpu --in-chans 1 --model lenet5_half --epochs 2 --warmup-epochs 0 -b 32 -j 0".split(),
-    *"--train-split train[:512] -vb 250".split(),
+    *"--train-split train[:512] --val-split validation[:100] -vb 100".split(),
     *"--opt adamw --lr 5e-3 --smoothing 0 --hflip 0 --color-jitter 0 --log-interval 1000".split(),
 ]
 

@@ -35,7 +35,7 @@ def test_by_name_in_kd_timm_train(tmp_path, monkeypatch):
     class Few(Digits):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self.images, self.targets = self.images[:192], self.targets[:192]
+            self.images, self.targets = self.images[:48], self.targets[:48]
 
     monkeypatch.setattr(data, "Digits", Few)
     small = {"channels": (8, 8, 16, 16), "stem_width": 8}
@@ -50,7 +50,7 @@ def test_by_name_in_kd_timm_train(tmp_path, monkeypatch):
             *"--model-kwargs channels=(8,8,16,16) stem_width=8".split(),
             *"--teacher-kwargs channels=(8,8,16,16) stem_width=8 in_chans=1 zero_init_last=False".split(),
             *f"--teacher resnet18 --teacher-checkpoint {tmp_path}/teacher.safetensors".split(),
-            *"--warmup-epochs 0 -b 64 -j 0 --opt adamw --lr 5e-3 --log-interval 1000 --distill dfa".split(),
+            *"--warmup-epochs 0 -b 16 -j 0 --opt adamw --lr 5e-3 --log-interval 1000 --distill dfa".split(),
             *flags,
         )
         session = Session(parse_args(flags))

@@ -449,7 +449,7 @@ def test_networks_and_data_that_do_not_fit():
 
 DIGITS = [
     *"--device cpu --in-chans 1 --model lenet5_half --epochs 2 --warmup-epochs 0 -b 32 -j 0".split(),
-    *"--train-split train[:320] -vb 250 --smoothing 0 --hflip 0 --color-jitter 0".split(),
+    *"--train-split train[:320] --val-split validation[:100] -vb 100 --smoothing 0 --hflip 0 --color-jitter 0".split(),
     *"--opt adamw --lr 5e-3 --log-interval 1000".split(),
     *"--distill quest --teacher resnet8 --distill-args words=64 layers=1 teacher_layers=2 sharpness=0.5".split(),
 ]

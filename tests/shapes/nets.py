@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 SEED = 7
-ROWS, CLASSES, SIZE = 48, 3, 8
+ROWS, CLASSES, SIZE = 32, 3, 8
 BATCH = 8
 EPOCH = ROWS // BATCH
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)

@@ -10,7 +10,7 @@ from accelerate_kit import fresh_accelerate
 
 TINY = [
     *"--model resnet10t --model-kwargs channels=(8,8,16,16) stem_width=8".split(),
-    *"--device cpu -b 64 --workers 0 --epochs 2".split(),
+    *"--device cpu -b 16 --workers 0 --epochs 2".split(),
     *"--warmup-epochs 0 --lr 0.02 --hflip 0 --color-jitter 0 --scale 0.8 1 --img-size 16 --log-interval 10".split(),
 ]
 
@@ -29,14 +29,16 @@ def _seeded():
 
 @pytest.fixture
 def few_digits(monkeypatch):
-    """Leaves 256 training and 100 evaluation images, so that an epoch takes four steps of 64."""
+    """Leaves 64 training and 26 evaluation images, so that an epoch takes four steps of 16."""
     from kd_timm import data
     from kd_timm.digits import Digits
 
     class Few(Digits):
+        evaluated = 26
+
         def __init__(self, split: str = "train", mode: str = "RGB", transform=None) -> None:
             super().__init__(split, mode, transform)
-            rows = 256 if split == "train" else 100
+            rows = 64 if split == "train" else self.evaluated
             self.images, self.targets = self.images[:rows], self.targets[:rows]
 
     monkeypatch.setattr(data, "Digits", Few)

@@ -88,12 +88,12 @@ def test_it_trains_the_student_of_the_same_images_asked_online(run, teacher, loa
 
 def test_an_interrupted_pass_goes_on_and_a_damaged_file_is_made_anew(run, teacher, tmp_path, monkeypatch, caplog):
     """Another number of views asks about the new ones alone, and no run changes what lies there."""
-    monkeypatch.setattr(cache, "_BLOCK", 100)
+    monkeypatch.setattr(cache, "_BLOCK", 25)
     words, asked, views = [*AUGMENTED.split(), *teacher, "--cache-teacher", str(tmp_path / "cache")], [], cache._views
 
     def counted(run, nets, images, *rest):
         asked.append(len(images))
-        if sum(asked) > 350:
+        if sum(asked) > 87:
             raise KeyboardInterrupt
         return views(run, nets, images, *rest)
 
@@ -101,14 +101,14 @@ def test_an_interrupted_pass_goes_on_and_a_damaged_file_is_made_anew(run, teache
     with pytest.raises(KeyboardInterrupt):
         run(*words, "--cache-views", "2")
     files = lambda: sorted(tmp_path.glob("cache/*/view-*.safetensors"))  # noqa: E731
-    assert [f.stem for f in files()] == ["view-0-0", "view-0-100", "view-0-200"]
+    assert [f.stem for f in files()] == ["view-0-0", "view-0-25", "view-0-50"]
     monkeypatch.setattr(cache, "_views", views)
     run(*words, "--cache-views", "2")
     assert len(files()) == 6
     whole = {f: f.read_bytes() for f in files()}
     files()[1].write_bytes(files()[1].read_bytes()[:-8])
     run(*words, "--cache-views", "3", "--seed", "7")
-    assert "view-0-100.safetensors is damaged or unfinished" in caplog.text
+    assert "view-0-25.safetensors is damaged or unfinished" in caplog.text
     assert {f: f.read_bytes() for f in files() if f in whole} == whole
     assert len(files()) == 9
 
@@ -210,9 +210,9 @@ def test_a_process_without_a_block_of_its_own_fills_nothing(teacher, few_digits,
     rows = data.create_datasets(args, 3)
     made = cache.TeacherCache(args, {"mean": (0.5,)}, rows, distillation.make_distiller(args))
     made.folder.mkdir()
-    block = made.answers.file((0, 0, 256))
+    block = made.answers.file((0, 0, 64))
     with making(block):
-        save_file({"logits": torch.zeros(256, 1, 10)}, block)
+        save_file({"logits": torch.zeros(64, 1, 10)}, block)
     said = []
     run = SimpleNamespace(
         args=args,
@@ -223,7 +223,8 @@ def test_a_process_without_a_block_of_its_own_fills_nothing(teacher, few_digits,
         reporter=SimpleNamespace(line=said.append),
     )
     made.fill(run, [], epochs=1)
-    assert "1 views of each image, 40 bytes each" in said[0]
+    # Ten numbers, and a share of the file's header.
+    assert "1 views of each image, 41 bytes each" in said[0]
 
 
 def test_a_file_that_another_run_makes_is_waited_for(tmp_path):
@@ -328,14 +329,14 @@ def test_several_teachers(run, teacher, loads, tmp_path):
     assert len(loads) == 2
     assert cold.results["evaluation"] == warm.results["evaluation"]
     (file,) = tmp_path.glob("cache/*/view-0-0.safetensors")
-    assert load_file(file)["logits"].shape == (256, 2, 10)
+    assert load_file(file)["logits"].shape == (64, 2, 10)
 
 
 def test_the_highest_scores_stand_for_all(run, teacher, tmp_path, monkeypatch):
     words = [*AUGMENTED.split(), *teacher, "--cache-teacher", str(tmp_path / "cache"), "--epochs", "1"]
     run(*words, "--cache-top-k", "3")
     (file,) = tmp_path.glob("cache/*/view-0-0.safetensors")
-    assert {k: list(v.shape) for k, v in load_file(file).items()} == {"logits": [256, 1, 4], "classes": [256, 1, 3]}
+    assert {k: list(v.shape) for k, v in load_file(file).items()} == {"logits": [64, 1, 4], "classes": [64, 1, 3]}
     monkeypatch.setattr(cache, "_views", lambda *a: pytest.fail("asked"))
     for method, *options in (["dkd"], ["kd+dist"], ["kd", "standardize=true"], ["noisy", "logit_sigma=1"]):
         with pytest.raises(DistillError, match="reads them all: leave --cache-top-k out"):
@@ -344,5 +345,5 @@ def test_the_highest_scores_stand_for_all(run, teacher, tmp_path, monkeypatch):
 
 def test_what_a_disk_does_not_hold_is_refused_before_it_is_asked(run, teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
-    with pytest.raises(DistillError, match="512 answers of 40 bytes are 0.0 GiB, and the disk"):
+    with pytest.raises(DistillError, match="128 answers of 40 bytes are 0.0 GiB, and the disk"):
         run("--distill", "kd", *teacher, "--cache-teacher", str(tmp_path / "cache"))

@@ -86,7 +86,7 @@ def test_equals_a_bare_loop(run, teacher, name):
     # From here on as in the command: teachers and set-up leave no trace in the random state.
     random_seed(42, 0)
     student = timm.create_model("resnet10t", num_classes=10, channels=(8, 8, 16, 16), stem_width=8)
-    common = dict(input_size=(3, 16, 16), batch_size=64, num_workers=0, device=torch.device("cpu"))
+    common = dict(input_size=(3, 16, 16), batch_size=16, num_workers=0, device=torch.device("cpu"))
     loader = create_loader(
         data.Digits("train"),
         is_training=True,
@@ -153,7 +153,7 @@ def test_states_within_an_epoch(run, teacher):
     flags = "--distill", "kd", *teacher, "--epochs", "1", "--recovery-interval", "3"
     folder = run(*flags).folder
     place = torch.load(folder / "state.old" / "place-0.pt", weights_only=True)["place"]
-    assert place["sums"] == (3, 192, 2)
+    assert place["sums"] == (3, 48, 2)
     assert not list(folder.glob("recovery-*"))
 
 
@@ -173,7 +173,7 @@ def test_what_is_exported_is_the_bare_student(run, teacher):
     model = timm.create_model("resnet10t", num_classes=10, channels=(8, 8, 16, 16), stem_width=8, checkpoint_path=path)
     assert load_file(path).keys() == model.state_dict().keys()
     seen = session.distillation.distiller.seen
-    assert seen.sum() == 2 * 256
+    assert seen.sum() == 2 * 64
     assert seen.max() == 2
 
 
@@ -184,8 +184,8 @@ def test_stages_have_rows_curve_and_student_of_their_own(run, teacher):
     session = run("--distill", "timm_distillers:Search", "--epochs", "6", "--checkpoint-hist", "9", *teacher)
     rows = timm_distillers.Search.rows
     assert not rows["search"] & rows["held out"]
-    assert len(rows["search"] | rows["held out"]) == 256
-    assert len(rows["distill"]) == 256
+    assert len(rows["search"] | rows["held out"]) == 64
+    assert len(rows["distill"]) == 64
     table = session.distillation.table
     assert table.starts == [0, 8]
     summary = list(csv.DictReader((session.folder / "summary.csv").open()))
@@ -527,13 +527,14 @@ def test_methods_know_the_size_of_the_training_set(run, monkeypatch):
     made = distillation.image_batch
     monkeypatch.setattr(distillation, "image_batch", lambda *a, **k: (rows.append(k["rows"]), made(*a, **k))[1])
     run("--epochs", "1", "--distill", "timm_distillers:Pair", "--peer", "resnet10t")
-    assert set(rows) == {256}
+    assert set(rows) == {64}
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", [pytest.param("kd+nst", marks=pytest.mark.slow), "timm_distillers:Adversary"])
 def test_two_processes(run, teacher, tiny, tmp_path, name):
-    flags = [*tiny, "--distill", *methods(name), *teacher, "-b", "32", "--epochs", "1", "--drop", "0.1"]
+    flags = [*tiny, "--distill", *methods(name), *teacher, "-b", "8", "--epochs", "1", "--drop", "0.1"]
+    flags += ["--train-split", "train[:325]", "--val-split", "validation[:101]"]
     flags += ["--output", str(tmp_path), "--experiment"]
     on_two_processes("-m", "kd_timm.train", *flags, "two")
     results = json.loads((tmp_path / "two" / "results.json").read_text())

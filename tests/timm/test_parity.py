@@ -76,7 +76,7 @@ def timm_loop(
     loader = create_loader(
         AugMixDataset(digits, split) if split else digits,
         input_size=(3, size, size),
-        batch_size=64,
+        batch_size=16,
         is_training=True,
         scale=(0.8, 1.0),
         ratio=(3 / 4, 4 / 3),
@@ -90,7 +90,7 @@ def timm_loop(
     mixup = Mixup(**mix) if mixing == "device" else None
     reading = common | {key: loading[key] for key in ("use_prefetcher", "num_workers") if key in loading}
     evaluation = create_loader(
-        data.Digits("val"), (3, size, size), 64, crop_pct=1.0, interpolation="bicubic", **reading
+        data.Digits("val"), (3, size, size), 16, crop_pct=1.0, interpolation="bicubic", **reading
     )
     criterion = criterion or (SoftTargetCrossEntropy() if mixing else LabelSmoothingCrossEntropy(0.1))
     task = (task or ClassificationTask)(model, criterion=criterion, verbose=False)
@@ -183,12 +183,12 @@ def summary(session):
             ),
         ),
         (
-            "--train-img-sizes 16 24 --train-batch-sizes 64 32 --variable-batch-loss-scale sqrt --reprob 0.2",
+            "--train-img-sizes 16 24 --train-batch-sizes 16 8 --variable-batch-loss-scale sqrt --reprob 0.2",
             dict(
                 input_size_choices=(16, 24),
-                batch_size_choices=(64, 32),
+                batch_size_choices=(16, 8),
                 batch_choice_seed=42,
-                scale=lambda rows: (rows / 48) ** 0.5,
+                scale=lambda rows: (rows / 12) ** 0.5,
                 re_prob=0.2,
             ),
         ),
@@ -375,7 +375,7 @@ def test_naflex_batches(run):
     flags = f"{network} --img-size 16 --naflex-loader --naflex-train-seq-lens 9 16 --naflex-max-seq-len 16 --epochs 1"
     session = run(*flags.split())
     inputs, labels = next(iter(session.data.evaluation))
-    assert inputs["patches"].shape == (64, 16, 48)
+    assert inputs["patches"].shape == (16, 16, 48)
     with torch.no_grad():
         loss = torch.nn.functional.cross_entropy(session.student.eval()(inputs), labels)
     assert 0 < session.results["evaluation"]["loss"] < 5

@@ -16,7 +16,7 @@ import pytest
 import timm
 import torch
 from accelerate_kit import fresh_accelerate
-from distributed_kit import torchrun
+from distributed_kit import on_two_processes
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -44,8 +44,8 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
         "--epochs 3",
         "--epochs 3 --mixup 0.2 --reprob 0.3 --opt adamw --model-ema --drop 0.2 --workers 1 --no-persistent-workers",
         "--epochs 3 --sched plateau --patience-epochs 0 --lr-noise 0.1 1",
-        "--epochs 3 --opt adahessian --train-split train[:64] -b 32",
-        "--epochs 3 --mixup 0.2 --no-prefetcher --grad-accum-steps 2 -b 32 --model-dtype bfloat16 --model-ema",
+        "--epochs 3 --opt adahessian -b 32",
+        "--epochs 3 --mixup 0.2 --no-prefetcher --grad-accum-steps 2 -b 8 --model-dtype bfloat16 --model-ema",
     ],
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -180,7 +180,7 @@ def _interrupt(*args, **kwargs):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(("flags", "updates"), [("-b 32", 8), ("--use-multi-epochs-loader", 4)])
+@pytest.mark.parametrize(("flags", "updates"), [("-b 8", 8), ("--use-multi-epochs-loader", 4)])
 def test_other_batches_begin_the_epoch_anew(run, stopped, tmp_path, caplog, flags, updates):
     stopped(6, *(flags.split() if "use" in flags else ()), name="parts")
     session = run("--resume", str(tmp_path / "parts"), *flags.split(), name="parts")
@@ -337,7 +337,7 @@ def test_a_run_is_made_longer(run, method, caplog):
         method = [*method, "--teacher-checkpoint", str(teacher), "--teacher-kwargs", *MODEL_FLAGS]
     short = run(*method, "--opt", "adamw", name="short")
     caplog.clear()
-    longer = run(*method, "--opt", "adamw", "--epochs", "4", "-vb", "50", "--resume", str(short.folder), name="longer")
+    longer = run(*method, "--opt", "adamw", "--epochs", "4", "-vb", "12", "--resume", str(short.folder), name="longer")
     assert "otherwise than it would have, because of --epochs." in caplog.text
     rates = [float(row["lr"]) for row in csv.DictReader((longer.folder / "summary.csv").open())]
     whole = run(*method, "--opt", "adamw", "--epochs", "4", name="whole")
@@ -367,7 +367,7 @@ def test_the_export_is_a_timm_checkpoint(run):
 
 
 def test_evaluation_counts_every_image(run):
-    session = run("-vb", "32")
+    session = run("-vb", "8")
     session.student.eval()
     with torch.no_grad():
         right = [(session.student(images).argmax(-1) == targets).float() for images, targets in session.data.evaluation]
@@ -516,7 +516,7 @@ def test_an_evaluation_of_the_training_images_is_told(tmp_path, caplog):
 )
 def test_plateau_knows_which_metric_is_better(run, flags, mode):
     """Without an evaluation it follows the training loss, whatever `--eval-metric` is."""
-    flags = ["--sched", "plateau", "--train-split", "train[:64]", "--epochs", "1", *flags]
+    flags = ["--sched", "plateau", "--train-split", "train[:16]", "--epochs", "1", *flags]
     assert run(*flags).scheduler.lr_scheduler.mode == mode
 
 
@@ -525,7 +525,7 @@ def test_epochs_are_ranked_in_one_order(run, capsys):
     epochs = [(math.nan, 0), (0.5, 1), (2.0, 2), (2.0, 3), (-1.0, 4)]
     for decreasing, order in ((True, [4, 1, 2, 3, 0]), (False, [2, 3, 1, 4, 0])):
         assert [epoch for _, epoch in sorted(epochs, key=lambda kept: checkpoint.rank(kept, decreasing))] == order
-    session = run("--epochs", "1", "--train-split", "train[:64]")
+    session = run("--epochs", "1", "--train-split", "train[:16]")
     session.told = [{"epoch": epoch, "train": {}, "validation": {"top1": float(epoch % 4)}} for epoch in range(12)]
     capsys.readouterr()
     session._tell()
@@ -537,18 +537,19 @@ def test_epochs_are_ranked_in_one_order(run, capsys):
 @pytest.mark.distributed
 def test_two_processes(tiny, tmp_path):
     """Two processes, with an odd number of evaluation images: every process counts its own, none counts twice."""
-    flags = ["--epochs", "1", "-vb", "33", "--output", str(tmp_path), "--experiment", "two"]
-    torchrun("-m", "kd_timm.train", *tiny, *flags)
+    flags = ["--epochs", "1", "-vb", "33", "--train-split", "train[:325]", "--val-split", "validation[:101]"]
+    flags += ["--output", str(tmp_path), "--experiment", "two"]
+    on_two_processes("-m", "kd_timm.train", *tiny, *flags)
     folder = Path(tmp_path) / "two"
     results = json.loads((folder / "results.json").read_text())
     state = json.loads((folder / "state" / "state.json").read_text())
-    # 1,297 rows in two shares of 649, in batches of 64.
+    # 325 rows in two shares of 163, in batches of 16.
     assert (state["processes"], state["updates"]) == (2, 10)
     model = timm.create_model("resnet10t", checkpoint_path=folder / "model_best.safetensors", **MODEL).eval()
     args = parse_args([*tiny])
     args.dataset = "digits"
     loader = create_loader(
-        Digits("val"),
+        Digits("validation[:101]"),
         (3, 16, 16),
         50,
         interpolation="bicubic",
@@ -624,8 +625,9 @@ def test_two_heads_are_refused(run):
 
 
 def test_compiled_training_equals_eager(run):
-    plain = run(name="plain")
-    compiled = run("--torchcompile", "aot_eager", name="compiled")
+    # One size of batches in an evaluation: every other one is compiled anew.
+    plain = run("-vb", "26", name="plain")
+    compiled = run("-vb", "26", "--torchcompile", "aot_eager", name="compiled")
     for key, value in load_file(plain.folder / "state" / "model.safetensors").items():
         torch.testing.assert_close(load_file(compiled.folder / "state" / "model.safetensors")[key], value)
     assert compiled.results["evaluation"] == pytest.approx(plain.results["evaluation"])
