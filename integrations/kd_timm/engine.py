@@ -267,6 +267,7 @@ def train_one_epoch(
     number: int,
     *,
     first_update: int,
+    averaged: int,
     place: Mapping[str, Any],
     save: Callable[[int, Mapping[str, Any]], None],
 ) -> dict[str, float]:
@@ -276,6 +277,7 @@ def train_one_epoch(
         run: The run.
         number: Number of the epoch.
         first_update: Update number, in the current learning-rate schedule, that the epoch begins with.
+        averaged: How many updates of this student the moving average has seen.
         place: Where in the epoch to go on, as `save` was given it; empty for its beginning.
         save: Writes the state of the run within an epoch: its number, and the place in it.
 
@@ -321,7 +323,7 @@ def train_one_epoch(
         run.seconds += taken.val
         begun = time.monotonic()
         if run.ema is not None:
-            run.ema.update(run.student, step=first_update + updates)
+            run.ema.update(run.student, step=averaged + updates)
         if run.step.player is None:
             done = number * run.updates_per_epoch + updates
             run.step.watch.update(done, done / run.updates_per_epoch)

@@ -206,6 +206,17 @@ class Parts(TrainingRun):
         """First epoch of the learning-rate schedule: of the run, or of the current stage of the distillation."""
         return 0 if self.distillation is None else self.distillation.stage_epochs(self.updates_per_epoch)[0]
 
+    @property
+    def student_start(self) -> int:
+        """First epoch of the student: of the run, or of the last stage that began with a fresh one."""
+        if self.distillation is None:
+            return 0
+        table, stage = self.distillation.table, self.distillation.distiller.progress.stage
+        fresh = (
+            start for start, begun in zip(table.starts, table.stages[: stage + 1], strict=False) if begun.fresh_student
+        )
+        return max(fresh, default=0) // self.updates_per_epoch
+
     def new_schedule(self) -> None:
         """Gives the current stage a learning-rate curve of its own; a run of one stage keeps the curve of the run."""
         assert self.distillation is not None

@@ -111,8 +111,11 @@ class Session(Parts):
 
     def _train_epoch(self, epoch: int, place: Mapping[str, Any]) -> Mapping[str, float]:
         """Trains an epoch, or what is left of it, and returns its means; a state is written where it took long."""
-        args, first_update = self.args, (epoch - self.stage_start) * self.updates_per_epoch
-        training = train_one_epoch(self, epoch, first_update=first_update, place=place, save=self._save)
+        args, length = self.args, self.updates_per_epoch
+        first_update, averaged = (epoch - self.stage_start) * length, (epoch - self.student_start) * length
+        training = train_one_epoch(
+            self, epoch, first_update=first_update, averaged=averaged, place=place, save=self._save
+        )
         self._forget_earlier()
         if self.processes > 1 and args.dist_bn in ("broadcast", "reduce"):
             self.reporter.line("Distributing BatchNorm running means and vars")

@@ -253,7 +253,7 @@ def read_labels(train: Dataset, column: str) -> Labels:
     hold, or a 0 or 1 for each class.
     """
     feature = train.features[column]
-    values = train[column]
+    values = train[column][:]  # row by row a column is slow to read
     if any(value is None for value in values):
         raise DistillError(f"Every row needs a label, and {column} is empty in some: drop those rows.")
     inner = getattr(feature, "feature", None)
@@ -311,7 +311,7 @@ def _check_rows(data: TextData, name: str, split: Dataset) -> None:
         row = next((i for i, text in enumerate(split[column]) if not isinstance(text, str)), None)
         if row is not None:
             raise DistillError(f"{data.source}: expected text in {column}, got {split[row][column]!r} in row {row}.")
-    for row, value in enumerate(split[data.label_column]):
+    for row, value in enumerate(split[data.label_column][:]):
         try:
             if value is None:
                 raise DistillError("Expected a label, got none: drop the row.")

@@ -74,6 +74,7 @@ class AFD(Distiller):
         2020,
         arxiv="2002.01775",
     )
+    example = {"hidden": 8}
     tasks = ("classification", "multilabel", "regression")
     teachers = "or peers"
     peers = True

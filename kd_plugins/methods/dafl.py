@@ -65,6 +65,7 @@ class DAFL(Distiller):
         2019,
         arxiv="1904.01186",
     )
+    example = {"width": 8}
     data = False
     accumulation = False
     task_weight = 0.0

@@ -17,7 +17,7 @@ from timm.data import create_loader
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.utils import random_seed
+from timm.utils import ModelEmaV3, random_seed
 
 import kd_plugins
 from kd_plugins import Batch
@@ -198,6 +198,16 @@ def test_stages_have_rows_curve_and_student_of_their_own(run, teacher):
     # Checkpoints of the first student are gone, and what was told of it.
     assert sorted(row["epoch"] for row in session.told) == [2, 3, 4, 5]
     assert {p.stem for p in session.folder.glob("checkpoint-*")} == {f"checkpoint-{i}" for i in (2, 3, 4, 5)}
+
+
+def test_the_moving_average_begins_anew_with_a_fresh_student_alone(run, teacher, monkeypatch):
+    steps, update = [], ModelEmaV3.update
+    monkeypatch.setattr(ModelEmaV3, "update", lambda ema, model, step: steps.append(step) or update(ema, model, step))
+    run("--distill", "timm_distillers:Impatient", "--epochs", "5", "--model-ema")
+    assert steps == list(range(1, 21))
+    steps.clear()
+    run("--distill", "timm_distillers:Search", "--epochs", "3", "--model-ema", *teacher)
+    assert steps == [*range(1, 5), *range(1, 9)]
 
 
 def test_a_stage_that_ends_early_leaves_whole_epochs(run):
