@@ -746,6 +746,13 @@ def test_a_resumed_seed_is_of_the_same_experiment(tmp_path):
     assert "Not at their end" not in words
 
 
+def test_settings_that_change_no_number_still_say_that_seeds_are_of_one_experiment(tmp_path):
+    kept = [written(tmp_path / f"kd-{i}", 90.0, method="kd", seed=i, save_strategy="no") for i in range(2)]
+    assert [row[1] for row in results(*kept)[0]] == ["2"]
+    bare = [written(tmp_path / f"bare-{i}", 90.0, method="kd", seed=i) for i in range(2)]
+    assert [row[1] for row in results(*bare)[0]] == ["1", "1"]
+
+
 def test_what_has_not_come_to_its_end_is_named_beside_the_mean(tmp_path):
     runs = [written(tmp_path / f"kd-{i}", 90.0 - 60 * i, method="kd", lr=0.1) for i in range(2)]
     rewrite(runs[1], status="interrupted")
