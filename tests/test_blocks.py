@@ -170,7 +170,18 @@ def test_a_named_layer_is_not_left_out_without_a_word() -> None:
     ):
         with pytest.raises(DistillError, match=r"a group for each of the layers .*with the other's by their size"):
             find_groups(student, of, images(), layers, teacher_layers)
+    for of, glob in ((teacher, "layer1.*"), (other, "layer*.*")):
+        with pytest.raises(DistillError, match="a group for each of the layers"):
+            find_groups(student, of, images(), None, ("layer1.0", glob))
     assert [g.student for g in find_groups(student, teacher, images(), ("layer3", "layer2"))] == ["layer3", "layer2"]
+
+
+def test_a_glob_for_layers_of_several_sizes_is_a_group_of_each() -> None:
+    student, teacher = (net(timm.create_model(f"cifar_resnet{depth}")) for depth in (8, 20))
+    whole = find_groups(student, teacher, images())
+    assert len(whole) == 3
+    assert find_groups(student, teacher, images(), None, ("layer*.*",)) == whole
+    assert find_groups(student, teacher, images(), None, ("layer1.*+layer2.*", "layer3.*")) == whole
 
 
 def test_cached_logits_do_not_stand_for_the_forward() -> None:

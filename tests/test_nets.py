@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from kd_plugins import Batch, Distiller, DistillError, bind, create_distiller
+from kd_plugins.binding import connect
+from kd_plugins.reading.network import adapt
 
 
 class Reader(nn.Module):
@@ -54,3 +56,10 @@ def test_the_cached_logits_of_one_teacher_are_not_those_of_another(known):
     batch = Batch.of(torch.ones(2, 3), torch.tensor([0, 1]), teacher_logits=known)
     with pytest.raises(DistillError, match="got that of 1 and a teacher number 2"):
         nets.teachers[1](batch)
+
+
+@pytest.mark.parametrize("given", [{"forwards": [None] * 2}, {"transforms": [None] * 2}, {"orders": [None] * 2}])
+def test_a_host_gives_no_more_than_there_are_networks(given):
+    student, teacher = (adapt(nn.Linear(2, 2)) for _ in range(2))
+    with pytest.raises(ValueError, match="longer"):
+        connect(create_distiller("kd"), student, [teacher], **given)

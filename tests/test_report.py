@@ -561,6 +561,16 @@ def test_what_cannot_be_analysed_is_a_note(tmp_path):
     assert "could not be analysed" in render([tmp_path])
 
 
+def test_what_json_does_not_have_is_written_in_words(tmp_path):
+    odd = {"per class": {numpy.int64(3): math.inf, (1, 2): torch.tensor([0.5, math.nan])}, "kinds": {"a"}}
+    classes = numpy.array(["cat", "dog"])
+    record = RunRecord(tmp_path, host="loop", nets=nn.Linear(4, 2), command=["x"], classes=classes, settings=odd)
+    record.log({"step": 1, **odd})
+    known = {"per class": {"3": None, "(1, 2)": [0.5, None]}, "kinds": ["a"]}
+    assert (record.run["classes"], load_run(tmp_path).info["settings"]) == (["cat", "dog"], known)
+    assert json.loads((tmp_path / "history.jsonl").read_text()) == {"step": 1, **known}
+
+
 def test_other_processes_write_nothing(tmp_path):
     record = RunRecord(tmp_path / "none", host="bare loop", nets=nn.Linear(4, 2), enabled=False)
     record.log({"step": 1})
@@ -734,6 +744,13 @@ def test_a_resumed_seed_is_of_the_same_experiment(tmp_path):
     rows, words = results(one, two)
     assert [row[:3] for row in rows] == [["kd", "2", "91.00 ± 1.41"]]
     assert "Not at their end" not in words
+
+
+def test_settings_that_change_no_number_still_say_that_seeds_are_of_one_experiment(tmp_path):
+    kept = [written(tmp_path / f"kd-{i}", 90.0, method="kd", seed=i, save_strategy="no") for i in range(2)]
+    assert [row[1] for row in results(*kept)[0]] == ["2"]
+    bare = [written(tmp_path / f"bare-{i}", 90.0, method="kd", seed=i) for i in range(2)]
+    assert [row[1] for row in results(*bare)[0]] == ["1", "1"]
 
 
 def test_what_has_not_come_to_its_end_is_named_beside_the_mean(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from kd_plugins import Batch, DistillError, Network, Reads, Tap
-from kd_plugins.reading.tap import Reached
+from kd_plugins.reading.tap import Reached, untraced
 
 
 class Block(nn.Module):
@@ -499,3 +500,15 @@ def test_no_gradient_flows_back_through_a_cut(x):
     assert net.blocks[1].mlp.weight.grad is not None
     assert torch.equal(out, net(x))
     assert seen["blocks.0"].requires_grad  # its own loss may still train what is below
+
+
+def test_a_look_needs_no_random_stream_of_a_device(monkeypatch):
+    """Torch has no module for XLA, which would give its stream."""
+    network = nn.Dropout()
+    monkeypatch.setattr(network, "parameters", lambda: iter([SimpleNamespace(device=torch.device("xla:0"))]))
+    before = torch.get_rng_state()
+    with untraced(network):
+        torch.rand(1)
+        assert not network.training
+    assert network.training
+    assert torch.equal(torch.get_rng_state(), before)

@@ -153,8 +153,9 @@ def _experiments(runs: Sequence[Run]) -> dict[str, list[Run]]:
     kept: dict[str, list[Run]] = {}
     for run in runs:
         # Without settings nothing says that two runs are the same experiment.
+        apart = run.info["settings"].keys() <= {"seed", "output_dir", "run_name", "logging_dir"} and run.name
         key = [run.method, run.part("method", "options"), run.student, run.teacher, run.info.get("data")]
-        kept.setdefault(json.dumps([*key, _settings(run) or run.name], sort_keys=True), []).append(run)
+        kept.setdefault(json.dumps([*key, _settings(run) or apart], sort_keys=True), []).append(run)
     found: dict[str, list[Run]] = {}
     for group in kept.values():
         names, folder = [run.name for run in group], group[0].folder

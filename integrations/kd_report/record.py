@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import platform
 import statistics
 import sys
@@ -138,7 +139,7 @@ class RunRecord:
             "data": data,
             "task": task,
             "metric": metric,
-            "classes": classes and list(classes),
+            "classes": None if classes is None else list(classes),
             "settings": dict(settings or {}),
             "method": None if distiller is None else _method(distiller),
             "stages": None,
@@ -345,13 +346,19 @@ def _attentions(distiller: Distiller | None) -> dict[str, list[int]]:
 
 
 def _json(value: Any, **form: Any) -> str:
-    """JSON, which has no infinities and no NaN: null stands for them."""
+    """JSON, which has no infinities and no NaN: null stands for them, and words for what else it does not have."""
 
     def plain(x: Any) -> Any:
-        return x.tolist() if isinstance(x, Tensor) else dict(x) if isinstance(x, Mapping) else str(x)
+        x = x.tolist() if isinstance(x, Tensor) else x
+        if isinstance(x, Mapping):
+            return {str(key): plain(item) for key, item in x.items()}
+        if isinstance(x, (list, tuple, set)):
+            return [*map(plain, x)]
+        if isinstance(x, float):
+            return x if math.isfinite(x) else None
+        return x if x is None or isinstance(x, (str, int)) else str(x)
 
-    finite = json.loads(json.dumps(value, default=plain), parse_constant=lambda _: None)
-    return json.dumps(finite, **form)
+    return json.dumps(plain(value), **form)
 
 
 def _command() -> list[str]:

@@ -152,8 +152,9 @@ def module_at(root: nn.Module, path: str) -> nn.Module:
 def untraced(*networks: nn.Module) -> Iterator[None]:
     """No gradient, evaluation mode, and no trace in a random stream of torch or Python: for a look at networks."""
     modes = [(m, m.training) for network in networks for m in network.modules()]
-    parameters = (p for network in networks for p in network.parameters())
-    devices = {p.device for p in parameters if p.device.type not in ("cpu", "meta")}
+    devices = {p.device for network in networks for p in network.parameters()}
+    # Torch forks the stream of the CPU itself, and knows none of XLA's.
+    devices = {d for d in devices if hasattr(getattr(torch, d.type, None), "get_rng_state")}
     kind, numbers = next((d.type for d in devices), "cuda"), sorted(d.index or 0 for d in devices)
     python = random.getstate()
     try:

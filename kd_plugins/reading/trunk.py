@@ -139,8 +139,11 @@ def find_groups(
             f" {', '.join(map(str, last))}; the teacher's {', '.join(map(str, blocks))}. Name the layers of both, one"
             " group of the teacher's for each of the student's."
         )
-    named: Sequence[Any] = ours or theirs or groups
-    if len(named) != len(groups):
+    named: Sequence[Any] = ours or theirs or ()
+    sizes = {block.path: block.size for block in (last if ours else blocks)}
+    # A glob may stand for layers of several sizes, each of which has a group.
+    wanted = [{sizes[path] for path in ([one] if isinstance(one, str) else one)} for one in named]
+    if named and sum(map(len, wanted)) != len(groups):
         raise DistillError(
             f"Expected a group for each of the layers {named}, got {[[g.student, *g.teacher] for g in groups]}, since"
             " layers of one network are paired with the other's by their size: name one of each size that both have,"
