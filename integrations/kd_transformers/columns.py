@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import zip_longest
 from types import NoneType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from kd_plugins import DistillError
 from kd_transformers.checks import base, check_vocabulary, scores_tokens
@@ -179,10 +179,14 @@ class Told:
                 )
             columns = {mask: list(map(torch.ones_like, columns[ids])), **columns}
         fill = {ids: self.pad or 0}
-        return {
-            name: torch.stack(rows) if rows[0].dim() != 1 else pad_sequence(rows, True, fill.get(name, 0))
-            for name, rows in columns.items()
-        }
+        return {name: _padded(rows, fill.get(name, 0)) for name, rows in columns.items()}
+
+
+def _padded(rows: list[Tensor], fill: int) -> Tensor:
+    if rows[0].dim() != 1 or len(set(map(len, rows))) == 1:
+        return torch.stack(rows)
+    # By way of numbers, which find their type together: a row without any has none of its own.
+    return torch.tensor([*zip_longest(*(row.tolist() for row in rows), fillvalue=fill)]).T.contiguous()
 
 
 def with_index(item: Any, row: int) -> Any:

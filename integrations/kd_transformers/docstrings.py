@@ -6,7 +6,6 @@ import ast
 import hashlib
 import os
 import re
-import shutil
 import sys
 import sysconfig
 import warnings
@@ -14,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, config
@@ -74,14 +74,15 @@ def load_docstrings(packages: int = 12, validation: float = 0.2, root: str | Pat
     kept = Path(config.HF_DATASETS_CACHE, f"docstrings-{_digest(facts)[:16]}")
     if not kept.is_dir():
         splits = _splits(packages, validation, library)
-        own = kept.with_name(f"{kept.name}.{os.getpid()}")
         with suppress(OSError):  # a cache that is read-only, or another process that was first
-            splits.save_to_disk(own)
-            own.rename(kept)
-        shutil.rmtree(own, ignore_errors=True)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(prefix=kept.name, dir=kept.parent) as own:
+                splits.save_to_disk(Path(own, "splits"))
+                Path(own, "splits").rename(kept)
         if not kept.is_dir():
             return splits
-    return DatasetDict.load_from_disk(kept)
+    # `map` writes beside rows that lie in a file, and nothing beside those in memory.
+    return DatasetDict.load_from_disk(kept, keep_in_memory=not os.access(kept, os.W_OK))
 
 
 def _splits(packages: int, validation: float, root: Path) -> DatasetDict:

@@ -130,7 +130,7 @@ class RecordCallback(UpdateTimer):
             self.results |= {key: value for key, value in logs.items() if key.startswith("eval_")}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.record is not None:
+        if self.record is not None and self.record.run["status"] != "interrupted":
             if args.load_best_model_at_end:
                 # The weights that stay are those of the best evaluation.
                 best = [row for row in state.log_history if row["step"] == state.best_global_step]
@@ -142,7 +142,6 @@ class RecordCallback(UpdateTimer):
         """Says that the training has not come to its end."""
         if self.record is not None:
             self.record.finish({}, status="interrupted")
-        self.record = None
 
     def finish(self, results: Mapping[str, Any], found: Mapping[str, Doubts] | None = None, classes: int = 0) -> None:
         """Writes other results than those of the last evaluation in the training.

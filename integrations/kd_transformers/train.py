@@ -48,9 +48,7 @@ logger = logging.get_logger(__name__)
 
 _RECORD, _RESULTS = "teacher.json", "all_results.json"
 # Of a `Trainer` for teachers, which has no evaluation set and refuses a schedule of evaluations.
-_ALONE: dict[str, Any] = {
-    **{"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "push_to_hub": False},
-}
+_ALONE = dict(eval_strategy="no", save_strategy="no", load_best_model_at_end=False, push_to_hub=False)
 _TASKS = {
     "single_label_classification": "classification",
     "multi_label_classification": "multilabel",

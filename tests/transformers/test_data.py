@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import datasets
@@ -76,6 +77,18 @@ def test_docstrings_are_the_same_every_time(tmp_path):
     for split in ("train", "validation"):
         assert first[split].to_dict() == again[split].to_dict()
         assert len(first[split]) > 0
+
+
+def test_docstrings_in_a_cache_of_anothers_can_be_mapped(tmp_path, monkeypatch):
+    """Which may be read and not be written to: root may write anywhere, so the answer is given here."""
+    monkeypatch.setattr("kd_transformers.docstrings.config.HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr("kd_transformers.docstrings.read_docstrings", lambda root: read_docstrings(library(root)))
+    monkeypatch.setattr("kd_transformers.docstrings.sysconfig.get_path", lambda name: str(tmp_path / "library"))
+    assert load_docstrings()["train"].cache_files
+    monkeypatch.setattr("kd_transformers.docstrings.os.access", lambda path, mode: mode != os.W_OK)
+    rows = load_docstrings()["train"]
+    assert not rows.map(lambda row: {"words": len(row["text"].split())}).cache_files
+    assert [path.name[:11] for path in tmp_path.iterdir() if path.name != "library"] == ["docstrings-"]
 
 
 @pytest.mark.parametrize("writable", [True, False])

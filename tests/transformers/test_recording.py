@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_trainer_tasks import rows_of, segformer
 from trainer_kit import Texts, arguments, bert, difference, plain, teacher, trainer, weights
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from kd_plugins import Batch, Nets
 from kd_plugins.reading.view import View
@@ -53,6 +53,28 @@ def test_recording_changes_no_weight(tmp_path, method, options):
     keys = ["results", "calibration", "curves", "attention", "confusion", "cost"]
     assert [key for key in keys if f'id="{key}"' in page] == keys
     assert ('style="fill: var(--soft)"' in page) == (options is not None)
+
+
+def test_an_interrupted_training_is_recorded_to_its_last_step(tmp_path):
+    """A callback says so as a step ends, before Trainer logs it; the next training begins anew."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+            if control.should_training_stop:
+                recorder.interrupted()
+
+    one = trainer(tmp_path, "kd", max_steps=4)
+    recorder = RecordCallback(one)
+    one.add_callback(recorder)
+    one.add_callback(Stop())
+    one.train()
+    run = load_run(tmp_path)
+    assert run.info["status"] == "interrupted"
+    assert [row["step"] for row in run.history] == [1, 2]
+    one.remove_callback(Stop)
+    one.train()
+    assert load_run(tmp_path).info["status"] == "finished"
 
 
 def test_a_networks_own_hooks_stay(tmp_path):

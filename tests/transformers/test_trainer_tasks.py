@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -31,6 +32,7 @@ from transformers import Trainer
 
 from kd_plugins import Distiller, DistillError, Needs, Stage
 from kd_transformers import cache_teacher
+from kd_transformers.columns import with_padding
 from kd_transformers.playing import divides
 
 BERT = {**TINY, **NO_DROPOUT, "num_hidden_layers": 1}
@@ -547,6 +549,24 @@ def test_the_teachers_columns_are_padded_by_its_own_rule(tmp_path: Path) -> None
     of.config.pad_token_id = None
     with pytest.raises(DistillError, match="whose configuration has a pad_token_id"):
         trainer(tmp_path, student=bert(), of=of, data=data, given=given).train()
+
+
+@pytest.mark.parametrize(
+    ("column", "rows", "padded"),
+    [
+        # A text without a token comes as an empty list, whose numbers are of no type.
+        ("input_ids", [[], [7], [7, 7]], [[5, 5], [7, 5], [7, 7]]),
+        ("input_values", [[1, 0], [0.5], [0.25, 2.0]], [[1.0, 0.0], [0.5, 0.0], [0.25, 2.0]]),
+        ("input_values", [[1, 0], [0.5, 2.0]], [[1.0, 0.0], [0.5, 2.0]]),
+        ("input_values", [np.ones(2), np.ones(1)], [[1.0, 1.0], [1.0, 0.0]]),
+    ],
+)
+def test_what_is_padded_has_the_type_of_all_rows(column: str, rows: list[Any], padded: list[Any]) -> None:
+    collate = with_padding(hf.default_data_collator, [teacher(pad_token_id=5)])
+    batch = collate([{"labels": 0, f"teacher_{column}": row} for row in rows])
+    found, expected = batch[f"teacher_{column}"], torch.tensor(padded)
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
 
 
 def test_internal_needs_the_students_tokens(tmp_path: Path) -> None:
