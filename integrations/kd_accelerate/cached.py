@@ -108,7 +108,7 @@ def making(file: Path) -> Iterator[bool]:
     if whole(file):
         yield False
         return
-    with FileLock(file.with_suffix(".lock")):
+    with FileLock(file.with_suffix(".lock"), mode=0o664):
         missing = not whole(file)
         if missing and file.is_file():
             logger.warning("%s is damaged or unfinished: its rows are asked for anew.", file)
