@@ -44,6 +44,7 @@ class Part:
         teacher: Flags of the teacher's run.
         students: Flags of the students' runs, by their row in the table; `{teacher}` is the teacher's folder.
         results: File with a run's results.
+        seeds: Of the students.
         note: What to know about the table's rows.
     """
 
@@ -53,10 +54,10 @@ class Part:
     teacher: str
     students: dict[str, str]
     results: str
+    seeds: Sequence[int]
     note: str = ""
 
 
-SEEDS = (0, 1, 2)
 _START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 _IMAGES = (
     "--weight-decay 0.01 --lr 5e-3 --opt adamw --smoothing 0 --hflip 0 --color-jitter 0 --scale 0.8 1 --ratio 0.9 1.1"
@@ -84,6 +85,7 @@ PARTS = {
             f" --seed {{seed}} --distill dafl --distill-args preset=mnist layer=-1 width=16 {_LENET5}",
         },
         results="results.json",
+        seeds=range(5),
     ),
     "text": Part(
         title="Text: 200 labelled paragraphs of docstrings (the teacher: 4,322)",
@@ -96,6 +98,7 @@ PARTS = {
             "internal": f"{_TEXT} --distill internal --cache_teacher",
         },
         results="all_results.json",
+        seeds=range(3),
         note="Which of 12 packages a paragraph is from. All students begin with one of the teacher's four layers.",
     ),
 }
@@ -135,27 +138,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"Report: {report(root / name, root / name / 'comparison.html')}", soft_wrap=True)
     minutes, seconds = divmod(round(time.perf_counter() - start), 60)
     console.print(
-        f"Took {minutes} min {seconds} s. Accuracy is the mean of {len(SEEDS)} seeds and their standard deviation;"
-    )
-    console.print(
-        "against alone, the mean difference of students of one seed with its 95 % interval. Next, on your own data:"
+        f"Took {minutes} min {seconds} s. Accuracy is the mean of the seeds and their standard deviation; against"
+        " alone, the mean difference of students of one seed with its 95 % interval. Next, on your own data:"
     )
     for name in names:
         console.print(f"  {_NEXT[name]}", soft_wrap=True, highlight=False)
     return 0
 
 
-def play(parts: Mapping[Path, Part], console: Console, seeds: Sequence[int] = SEEDS) -> None:
+def play(parts: Mapping[Path, Part], console: Console) -> None:
     """Runs all trainings, as many at once as there are cores; the students of a part wait for its teacher.
 
     Args:
         parts: What to run, by the folder where its runs go.
         console: Where the commands are printed.
-        seeds: Of the students.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
     cores = os.cpu_count() or 1
-    whole = sum(1 + len(seeds) * len(part.students) for part in parts.values())
+    whole = sum(1 + len(part.seeds) * len(part.students) for part in parts.values())
     at_once = min(cores, whole)
     console.print(
         f"{whole} trainings, {at_once} at a time, with a log and a page each in {', '.join(map(str, parts))}:"
@@ -173,7 +173,7 @@ def play(parts: Mapping[Path, Part], console: Console, seeds: Sequence[int] = SE
 
     pool = ThreadPoolExecutor(at_once)
     try:
-        lines = {folder: commands(part, folder, seeds) for folder, part in parts.items()}
+        lines = {folder: commands(part, folder) for folder, part in parts.items()}
         # The teachers come first, so that no student waits in the place that its teacher needs.
         teachers = {folder: pool.submit(one, folder, "teacher", own.pop("teacher")) for folder, own in lines.items()}
         students = [pool.submit(one, f, name, own[name], teachers[f]) for f, own in lines.items() for name in own]
@@ -184,19 +184,19 @@ def play(parts: Mapping[Path, Part], console: Console, seeds: Sequence[int] = SE
         pool.shutdown(cancel_futures=True)
 
 
-def commands(part: Part, folder: Path, seeds: Sequence[int] = SEEDS) -> dict[str, list[str]]:
+def commands(part: Part, folder: Path) -> dict[str, list[str]]:
     """The arguments of the script for each run of a part, by the run's folder; the teacher's are the first."""
 
     def command(flags: str, name: str, seed: int = 0) -> list[str]:
         given = {"folder": folder, "name": name, "teacher": folder / "teacher", "seed": seed}
         return [word.format(**given) for word in shlex.split(f"{part.common} {flags}")]
 
-    names = {(row, seed): folder_name(row, seed) for seed in seeds for row in part.students}
+    names = {(row, seed): folder_name(row, seed) for seed in part.seeds for row in part.students}
     students = {name: command(part.students[row], name, seed) for (row, seed), name in names.items()}
     return {"teacher": command(part.teacher, "teacher")} | students
 
 
-def table(part: Part, folder: Path, seeds: Sequence[int] = SEEDS) -> Table:
+def table(part: Part, folder: Path) -> Table:
     """The results of a part whose runs are done."""
     from rich.table import Table
 
@@ -206,7 +206,9 @@ def table(part: Part, folder: Path, seeds: Sequence[int] = SEEDS) -> Table:
     shown.add_column("", no_wrap=True)
     for column in ("accuracy, %", "against alone", "agreement", "ms/step"):  # fits 80 characters
         shown.add_column(column, justify="right", no_wrap=True)
-    found = {row: {s: figures(folder / folder_name(row, s) / part.results) for s in seeds} for row in part.students}
+    found = {
+        row: {s: figures(folder / folder_name(row, s) / part.results) for s in part.seeds} for row in part.students
+    }
     found = {"teacher": {0: figures(folder / "teacher" / part.results)}} | found
     alone = {seed: values["accuracy"] for seed, values in found["alone"].items()}
     for row, runs in found.items():
