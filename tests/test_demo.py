@@ -34,7 +34,7 @@ def test_the_demo_runs(part, tmp_path):
 
     students = {name: shortened(name, flags) for name, flags in whole.students.items()}
     teacher = shortened("teacher", whole.teacher)
-    short = dataclasses.replace(whole, teacher=teacher, students=students, seeds=[0])
+    short = dataclasses.replace(whole, teacher=teacher, students=students, seeds=dict.fromkeys(students, 1))
     for name, words in demo.commands(short, tmp_path).items():
         assert demo.train(short.script, words, tmp_path / name) == 0
         fresh_accelerate()
@@ -67,7 +67,7 @@ def test_students_wait_for_their_teacher_and_for_no_other(tmp_path, monkeypatch)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     demo.play({images: demo.PARTS["images"], text: demo.PARTS["text"]}, Console(file=io.StringIO()))
-    assert len(over) == len(set(over)) == 2 + 5 * 4 + 3 * 3
+    assert len(over) == len(set(over)) == 2 + 3 * 5 + 3 + 3 * 3
 
 
 def test_after_a_failure_no_training_begins(tmp_path, monkeypatch):
