@@ -58,11 +58,13 @@ def folder_name(row: str) -> str:
 
 def run(command: str, folder: Path, wanted: str, start: bool = True) -> dict[str, Any] | None:
     """Runs one command unless its results are there; returns them, or None when it failed or may not start."""
-    done = next(iter(sorted(folder.rglob(wanted))), None)
+    unfinished = folder / "unfinished"  # what was killed, or failed, may have left results of its training alone
+    done = None if unfinished.exists() else next(iter(sorted(folder.rglob(wanted))), None)
     if done is None and not start:
         return None
     if done is None:
         folder.mkdir(parents=True, exist_ok=True)
+        unfinished.touch()
         with open(folder / "log.txt", "w") as log:
             env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
             process = subprocess.Popen(shlex.split(command), stdout=log, stderr=subprocess.STDOUT, env=env)
@@ -76,6 +78,7 @@ def run(command: str, folder: Path, wanted: str, start: bool = True) -> dict[str
             print((folder / "log.txt").read_text()[-1500:], flush=True)
             return None
         (folder / "seconds.txt").write_text(f"{seconds:.1f}\n")
+        unfinished.unlink()
     taken = folder / "seconds.txt"
     return {**json.loads(done.read_text()), "seconds": float(taken.read_text()) if taken.is_file() else None}
 

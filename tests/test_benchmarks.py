@@ -147,12 +147,16 @@ def test_metrics_are_found_by_dotted_keys() -> None:
 
 def test_a_failed_run_is_told_and_leaves_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = "import sys; open(sys.argv[1] + '/results.json', 'w').write('{\"top1\": 1}')"
-    bad = "raise SystemExit('no such flag')"
+    # What it leaves is of its training alone.
+    bad = f"{good}; raise SystemExit('no such flag')"
     spec = {
         "seeds": [0],
         "metrics": {"accuracy": "top1"},
         "common": f"{sys.executable} -c",
-        "rows": {"bad": f'"{bad}" {{out}}', "good": shlex.quote(good).replace("{", "{{").replace("}", "}}") + " {out}"},
+        "rows": {
+            name: shlex.quote(code).replace("{", "{{").replace("}", "}}") + " {out}"
+            for name, code in {"bad": bad, "good": good}.items()
+        },
     }
     path, target = tmp_path / "list.yaml", tmp_path / "list.json"
     path.write_text(yaml.safe_dump(spec, sort_keys=False))
@@ -163,6 +167,11 @@ def test_a_failed_run_is_told_and_leaves_the_others(tmp_path: Path, capsys: pyte
     quality.main([str(path), "--output", str(tmp_path), "--json", str(target), "--jobs", "1", "--collect"])
     assert "FAILED" not in capsys.readouterr().out
     assert "no such flag" in out
+    quality.main([str(path), "--output", str(tmp_path), "--json", str(target), "--jobs", "1"])
+    assert list(json.loads(target.read_text())["rows"]) == ["good"]
+    again = capsys.readouterr().out
+    assert "FAILED" in again
+    assert "done" not in again
 
 
 def test_the_page_of_results_is_that_of_the_files() -> None:
