@@ -153,8 +153,7 @@ def predict(
 
 def _read(nets: Nets, batches: Iterable[Batch], seconds: float | None) -> Iterator[Batch]:
     """The batches on the student's device, at least one; none is begun after so many seconds."""
-    device = next((p.device for p in nets.student.module.parameters()), torch.device("cpu"))
-    began, batch = time.monotonic(), None
+    began, batch, device = time.monotonic(), None, nets.device
     for batch in batches:
         if not batch.size:
             raise DistillError("The analysis needs batches of examples, got one whose size is unknown.")

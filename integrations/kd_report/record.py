@@ -125,7 +125,7 @@ class RunRecord:
         if not enabled:
             return
         nets = as_nets(nets)
-        self.device = next((p.device for p in nets.student.module.parameters()), torch.device("cpu"))
+        self.device = nets.device
         threads = f"{self.device.type.upper()}, threads: {torch.get_num_threads()}"
         self.run: dict[str, Any] = {
             "format": FORMAT,

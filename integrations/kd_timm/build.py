@@ -51,7 +51,7 @@ TASK_ARGUMENTS: dict[str, tuple[Any, dict[str, str]]] = {
     "logit": (LogitDistillationTask, _WEIGHTS | {"loss_type": "kd_loss_type", "temperature": "kd_temperature"}),
     "feature": (
         FeatureDistillationTask,
-        _WEIGHTS | {f"{who}_feature_dim": f"kd_{who}_feature_dim" for who in ("student", "teacher")},
+        _WEIGHTS | {"student_feature_dim": "kd_student_feature_dim", "teacher_feature_dim": "kd_teacher_feature_dim"},
     ),
     "token": (
         TokenDistillationTask,
