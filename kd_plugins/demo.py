@@ -17,11 +17,12 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import count
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from kd_plugins.errors import DistillError
@@ -164,25 +165,34 @@ def play(parts: Mapping[Path, Part], console: Console) -> None:
     whole = sum(1 + len(part.runs) for part in parts.values())
     at_once = min(cores, whole)
     console.print(
-        f"{whole} trainings, {at_once} at a time, with a log and a page each in {', '.join(map(str, parts))}:"
+        f"{whole} trainings, {at_once} at a time, with a log each, and a page of the first of every row, in"
+        f" {', '.join(map(str, parts))}:"
     )
 
-    begun = count(1)
+    begun, lock = count(1), Lock()
 
-    def one(folder: Path, name: str, words: list[str], teacher: Future[None] | None = None) -> None:
-        if teacher is not None:
-            teacher.result()
+    def one(folder: Path, name: str, words: list[str]) -> None:
         script = parts[folder].script
         place = f"{next(begun)}/{whole}"
         console.print(f"{place} [bold]{program(script)}[/bold] {shlex.join(words)}", highlight=False, soft_wrap=True)
         run(script, words, folder / f"{name}.log", cores // at_once)
+
+    def student() -> None:
+        with lock:
+            # Short trainings come last, so that all cores end together.
+            job = next((job for job in waiting if teachers[job[0]].done()), waiting[-1])
+            waiting.remove(job)
+        teachers[job[0]].result()
+        one(*job)
 
     pool = ThreadPoolExecutor(at_once)
     try:
         lines = {folder: commands(part, folder) for folder, part in parts.items()}
         # The teachers come first, so that no student waits in the place that its teacher needs.
         teachers = {folder: pool.submit(one, folder, "teacher", own.pop("teacher")) for folder, own in lines.items()}
-        students = [pool.submit(one, f, name, own[name], teachers[f]) for f, own in lines.items() for name in own]
+        # The trainings of the last part are the longest.
+        waiting = [(folder, name, own[name]) for folder, own in reversed(lines.items()) for name in own]
+        students = [pool.submit(student) for _ in range(len(waiting))]
         for done in as_completed((*teachers.values(), *students)):
             done.result()
     finally:
@@ -276,9 +286,9 @@ def _train(script: str, words: Sequence[str], log: Path, threads: int) -> None:
 
 
 def train(script: str, words: Sequence[str], folder: Path) -> int:
-    """Does `python -m script words`, writes the page of the run, and returns the status."""
+    """Does `python -m script words`, writes a page of the first run of a row, and returns the status."""
     status: int = import_module(script).main(list(words))
-    if not status:
+    if not status and folder.name.endswith(("teacher", "-0")):
         report(folder, folder / "report.html")
     return status
 

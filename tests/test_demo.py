@@ -51,14 +51,16 @@ def test_the_demo_runs(part, tmp_path):
 
 def test_students_wait_for_their_teacher_and_for_no_other(tmp_path, monkeypatch):
     images, text = tmp_path / "images", tmp_path / "text"
-    begun, over = threading.Event(), []
+    begun, taught, over = threading.Event(), threading.Event(), []
 
     def run(script, words, log, threads):
         if log == text / "teacher.log":
             assert begun.wait(60)
+            taught.set()
         elif log.parent == images and log.stem != "teacher":
             assert images / "teacher.log" in over
             begun.set()
+            assert taught.wait(60)
         elif log.parent == text:
             assert text / "teacher.log" in over
         over.append(log)
@@ -68,6 +70,8 @@ def test_students_wait_for_their_teacher_and_for_no_other(tmp_path, monkeypatch)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     demo.play({images: demo.PARTS["images"], text: demo.PARTS["text"]}, Console(file=io.StringIO()))
     assert len(over) == len(set(over)) == 2 + 3 * 5 + 3 + 3 * 3
+    # The short trainings come last.
+    assert over[-1].parent == images
 
 
 def test_after_a_failure_no_training_begins(tmp_path, monkeypatch):
