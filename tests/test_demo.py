@@ -56,13 +56,13 @@ def test_students_wait_for_their_teacher_and_for_no_other(tmp_path, monkeypatch)
     def run(script, words, log, threads):
         if log == text / "teacher.log":
             assert begun.wait(60)
-            taught.set()
         elif log.parent == images and log.stem != "teacher":
             assert images / "teacher.log" in over
             begun.set()
             assert taught.wait(60)
         elif log.parent == text:
             assert text / "teacher.log" in over
+            taught.set()
         over.append(log)
 
     monkeypatch.setattr(demo, "run", run)
