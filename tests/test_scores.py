@@ -159,6 +159,13 @@ def test_a_number_of_a_regression_may_have_the_value_of_the_ignored_label():
     assert kd(batch, s, t) == pytest.approx((s - t).square().mean().item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("task", ["depth", "detection", "other", "multi-label"])
+def test_scores_of_a_task_that_has_no_classes_are_refused(task):
+    z = torch.zeros(2, 4, 4)
+    with pytest.raises(DistillError, match=f"one of the tasks .*, got those of '{task}'"):
+        class_scores(View(z), View(z), Batch.of(torch.zeros(2, 3), torch.zeros(2, 4, 4), task=task))
+
+
 def test_scores_of_other_classes_are_refused():
     with pytest.raises(DistillError, match="same classes"):
         class_scores(View(torch.zeros(2, 3)), View(torch.zeros(2, 4)), Batch.of(torch.zeros(2, 3)))

@@ -12,6 +12,8 @@ from kd_plugins.errors import DistillError
 from kd_plugins.functional.topk import merge_rest
 from kd_plugins.reading.view import Batch, View
 
+_TASKS = ("classification", "multilabel", "regression", "token", "causal-lm", "ctc", "segmentation")
+
 
 class Rows(NamedTuple):
     """Scores of student and teacher, one row for each thing that is classified.
@@ -79,8 +81,14 @@ def class_scores(student: View, teacher: View, batch: Batch, temperature: float 
             A method says so in its needs, `Needs(teacher=Reads(softened=temperature))`.
 
     Raises:
-        DistillError: Scores of different classes or positions, or with an axis of classes that is in doubt.
+        DistillError: Scores of different classes or positions, with an axis of classes that is in doubt, or of a task
+            that has none.
     """
+    if batch.task not in _TASKS:
+        raise DistillError(
+            f"Expected scores of one of the tasks {', '.join(_TASKS)}, got those of {batch.task!r}: say which"
+            " (Batch.of(..., task=...)), or take a method that reads features."
+        )
     s = student.logits
     top = teacher.top if temperature is not None else None
     t = teacher.logits if top is None else top.scores
