@@ -107,14 +107,63 @@ def test_the_scores_of_a_regression_are_numbers():
         rows.exclusive("dkd")
 
 
-def test_labels_tell_where_the_classes_are_and_doubt_is_refused():
+def test_labels_tell_where_the_classes_are():
     s, t = logits(2, 4, 6)
     batch = Batch.of(torch.zeros(2, 3), torch.zeros(2, 4, dtype=torch.long), criterion=lambda view, labels: s.sum())
     assert class_scores(View(s), View(t), batch).student.shape == (2, 4, 6)
-    square, other = logits(2, 4, 4)
-    doubtful = Batch.of(torch.zeros(2, 3), torch.zeros(2, 4, dtype=torch.long), criterion=lambda view, labels: s.sum())
+    # Two numbers for each text say nothing of its tokens; the mask does.
+    spans = Batch.of(torch.zeros(2, 4), torch.zeros(2, 2, dtype=torch.long), mask=torch.ones(2, 4))
+    assert class_scores(View(s), View(t), spans).student.shape == (2, 4, 6)
+
+
+@pytest.mark.parametrize("criterion", [None, lambda view, labels: view.logits.sum()])
+@pytest.mark.parametrize(
+    ("shape", "labels"),
+    [
+        ((2, 4, 4), torch.zeros(2, 4, dtype=torch.long)),
+        ((2, 4, 6), torch.full((2, 4, 6), 0.25)),  # shares over the second axis, or numbers over the third
+        ((2, 1, 6), torch.ones(2, 1, 6)),
+        ((2, 4, 6), torch.zeros(2, 12, dtype=torch.long)),
+    ],
+    ids=["square", "shares", "one score", "another size"],
+)
+def test_doubt_about_the_axis_of_the_classes_is_refused(shape, labels, criterion):
+    s, t = logits(*shape)
+    batch = Batch.of(torch.zeros(2, 3), labels, criterion=criterion)
     with pytest.raises(DistillError, match="which axis holds the classes"):
-        class_scores(View(square), View(other), doubtful)
+        class_scores(View(s), View(t), batch)
+    for task, rows in (("token", (*shape[:2], shape[2])), ("segmentation", (shape[0], shape[2], shape[1]))):
+        told = Batch.of(torch.zeros(2, 3), labels, task=task, criterion=criterion)
+        assert class_scores(View(s), View(t), told).student.shape == rows
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.float32])
+@pytest.mark.parametrize("axis", [True, False], ids=["an axis of their own", "none"])
+@pytest.mark.parametrize("task", ["segmentation", "token"])
+def test_ignored_labels_of_one_score_are_left_out(dtype, axis, task):
+    shape = (2, 1, 5, 7) if task == "segmentation" else (2, 9, 1)
+    s, t = logits(*shape)
+    labels, dim = torch.randint(2, shape).to(dtype), 1 if task == "segmentation" else -1
+    labels.squeeze(dim)[0, 2] = 255
+    both = [torch.stack([x / T, torch.zeros_like(x)], -1).double() for x in (s, t)]
+    q, p = (x.log_softmax(-1) for x in both)
+    rows = T**2 * (p.exp() * (p - q)).sum(-1).squeeze(dim)
+    given = labels if axis else labels.squeeze(dim)
+    batch = Batch.of(torch.zeros(2, 3), given, task=task, ignore_index=255)
+    assert kd(batch, s, t) == pytest.approx(per_example(rows, labels.squeeze(dim) != 255), rel=1e-5)
+
+
+def test_a_number_of_a_regression_may_have_the_value_of_the_ignored_label():
+    s, t = logits(2, 3, 1)
+    batch = Batch.of(torch.zeros(2, 3), torch.full((2, 3), -100.0), task="regression", mask=torch.ones(2, 3))
+    assert kd(batch, s, t) == pytest.approx((s - t).square().mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("task", ["depth", "detection", "other", "multi-label"])
+def test_scores_of_a_task_that_has_no_classes_are_refused(task):
+    z = torch.zeros(2, 4, 4)
+    with pytest.raises(DistillError, match=f"one of the tasks .*, got those of '{task}'"):
+        class_scores(View(z), View(z), Batch.of(torch.zeros(2, 3), torch.zeros(2, 4, 4), task=task))
 
 
 def test_scores_of_other_classes_are_refused():

@@ -41,7 +41,7 @@ def dist(
         mask: `[B, N]` (`[B]` for logits `[B, K]`), boolean or integer: the positions that count.
 
     Returns:
-        A scalar, from 0 to `2 T^2 (beta + gamma)`.
+        A scalar, from 0 to `2 T^2 (beta + gamma)`; 0 where no position counts.
 
     >>> import torch
     >>> teacher = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
@@ -59,10 +59,12 @@ def dist(
         y_s, y_t = ((z / temperature).softmax(-1) for z in exact(student_logits, teacher_logits.detach()))
         between_classes = per_example(1 - _pearson(y_s, y_t, -1), mask).mean()
         s, t = (y.flatten(0, -2) if mask is None else y[mask.bool()] for y in (y_s, y_t))
-        between_rows = (1 - _pearson(s, t, 0)).mean()
+        between_rows = (1 - _pearson(s, t, 0)).mean() if len(s) else s.sum()
         return temperature**2 * (beta * between_classes + gamma * between_rows)
 
 
 def _pearson(x: Tensor, y: Tensor, dim: int) -> Tensor:
     """The correlation of two tensors of one shape along an axis."""
-    return (unit(centred(x, dim), dim) * unit(centred(y, dim), dim)).sum(dim)
+    # Of a class that is improbable in every row too; squares below 1e-36 would be lost in float32.
+    s, t = (unit(centred(z, dim), dim, 1e-18) for z in (x, y))
+    return (s * t).sum(dim)

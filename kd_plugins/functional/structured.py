@@ -65,7 +65,7 @@ def structured_pair(
         teacher_map: `[B, C_t, H, W]`, of the same size (`match_spatial`); gets no gradient.
         granularity: Height and width of a patch.
         neighbours: The paper's `alpha`: how many of the nearest nodes each is compared with (by the distance between
-            the centres in pixels, of equally near ones those that come first row by row); all by default.
+            their first pixels, of equally near ones those that come first row by row); all by default.
         reduction: `"mean"` over the batch, `"sum"`, or `"none"`.
 
     Returns:

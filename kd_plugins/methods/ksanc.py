@@ -213,4 +213,4 @@ def _labels(view: View, batch: Batch) -> Tensor | None:
             f"ksanc takes class numbers [B] or shares of the classes [B, K] as labels, got"
             f" {getattr(labels, 'shape', labels)} with logits {shape}: give such labels, or none."
         )
-    return labels
+    return labels if labels.is_floating_point() else labels.masked_fill(labels == batch.ignore_index, -100)

@@ -12,6 +12,8 @@ from kd_plugins.errors import DistillError
 from kd_plugins.functional.topk import merge_rest
 from kd_plugins.reading.view import Batch, View
 
+_TASKS = ("classification", "multilabel", "regression", "token", "causal-lm", "ctc", "segmentation")
+
 
 class Rows(NamedTuple):
     """Scores of student and teacher, one row for each thing that is classified.
@@ -65,10 +67,10 @@ def class_scores(student: View, teacher: View, batch: Batch, temperature: float 
 
     Classes are the last axis of scores per token (`batch.task` is `"token"`, `"causal-lm"` or `"ctc"`) and the second
     axis of score maps `[B, K, H, W]`, as in `torch.nn.functional.cross_entropy`; of `[B, K, L]` or `[B, L, K]` the
-    labels tell which. A teacher's map of another size is resized to the student's (bilinear), labels of another size
-    are read at the centre of each position. Left out are tokens that are padding, tokens and pixels whose label is
-    `batch.ignore_index`, and for a causal model the last position, which has no next token. One score alone is the
-    logit of a sigmoid, but where `batch.task` is `"regression"`.
+    labels or the mask tell which, or else the task must. A teacher's map of another size is resized to the student's
+    (bilinear), labels of another size are read at the centre of each position. Left out are tokens that are padding,
+    tokens and pixels whose label is `batch.ignore_index`, and for a causal model the last position, which has no next
+    token. One score alone is the logit of a sigmoid, but where `batch.task` is `"regression"`.
 
     Args:
         student: Scores `[B, K]`, `[B, L, K]`, `[B, K, L]` or `[B, K, H, W]`, or one for each example `[B]`.
@@ -79,8 +81,14 @@ def class_scores(student: View, teacher: View, batch: Batch, temperature: float 
             A method says so in its needs, `Needs(teacher=Reads(softened=temperature))`.
 
     Raises:
-        DistillError: Scores of different classes or positions.
+        DistillError: Scores of different classes or positions, with an axis of classes that is in doubt, or of a task
+            that has none.
     """
+    if batch.task not in _TASKS:
+        raise DistillError(
+            f"Expected scores of one of the tasks {', '.join(_TASKS)}, got those of {batch.task!r}: say which"
+            " (Batch.of(..., task=...)), or take a method that reads features."
+        )
     s = student.logits
     top = teacher.top if temperature is not None else None
     t = teacher.logits if top is None else top.scores
@@ -115,18 +123,23 @@ def class_scores(student: View, teacher: View, batch: Batch, temperature: float 
         hard = labels is not None and labels.numel() == len(s) and not labels.is_floating_point()
         rows = labels.reshape(-1, 1) if labels is not None and hard else None
         return Rows(s.unsqueeze(1), t.unsqueeze(1), None, rows, binary, numbers, batch.ignore_index)
+    classes = -1 if last else 1
+    if labels is not None and labels.dim() == s.dim() and labels.shape[classes] == 1:
+        labels = labels.squeeze(classes)  # one label of each position, as a binary loss takes them
     if not last:
         size, s, t = s.shape[2:], s.movedim(1, -1), t.movedim(1, -1)
         labels = None if labels is None or labels.dim() != s.dim() - 1 else _at(labels, size)
-    if labels is not None and (labels.is_floating_point() or labels.shape != s.shape[:-1]):
-        labels = None
+    labels = None if labels is None or labels.shape != s.shape[:-1] else labels
     real = batch.mask if batch.mask is not None and batch.mask.shape == s.shape[:-1] else None
     if real is None and batch.mask is not None and last:
         raise DistillError(
             f"Expected a mask of each of the scores {list(s.shape)}, got {list(batch.mask.shape)}, so that padding"
             " among them is not known: give Batch.of(..., mask=[B, L])."
         )
-    mask = None if labels is None else labels != batch.ignore_index
+    soft = labels is not None and labels.is_floating_point()
+    # A number may have the value of the ignored label; a probability cannot.
+    mask = None if labels is None or (soft and numbers) else labels != batch.ignore_index
+    labels = None if soft else labels
     if real is not None:
         mask = real.bool() if mask is None else mask & real.bool()
     if batch.task == "causal-lm":
@@ -173,16 +186,22 @@ def _classes_last(scores: Tensor, labels: Tensor | None, batch: Batch) -> bool:
         return True
     if scores.dim() > 3 or batch.task == "segmentation":
         return False
-    told = labels if labels is not None and labels.dim() == 2 and not labels.is_floating_point() else batch.mask
-    if told is None or told.dim() != 2:
-        return True
-    first, last = scores.shape[2] == told.shape[1], scores.shape[1] == told.shape[1]
-    if first and last and batch.criterion is not None:
+    hard = labels is not None and labels.dim() == 2 and not labels.is_floating_point()
+    lengths = [x.shape[1] for x in (labels if hard else None, batch.mask) if x is not None and x.dim() == 2]
+    length = next((n for n in lengths if n in scores.shape[1:]), None)
+    if length is not None:
+        last, first = (n == length for n in scores.shape[1:])
+    else:
+        # Shares of the classes fit either axis; where each score has its own sigmoid there is no share to be had.
+        shares = batch.task == "classification" and labels is not None and labels.shape == scores.shape
+        last, first = True, hard or shares
+    if first and last:
+        told = " and ".join(str(list(x.shape)) for x in (labels, batch.mask) if x is not None)
         raise DistillError(
-            f"Scores {list(scores.shape)} with labels {list(told.shape)} do not tell which axis holds the classes: say"
+            f"Scores {list(scores.shape)} with labels and mask {told} do not tell which axis holds the classes: say"
             ' Batch.of(..., task="token") for [B, L, K], or task="segmentation" for [B, K, L].'
         )
-    return not first
+    return last
 
 
 def _at(labels: Tensor, size: tuple[int, ...]) -> Tensor:

@@ -82,8 +82,23 @@ def test_a_student_that_says_nothing(level: float) -> None:
 def test_one_row_and_no_row() -> None:
     s, t = randn(1, 7).requires_grad_(), randn(1, 7, seed=1)
     torch.testing.assert_close(KF.dist(s, t, 1.0, 1.0), KF.dist(s, t, 1.0, 0.0) + 1)
-    KF.dist(s, t, mask=torch.tensor([False])).backward()
+    loss = KF.dist(s, t, mask=torch.tensor([False]))
+    loss.backward()
+    assert loss == 0
     assert (s.grad == 0).all()
+
+
+def test_classes_that_are_improbable_in_every_row_count_as_the_others() -> None:
+    """As most of a vocabulary is to a language model."""
+    s, t = 3 * randn(6, 5), 3 * randn(6, 5, seed=1)
+    s[:, 3:] -= 35
+    t[:, 3:] -= 35
+    assert s.softmax(1)[:, 3:].max() < 1e-12
+    x = s.float().requires_grad_()
+    loss = KF.dist(x, t.float(), 0.0)
+    assert loss.item() == pytest.approx(oracle(s[:, None], t[:, None], 0.0, 1.0, 1.0, torch.ones(6, 1)), rel=1e-4)
+    loss.backward()
+    assert (x.grad[:, 3:].abs() > 1e-4).any(0).all()
 
 
 def test_half_precision() -> None:

@@ -178,6 +178,32 @@ def test_without_labels_the_classes_are_left_out_and_estimators_learn_the_teache
     assert next(iter(distiller.turns(nets, mixed)))["discriminator"]["classes"].item() > 0
 
 
+def test_examples_whose_label_is_ignored_have_no_class():
+    distiller, nets, run = start()
+    train(distiller, nets, run, tiny_batches(2))
+    batch = tiny_batches(3)[2]
+    labels = batch.labels.clone()
+    labels[:3] = 255
+    known = dataclasses.replace(batch.with_labels(labels), ignore_index=255)
+    step = distiller.turns(nets, known)
+    judged = next(step)["discriminator"]["classes"]
+    said = [
+        distiller.discriminator(net.module(batch.inputs) / distiller.scale)[3:, 1:].log_softmax(1)
+        for net in (nets.teacher, nets.student)
+    ]
+    right = batch.labels[3:]
+    torch.testing.assert_close(judged, -sum(x[range(5), right].mean() for x in said))
+    without = dataclasses.replace(known, labels=None)
+    seen, classless = (distiller.loss(nets.student(b), nets.teacher(b), b)["adversarial"] for b in (known, without))
+    torch.testing.assert_close(seen - classless, -0.1 * said[1][range(5), right].mean())
+    distiller.progress.stage = 0
+    view = nets.teacher(known)
+    said = [h(v) for h, v in zip(distiller.heads, distiller.descriptors(view, known, teacher=True), strict=True)]
+    for i, scores in enumerate(said):
+        expected = -scores[3:].log_softmax(1)[range(5), right].mean()
+        torch.testing.assert_close(distiller.informed(view, known)[f"classes_{i}"], expected)
+
+
 # The stages
 
 
