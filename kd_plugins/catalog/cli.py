@@ -172,7 +172,9 @@ def _about(about: Description, prefix: str) -> str:
         "distribution": str(about.source or ""),
     }
     lines = [f"{about.name}: {about.summary}".rstrip(": "), ""]
-    lines += [f"{key + ':':<15}{value}" for key, value in facts.items() if value]
+    facts = {f"{key}:": value for key, value in facts.items() if value}
+    width = max(map(len, facts))
+    lines += [f"{key:<{width}} {value}" for key, value in facts.items()]
     lines += ["", "Options (--distill-args name=value ...):", options_table(about.options, prefix)]
     if about.groups:
         setting = f"{prefix}{next(iter(about.groups))}.lr=..."
