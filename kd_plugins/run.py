@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 
 from kd_plugins.authors import check_made
 from kd_plugins.averaging import average_buffers, average_gradients
-from kd_plugins.binding import check_batch
 from kd_plugins.distiller import Distiller, Turn
 from kd_plugins.errors import DistillError
 from kd_plugins.groups import Group
@@ -150,7 +149,6 @@ class Run(Saving):
             )
         if self.nets is None:
             raise DistillError("A step needs the networks: make_optimizers(distiller, optimizer, nets).")
-        check_batch(batch)
         if not self._held:
             self.enter_stage()
         self._turns, self._turn = iter(distiller.turns(self.nets, batch)), 0
