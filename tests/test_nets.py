@@ -50,6 +50,13 @@ def test_freeze_lower_belongs_to_progressive(schedule: str) -> None:
     assert isinstance(create_distiller("internal", schedule="progressive", freeze_lower=True), Distiller)
 
 
+@pytest.mark.parametrize("options", [{"threshold": 0.1}, {"phase_epochs": 1.0}])
+def test_what_is_said_of_phases_needs_some(options: dict[str, float]) -> None:
+    with pytest.raises(DistillError, match="schedule=all has none: leave them out"):
+        create_distiller("internal", schedule="all", **options)
+    assert isinstance(create_distiller("internal", schedule="stacked", **options), Distiller)
+
+
 @pytest.mark.parametrize("known", [torch.zeros(2, 2), (torch.zeros(2, 2),)])
 def test_the_cached_logits_of_one_teacher_are_not_those_of_another(known):
     nets = bind(create_distiller("kd"), Reader(), [Reader(), Reader()])
