@@ -179,6 +179,8 @@ def test_markdown_is_printed_or_put_between_markers(capsys, tmp_path):
     page.write_text("no markers")
     assert main(["list", "--markdown", str(page)]) == 2
     assert "<!-- methods -->" in capsys.readouterr().err
+    assert main(["list", "--markdown", str(tmp_path / "none.md")]) == 2
+    assert re.search(r"none\.md cannot be filled \(FileNotFoundError: .*name a text file", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("name", ["kd", "nst", "internal"])
