@@ -351,7 +351,7 @@ def play(turn: Turn, optimizers: Run) -> None:
         optimizers: What `make_optimizers` made.
 
     Raises:
-        DistillError: A term that is no tensor of one number, or has no gradient; a group without parameters of its own;
+        DistillError: A term that is no tensor of one number, or has no gradient; a group that the method has not declared;
             a loss that stays NaN or infinite.
 
     >>> import kd_plugins
