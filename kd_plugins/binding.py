@@ -20,14 +20,13 @@ from kd_plugins.finite import check_weights
 from kd_plugins.reading.nets import Net, Nets, Transform
 from kd_plugins.reading.network import Forward, Network, adapt
 from kd_plugins.reading.tap import untraced
-from kd_plugins.reading.view import Batch, Needs, Reads
+from kd_plugins.reading.view import Batch, Needs, Reads, check_batch
 from kd_plugins.stages import Progress, StageTable
 
 __all__ = [
     "agree",
     "bind",
     "bound",
-    "check_batch",
     "connect",
     "listed",
     "needs_in",
@@ -344,11 +343,3 @@ def _checked(batches: Iterable[Batch]) -> Iterator[Batch]:
         yield batch
     if empty:
         raise DistillError("The pass over the training set gives no batch: is the data set empty, or used up before?")
-
-
-def check_batch(batch: Any) -> None:
-    """Refuses what is no batch, or one without a row."""
-    if not isinstance(batch, Batch):
-        raise DistillError(f"Expected a Batch, got {type(batch).__name__}: make it with Batch.of(inputs, labels).")
-    if isinstance(batch.inputs, torch.Tensor) and not len(batch.inputs):
-        raise DistillError("A batch has no rows: leave it out, or drop the last one of the loader (drop_last=True).")

@@ -192,9 +192,10 @@ def make_groups(distiller: Distiller, optimizer: Optimizer, nets: Nets | None) -
     unknown = set(distiller.optim_overrides) - set(extra)
     if unknown:
         name = sorted(unknown)[0]
+        hint = did_you_mean(name, extra)
         raise DistillError(
             f"Options were given for the group {name!r}, but {distiller.name} has"
-            f" {sorted(extra) or 'no extra groups'}.{did_you_mean(name, extra)}"
+            f" {sorted(extra) or 'no extra groups'}{f'.{hint}' if hint else ': leave them out.'}"
         )
     for name, given in extra.items():
         parameters = [p for p in given if p.requires_grad] or given

@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 
 from kd_plugins.authors import check_made
 from kd_plugins.averaging import average_buffers, average_gradients
-from kd_plugins.binding import check_batch
 from kd_plugins.distiller import Distiller, Turn
 from kd_plugins.errors import DistillError
 from kd_plugins.groups import Group
@@ -150,7 +149,6 @@ class Run(Saving):
             )
         if self.nets is None:
             raise DistillError("A step needs the networks: make_optimizers(distiller, optimizer, nets).")
-        check_batch(batch)
         if not self._held:
             self.enter_stage()
         self._turns, self._turn = iter(distiller.turns(self.nets, batch)), 0
@@ -328,12 +326,33 @@ class Run(Saving):
 def make_optimizers(
     distiller: Distiller, optimizer: Optimizer, nets: Nets | None = None, *, max_grad_norm: float | None = None
 ) -> Run:
-    """The optimizers that a bare loop plays turns with; see `Run`."""
+    """The optimizers that a bare loop plays turns with: the student's, and those of the method's own parts.
+
+    Args:
+        distiller: The method, bound to its networks.
+        optimizer: The student's optimizer, of the student's parameters alone.
+        nets: What `bind` gave; by default the networks that the method was last bound to.
+        max_grad_norm: Largest norm of the gradient in an update, as `Run` has it; None does not clip.
+
+    Returns:
+        A `Run`: `play` takes it, and it saves, loads and logs.
+
+    Raises:
+        DistillError: What is given is no optimizer, or the method one without `super().__init__()`.
+    """
     return Run(distiller, optimizer, nets, max_grad_norm=max_grad_norm)
 
 
 def play(turn: Turn, optimizers: Run) -> None:
     """Plays one turn in a bare loop: takes every gradient before any optimizer moves a weight, the student last.
+
+    Args:
+        turn: What `distiller.turns(nets, batch)` gives, loss terms by group; all turns of a step, in their order.
+        optimizers: What `make_optimizers` made.
+
+    Raises:
+        DistillError: A term that is no tensor of one number, or has no gradient; a group that the method has not declared;
+            a loss that stays NaN or infinite.
 
     >>> import kd_plugins
     >>> student, teacher = nn.Linear(4, 3), nn.Linear(4, 3)

@@ -157,6 +157,13 @@ def test_info_shows_paper_options_groups_and_bibtex(shown, capsys):
         assert text in out
 
 
+def test_info_keeps_a_long_name_of_a_fact_apart_from_the_fact(capsys):
+    assert main(["info", "dafl"]) == 0
+    facts = [line for line in capsys.readouterr().out.splitlines() if re.match(r"(kind|not \S+|class):", line)]
+    assert "not transformers: makes its own data" in facts
+    assert {re.match(r"[^:]+: +", line).end() for line in facts} == {len("not transformers: ")}
+
+
 def test_markdown_is_printed_or_put_between_markers(capsys, tmp_path):
     assert main(["list", "--markdown"]) == 0
     table = capsys.readouterr().out
@@ -172,6 +179,8 @@ def test_markdown_is_printed_or_put_between_markers(capsys, tmp_path):
     page.write_text("no markers")
     assert main(["list", "--markdown", str(page)]) == 2
     assert "<!-- methods -->" in capsys.readouterr().err
+    assert main(["list", "--markdown", str(tmp_path / "none.md")]) == 2
+    assert re.search(r"none\.md cannot be filled \(FileNotFoundError: .*name a text file", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("name", ["kd", "nst", "internal"])

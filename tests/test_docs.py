@@ -197,3 +197,10 @@ def test_a_methods_page_names_every_option(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     missing = [name for name in options_of(get_distiller(page.stem)) if f"| `{name}` |" not in text]
     assert not missing
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "methods").glob("*.md")), ids=lambda page: page.stem)
+def test_info_shows_the_optimizers_whose_rates_a_page_names(page: Path) -> None:
+    from kd_plugins.catalog.about import describe
+
+    assert set(describe(page.stem).groups) == set(re.findall(r"`(\w+)\.lr`", page.read_text(encoding="utf-8")))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kd_plugins import Batch, Distiller, DistillError, bind, create_distiller
+from kd_plugins import Batch, Distiller, DistillError, bind, create_distiller, make_optimizers
 from kd_plugins.binding import connect
 from kd_plugins.reading.network import adapt
 
@@ -50,6 +50,13 @@ def test_freeze_lower_belongs_to_progressive(schedule: str) -> None:
     assert isinstance(create_distiller("internal", schedule="progressive", freeze_lower=True), Distiller)
 
 
+@pytest.mark.parametrize("options", [{"threshold": 0.1}, {"phase_epochs": 1.0}])
+def test_what_is_said_of_phases_needs_some(options: dict[str, float]) -> None:
+    with pytest.raises(DistillError, match="schedule=all has none: leave them out"):
+        create_distiller("internal", schedule="all", **options)
+    assert isinstance(create_distiller("internal", schedule="stacked", **options), Distiller)
+
+
 @pytest.mark.parametrize("known", [torch.zeros(2, 2), (torch.zeros(2, 2),)])
 def test_the_cached_logits_of_one_teacher_are_not_those_of_another(known):
     nets = bind(create_distiller("kd"), Reader(), [Reader(), Reader()])
@@ -63,3 +70,41 @@ def test_a_host_gives_no_more_than_there_are_networks(given):
     student, teacher = (adapt(nn.Linear(2, 2)) for _ in range(2))
     with pytest.raises(ValueError, match="longer"):
         connect(create_distiller("kd"), student, [teacher], **given)
+
+
+@pytest.mark.parametrize("name", ["kd", "noisy"])
+def test_what_a_loader_gives_is_refused_where_a_batch_is_asked_for(name: str) -> None:
+    """Whether a method's turns are the default's or its own, in the first step and later."""
+    student, images, labels = nn.Linear(4, 3), torch.randn(2, 4), torch.tensor([0, 1])
+    distiller = create_distiller(name)
+    nets = bind(distiller, student, nn.Linear(4, 3))
+    for _ in range(2):
+        with pytest.raises(
+            DistillError, match=r"Expected a Batch, got tuple: make it with Batch\.of\(inputs, labels\)"
+        ):
+            next(iter(distiller.turns(nets, (images, labels))))
+        with pytest.raises(DistillError, match="no rows: .*drop_last"):
+            next(iter(distiller.turns(nets, Batch.of(images[:0], labels[:0]))))
+        next(iter(distiller.turns(nets, Batch.of(images, labels))))
+
+
+def test_two_classes_are_not_standardized() -> None:
+    """Of two classes every row is 1 and -1, whose divergence is constant."""
+    for classes, refused in ((2, True), (3, False)):
+        student, teacher = nn.Linear(4, classes), nn.Linear(4, classes)
+        distiller = create_distiller("kd", standardize=True)
+        turns = distiller.turns(bind(distiller, student, teacher), Batch.of(torch.randn(2, 4), torch.tensor([0, 1])))
+        if refused:
+            with pytest.raises(DistillError, match="two classes, which teaches nothing: leave it out"):
+                next(iter(turns))
+        else:
+            next(iter(turns))["student"]["kd"].backward()
+            assert student.weight.grad.abs().max() > 1e-3
+
+
+def test_the_optimizer_of_a_group_that_is_not_there_is_refused() -> None:
+    student = nn.Linear(4, 3)
+    distiller = create_distiller("kd", **{"critic.lr": 1e-3})
+    nets = bind(distiller, student, nn.Linear(4, 3))
+    with pytest.raises(DistillError, match="group 'critic', but kd has no extra groups: leave them out"):
+        make_optimizers(distiller, torch.optim.SGD(student.parameters(), lr=0.1), nets).groups  # noqa: B018

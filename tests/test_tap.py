@@ -141,7 +141,7 @@ def test_the_first_tensor_of_a_tuple_or_mapping_is_the_activation(x):
     [
         ("block.1", r"no module 'block\.1'.*Did you mean .*blocks\.1"),
         ("blocks.1.norm2", r"no module 'blocks\.1\.norm2'.*Under 'blocks\.1' there are: norm1, mlp, act"),
-        ("zzz", r"Under 'the network' there are: stem, blocks, head"),
+        ("zzz", r"Under the network there are: stem, blocks, head"),
         ("blocks.1:out", "with ':in' for its input, got 'blocks.1:out'"),
     ],
 )

@@ -50,8 +50,8 @@ def temperature_read(distiller: Distiller, teachers: int, flag: str) -> float:
     found = {one.softened for one in reads if one.logits}
     if len(found) > 1 or None in found:
         raise DistillError(
-            f"{flag} keeps the highest of a teacher's scores, which a softmax at one temperature reads, as kd's, and"
-            f" {distiller.name} reads them all: leave {flag} out."
+            f"{flag} keeps the highest of a teacher's scores, which a softmax at one temperature reads (kd's, without"
+            f" standardize), and {distiller.name} reads them all: leave {flag} out."
         )
     return found.pop() or 1.0 if found else 1.0
 

@@ -35,6 +35,9 @@ def render(folders: Sequence[str | Path]) -> str:
     """The page of a run, or the comparison of several, as HTML that needs no other file.
 
     A folder that is no run itself stands for all runs below it.
+
+    Raises:
+        DistillError: A folder without a record, a record that cannot be shown, or packages that are not installed.
     """
     check_pages()
     from kd_report.pages import page

@@ -164,7 +164,8 @@ def load_run(folder: str | Path) -> Run:
     if not info and not history:
         raise DistillError(
             f"Expected run.json or history.jsonl in {folder}, got neither: name the output folder of kd-timm-train,"
-            " kd-transformers-train, or a Trainer with kd_transformers.recording.RecordCallback."
+            " kd-transformers-train or DistillationTrainer, or of a Trainer with"
+            " kd_transformers.recording.RecordCallback."
         )
     if info.get("format", FORMAT) != FORMAT:
         raise DistillError(

@@ -183,7 +183,10 @@ def create_datasets(args: argparse.Namespace, channels: int, data_free: bool = F
             f" {args.dataset!r}; a folder of images is --data-dir."
         )
     if not args.data_dir and args.dataset.startswith("torch/"):
-        raise DistillError(f"{args.dataset} lies in a folder, with --dataset-download also put there: --data-dir DIR.")
+        raise DistillError(
+            f"{args.dataset} is read from a folder, where --dataset-download puts it first, and none is named: add"
+            " --data-dir DIR."
+        )
     if not args.dataset and not os.path.exists(args.data_dir):
         raise DistillError(f"Expected a folder or tar of images, but {args.data_dir} does not exist: mend --data-dir.")
     common = _named(args, DATASET_ARGUMENTS) | {"name": args.dataset, "input_img_mode": mode}

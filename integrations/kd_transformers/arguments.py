@@ -129,8 +129,8 @@ class DistillationArguments:
     )
     cache_teacher: bool = _field(
         False,
-        help="ask the teachers once for each row, before the training, where a method reads their logits alone,"
-        " and load none that an earlier run has asked",
+        help="ask the teachers once for each row, before the training, where a method reads their logits and layers"
+        " that it names, and load none that an earlier run has asked",
     )
     peer: list[str] = _list(
         "checkpoint that is trained together with the student, of an online method (repeatable)", "MODEL"

@@ -40,6 +40,8 @@ from kd_transformers.told import absent_teachers, check_told, loaded_where_read,
 
 logger = logging.get_logger(__name__)
 
+_EMPTY = "Expected at least one training example, got an empty train_dataset: give rows to train on."
+
 
 class DistillationTrainer(Resumable):
     """A drop-in for `Trainer` that distils.
@@ -198,7 +200,7 @@ class DistillationTrainer(Resumable):
                 module.to(self.args.device)
         batch = next(self._pass(loader), None)
         if batch is None:
-            raise DistillError("Expected at least one training example, got an empty train_dataset.")
+            raise DistillError(_EMPTY)
         if loader is not self._built and any(n.index or n.streams for n in needs_of_stages(distiller)):
             raise DistillError(
                 f"{distiller.name} reads row numbers or further streams of batches, which a loader of your own does not"
@@ -334,6 +336,8 @@ class DistillationTrainer(Resumable):
     def loader(self, dataset: Any, build: Any, *, training: bool) -> DataLoader:
         if self.distiller is None:
             return super().loader(dataset, build, training=training)
+        if training and has_length(dataset) and not len(dataset):
+            raise DistillError(_EMPTY)
         collator = self.data_collator
         needs = needs_of_stages(self.distiller) if training and not isinstance(dataset, IterableDataset) else []
         if any(n.index or n.streams for n in needs):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kd_plugins.catalog import installed
-from kd_plugins.errors import DistillError
+from kd_plugins.errors import DistillError, told
 
 # What is imported in a function brings torch, which a list of this distribution's methods can do without.
 if TYPE_CHECKING:
@@ -88,7 +88,8 @@ def _list(files: Sequence[Path] | None) -> None:
         from kd_plugins.catalog.about import filled, markdown
 
         for file in files:
-            file.write_text(filled(file), encoding="utf-8")
+            with told(f"{file} cannot be filled", OSError, UnicodeError, remedy="name a text file."):
+                file.write_text(filled(file), encoding="utf-8")
         if not files:
             print(markdown(sorted(found)), end="")
         return
@@ -172,7 +173,9 @@ def _about(about: Description, prefix: str) -> str:
         "distribution": str(about.source or ""),
     }
     lines = [f"{about.name}: {about.summary}".rstrip(": "), ""]
-    lines += [f"{key + ':':<15}{value}" for key, value in facts.items() if value]
+    facts = {f"{key}:": value for key, value in facts.items() if value}
+    width = max(map(len, facts))
+    lines += [f"{key:<{width}} {value}" for key, value in facts.items()]
     lines += ["", "Options (--distill-args name=value ...):", options_table(about.options, prefix)]
     if about.groups:
         setting = f"{prefix}{next(iter(about.groups))}.lr=..."

@@ -31,6 +31,9 @@ def get_distiller(name: str) -> type[Distiller]:
 
     Args:
         name: Of an installed distiller, such as "nst"; or "package.module:Class" for one that is not installed.
+
+    Raises:
+        DistillError: No such distiller, or one that cannot be imported.
     """
     if not isinstance(name, str) or "+" in name:
         raise DistillError(f"expected the name of one distiller, got {name!r} — create_distiller() makes compositions")
@@ -59,6 +62,9 @@ def create_distiller(name: str, /, **options: Any) -> Distiller:
         options: Of the constructor. In a composition `kd.temperature` (through `**{"kd.temperature": 4.0}`) is the
             option of one part; without a prefix it goes to the only part that has it. `critic.lr` (`afd.critic.lr`)
             overrides a setting of the optimizer of the distiller's group `critic`.
+
+    Raises:
+        DistillError: No such distiller, no such option, or a value that it cannot have.
     """
     resolved = resolve(distiller_classes(name), options)
     made: dict[str, Distiller] = {part: it.cls(**it.options) for part, it in resolved.items()}

@@ -49,6 +49,9 @@ def uncertainty(logits: Tensor, *, members: bool = False, offset: float = 0.0) -
     Returns:
         Tensors `[...]` (`[B, ...]` of an ensemble), float32 (float64 stays float64).
 
+    Raises:
+        ValueError: Less than two classes, members without an axis of their own, or an offset below 0.
+
     >>> [round(float(x), 4) for x in uncertainty(torch.tensor([0.0, 0.0]))]
     [0.6931, 0.5, 0.1931]
     >>> [round(float(x), 4) for x in uncertainty(torch.tensor([[[99.0, 0.0], [0.0, 99.0]]]), members=True)]

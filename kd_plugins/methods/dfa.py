@@ -168,7 +168,8 @@ class DFA(Aggregating, Distiller):
 
     def optimizers(self) -> dict[str, OptimSpec]:
         """Adam at 1e-2 for beta; our default."""
-        return dict.fromkeys(self.extras(), OptimSpec("Adam", 1e-2, options={"betas": (0.5, 0.999)}))
+        searches = self.aggregation == "search" and self.weights is None
+        return {"beta": OptimSpec("Adam", 1e-2, options={"betas": (0.5, 0.999)})} if searches else {}
 
     # A step
 

@@ -81,8 +81,8 @@ class Internal(Distiller):
         super().__init__()
         if attention_weight + hidden_weight == 0:
             raise DistillError("Expected attention_weight or hidden_weight above 0: they are all that layers learn by.")
-        if threshold is not None and schedule == "all":
-            raise DistillError("threshold ends a layer's phase, and the schedule 'all' has no phases: leave it out.")
+        if schedule == "all" and (threshold is not None or phase_epochs is not None):
+            raise DistillError("phase_epochs and threshold are of phases, and schedule=all has none: leave them out.")
         if freeze_lower and schedule != "progressive":
             raise DistillError(
                 f"freeze_lower freezes the layers below the one that a phase trains, which the schedule {schedule!r}"

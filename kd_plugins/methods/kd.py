@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kd_plugins import Batch, Distiller, Needs, Paper, Reads, View
+from kd_plugins import Batch, Distiller, DistillError, Needs, Paper, Reads, View
 from kd_plugins import functional as KF
 from kd_plugins.catalog.values import Positive, Share
 from kd_plugins.distiller import Terms
@@ -26,7 +26,10 @@ def soft_labels(student: View, teacher: View, batch: Batch, temperature: float, 
     rows = class_scores(student, teacher, batch, None if standardize else temperature)
     s, t = rows.student, rows.teacher
     if standardize:
-        rows.exclusive("standardize=true")
+        if rows.exclusive("standardize=true").student.shape[-1] == 2:
+            raise DistillError(
+                "standardize=true makes 1 and -1 of any row of two classes, which teaches nothing: leave it out."
+            )
         s, t = KF.standardize(s), KF.standardize(t)
     if rows.numbers:
         return KF.kd_regression(s, t, mask=rows.mask)

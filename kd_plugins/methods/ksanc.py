@@ -135,8 +135,9 @@ class KSANC(LayerDistiller):
 
     def optimizers(self) -> dict[str, OptimSpec]:
         """Adam: 3e-3 for estimators, 1e-4 along the student's curve for the discriminator; our default."""
-        specs = {"estimators": OptimSpec("Adam", 3e-3), "discriminator": OptimSpec("Adam", 1e-4, schedule="student")}
-        return {name: specs[name] for name in self.extras()}
+        estimators = {"estimators": OptimSpec("Adam", 3e-3)} if self.weight else {}
+        judge = {"discriminator": OptimSpec("Adam", 1e-4, schedule="student")} if self.adversarial_weight else {}
+        return estimators | judge
 
     # A step
 

@@ -127,7 +127,8 @@ class Structured(LayerDistiller):
 
     def optimizers(self) -> dict[str, OptimSpec]:
         """Adam at 1e-4 with betas (0, 0.9), as for WGAN-GP, along the student's learning-rate curve; our default."""
-        return dict.fromkeys(self.extras(), OptimSpec("Adam", 1e-4, options={"betas": (0.0, 0.9)}, schedule="student"))
+        spec = OptimSpec("Adam", 1e-4, options={"betas": (0.0, 0.9)}, schedule="student")
+        return {"critic": spec} if self.holistic else {}
 
     def turns(self, nets: Nets, batch: Batch) -> Iterator[Turn]:
         check_built(self, holistic=isinstance(self.critic, Critic))

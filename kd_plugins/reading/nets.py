@@ -18,7 +18,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from kd_plugins.errors import DistillError
 from kd_plugins.reading.network import Forward, Network
 from kd_plugins.reading.tap import Replacement
-from kd_plugins.reading.view import Batch, Features, Reads, TopK, View
+from kd_plugins.reading.view import Batch, Features, Reads, TopK, View, check_batch
 
 _logger = logging.getLogger(__name__)
 
@@ -132,7 +132,8 @@ class Net:
         return View(None if top is not None else mine, read, labels=batch.labels, top=top)
 
     def begin(self, batch: Batch) -> None:
-        """Sets the method up, where the first forward is to do that."""
+        """Sets the method up, where the first forward is to do that; refuses what is no batch."""
+        check_batch(batch)
         if self._before is not None:
             self._before(batch)
 

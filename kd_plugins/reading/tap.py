@@ -144,7 +144,7 @@ def module_at(root: nn.Module, path: str) -> nn.Module:
     children = [name for name, _ in known[prefix].named_children()]
     raise DistillError(
         f"{type(root).__name__} has no module {path!r}.{did_you_mean(path, filter(None, known))}"
-        f" Under {prefix or 'the network'!r} there are: {', '.join(children) or 'no modules'}."
+        f" Under {repr(prefix) if prefix else 'the network'} there are: {', '.join(children) or 'no modules'}."
     )
 
 

@@ -20,7 +20,7 @@ def test_columns_that_are_not_there_are_named(tmp_path):
         with pytest.raises(DistillError, match=match):
             data.create_datasets(parse_args([*words, *flags]), 1)
     assert data.create_datasets(parse_args([*words, "--input-key", "img"]), 1)[0][0][1] == 0
-    with pytest.raises(DistillError, match="lies in a folder"):
+    with pytest.raises(DistillError, match="is read from a folder, .* none is named: add --data-dir DIR"):
         data.create_datasets(parse_args(["--dataset", "torch/cifar10"]), 3)
 
 

@@ -399,6 +399,7 @@ def test_digits_are_split_once_and_for_all():
         ("--model lenet5 --model-kwargs --train-img-sizes 16", "lenet5 does not take images of 16 x 16 pixels"),
         ("--input-img-mode foo", "name a mode of PIL"),
         ("--opt adamw --opt-betas 0.9", "it has more --opt-betas"),
+        ("--opt sdg", "names them all. Did you mean sgd"),
         ("--save-epochs 9", "at most the 2 epochs"),
         ("--class-map x", "Digits are read from scikit-learn, where --class-map would do nothing"),
         ("--stop-epoch 3", "at most the 2 epochs"),

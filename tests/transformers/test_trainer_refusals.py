@@ -169,6 +169,7 @@ BEFORE_TRAINING: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "teacher without a head": ({"of": hf.BertModel(config(num_hidden_layers=4))}, "to return its scores"),
     "empty data": ({"data": [], "max_steps": 3}, "empty train_dataset"),
+    "empty data, shuffled": ({"data": [], "train_sampling_strategy": "random"}, "empty train_dataset: give rows"),
 }
 
 
