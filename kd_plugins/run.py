@@ -351,8 +351,8 @@ def play(turn: Turn, optimizers: Run) -> None:
         optimizers: What `make_optimizers` made.
 
     Raises:
-        DistillError: A term that is no tensor of one number, or has no gradient; a group that the method has not declared;
-            a loss that stays NaN or infinite.
+        DistillError: A term that is no tensor of one number, or has no gradient; a group that the method has not
+            declared; a loss that stays NaN or infinite.
 
     >>> import kd_plugins
     >>> student, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
