@@ -115,7 +115,7 @@ class Distiller(nn.Module):
 
     def loss(self, student: View, teacher: View, batch: Batch) -> Terms:
         """The distillation terms of the student's loss, weighted."""
-        return {}
+        raise DistillError(f"{type(self).__name__} has neither loss() nor turns(): write what it teaches in one.")
 
     def turns(self, nets: Nets, batch: Batch) -> Iterator[Turn]:
         """The updates of one training step: groups and their loss terms; what follows a yield sees the new weights.

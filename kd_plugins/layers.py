@@ -11,6 +11,7 @@ from kd_plugins import Batch, Distiller, DistillError, Needs, Net, Nets, Reads, 
 from kd_plugins.catalog.values import NonNegative
 from kd_plugins.distiller import Terms
 from kd_plugins.nn.connectors import as_weights
+from kd_plugins.terms import check_terms
 
 __all__ = ["DENSE_TASKS", "FEATURE_TASKS", "LayerDistiller", "Pair"]
 
@@ -126,7 +127,7 @@ class LayerDistiller(Distiller):
             part: What `connect` made for this pair; None where it made nothing.
             batch: The batch of both.
         """
-        raise NotImplementedError
+        raise DistillError(f"{type(self).__name__} has no distance(): write what the term of one pair of layers is.")
 
     def loss(self, student: View, teacher: View, batch: Batch) -> Terms:
         pairs = self.pairs(student, teacher)
@@ -136,6 +137,7 @@ class LayerDistiller(Distiller):
             self.distance(as_weights(part, pair.student), as_weights(part, pair.teacher), part, batch)
             for pair, part in zip(pairs, parts, strict=True)
         ]
+        check_terms(dict(enumerate(terms)), f"distance() of {self.name}")
         return {self.name: self.weight * torch.stack(terms).sum()}
 
     def pairs(self, student: View, teacher: View) -> list[Pair]:

@@ -204,3 +204,45 @@ def test_info_shows_the_optimizers_whose_rates_a_page_names(page: Path) -> None:
     from kd_plugins.catalog.about import describe
 
     assert set(describe(page.stem).groups) == set(re.findall(r"`(\w+)\.lr`", page.read_text(encoding="utf-8")))
+
+
+def test_the_weights_of_other_libraries() -> None:
+    """The options of the migration pages move a student as the settings beside them, but for the length of the step."""
+    from torch.nn import functional as F
+
+    from kd_plugins import Batch, bind, create_distiller
+
+    class Scores(nn.Module):
+        def __init__(self, z: torch.Tensor) -> None:
+            super().__init__()
+            self.z = nn.Parameter(z)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.z
+
+    def found(page: str, pattern: str) -> list[float]:
+        match = re.search(pattern, (ROOT / "docs" / "migrate" / page).read_text(encoding="utf-8"))
+        assert match, pattern
+        return [float(number) for number in match.groups()]
+
+    number, ours = r"([\d.]+)", r"`temperature=([\d.]+)`, `alpha=([\d.]+)`"
+    # What their code has before the divergence and the cross entropy, their temperature; our temperature and alpha.
+    pattern = f"temperature={number}, kd_loss_weight={number}, hard_label_weight={number}.*{ours}"
+    t, soft, hard, temperature, alpha = found("textbrewer.md", pattern)
+    cases = [(soft, hard, t, temperature, alpha)]
+    t, hard, temperature, alpha = found("torchdistill.md", f"temperature: {number}, alpha: {number}` .*{ours}")
+    cases.append(((1 - hard) * t**2, hard, t, temperature, alpha))
+    soft, hard, alpha = found("timm.md", f"distill-loss-weight {number} --task-loss-weight {number}`.* alpha={number}`")
+    cases.append((soft * 16, hard, 4, 4, alpha))
+    soft, equal, alpha = found("timm.md", f"1 and 1; `--distill-loss-weight {number}`.*={number}`; `alpha={number}`")
+    cases += [(16, 1, 4, 4, equal), (soft * 16, 1, 4, 4, alpha)]
+    torch.manual_seed(0)
+    z, taught, labels = torch.randn(6, 4), 3 * torch.randn(6, 4), torch.randint(4, (6,))
+    for soft, hard, t, temperature, alpha in cases:
+        theirs, student = z.clone().requires_grad_(), Scores(z.clone())
+        divergence = F.kl_div((theirs / t).log_softmax(1), (taught / t).softmax(1), reduction="batchmean")
+        (soft * divergence + hard * F.cross_entropy(theirs, labels)).backward()
+        distiller = create_distiller("kd", temperature=temperature, alpha=alpha)
+        (turn,) = distiller.turns(bind(distiller, student, Scores(taught)), Batch.of(torch.zeros(6, 1), labels))
+        sum(turn["student"].values()).backward()
+        assert F.cosine_similarity(student.z.grad.flatten(), theirs.grad.flatten(), dim=0) > 1 - 1e-5, (soft, hard, t)

@@ -34,6 +34,9 @@ class Reader(Distiller):
     def needs(self):
         return self.declared
 
+    def loss(self, student, teacher, batch):
+        return {}
+
 
 # --- Batch ------------------------------------------------------------------------------------------------------------
 

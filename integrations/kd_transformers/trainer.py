@@ -451,7 +451,7 @@ class DistillationTrainer(Resumable):
                 one, two = (self.host_loss(model, dict(inputs), n * num_items_in_batch)[0] for n in (1, 2))
                 self._counts = divides(one, two, self.accelerator.gather)
             items = None if self._counts is False else num_items_in_batch
-            return super().compute_loss(model, inputs, return_outputs, items)
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=items)
         self._played = True
         self.player.accumulation = self.current_gradient_accumulation_steps
         for peer in self._nets.peers[1:]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -213,7 +213,11 @@ def begun(turns: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
     @wraps(turns)
     def after_set_up(distiller: Any, nets: Nets, batch: Batch) -> Iterator[Any]:
         nets.student.begin(batch)
-        return turns(distiller, nets, batch)
+        given = turns(distiller, nets, batch)
+        if not isinstance(given, Iterable):
+            turn = "{group: {term: loss}}"
+            raise DistillError(f"Expected turns() of {distiller.name} to yield {turn}, got {given!r}: yield?")
+        return given
 
     return after_set_up
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-from kd_plugins import Batch, DistillError, bind, create_distiller, make_optimizers, play
+from kd_plugins import Batch, Distiller, DistillError, bind, create_distiller, make_optimizers, play
 from kd_plugins.layers import LayerDistiller
 from kd_plugins.testing import TinyNet, tiny_batches
 
@@ -114,3 +114,39 @@ def test_a_pair_without_a_trained_part_leaves_the_others_theirs():
     torch.testing.assert_close(distiller.loss(s, t, batch)["widened"], shallow + deep)
     with pytest.raises(DistillError, match="parts for the layers of one teacher"):
         bind(Widened(layers=("layer2",)), student, [teacher, TinyNet(6)], batch=batch)
+
+
+def test_a_distance_of_every_example_is_refused():
+    """Its sum would weigh a batch of eight eight times."""
+    (batch,) = tiny_batches(1)
+    student, teacher = TinyNet(4), TinyNet(4)
+
+    class Rows(Widened):
+        def distance(self, student, teacher, part, batch):
+            return (student - teacher).square().mean((1, 2, 3))
+
+    distiller = Rows(layers=("layer1",))
+    nets = bind(distiller, student, teacher, batch=batch)
+    with pytest.raises(DistillError, match=rf"the term 0 of distance\(\) of rows .* got shape \[{batch.size}\]: mean"):
+        next(distiller.turns(nets, batch))
+    with pytest.raises(DistillError, match=r"LayerDistiller has no distance\(\)"):
+        LayerDistiller().distance(torch.ones(1), torch.ones(1), None, batch)
+
+
+def test_a_method_that_teaches_nothing_is_refused():
+    """A hook of another name would leave the task loss alone, and `turns` without a yield end in Python's own words."""
+
+    class Misnamed(Distiller):
+        def losses(self, student, teacher, batch):
+            return {"logits": (student.logits - teacher.logits).square().mean()}
+
+    class Yieldless(Distiller):
+        def turns(self, nets, batch):
+            nets.student(batch)
+
+    (batch,) = tiny_batches(1)
+    with pytest.raises(DistillError, match=r"Misnamed has neither loss\(\) nor turns\(\): write what it teaches"):
+        next((distiller := Misnamed()).turns(bind(distiller, TinyNet(), TinyNet()), batch))
+    nets = bind(distiller := Yieldless(), TinyNet(), TinyNet())
+    with pytest.raises(DistillError, match=r"Expected turns\(\) of yieldless to yield .*, got None: yield"):
+        distiller.turns(nets, batch)

@@ -274,11 +274,9 @@ def test_compute_loss_func(tmp_path: Path) -> None:
 
 
 class Weighted(Trainer):
-    """A user's trainer with a task loss of its own."""
+    """A user's trainer with a task loss of its own, under the signature that tutorials give it."""
 
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         labels = inputs.pop("labels")
         outputs = model(**inputs)
         loss = 7 * F.cross_entropy(outputs.logits, labels)
@@ -296,6 +294,10 @@ def test_a_base_class_may_change_the_task_loss(tmp_path: Path) -> None:
         run.train()
     assert logged(runs[1], "distill/task")[0] == pytest.approx(7 * logged(runs[0], "distill/task")[0], rel=1e-6)
     assert logged(runs[1], "distill/kd") == logged(runs[0], "distill/kd")
+    data = Texts()
+    with torch.no_grad():
+        expected = 7 * F.cross_entropy(runs[1].model.eval()(data.ids, data.mask).logits, data.labels)
+    assert runs[1].evaluate(data)["eval_loss"] == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_an_override_that_hides_the_distillation_is_an_error(tmp_path: Path) -> None:
