@@ -93,7 +93,7 @@ class DFA(Aggregating, Distiller):
         super().__init__()
         searches = aggregation == "search" and weights is None
         defaults = options_of(type(self))
-        idle = [name for name in _OF_A_SEARCH if self.config[name] != defaults[name].default]
+        self._of_search = idle = [name for name in _OF_A_SEARCH if self.config[name] != defaults[name].default]
         if weights is not None and (aggregation != "search" or search_only):
             raise DistillError("weights come from a search that is done: leave aggregation and search_only out.")
         if search_only and not searches:
@@ -137,9 +137,11 @@ class DFA(Aggregating, Distiller):
             if not self.search_only:
                 self.connectors[key] = nn.Conv2d(*channels, 1)
             self.say(i, own.shape, maps[0].shape)
-        if self.search_only and not len(self.betas):
+        asked = [*self._of_search, *["search_only"] * self.search_only]
+        if asked and not len(self.betas):
             raise DistillError(
-                "The teacher has one layer in each group, nothing to search: take a deeper one, or name teacher_layers."
+                f"The teacher has one layer in each group, nothing to search: take a deeper one, name teacher_layers, or"
+                f" leave out {', '.join(asked)}."
             )
 
     # Stages, needs and groups of parameters

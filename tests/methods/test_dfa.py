@@ -398,8 +398,10 @@ def test_groups_of_one_layer_need_no_search():
     distiller, _, _ = start(student, teacher)
     assert [s.name for s in distiller.stages()] == ["distill"]
     assert [distiller.alpha(i).tolist() for i in range(2)] == [[1.0]] * 2
-    with pytest.raises(DistillError, match=r"nothing to search: take a deeper one"):
+    with pytest.raises(DistillError, match=r"nothing to search: take a deeper one.* leave out search_only\."):
         start(student, teacher, search_only=True)
+    with pytest.raises(DistillError, match=r"leave out search_epochs, held_out\."):
+        start(student, teacher, search_epochs=2.0, held_out=0.25)
 
 
 # Errors
