@@ -140,7 +140,7 @@ class DFA(Aggregating, Distiller):
         asked = [*self._of_search, *["search_only"] * self.search_only]
         if asked and not len(self.betas):
             raise DistillError(
-                f"The teacher has one layer in each group, nothing to search: take a deeper one, name teacher_layers, or"
+                "The teacher has one layer in each group, nothing to search: take a deeper one, name teacher_layers, or"
                 f" leave out {', '.join(asked)}."
             )
 
