@@ -308,6 +308,30 @@ def test_decisions_of_every_task():
     assert asked(torch.zeros(2, 1), [0.0, 0.0], "regression") is None
 
 
+@pytest.mark.parametrize("axis", [True, False], ids=["an axis of their own", "none"])
+@pytest.mark.parametrize("ignored", [255, -100])
+def test_ignored_pixels_are_no_decisions_of_one_score(ignored, axis):
+    labels = torch.tensor([[[1, ignored], [0, 1]]])
+    scores = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])
+    batch = Batch(labels=labels[:, None] if axis else labels, size=1, task="segmentation", ignore_index=ignored)
+    found = decisions(View(scores), batch)
+    assert (found.logits[:, 1].tolist(), found.labels.tolist()) == ([1, 3, 4], [1, 0, 1])
+
+
+def test_what_does_not_count_is_no_decision_though_its_label_is_a_class():
+    scores = torch.arange(12.0).view(1, 4, 3)
+    given = {"labels": torch.tensor([[2, 0, 1, 1]]), "size": 1, "task": "token"}
+    padded = decisions(View(scores), Batch(**given, mask=torch.tensor([[1, 1, 1, 0]])))
+    assert (padded.logits[:, 0].tolist(), padded.labels.tolist()) == ([0, 3, 6], [2, 0, 1])
+    assert decisions(View(scores), Batch(**given, ignore_index=0)).labels.tolist() == [2, 1, 1]
+
+
+def test_labels_of_multi_label_maps_are_those_of_their_scores():
+    labels = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0, 1.0]).view(1, 2, 1, 3)
+    found = decisions(View(labels - 0.5), Batch(labels=labels, size=1, task="multilabel"))
+    assert found.logits.argmax(1).tolist() == found.labels.tolist() == [0, 0, 1, 1, 1, 1]
+
+
 def test_analysis_leaves_no_trace():
     torch.manual_seed(0)
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 2, "num_classes": 4}
