@@ -156,7 +156,7 @@ class KSANC(LayerDistiller):
         labels = _labels(teacher, batch)
         labels = teacher.logits.float().softmax(1) if labels is None else labels
         said = [head(v) for head, v in zip(self.heads, self.descriptors(teacher, batch, teacher=True), strict=True)]
-        return {f"classes_{i}": F.cross_entropy(scores, labels) for i, scores in enumerate(said)}
+        return {f"classes_{i}": _classified(scores, labels=labels) for i, scores in enumerate(said)}
 
     def descriptors(self, view: View, batch: Batch, *, teacher: bool = False) -> list[Tensor]:
         """The descriptors of all layers of one network, each `[B, D]`."""
@@ -178,15 +178,9 @@ class KSANC(LayerDistiller):
             "fooled": (self.fooled, KF.gan_generator(fake[:, 0])),
             "l1": (self.l1, absolute),
             "l2": (self.l2, squares),
-            "classes": (self.class_weight, self.classified(real, fake, labels=_labels(student, batch))),
+            "classes": (self.class_weight, _classified(real[:, 1:], fake[:, 1:], labels=_labels(student, batch))),
         }
         return {name: weight * term for name, (weight, term) in terms.items() if weight}
-
-    def classified(self, *said: Tensor, labels: Tensor | None) -> Tensor:
-        """The cross entropy of the classes that the discriminator sees in logits; 0 without labels."""
-        if labels is None or not self.class_weight:
-            return said[0].new_zeros(())
-        return torch.stack([F.cross_entropy(scores[:, 1:], labels) for scores in said]).sum()
 
     def loss(self, student: View, teacher: View, batch: Batch) -> Terms:
         terms: Terms = {}
@@ -199,7 +193,7 @@ class KSANC(LayerDistiller):
             terms["logits"] = self.logit_weight * KF.feature_l2(self.scores(student), self.scores(teacher))
         if self.adversarial_weight:
             fake = self.discriminator(self.scores(student))
-            classes = self.class_weight * self.classified(fake, labels=_labels(student, batch))
+            classes = self.class_weight * _classified(fake[:, 1:], labels=_labels(student, batch))
             terms["adversarial"] = self.adversarial_weight * (KF.gan_generator(fake[:, 0]) + classes)
         return terms
 
@@ -214,4 +208,13 @@ def _labels(view: View, batch: Batch) -> Tensor | None:
             f"ksanc takes class numbers [B] or shares of the classes [B, K] as labels, got"
             f" {getattr(labels, 'shape', labels)} with logits {shape}: give such labels, or none."
         )
-    return labels if labels.is_floating_point() else labels.masked_fill(labels == batch.ignore_index, -100)
+    # Bytes have no -100.
+    return labels if labels.is_floating_point() else labels.long().masked_fill(labels == batch.ignore_index, -100)
+
+
+def _classified(*said: Tensor, labels: Tensor | None) -> Tensor:
+    """The cross entropy of scores of the classes, in the mean over the examples that have one; 0 without any."""
+    if labels is None or not said[0].shape[1]:
+        return said[0].new_zeros(())
+    counted = len(labels) if labels.is_floating_point() else (labels != -100).sum().clamp_min(1)
+    return torch.stack([F.cross_entropy(scores, labels, reduction="sum") for scores in said]).sum() / counted

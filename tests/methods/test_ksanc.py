@@ -204,6 +204,23 @@ def test_examples_whose_label_is_ignored_have_no_class():
         torch.testing.assert_close(distiller.informed(view, known)[f"classes_{i}"], expected)
 
 
+@pytest.mark.parametrize(("dtype", "ignored"), [(torch.long, -100), (torch.long, 255), (torch.uint8, 255)])
+def test_a_batch_of_ignored_labels_alone_has_no_classes_and_stays_finite(dtype, ignored):
+    distiller, nets, run = start()
+    batches = [
+        dataclasses.replace(b.with_labels(torch.full((8,), ignored, dtype=dtype)), ignore_index=ignored, criterion=zero)
+        for b in tiny_batches(4)
+    ]
+    turns = train(distiller, nets, run, batches)
+    assert turns[0]["estimators"]["classes_0"] == 0
+    assert turns[-2]["discriminator"]["classes"] == 0
+    assert all(p.isfinite().all() for p in (*distiller.parameters(), *nets.student.module.parameters()))
+
+
+def zero(view, labels):
+    return 0 * view.logits.sum()
+
+
 # The stages
 
 
