@@ -41,6 +41,7 @@ FURTHER: list[tuple[str, dict[str, Any], bool]] = [
     ("afd", {"discriminators": "one", "layer": "layer1", "peer_layers": ("conv1",), "hidden": 8}, False),
     ("afd", {"feature_loss": "l1", "adversarial_only": True}, False),
     ("dfa", {"search_only": True, "regularizer": 0.1}, False),
+    ("dfa", {"layers": ("layer1", "layer2"), "teacher_layers": ("layer1.0", "layer2.0")}, False),  # no search
     ("dfa", {"aggregation": "random", "layers": ("layer2",), "teacher_layers": ("layer1.*",)}, False),
     ("kd+dfa", {}, False),
     ("structured", {"pixel": 0.0, "pair": 0.0, "holistic": 1.0, "conditional": False}, False),

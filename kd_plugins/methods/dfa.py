@@ -170,7 +170,7 @@ class DFA(Aggregating, Distiller):
 
     def optimizers(self) -> dict[str, OptimSpec]:
         """Adam at 1e-2 for beta; our default."""
-        searches = self.aggregation == "search" and self.weights is None
+        searches = bool(self.betas) if self.groups else self.aggregation == "search" and self.weights is None
         return {"beta": OptimSpec("Adam", 1e-2, options={"betas": (0.5, 0.999)})} if searches else {}
 
     # A step
