@@ -88,6 +88,21 @@ def test_what_a_loader_gives_is_refused_where_a_batch_is_asked_for(name: str) ->
         next(iter(distiller.turns(nets, Batch.of(images, labels))))
 
 
+def test_a_first_input_that_is_one_number_has_rows_elsewhere() -> None:
+    """Of a mapping without a name that is known, the first input is the main one."""
+
+    class Scaled(nn.Linear):
+        def forward(self, by: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
+            return by * super().forward(x)
+
+    distiller, student = create_distiller("kd"), Scaled(4, 3)
+    nets = bind(distiller, student, Scaled(4, 3))
+    inputs = {"by": torch.tensor(2.0), "x": torch.randn(2, 4)}
+    turn = next(iter(distiller.turns(nets, Batch.of(inputs, torch.tensor([0, 1])))))
+    turn["student"]["kd"].backward()
+    assert student.weight.grad is not None
+
+
 def test_two_classes_are_not_standardized() -> None:
     """Of two classes every row is 1 and -1, whose divergence is constant."""
     for classes, refused in ((2, True), (3, False)):

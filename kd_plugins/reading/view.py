@@ -316,7 +316,7 @@ def check_batch(batch: Any) -> None:
     """Refuses what is no batch, or one without a row."""
     if not isinstance(batch, Batch):
         raise DistillError(f"Expected a Batch, got {type(batch).__name__}: make it with Batch.of(inputs, labels).")
-    if isinstance(batch.inputs, Tensor) and not len(batch.inputs):
+    if isinstance(batch.inputs, Tensor) and batch.inputs.dim() and not len(batch.inputs):
         raise DistillError("A batch has no rows: leave it out, or drop the last one of the loader (drop_last=True).")
 
 
