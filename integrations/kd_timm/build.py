@@ -343,7 +343,7 @@ def create_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.
     """timm's optimizer for the model's parameters."""
     what, known = f"--opt {args.opt} cannot be made with these arguments", timm.optim.list_optimizers()
     names = f"timm.optim.list_optimizers() names them all.{did_you_mean(args.opt, known)}"
-    unknown = "" if args.opt.lower() in known else names
+    unknown = "" if args.opt.lower().removeprefix("lookahead_") in known else names
     with told(what, Exception, remedy=unknown), told(what, IndexError, remedy="it has more --opt-betas."):
         optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
     if getattr(optimizer, "is_second_order", False) and args.distill:

@@ -400,6 +400,7 @@ def test_digits_are_split_once_and_for_all():
         ("--input-img-mode foo", "name a mode of PIL"),
         ("--opt adamw --opt-betas 0.9", "it has more --opt-betas"),
         ("--opt sdg", "names them all. Did you mean sgd"),
+        ("--opt lookahead_adamw --opt-kwargs foo=3", "these arguments: AdamW.__init__() got an unexpected"),
         ("--save-epochs 9", "at most the 2 epochs"),
         ("--class-map x", "Digits are read from scikit-learn, where --class-map would do nothing"),
         ("--stop-epoch 3", "at most the 2 epochs"),
