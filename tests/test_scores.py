@@ -157,6 +157,15 @@ def test_a_number_of_a_regression_may_have_the_value_of_the_ignored_label():
     s, t = logits(2, 3, 1)
     batch = Batch.of(torch.zeros(2, 3), torch.full((2, 3), -100.0), task="regression", mask=torch.ones(2, 3))
     assert kd(batch, s, t) == pytest.approx((s - t).square().mean().item(), rel=1e-5)
+    square = Batch.of(torch.zeros(2, 3), torch.zeros(2, 4, 4), task="regression", mask=torch.ones(2, 4))
+    s, t = logits(2, 4, 4)
+    assert kd(square, s, t) == pytest.approx((s - t).square().mean().item(), rel=1e-5)
+
+
+def test_a_probability_may_have_the_value_of_the_ignored_label():
+    s, t = logits(2, 9, 1)
+    shares = Batch.of(torch.zeros(2, 3), torch.zeros(2, 9), task="token", ignore_index=0)
+    assert class_scores(View(s), View(t), shares).mask is None
 
 
 @pytest.mark.parametrize("task", ["depth", "detection", "other", "multi-label"])

@@ -137,8 +137,9 @@ def class_scores(student: View, teacher: View, batch: Batch, temperature: float 
             " among them is not known: give Batch.of(..., mask=[B, L])."
         )
     soft = labels is not None and labels.is_floating_point()
-    # A number may have the value of the ignored label; a probability cannot.
-    mask = None if labels is None or (soft and numbers) else labels != batch.ignore_index
+    # Numbers and probabilities may have the value of the ignored label.
+    told = soft and (numbers or 0 <= batch.ignore_index <= 1)
+    mask = None if labels is None or told else labels != batch.ignore_index
     labels = None if soft else labels
     if real is not None:
         mask = real.bool() if mask is None else mask & real.bool()
@@ -195,7 +196,7 @@ def _classes_last(scores: Tensor, labels: Tensor | None, batch: Batch) -> bool:
         # Shares of the classes fit either axis; where each score has its own sigmoid there is no share to be had.
         shares = batch.task == "classification" and labels is not None and labels.shape == scores.shape
         last, first = True, hard or shares
-    if first and last:
+    if first and last and batch.task != "regression":
         told = " and ".join(str(list(x.shape)) for x in (labels, batch.mask) if x is not None)
         raise DistillError(
             f"Scores {list(scores.shape)} with labels and mask {told} do not tell which axis holds the classes: say"
