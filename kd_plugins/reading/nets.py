@@ -215,8 +215,9 @@ def begun(turns: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
         nets.student.begin(batch)
         given = turns(distiller, nets, batch)
         if not isinstance(given, Iterable):
-            turn = "{group: {term: loss}}"
-            raise DistillError(f"Expected turns() of {distiller.name} to yield {turn}, got {given!r}: yield?")
+            raise DistillError(
+                f"Expected turns() of {distiller.name} to yield {{group: {{term: loss}}}}, got {given!r}: write yield."
+            )
         return given
 
     return after_set_up
