@@ -68,10 +68,14 @@ def data(tmp_path_factory):
     (root / "mnist").mkdir()
     grey = [Image.fromarray(rng.integers(0, 255, (28, 28), np.uint8)) for _ in range(8)]
     Dataset.from_dict({"image": grey, "label": [i % CLASSES for i in range(8)]}).to_parquet(root / "mnist/test.parquet")
-    (root / "glue" / "sst2").mkdir(parents=True)
-    for split, count in (("train", 64), ("validation", 16)):
-        rows = {"sentence": [" ".join(rng.permutation(words)) for _ in range(count)], "label": [0, 1] * (count // 2)}
-        Dataset.from_dict(rows).to_parquet(root / "glue" / "sst2" / f"{split}.parquet")
+    for task in ("sst2", "cola"):
+        (root / "glue" / task).mkdir(parents=True)
+        for split, count in (("train", 64), ("validation", 16)):
+            rows = {
+                "sentence": [" ".join(rng.permutation(words)) for _ in range(count)],
+                "label": [0, 1] * (count // 2),
+            }
+            Dataset.from_dict(rows).to_parquet(root / "glue" / task / f"{split}.parquet")
     return root
 
 
@@ -104,7 +108,8 @@ def test_timm_commands(page, data, weights, tmp_path, monkeypatch):
     lines = commands("kd-timm-train")[page]
     for i, line in enumerate(lines):
         argv = [os.path.expandvars(word) for word in shlex.split(_small(line))[1:]]
-        argv = [str(data / "imagenet") if word == "DATA" else word for word in argv]
+        folders = {"DATA": data / "imagenet", "OTHER_IMAGES": data / "imagenet" / "validation"}
+        argv = [str(folders.get(word, word)) for word in argv]
         for given in [argv[j + 1] for j, word in enumerate(argv) if word == "--teacher-checkpoint"]:
             if Path(given).exists():  # of an earlier line
                 continue
@@ -184,6 +189,8 @@ def test_transformers_commands(page, data, published, tmp_path, monkeypatch):
     monkeypatch.setenv("TEACHER", str(published / "bert-base-uncased"))
     for name in ("bert-base-uncased", "distilbert-base-uncased"):
         (tmp_path / name).symlink_to(published / name)
+    for name in ("MEMBER1", "MEMBER2"):
+        (tmp_path / name).symlink_to(published / "bert-base-uncased")
     for split, name in (("train", "train.csv"), ("validation", "test.csv")):
         Dataset.from_parquet(str(data / "glue" / "sst2" / f"{split}.parquet")).to_csv(tmp_path / name)
     for i, line in enumerate(commands("kd-transformers-train")[page]):
