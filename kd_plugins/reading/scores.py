@@ -138,8 +138,8 @@ def class_scores(student: View, teacher: View, batch: Batch, temperature: float 
         )
     soft = labels is not None and labels.is_floating_point()
     # Numbers and probabilities may have the value of the ignored label.
-    told = soft and (numbers or 0 <= batch.ignore_index <= 1)
-    mask = None if labels is None or told else labels != batch.ignore_index
+    all_count = soft and (numbers or 0 <= batch.ignore_index <= 1)
+    mask = None if labels is None or all_count else labels != batch.ignore_index
     labels = None if soft else labels
     if real is not None:
         mask = real.bool() if mask is None else mask & real.bool()
