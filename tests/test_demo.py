@@ -70,8 +70,15 @@ def test_students_wait_for_their_teacher_and_for_no_other(tmp_path, monkeypatch)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     demo.play({images: demo.PARTS["images"], text: demo.PARTS["text"]}, Console(file=io.StringIO()))
     assert len(over) == len(set(over)) == 2 + 3 * 5 + 3 + 3 * 3
-    # The short trainings come last.
-    assert over[-1].parent == images
+
+
+def test_short_trainings_come_last(tmp_path, monkeypatch):
+    over = []
+    monkeypatch.setattr(demo, "run", lambda script, words, log, threads: over.append(log.parent.name))
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    demo.play({tmp_path / name: demo.PARTS[name] for name in ("images", "text")}, Console(file=io.StringIO()))
+    assert over == ["images", "text"] + ["text"] * 9 + ["images"] * 18
 
 
 def test_after_a_failure_no_training_begins(tmp_path, monkeypatch):

@@ -148,5 +148,5 @@ def test_a_method_that_teaches_nothing_is_refused():
     with pytest.raises(DistillError, match=r"Misnamed has neither loss\(\) nor turns\(\): write what it teaches"):
         next((distiller := Misnamed()).turns(bind(distiller, TinyNet(), TinyNet()), batch))
     nets = bind(distiller := Yieldless(), TinyNet(), TinyNet())
-    with pytest.raises(DistillError, match=r"Expected turns\(\) of yieldless to yield .*, got None: yield"):
+    with pytest.raises(DistillError, match=r"Expected turns\(\) of yieldless to yield .*, got None: write yield"):
         distiller.turns(nets, batch)
