@@ -130,13 +130,11 @@ class Saving(Grouped):
     def _load(self, folder: Path, rank: int, *others: Any) -> bool:
         from safetensors.torch import load_file
 
-        state = self._checked_state(folder)
+        state = self.load_weights(folder)
         saved = torch.load(folder / "distiller_optimizers.pt", map_location="cpu", weights_only=True)
         for group in self:
             group.optimizer.load_state_dict(saved["optimizers"][group.name])
         self.load_scaler_states(saved["scalers"])
-        for name, module in self._networks().items():
-            module.load_state_dict(load_file(folder / f"{name}.safetensors"))
         if self.keeps_student:
             optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
             self.plain_optimizer.load_state_dict(optimizer)
@@ -162,6 +160,15 @@ class Saving(Grouped):
         for other in others:
             other.load(folder)
         return changed
+
+    def load_weights(self, folder: Path) -> dict[str, Any]:
+        """Takes up the weights of a state alone, those of the method's parts and of the networks; returns its JSON."""
+        from safetensors.torch import load_file
+
+        state = self._checked_state(folder)
+        for name, module in self._networks().items():
+            module.load_state_dict(load_file(folder / f"{name}.safetensors"))
+        return state
 
     def _found(self, folder: Path) -> Path:
         """The newest whole state of a bare loop; a host finds its own."""

@@ -63,6 +63,9 @@ class Hooks(Trainer):
     def optimizer_loaded(self, folder: str) -> None:
         """Called when a checkpoint's optimizer has been read."""
 
+    def best_loaded(self, folder: Path) -> None:
+        """Called when the training is over and the model has the weights of its best checkpoint."""
+
     def loading(self, folder: str) -> AbstractContextManager[Any]:
         """What surrounds the reading of a checkpoint: of the model, then of the optimizer."""
         return nullcontext()
@@ -192,6 +195,10 @@ class Hooks(Trainer):
         with self.loading(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
         self.optimizer_loaded(checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self.best_loaded(Path(str(self.state.best_model_checkpoint)))
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._begun = False

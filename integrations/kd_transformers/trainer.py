@@ -502,6 +502,17 @@ class DistillationTrainer(Resumable):
             progress.table.total = max(total, progress.table.starts[-1] + 1)
             progress.at(progress.step)
 
+    def best_loaded(self, folder: Path) -> None:
+        if self.player is None:
+            return
+        if (folder / "distiller.json").is_file():
+            self.player.load_weights(folder)
+        elif self.peer_models or self.player.distiller.state_dict():
+            logger.warning(
+                f"{folder} holds the student alone (save_only_model): peers and parts of the method are those of the last"
+                " step, the student is that of its best."
+            )
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         if not _internal_call:

@@ -167,6 +167,35 @@ def test_resume_with_other_options(tmp_path: Path, caplog: pytest.LogCaptureFixt
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_peers_and_parts_are_of_the_best_checkpoint(tmp_path: Path, alone: bool, caplog: Any) -> None:
+    """What is left after load_best_model_at_end is of one step: the student, its peer and the method's own networks."""
+    scores = iter([2.0, 1.0])
+    given = {"eval_dataset": Texts(8), "compute_metrics": lambda _: {"found": next(scores)}, "peer_models": [bert(seed=1)]}
+    run = trainer(
+        tmp_path,
+        "afd+internal",
+        {"afd.logit_only": True, "internal.schedule": "all", "internal.project": True},
+        of=teacher(hidden_size=32),
+        given=given,
+        num_train_epochs=2,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_only_model=alone,
+        load_best_model_at_end=True,
+        metric_for_best_model="found",
+    )
+    run.train()
+    best, last = (tmp_path / f"checkpoint-{step}" for step in (4, 8))
+    assert difference(weights(run.model), load_file(best / "model.safetensors")) == 0.0
+    if alone:
+        assert "peers and parts of the method are those of the last step" in caplog.text
+        return
+    for name, module in (("peer1", run.peer_models[0]), ("distiller", run.distiller)):
+        assert difference(dict(module.state_dict()), load_file(best / f"{name}.safetensors")) == 0.0
+        assert difference(dict(module.state_dict()), load_file(last / f"{name}.safetensors")) > 0.0
+
+
 def test_model_init_and_repeated_training(tmp_path: Path) -> None:
     """A hyperparameter search trains again and again: every run starts with a fresh student and fresh parts."""
     options = {"schedule": "stacked", "project": True}
