@@ -509,8 +509,8 @@ class DistillationTrainer(Resumable):
             self.player.load_weights(folder)
         elif self.peer_models or self.player.distiller.state_dict():
             logger.warning(
-                f"{folder} holds the student alone (save_only_model): peers and parts of the method are those of the last"
-                " step, the student is that of its best."
+                f"{folder} holds the student alone (save_only_model): the student is that of its best evaluation, peers"
+                " and parts of the method are those of the last step."
             )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

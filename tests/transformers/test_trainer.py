@@ -171,7 +171,11 @@ def test_resume_with_other_options(tmp_path: Path, caplog: pytest.LogCaptureFixt
 def test_peers_and_parts_are_of_the_best_checkpoint(tmp_path: Path, alone: bool, caplog: Any) -> None:
     """What is left after load_best_model_at_end is of one step: the student, its peer and the method's own networks."""
     scores = iter([2.0, 1.0])
-    given = {"eval_dataset": Texts(8), "compute_metrics": lambda _: {"found": next(scores)}, "peer_models": [bert(seed=1)]}
+    given = {
+        "eval_dataset": Texts(8),
+        "compute_metrics": lambda _: {"found": next(scores)},
+        "peer_models": [bert(seed=1)],
+    }
     run = trainer(
         tmp_path,
         "afd+internal",
