@@ -95,7 +95,7 @@ def note_facts(file: Path, facts: Mapping[str, Any], others: Iterable[Path], sam
 def whole(file: Path) -> bool:
     """Whether a file of a cache is what was written."""
     seal = _seal(file)
-    return file.is_file() and seal.is_file() and seal.read_text() == digest(file)
+    return file.is_file() and seal.is_file() and seal.read_bytes() == digest(file).encode()
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from kd_plugins import Batch, DistillError, Net, Reads
 from kd_plugins import functional as KF
 from kd_plugins.reading.network import adapt
 from kd_plugins.reading.view import View
-from kd_transformers.absent import Absent
+from kd_transformers.absent import Absent, called
 from kd_transformers.checks import base, inputs_of, scores_tokens
 from kd_transformers.columns import TEACHER, TEACHER_CLASSES, TEACHER_LOGITS, as_file, is_told, layer_column
 
@@ -78,6 +78,11 @@ class Asking:
         else:
             shown = (self.views.item(first + number, view) for number in numbers)
             items = [{column: value for column, value in row.items() if self._is_input(column)} for row in shown]
+        if not any(items):
+            raise DistillError(
+                f"Expected rows with inputs of the teacher ({called(self.teachers[0])}), got the columns"
+                f" {', '.join(rows)}: tokenize or process them first, as for Trainer."
+            )
         found: dict[str, list[Any]] = defaultdict(list)
         for start in range(0, len(items), self.batch_size):
             for column, values in self._columns(items[start : start + self.batch_size]).items():

@@ -128,6 +128,12 @@ def cache_teacher(
     if not len(plain):
         raise DistillError("Expected at least one row to ask the teacher about, got an empty data set.")
     method = create_distiller(distiller) if isinstance(distiller, str) else distiller
+    if not isinstance(method, Distiller | None):
+        raise DistillError(f"Expected a distiller or the name of one, got {method!r}.")
+    if not callable(data_collator or default_data_collator):
+        raise DistillError(f"Expected a data_collator, which makes a batch of rows, got {data_collator!r}.")
+    with told_in_words(f"device={device!r} is no device of torch", RuntimeError, remedy="give one, such as 'cuda:0'"):
+        place = None if device is None else torch.device(device)
     layers = [layers_of(method, i) or () if method is not None else () for i in range(len(teachers))]
     if top_k and method is not None:
         asked_at = temperature_read(method, len(teachers), "top_k")
@@ -144,7 +150,7 @@ def cache_teacher(
         top_k=top_k,
         temperature=1.0 if temperature is None else temperature,
         batch_size=batch_size,
-        device=next(teachers[0].parameters(), torch.empty(0)).device if device is None else torch.device(device),
+        device=place or next(teachers[0].parameters(), torch.empty(0)).device,
         views=replayed,
     )
     facts = _facts(plain, teachers, collate)
@@ -179,7 +185,8 @@ def _check_numbers(**given: float | None) -> None:
     for what, value in given.items():
         expected = "a number above 0" if what == "temperature" else "a whole number, at least 1"
         try:
-            convert(value, _NUMBERS[what])
+            # What convert would read of a text is used as it is.
+            convert(value if not isinstance(value, str) else "", _NUMBERS[what])
         except ValueError:
             raise DistillError(f"{what}: expected {expected}, got {value!r}.") from None
 

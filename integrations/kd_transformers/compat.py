@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,12 +18,13 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PretrainedConfig, Trainer
+from transformers import PretrainedConfig, PreTrainedModel, Trainer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.training_args import ParallelMode
 
+from kd_accelerate.randomness import undisturbed
 from kd_plugins.errors import DistillError
 
 # Before 5.19 Trainer takes every compute_loss_func for one that counts the accumulated items itself.
@@ -42,6 +44,8 @@ class Hooks(Trainer):
     """The step from which on `loss_sums` hold the losses."""
     _begun: bool
     _further: Sequence[str] = ()
+    _reading = ""
+    """The checkpoint whose weights are being read."""
 
     # Hooks, for a subclass to override
 
@@ -186,8 +190,19 @@ class Hooks(Trainer):
                 rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
+        self._reading = checkpoint
         with self.loading(checkpoint):
             super()._load_from_checkpoint(checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        self._reading = str(self.state.best_model_checkpoint)
+        super()._load_best_model()
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # Trainer writes a model's weights as `save_pretrained` names them, and looks for its own names only.
+        renamed = load_result.missing_keys and load_result.unexpected_keys
+        if not (renamed and load_renamed(self.model, self._reading)):
+            super()._issue_warnings_after_load(load_result)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -227,6 +242,25 @@ class Hooks(Trainer):
         if not self._begun:
             self._begun = True
             self.training_begins()
+
+
+def load_renamed(model: nn.Module, folder: str) -> bool:
+    """Loads weights that lie under other names than the model's own (ViT), as `from_pretrained` does.
+
+    Returns:
+        Whether all of them were there; else the model is as it was.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return False
+    # No weight is rounded on the way.
+    dtype = functools.reduce(torch.promote_types, (p.dtype for p in model.parameters() if p.is_floating_point()))
+    with undisturbed():
+        found, told = type(model).from_pretrained(
+            folder, config=copy.deepcopy(model.config), dtype=dtype, output_loading_info=True
+        )
+    if not told["missing_keys"]:
+        model.load_state_dict(found.state_dict())
+    return not told["missing_keys"]
 
 
 # Data

@@ -158,7 +158,7 @@ class DistillationTrainer(Resumable):
         if distiller is None and self.task is not None:
             raise DistillError("task says what a distiller's scores are, and there is no distiller: leave it out.")
         if distiller is not None and not isinstance(distiller, Distiller):
-            raise DistillError(f"Expected a distiller or the name of one, got {type(distiller).__name__}.")
+            raise DistillError(f"Expected a distiller or the name of one, got {distiller!r}.")
         return distiller
 
     # Networks

@@ -23,6 +23,7 @@ from torch import nn
 from transformers import BertTokenizer, DataCollatorWithPadding, default_data_collator
 
 from kd_plugins import Batch, Distiller, DistillError, Needs, Reads, create_distiller
+from kd_plugins.methods.kd import KD
 from kd_transformers import DistillationTrainer, cache_teacher
 from kd_transformers.absent import Absent
 from kd_transformers.columns import TEACHER_LOGITS, Told, as_file
@@ -349,9 +350,11 @@ def test_an_interrupted_pass_goes_on_and_a_damaged_file_is_made_anew(rows, monke
     assert len(files) == 4
     del cached
     files[1].write_bytes(files[1].read_bytes()[:-8])
+    files[2].with_suffix(".sha256").write_bytes(b"\xff\0")
     with kit.calls({"teacher": teacher}) as count:
         again = cache_teacher(rows, teacher)
-    assert count["teacher"] == 2
+    # Two blocks, the first with a second look.
+    assert count["teacher"] == 3
     torch.testing.assert_close(torch.tensor(again[TEACHER_LOGITS][:]), expected, rtol=1e-5, atol=1e-5)
     mixed = rows.shuffle(seed=0)
     order = torch.tensor([mixed[i]["input_ids"] == rows[j]["input_ids"] for i in range(16) for j in range(16)])
@@ -601,11 +604,25 @@ def test_columns_that_do_not_fit_are_told(task):
         ({"top_k": 0}, "top_k: expected a whole number, at least 1, got 0"),
         ({"top_k": 1, "temperature": 0.0}, "temperature: expected a number above 0"),
         ({"batch_size": 0}, "batch_size: expected"),
+        ({"batch_size": "8"}, "batch_size: expected a whole number, at least 1, got '8'"),
+        ({"top_k": "8"}, "top_k: expected a whole number, at least 1, got '8'"),
+        ({"distiller": {"temperature": 2.0}}, "Expected a distiller or the name of one, got {'temperature'"),
+        ({"distiller": KD}, "Expected a distiller or the name of one, got <class"),
+        ({"data_collator": "pad"}, "Expected a data_collator, which makes a batch of rows, got 'pad'"),
+        ({"device": "gpu"}, "device='gpu' is no device of torch .*: give one"),
     ],
 )
-def test_numbers_that_make_no_column(rows, options, match):
+def test_what_makes_no_column(rows, options, match):
     with pytest.raises(DistillError, match=match):
         cache_teacher(rows, kit.teacher(), **options)
+
+
+def test_rows_without_inputs_are_refused(rows):
+    texts = Dataset.from_dict({"sentence": ["a", "b"], "label": [0, 1]})
+    shown = texts.with_transform(lambda batch: dict(batch))
+    for data, options in ((texts, {}), (shown, {"views": 1})):
+        with pytest.raises(DistillError, match=r"of the teacher \(BertFor\w+\), got the columns sentence, label"):
+            cache_teacher(data, kit.teacher(), **options)
 
 
 def test_positions_of_answers_and_tokens_of_decoders_are_refused(rows):

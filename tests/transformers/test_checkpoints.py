@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers as hf
+from image_kit import Images
+from safetensors.torch import load_file
+from torch import nn
 from trainer_kit import bert, difference, logged, plain, trainer, weights
 from transformers import TrainerCallback
 
@@ -30,6 +35,12 @@ def whole(request: Any, tmp_path_factory: Any) -> tuple[Any, Any, Any, Path]:
 def made(folder: Path, distiller: str | None, **args: Any) -> Any:
     given: dict[str, Any] = {"student": bert(dropout=True)}
     return trainer(folder, distiller, **given, **{**RUN, "train_sampling_strategy": "random", **args})
+
+
+def vit(seed: int, layers: int = 1) -> Any:
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": layers}
+    return hf.ViTForImageClassification(hf.ViTConfig(**sizes, image_size=32, patch_size=16, num_labels=3))
 
 
 def losses(run: Any) -> list[tuple[int, float]]:
@@ -69,6 +80,42 @@ def test_no_step_follows_the_last(whole, tmp_path) -> None:
     assert run.state.global_step == 6
     assert difference(weights(first.model), weights(run.model)) == 0.0
     assert again.training_loss == result.training_loss
+
+
+@pytest.mark.parametrize("distiller", [None, "kd"])
+def test_weights_that_are_written_under_other_names_are_read(distiller, tmp_path) -> None:
+    """transformers writes the layers of a ViT under names that Trainer does not find."""
+    falling = iter([3.0, 2.0, 1.0])
+    saving = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+
+    def run_of(folder: str, seed: int, **args: Any) -> Any:
+        given = {"eval_dataset": Images(8, size=32), "compute_metrics": lambda _: {"score": next(falling)}}
+        data = Images(16, size=32)
+        networks = {"student": vit(seed), "of": vit(2)}
+        return trainer(tmp_path / folder, distiller, **networks, data=data, given=given, max_steps=6, **args)
+
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "score", "greater_is_better": True}
+    run = run_of("whole", 0, **saving, **best)
+    run.train()
+    written = load_file(tmp_path / "whole" / "checkpoint-2" / "model.safetensors")
+    assert len(set(written) & set(weights(run.model))) < len(written) / 2
+    first, last = (hf.ViTForImageClassification.from_pretrained(tmp_path / "whole" / f"checkpoint-{i}") for i in (2, 6))
+    assert difference(weights(first), weights(run.model)) == 0.0 < difference(weights(first), weights(last))
+    resumed = run_of("resumed", 1)
+    resumed.train(str(tmp_path / "whole" / "checkpoint-4"))
+    assert difference(weights(last), weights(resumed.model)) == 0.0
+
+
+def test_weights_that_are_missing_are_told(tmp_path, caplog) -> None:
+    """Those of a student of fewer layers leave the model to Trainer, which says so."""
+    vit(0, layers=1).save_pretrained(tmp_path / "checkpoint-1")
+    run = trainer(tmp_path, None, student=vit(1, layers=2), data=Images(8, size=32))
+    before = weights(run.model)
+    assert not compat.load_renamed(run.model, str(tmp_path / "checkpoint-1"))
+    assert difference(before, weights(run.model)) == 0.0
+    assert not compat.load_renamed(nn.Linear(1, 1), "")
+    run._load_from_checkpoint(str(tmp_path / "checkpoint-1"))
+    assert "missing keys in the checkpoint" in caplog.text
 
 
 def test_the_loss_since_a_checkpoint_of_trainers_own_is_a_mean_of_these_steps(tmp_path) -> None:
