@@ -197,6 +197,7 @@ class Hooks(Trainer):
     def _load_best_model(self) -> None:
         self._reading = str(self.state.best_model_checkpoint)
         super()._load_best_model()
+        self.best_loaded(Path(self._reading))
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         # Trainer writes a model's weights as `save_pretrained` names them, and looks for its own names only.
@@ -210,10 +211,6 @@ class Hooks(Trainer):
         with self.loading(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
         self.optimizer_loaded(checkpoint)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self.best_loaded(Path(str(self.state.best_model_checkpoint)))
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._begun = False
