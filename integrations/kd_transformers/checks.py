@@ -260,6 +260,29 @@ def reads_scores(distiller: Distiller, teacher: int = 0) -> bool:
     return any(needs.of_teacher(teacher).logits for needs in needs_of_stages(distiller))
 
 
+_IGNORED = ("semantic_loss_ignore_index", "loss_ignore_index")
+
+
+def ignored_label(config: Any) -> int:
+    """The label that a model's loss leaves out; UperNet has another name for it."""
+    return next((int(getattr(config, name)) for name in _IGNORED if hasattr(config, name)), -100)
+
+
+def check_ignored(scores: Tensor, batch: Batch, config: Any) -> None:
+    """Refuses labels that are neither a class nor the ignored label, which the task loss has left out nevertheless."""
+    labels, axis = batch.labels, {"segmentation": 1, "token": -1, "causal-lm": -1}.get(batch.task)
+    if axis is None or not isinstance(labels, Tensor) or labels.is_floating_point() or scores.shape[axis] < 2:
+        return
+    other = labels[(labels != batch.ignore_index) & ((labels < 0) | (labels >= scores.shape[axis]))]
+    if other.numel():
+        name = next((name for name in _IGNORED if hasattr(config, name)), _IGNORED[-1])
+        raise DistillError(
+            f"Expected labels of the {scores.shape[axis]} classes that are scored, or {batch.ignore_index} where there"
+            f" is none, got {int(other[0])}: if the task loss leaves it out, say so for the soft labels too,"
+            f" model.config.{name} = {int(other[0])}; else mend the labels."
+        )
+
+
 def check_aligned(distiller: Distiller, batch: Batch) -> None:
     """Refuses scores per token of a teacher that reads other tokens."""
     if not batch.aligned and batch.task in ("token", "causal-lm", "ctc") and reads_scores(distiller):

@@ -147,12 +147,6 @@ listed = partial(
 )
 
 
-def ignored_label(config: Any) -> int:
-    """The label that a model's loss leaves out; UperNet has another name for it."""
-    names = ("semantic_loss_ignore_index", "loss_ignore_index")
-    return next((int(getattr(config, name)) for name in names if hasattr(config, name)), -100)
-
-
 def export(peer: nn.Module, folder: Path) -> None:
     """Writes a peer as `from_pretrained` loads it."""
     if hasattr(peer, "save_pretrained"):

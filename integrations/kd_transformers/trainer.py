@@ -32,7 +32,7 @@ from kd_transformers.checks import base, class_order, inputs_of, reads_scores, t
 from kd_transformers.columns import INDEX, TEACHER, check_ids, pop_told, told_columns, with_index, with_padding
 from kd_transformers.compat import ALWAYS_DIVIDES, on_device, used_columns
 from kd_transformers.network import decoder_inputs, labels_of
-from kd_transformers.playing import Trained, Updates, divides, export, ignored_label, listed, save_weights
+from kd_transformers.playing import Trained, Updates, divides, export, listed, save_weights
 from kd_transformers.recording import RecordCallback
 from kd_transformers.schedule import staged_scheduler
 from kd_transformers.streams import Peeked, check_anew
@@ -105,7 +105,7 @@ class DistillationTrainer(Resumable):
         self.player: TurnPlayer | None = None
         self._nets: Nets | None = None
         self._bound_to: nn.Module | None = None
-        self._playing = self._played = self._drawn = False
+        self._playing = self._played = self._drawn = self._unchecked = False
         self._items: Any = None
         self._counts: bool | None = True if self.distiller is None else None
         self._outputs: Any = None
@@ -201,10 +201,11 @@ class DistillationTrainer(Resumable):
         batch = next(self._pass(loader), None)
         if batch is None:
             raise DistillError(_EMPTY)
-        if loader is not self._built and any(n.index or n.streams for n in needs_of_stages(distiller)):
+        if self._staged is None and any(n.index or n.streams for n in needs_of_stages(distiller)):
             raise DistillError(
-                f"{distiller.name} reads row numbers or further streams of batches, which a loader of your own does not"
-                " give: give train_dataset, and leave get_train_dataloader as it is."
+                f"{distiller.name} reads row numbers or further streams of batches, which neither a stream nor a loader"
+                " of your own gives: give a train_dataset whose rows have numbers (len(), [i]), and leave"
+                " get_train_dataloader as it is."
             )
         checks.check_fit(distiller, batch.task, self.model)
         check_ids(self.model, self.teachers, self.peer_models, [TEACHER + name for name in batch.teacher_kwargs])
@@ -224,6 +225,7 @@ class DistillationTrainer(Resumable):
         for net in trained:
             net.counts = self._counts_items(net, batch, loader)
         self._counts = trained[0].counts
+        self._unchecked = reads_scores(distiller)
         self._bound_to = self.model
 
     def _counts_items(self, net: Trained, batch: Batch, loader: Any) -> bool:
@@ -285,7 +287,7 @@ class DistillationTrainer(Resumable):
             labels,
             name=getattr(student, "main_input_name", None),
             task=task,
-            ignore_index=ignored_label(getattr(student, "config", None)),
+            ignore_index=checks.ignored_label(getattr(student, "config", None)),
             mask=mask,
             teacher_kwargs=theirs,
             teacher_logits=told_by(self.train_dataset, logits, classes, tokens=task in ("token", "causal-lm")),
@@ -460,13 +462,23 @@ class DistillationTrainer(Resumable):
         self._drawn = bool(batch.streams)
         loss = self.player.forward(batch)
         outputs, self._outputs = self._outputs, None
+        if self._unchecked and outputs is not None:
+            config = getattr(base(self.model), "config", None)
+            checks.check_ignored(self._nets.student.network.logits(outputs), batch, config)
+            self._unchecked = False
         if self.compute_loss_func is not None and not ALWAYS_DIVIDES:
             loss = loss / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
     def host_loss(self, model: nn.Module, inputs: dict[str, Any], items: Any) -> tuple[Tensor, Any]:
         """The task loss of what follows in the bases, Trainer or a class that changes it, and the model's output."""
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=items)
+        try:
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=items)
+        except NotImplementedError as error:
+            raise DistillError(
+                f"{type(base(self.model)).__name__} has no task loss (its forward says: {error}): give one,"
+                " compute_loss_func=."
+            ) from error
         return loss, outputs
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:

@@ -182,7 +182,7 @@ def test_loaders_of_the_users_own(tmp_path: Path) -> None:
     for run in runs:
         run.train()
     assert difference(*(weights(run.model) for run in runs)) == 0.0
-    with pytest.raises(DistillError, match="a loader of your own does not give"):
+    with pytest.raises(DistillError, match="neither a stream nor a loader of your own gives"):
         Loading(bert(), arguments(tmp_path), **{**given, "distiller": "crd"}).train()
 
     class Once(DistillationTrainer):

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from test_matrix import depth_estimator
 from test_trainer_networks import Images, resnet, vit
+from test_trainer_tasks import rows_of
 from torch import nn
 from trainer_kit import NO_DROPOUT, TINY, Texts, arguments, bert, difference, teacher, trainer, weights
 
@@ -128,6 +130,13 @@ def config(**options: Any) -> Any:
     return hf.BertConfig(**{**TINY, **NO_DROPOUT, "num_hidden_layers": 2, **options})
 
 
+class Numberless(torch.utils.data.IterableDataset):
+    """Images that come in a row."""
+
+    def __iter__(self) -> Any:
+        return iter([Images()[i] for i in range(8)])
+
+
 BEFORE_TRAINING: dict[str, tuple[dict[str, Any], str]] = {
     "heads": (
         {"distiller": "internal", "of": teacher(num_attention_heads=4)},
@@ -168,6 +177,20 @@ BEFORE_TRAINING: dict[str, tuple[dict[str, Any], str]] = {
         "a teacher for classification, .* with problem_type='multi_label_classification'",
     ),
     "teacher without a head": ({"of": hf.BertModel(config(num_hidden_layers=4))}, "to return its scores"),
+    "no task loss": (
+        {
+            "distiller": "nst",
+            "options": {"layers": ("neck.convs.0",)},
+            "student": depth_estimator(),
+            "of": depth_estimator(),
+            "data": rows_of({"pixel_values": torch.randn(4, 3, 32, 32), "labels": torch.rand(4, 32, 32)}),
+        },
+        "DPTForDepthEstimation has no task loss .*: give one, compute_loss_func=",
+    ),
+    "row numbers of a stream": (
+        {"distiller": "crd", "student": resnet([1, 1]), "of": resnet([1, 1]), "data": Numberless(), "max_steps": 2},
+        "crd reads row numbers .* which neither a stream nor a loader of your own gives: give a train_dataset",
+    ),
     "empty data": ({"data": [], "max_steps": 3}, "empty train_dataset"),
     "empty data, shuffled": ({"data": [], "train_sampling_strategy": "random"}, "empty train_dataset: give rows"),
 }

@@ -470,6 +470,34 @@ def test_segmentation(tmp_path: Path) -> None:
     assert logged(run, "distill/kd")[0] == pytest.approx(float(expected), rel=1e-3)
 
 
+def test_an_ignored_label_that_the_configuration_does_not_tell(tmp_path: Path) -> None:
+    """Of a task loss of the user's own: left out of the soft labels too, once it is said."""
+    student, of = pair(segformer)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(4, 3, 16, 16, generator=generator)
+    labels = torch.randint(3, (4, 16, 16), generator=generator)
+    labels[0, :8] = 254
+
+    def loss(output: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        return F.cross_entropy(F.interpolate(output.logits, labels.shape[1:]), labels, ignore_index=254)
+
+    def train(ignored: int) -> Any:
+        model = copy.deepcopy(student)
+        model.config.semantic_loss_ignore_index = ignored
+        data, given = rows_of({"pixel_values": images, "labels": labels}), {"compute_loss_func": loss}
+        run = trainer(tmp_path, options={"alpha": 1.0}, student=model, of=of, data=data, given=given, max_steps=1)
+        run.train()
+        return run
+
+    with pytest.raises(DistillError, match=r"3 classes .*got 254: .* model\.config\.semantic_loss_ignore_index = 254"):
+        train(255)
+    with torch.no_grad():
+        s, t = copy.deepcopy(student).train()(images).logits, of(images).logits
+    found, real = kl(s.movedim(1, -1), t.movedim(1, -1)).flatten(1), (labels[:, 2::4, 2::4] != 254).flatten(1)
+    expected = ((found * real).sum(1) / real.sum(1)).mean()
+    assert logged(train(254), "distill/kd")[0] == pytest.approx(float(expected), rel=1e-3)
+
+
 def upernet(width: int) -> Any:
     torch.manual_seed(width)
     backbone = hf.ConvNextConfig(
