@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -12,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from kd_plugins import Distiller, DistillError, Nets
 from kd_plugins.binding import needs_of_stages
 
-__all__ = ["check_reached", "check_sharded", "gather_for_taps", "is_sharded"]
+__all__ = ["check_reached", "check_sharded", "gather_for_taps", "is_sharded", "make_whole"]
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -29,6 +30,21 @@ def is_sharded(accelerator: Accelerator) -> bool:
             " use FSDP2 (fsdp_version 2), DeepSpeed ZeRO or DDP."
         )
     return kind in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def make_whole(network: nn.Module) -> None:
+    """Puts a network together again that `deepspeed.zero.Init` has cut into parts, in every process.
+
+    transformers' `from_pretrained` makes every network so once there are `TrainingArguments` of ZeRO-3, and until
+    DeepSpeed has the student for its training, and of teachers ever, nobody gathers the weights for a forward.
+    """
+    cut = [(m, name, p) for m in network.modules() for name, p in m._parameters.items() if hasattr(p, "ds_id")]
+    if not cut:
+        return
+    with import_module("deepspeed").zero.GatheredParameters([p for *_, p in cut]):
+        whole = {p.ds_id: nn.Parameter(p.detach().clone(), p.requires_grad) for *_, p in cut}
+    for module, name, p in cut:
+        module._parameters[name] = whole[p.ds_id]
 
 
 def check_sharded(distiller: Distiller, nets: Nets, *, zero: int = 0, scaled: bool = False) -> None:

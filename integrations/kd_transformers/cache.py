@@ -18,6 +18,7 @@ from torch import nn
 from transformers import default_data_collator
 
 from kd_accelerate.cached import layers_of, making, note_facts, temperature_read
+from kd_accelerate.sharding import make_whole
 from kd_plugins import Distiller, DistillError, create_distiller
 from kd_plugins.catalog.values import AtLeastOne, Positive, convert
 from kd_plugins.errors import told as told_in_words
@@ -123,6 +124,8 @@ def cache_teacher(
         )
     teachers = listed("teacher", teacher)
     _check_teachers(teachers)
+    for t in teachers:
+        make_whole(t)
     plain = dataset.with_format(None)
     plain = plain.remove_columns([*filter(is_told, plain.column_names)])
     if not len(plain):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -13,6 +14,16 @@ from kd_transformers.absent import called
 from kd_transformers.checks import base
 
 Gain = Mapping[str, Sequence[float]]
+
+
+# What `datasets` calls data by that were read from files: the format says nothing of them.
+_FORMATS = "csv", "json", "pandas", "parquet", "text", "arrow", "xml", "sql", "generator", "webdataset", "hdf5"
+
+
+def named_data(dataset: Any) -> str:
+    """What a data set is called, where it has a name."""
+    name = str(getattr(dataset, "builder_name", None) or "")
+    return "" if name in _FORMATS or name.endswith("folder") else name
 
 
 def check_gain(gain: Gain) -> None:

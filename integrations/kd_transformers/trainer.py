@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from kd_accelerate import TurnPlayer
 from kd_accelerate.randomness import undisturbed
-from kd_accelerate.sharding import is_sharded
+from kd_accelerate.sharding import is_sharded, make_whole
 from kd_accelerate.streams import StagedDataset, Streams
 from kd_plugins import Batch, Distiller, DistillError, Nets, create_distiller
 from kd_plugins.binding import connect, needs_in, needs_of_stages, needs_pass, prepare, schedule, set_up
@@ -26,7 +26,7 @@ from kd_plugins.catalog.registry import to_json
 from kd_plugins.reading.network import adapt
 from kd_transformers import checks
 from kd_transformers.absent import Absent, AbsentNetwork
-from kd_transformers.card import Gain, add_to_card, check_gain, section
+from kd_transformers.card import Gain, add_to_card, check_gain, named_data, section
 from kd_transformers.checkpoints import Resumable
 from kd_transformers.checks import base, class_order, inputs_of, reads_scores, task_of
 from kd_transformers.columns import INDEX, TEACHER, check_ids, pop_told, told_columns, with_index, with_padding
@@ -167,6 +167,8 @@ class DistillationTrainer(Resumable):
         """Connects the distiller to the networks, and refuses what cannot work before any training time is spent."""
         if self.task not in (None, *checks.TASKS):
             raise DistillError(f"Expected a task among {', '.join(checks.TASKS)}, got {self.task!r}.")
+        for network in (self.model, *self.teachers):
+            make_whole(network)
         nets = connect(
             distiller,
             adapt(self.model),
@@ -569,7 +571,7 @@ class DistillationTrainer(Resumable):
         given["tags"] = list(dict.fromkeys([*([tags] if isinstance(tags, str) else tags), "knowledge-distillation"]))
         super().create_model_card(**given)
         if self.is_world_process_zero():
-            data = given.get("dataset") or getattr(self.train_dataset, "builder_name", None) or ""
+            data = given.get("dataset") or named_data(self.train_dataset)
             data = data if isinstance(data, str) else ", ".join(data)
             text = section(self.distiller, self.teachers, data, gain)
             add_to_card(Path(self.args.output_dir) / "README.md", text)

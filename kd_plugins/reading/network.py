@@ -278,6 +278,11 @@ def adapt(module: nn.Module) -> Network:
     >>> type(adapt(nn.Linear(2, 2))).__name__
     'Network'
     """
+    if isinstance(module, nn.DataParallel):
+        raise DistillError(
+            "Expected a network of one process, got nn.DataParallel, which replicates it in every step, so that taps"
+            " read nothing: give the network itself, and start one process for each GPU (torchrun, accelerate launch)."
+        )
     if isinstance(module, torch.nn.parallel.DistributedDataParallel):
         module = module.module
     module = getattr(module, "_orig_mod", module)

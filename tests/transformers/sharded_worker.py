@@ -164,6 +164,17 @@ def main_of_deepspeed(folder: Path, stage: int) -> None:
         run.train()
         assert run.is_deepspeed_enabled
         record(run, folder, name)
+    # As a script has it: arguments first, under which ZeRO-3 cuts every network that is loaded.
+    loaded = {}
+    for part, network in (("student", bert()), ("of", teacher())):
+        if run.args.process_index == 0:
+            network.save_pretrained(folder / part, is_main_process=True)
+        run.accelerator.wait_for_everyone()
+        loaded[part] = type(network).from_pretrained(folder / part)
+        assert all(hasattr(p, "ds_id") == (stage == 3) for p in loaded[part].parameters())
+    run = run_of("kd", folder / "out", 2, **loaded, **deepspeed(stage))
+    run.train()
+    record(run, folder, "loaded")
     saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 5}
     for part in ("unbroken", "resumed"):
         student = shifted(bert()) if part == "resumed" else None

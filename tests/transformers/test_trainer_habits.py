@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers as hf
 import yaml
+from datasets import load_dataset
 from image_kit import Images, image_classifier
 from test_matrix import MODELS
 from test_trainer_tasks import rows_of, tokenizer
@@ -327,6 +328,12 @@ def test_the_model_card(tmp_path: Path) -> None:
     assert "difference in f1" in second
     assert "lowers mcc" in second
     assert second.count("## Distillation\n") == second.count("## Training procedure\n") == 1
+    # A data set of files is called by their format, which names nothing.
+    file = tmp_path / "rows.json"
+    file.write_text('{"input_ids": [1], "labels": 0}')
+    run.train_dataset = load_dataset("json", data_files=str(file), split="train", cache_dir=str(tmp_path))
+    run.create_model_card()
+    assert "- data: not named" in (tmp_path / "README.md").read_text()
     with pytest.raises(DistillError, match="the mean gain and the ends of its interval"):
         run.create_model_card(gain={"accuracy": (0.8, 0.9, 1.3)})
 

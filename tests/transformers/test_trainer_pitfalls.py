@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from trainer_kit import (
     CHECKPOINTING,
     At,
@@ -462,6 +462,10 @@ def test_p19_data_parallel_is_refused(tmp_path: Path) -> None:
     args._n_gpu = 2
     with pytest.raises(DistillError, match="one process for each GPU"):
         DistillationTrainer(bert(), args, train_dataset=Texts(), teacher_model=teacher(), distiller="kd")
+    args._n_gpu = 0
+    for student, of in ((nn.DataParallel(bert()), teacher()), (bert(), nn.DataParallel(teacher()))):
+        with pytest.raises(DistillError, match=r"got nn.DataParallel.*: give the network itself"):
+            DistillationTrainer(student, args, train_dataset=Texts(), teacher_model=of, distiller="kd")
 
 
 def test_p20_no_step_waits_for_a_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,7 @@ def test_deepspeed_equals_one_process(tmp_path: Path, stage: int) -> None:
         one = run_of(name, tmp_path / "one", 1)
         one.train()
         assert difference(ended(tmp_path, name), whole(one)) < 1e-5, name
+    assert difference(ended(tmp_path, "kd"), ended(tmp_path, "loaded")) == 0.0
     assert difference(ended(tmp_path, "unbroken"), ended(tmp_path, "resumed")) == 0.0
 
 
