@@ -18,6 +18,7 @@ from kd_plugins.errors import DistillError
 from kd_plugins.finite import Watch, check_weights
 from kd_plugins.groups import Grouped
 from kd_plugins.host import world
+from kd_plugins.reading.attention import BaseAttentionTaps
 from kd_plugins.reading.nets import Nets
 
 __all__ = ["Saving", "parts"]
@@ -95,6 +96,7 @@ class Saving(Grouped):
             **config_of(self.distiller),
             "progress": {"step": progress.step, "epoch": progress.epoch, "stage": progress.stage},
             "stages": progress.table.to_json() if progress.table else None,
+            "attention": [taps.modes for taps in self._taps()],
         }
         states.write_json(folder / "distiller.json", state)
         save_file(_plain(self.distiller.state_dict()), folder / "distiller.safetensors")
@@ -140,6 +142,8 @@ class Saving(Grouped):
             self.plain_optimizer.load_state_dict(optimizer)
         if self.initial is not None:
             self.initial = load_file(folder / "initial_student.safetensors")
+        for taps, modes in zip(self._taps(), state.get("attention", ()), strict=False):
+            taps.keep(modes)
         file = folder / f"distiller_random_{rank}.safetensors"
         streams = load_file(file) if file.is_file() else {}
         for name, part in parts(self.distiller).items():
@@ -194,6 +198,11 @@ class Saving(Grouped):
                 raise DistillError("Saving a run needs the networks: make_optimizers(distiller, optimizer, nets).")
             return {}
         return {name: m for name, m in self.nets.trained.items() if name != "student" or self.keeps_student}
+
+    def _taps(self) -> list[BaseAttentionTaps]:
+        """How the attention of the networks that train is read."""
+        found = [net.network.attention for net in self.nets.peers] if self.nets is not None else []
+        return [taps for taps in found if taps is not None]
 
     def _checked_state(self, folder: Path) -> dict[str, Any]:
         """The state of a checkpoint whose weights this run's method has taken up."""

@@ -7,7 +7,7 @@ What is common to every host. How an attention is intercepted is the host's: see
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple
 
@@ -335,6 +335,16 @@ class BaseAttentionTaps:
         self.layers = [layer for layer, _ in found]
         self._taps = [tap for _, tap in found]
         return len(self.layers)
+
+    @property
+    def modes(self) -> list[str]:
+        """How each layer is read, as `probe` has found with the weights of that moment."""
+        return [layer.mode for layer in self.layers]
+
+    def keep(self, modes: Sequence[Any]) -> None:
+        """Goes on reading the layers as `modes` told before: other weights may fall on the other side of rounding."""
+        if len(modes) == len(self.layers):
+            self.layers = [layer._replace(mode=mode) for layer, mode in zip(self.layers, modes, strict=True)]
 
     @contextmanager
     def capture(self, layers: Collection[int], *, mode: Mode = "share") -> Iterator[dict[int, Attention]]:

@@ -13,6 +13,7 @@ from trainer_kit import At, Texts, arguments, bert, calls, difference, logged, m
 from transformers import get_scheduler
 
 from kd_plugins import DistillError
+from kd_plugins.reading.attention import AttentionCall
 
 
 def parts_of(model: Any) -> dict[str, nn.Module]:
@@ -190,6 +191,31 @@ def test_resume_is_exact(tmp_path: Path, schedule: str, step: int) -> None:
     assert logged(whole, "loss") == logged(other, "loss")
     moments = [run.player.plain_optimizer.state_dict()["state"] for run in (whole, other)]
     assert all(torch.equal(moments[0][i]["exp_avg"], moments[1][i]["exp_avg"]) for i in moments[0])
+
+
+def test_attention_is_read_as_before_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which of two ways that round otherwise is tried with the weights of a run's beginning, which are others here."""
+
+    def make(name: str) -> Any:
+        options = {"schedule": "all", "project": True}
+        saving: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+        return trainer(tmp_path / name, "internal", options, of=teacher(hidden_size=32), **saving)
+
+    def modes(run: Any) -> list[str]:
+        return [layer.mode for layer in run._nets.student.network.attention.layers]
+
+    real, student = AttentionCall.mode, bert().config.hidden_size // bert().config.num_attention_heads
+    whole = make("whole")
+    whole.train()
+    assert modes(whole) == ["share", "share"]
+    monkeypatch.setattr(AttentionCall, "mode", lambda *args: "record" if args[1].shape[-1] == student else real(*args))
+    anew, other = make("anew"), make("other")
+    anew.train()
+    assert modes(anew) == ["record", "record"]
+    assert difference(weights(whole.model), weights(anew.model)) > 0.0
+    other.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert modes(other) == ["share", "share"]
+    assert difference(weights(whole.model), weights(other.model)) == 0.0
 
 
 def test_resume_needs_the_same_phases(tmp_path: Path) -> None:
