@@ -276,10 +276,11 @@ def check_ignored(scores: Tensor, batch: Batch, config: Any) -> None:
     other = labels[(labels != batch.ignore_index) & ((labels < 0) | (labels >= scores.shape[axis]))]
     if other.numel():
         name = next((name for name in _IGNORED if hasattr(config, name)), _IGNORED[-1])
+        told = f".{name} = {int(other[0])}" if config else f" = types.SimpleNamespace({name}={int(other[0])})"
         raise DistillError(
             f"Expected labels of the {scores.shape[axis]} classes that are scored, or {batch.ignore_index} where there"
             f" is none, got {int(other[0])}: if the task loss leaves it out, say so for the soft labels too,"
-            f" model.config.{name} = {int(other[0])}; else mend the labels."
+            f" model.config{told}; else mend the labels."
         )
 
 

@@ -23,9 +23,12 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.training_args import ParallelMode
+from transformers.utils import logging
 
 from kd_accelerate.randomness import undisturbed
 from kd_plugins.errors import DistillError
+
+logger = logging.get_logger(__name__)
 
 # Before 5.19 Trainer takes every compute_loss_func for one that counts the accumulated items itself.
 ALWAYS_DIVIDES = hasattr(Trainer, "loss_is_scaled_for_ga")
@@ -201,8 +204,8 @@ class Hooks(Trainer):
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         # Trainer writes a model's weights as `save_pretrained` names them, and looks for its own names only.
-        renamed = load_result.missing_keys and load_result.unexpected_keys
-        if not (renamed and load_renamed(self.model, self._reading)):
+        missing = load_result.missing_keys if load_result.unexpected_keys else []
+        if not (missing and load_renamed(self.model, self._reading, missing)):
             super()._issue_warnings_after_load(load_result)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -241,8 +244,13 @@ class Hooks(Trainer):
             self.training_begins()
 
 
-def load_renamed(model: nn.Module, folder: str) -> bool:
+def load_renamed(model: nn.Module, folder: str, missing: Sequence[str]) -> bool:
     """Loads weights that lie under other names than the model's own (ViT), as `from_pretrained` does.
+
+    Args:
+        model: Has its other weights from the folder.
+        folder: A checkpoint.
+        missing: The model's names of those that were not found.
 
     Returns:
         Whether all of them were there; else the model is as it was.
@@ -251,13 +259,21 @@ def load_renamed(model: nn.Module, folder: str) -> bool:
         return False
     # No weight is rounded on the way.
     dtype = functools.reduce(torch.promote_types, (p.dtype for p in model.parameters() if p.is_floating_point()))
-    with undisturbed():
-        found, told = type(model).from_pretrained(
-            folder, config=copy.deepcopy(model.config), dtype=dtype, output_loading_info=True
-        )
-    if not told["missing_keys"]:
-        model.load_state_dict(found.state_dict())
-    return not told["missing_keys"]
+    given = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        with undisturbed():
+            found, told = type(model).from_pretrained(folder, config=copy.deepcopy(model.config), **given)
+    except Exception as error:  # A class of the user's own may be made in any way, and a training is at its end.
+        logger.warning(f"{type(model).__name__}.from_pretrained cannot read {folder}: {error}")
+        return False
+    anew = {*told["missing_keys"], *(name for name, *_ in told["mismatched_keys"])}
+    read = {name: value for name, value in found.state_dict().items() if name in missing and name not in anew}
+    # What its owner has changed in the model is none of what `from_pretrained` makes.
+    own = model.state_dict()
+    fits = all(name in read and read[name].shape == own[name].shape for name in missing)
+    if fits:
+        model.load_state_dict(read, strict=False)
+    return fits
 
 
 # Data

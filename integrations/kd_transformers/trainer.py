@@ -477,9 +477,12 @@ class DistillationTrainer(Resumable):
         try:
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=items)
         except NotImplementedError as error:
+            if self.compute_loss_func is not None:
+                raise
+            # torch says so of a kernel, too.
             raise DistillError(
-                f"{type(base(self.model)).__name__} has no task loss (its forward says: {error}): give one,"
-                " compute_loss_func=."
+                f"{type(base(self.model)).__name__} gives no task loss (its forward says: {error}): where it has none,"
+                " give one, compute_loss_func=."
             ) from error
         return loss, outputs
 

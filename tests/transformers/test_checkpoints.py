@@ -106,16 +106,49 @@ def test_weights_that_are_written_under_other_names_are_read(distiller, tmp_path
     assert difference(weights(last), weights(resumed.model)) == 0.0
 
 
-def test_weights_that_are_missing_are_told(tmp_path, caplog) -> None:
-    """Those of a student of fewer layers leave the model to Trainer, which says so."""
-    vit(0, layers=1).save_pretrained(tmp_path / "checkpoint-1")
-    run = trainer(tmp_path, None, student=vit(1, layers=2), data=Images(8, size=32))
-    before = weights(run.model)
-    assert not compat.load_renamed(run.model, str(tmp_path / "checkpoint-1"))
-    assert difference(before, weights(run.model)) == 0.0
-    assert not compat.load_renamed(nn.Linear(1, 1), "")
+class MadeOtherwiseForImageClassification(hf.ViTForImageClassification):
+    """As a user writes one, whose constructor `from_pretrained` cannot call."""
+
+    def __init__(self, config: Any, scale: float) -> None:
+        super().__init__(config)
+        self.scale = scale
+
+
+def changed(what: str, seed: int) -> Any:
+    """A ViT that its owner has changed after it was made, of which its configuration says nothing."""
+    model = vit(seed, layers=2 if what == "fewer layers" else 1)
+    if what == "fewer layers":
+        model.vit.layers = model.vit.layers[:1]
+    elif what == "another head":
+        model.classifier = nn.Sequential(nn.Dropout(0.0), nn.Linear(16, 3))
+    elif what == "a part more":
+        model.part = nn.Linear(2, 2)
+    return model
+
+
+@pytest.mark.parametrize("what", ["fewer layers", "another head", "a part more"])
+def test_weights_under_other_names_of_a_model_that_was_changed(what: str, tmp_path: Path) -> None:
+    """They are read, too; an error here would lose a training that is at its end."""
+    changed(what, 1).save_pretrained(tmp_path / "checkpoint-1")
+    run = trainer(tmp_path, None, student=changed(what, 0), data=Images(8, size=32))
     run._load_from_checkpoint(str(tmp_path / "checkpoint-1"))
-    assert "missing keys in the checkpoint" in caplog.text
+    assert difference(weights(run.model), weights(changed(what, 1))) == 0.0
+
+
+def test_weights_that_are_missing_are_told(tmp_path, caplog) -> None:
+    """Those of a student of fewer layers, or of a class made otherwise, leave the model to Trainer, which says so."""
+    vit(0, layers=1).save_pretrained(tmp_path / "checkpoint-1")
+    otherwise = MadeOtherwiseForImageClassification(vit(0).config, 2.0)
+    for model, told in ((vit(1, layers=2), ""), (otherwise, "from_pretrained cannot read")):
+        caplog.clear()
+        run = trainer(tmp_path, None, student=model, data=Images(8, size=32))
+        before, missing = weights(run.model), [name for name in weights(run.model) if "layers" in name]
+        assert not compat.load_renamed(run.model, str(tmp_path / "checkpoint-1"), missing)
+        assert difference(before, weights(run.model)) == 0.0
+        run._load_from_checkpoint(str(tmp_path / "checkpoint-1"))
+        assert told in caplog.text
+        assert "missing keys in the checkpoint" in caplog.text
+    assert not compat.load_renamed(nn.Linear(1, 1), "", ["weight"])
 
 
 def test_the_loss_since_a_checkpoint_of_trainers_own_is_a_mean_of_these_steps(tmp_path) -> None:

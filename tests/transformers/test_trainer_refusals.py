@@ -185,7 +185,7 @@ BEFORE_TRAINING: dict[str, tuple[dict[str, Any], str]] = {
             "of": depth_estimator(),
             "data": rows_of({"pixel_values": torch.randn(4, 3, 32, 32), "labels": torch.rand(4, 32, 32)}),
         },
-        "DPTForDepthEstimation has no task loss .*: give one, compute_loss_func=",
+        "DPTForDepthEstimation gives no task loss .*: where it has none, give one, compute_loss_func=",
     ),
     "row numbers of a stream": (
         {"distiller": "crd", "student": resnet([1, 1]), "of": resnet([1, 1]), "data": Numberless(), "max_steps": 2},

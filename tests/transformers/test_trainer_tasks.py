@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+import types
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 import transformers as hf
 from datasets import Dataset
 from image_kit import Images, image_classifier
-from torch import Tensor
+from torch import Tensor, nn
 from trainer_kit import (
     NO_DROPOUT,
     TINY,
@@ -496,6 +498,44 @@ def test_an_ignored_label_that_the_configuration_does_not_tell(tmp_path: Path) -
     found, real = kl(s.movedim(1, -1), t.movedim(1, -1)).flatten(1), (labels[:, 2::4, 2::4] != 254).flatten(1)
     expected = ((found * real).sum(1) / real.sum(1)).mean()
     assert logged(train(254), "distill/kd")[0] == pytest.approx(float(expected), rel=1e-3)
+
+
+class Bare(nn.Module):
+    """A network of the user's own, whose task loss leaves out -1; it has no configuration."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(64, 8), nn.Linear(8, 5)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Any]:
+        scores = self.head(self.embedding(input_ids))
+        loss = None if labels is None else F.cross_entropy(scores.flatten(0, 1), labels.flatten(), ignore_index=-1)
+        return {"loss": loss, "logits": scores}
+
+
+def test_the_ignored_label_of_a_model_without_a_configuration(tmp_path: Path) -> None:
+    labels = torch.arange(32).reshape(4, 8) % 5
+    labels[:, 6:] = -1
+    data = rows_of({"input_ids": torch.arange(32).reshape(4, 8), "labels": labels})
+
+    def run(student: Any) -> Any:
+        given = {"task": "token"}
+        return trainer(tmp_path, student=student, of=Bare(), data=data, given=given, max_steps=1)
+
+    with pytest.raises(DistillError) as refused:
+        run(Bare()).train()
+    student = Bare()
+    remedy = re.search(r"model\.config = (types\.SimpleNamespace\(.*?\))", str(refused.value))[1]
+    student.config = eval(remedy, {"types": types})
+    assert run(student).train().global_step == 1
+
+
+def test_an_unfinished_loss_of_the_users_own_is_told_as_it_is(tmp_path: Path) -> None:
+    def loss(output: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        raise NotImplementedError("to do")
+
+    with pytest.raises(NotImplementedError, match="^to do$"):
+        trainer(tmp_path, given={"compute_loss_func": loss}, max_steps=1).train()
 
 
 def upernet(width: int) -> Any:
