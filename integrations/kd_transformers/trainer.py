@@ -524,7 +524,7 @@ class DistillationTrainer(Resumable):
             return
         if (folder / "distiller.json").is_file():
             self.player.load_weights(folder)
-        elif self.peer_models or self.player.distiller.state_dict():
+        elif folder.is_dir() and (self.peer_models or self.player.distiller.state_dict()):
             logger.warning(
                 f"{folder} holds the student alone (save_only_model): the student is that of its best evaluation, peers"
                 " and parts of the method are those of the last step."

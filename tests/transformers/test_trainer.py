@@ -194,6 +194,9 @@ def test_peers_and_parts_are_of_the_best_checkpoint(tmp_path: Path, alone: bool,
     assert difference(weights(run.model), load_file(best / "model.safetensors")) == 0.0
     if alone:
         assert "peers and parts of the method are those of the last step" in caplog.text
+        caplog.clear()
+        run.best_loaded(tmp_path / "gone")  # which Trainer tells
+        assert not caplog.text
         return
     for name, module in (("peer1", run.peer_models[0]), ("distiller", run.distiller)):
         assert difference(dict(module.state_dict()), load_file(best / f"{name}.safetensors")) == 0.0
