@@ -7,7 +7,12 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from accelerate_kit import fresh_accelerate
+
+# Before torch is imported: the processes of `pytest -n` share the cores, and what each of them starts does too.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from accelerate_kit import fresh_accelerate  # noqa: E402
 
 
 def pytest_collection_finish() -> None:
