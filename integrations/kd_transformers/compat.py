@@ -200,7 +200,8 @@ class Hooks(Trainer):
     def _load_best_model(self) -> None:
         self._reading = str(self.state.best_model_checkpoint)
         super()._load_best_model()
-        self.best_loaded(Path(self._reading))
+        with self.loading(self._reading):
+            self.best_loaded(Path(self._reading))
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         # Trainer writes a model's weights as `save_pretrained` names them, and looks for its own names only.

@@ -201,6 +201,9 @@ def test_peers_and_parts_are_of_the_best_checkpoint(tmp_path: Path, alone: bool,
     for name, module in (("peer1", run.peer_models[0]), ("distiller", run.distiller)):
         assert difference(dict(module.state_dict()), load_file(best / f"{name}.safetensors")) == 0.0
         assert difference(dict(module.state_dict()), load_file(last / f"{name}.safetensors")) > 0.0
+    (best / "peer1.safetensors").write_bytes(b"damaged")
+    with pytest.raises(DistillError, match=f"The state {best} cannot be read"):
+        run._load_best_model()
 
 
 def test_model_init_and_repeated_training(tmp_path: Path) -> None:
