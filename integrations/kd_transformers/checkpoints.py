@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, logging
 
 from kd_plugins import DistillError, states
 from kd_plugins.finite import Watch, check_weights
@@ -31,6 +32,8 @@ _CHANGES = (
     *RECIPE,
     *("seed", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size"),
 )
+# Where Trainer looks for weights.
+_WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 # Arguments of ours that make none.
 _FREE = {
     *("cache_dir", "allow_nonfinite", "trust_remote_code", "max_eval_samples", "validation_file", "metric"),
@@ -49,7 +52,8 @@ def checkpoints(folder: str | Path) -> list[Path]:
 def find_checkpoint(asked: bool | str, output: str | Path, needs: Sequence[str] = ()) -> Path | None:
     """The checkpoint to go on from: the newest whole one of an output folder, or the one that was named.
 
-    A checkpoint that Trainer wrote has no manifest; it is taken where it is named and has what it needs.
+    A checkpoint that Trainer wrote has no manifest; it is taken where it is named and has what it needs. So is one with
+    weights that somebody wrote anew in another form, such as shards.
 
     Args:
         asked: A path, or True for the newest.
@@ -62,8 +66,12 @@ def find_checkpoint(asked: bool | str, output: str | Path, needs: Sequence[str] 
     Raises:
         DistillError: The one that was named is damaged; of those in `output` none is whole.
     """
-    if asked is True:
-        candidates = checkpoints(output)
+    candidates = checkpoints(output) if asked is True else [Path(str(asked))]
+    form = _other_form(candidates[0]) if candidates else ""
+    if form:
+        logger.warning(f"{candidates[0]} is taken as it is, with weights that were not written with it: {form}.")
+        asked = str(candidates[0])
+    elif asked is True:
         found = states.newest(candidates, logger.warning, needs)
         if found is None and _sealed(candidates):
             raise DistillError(
@@ -72,14 +80,22 @@ def find_checkpoint(asked: bool | str, output: str | Path, needs: Sequence[str] 
         return found
     folder = Path(str(asked))
     if not folder.is_dir():
-        raise DistillError(f"There is no checkpoint {folder} to resume from: mend the path.")
+        raise DistillError(f"Can't find a valid checkpoint at {folder}: there is no such folder; mend the path.")
     siblings = checkpoints(folder.parent)
-    if _sealed([folder, *siblings]):
+    if not form and _sealed([folder, *siblings]):
         states.check(folder, siblings, needs)
     for name in needs:
         if not (folder / name).is_file():
             raise DistillError(f"{folder} is no whole checkpoint: {name} is missing; name another one, or start anew.")
     return folder
+
+
+def _other_form(folder: Path) -> str:
+    """A file of weights that the manifest of a checkpoint does not know, which no kill leaves; empty without one."""
+    with suppress(DistillError, KeyError, TypeError):
+        known = states.read_json(folder / states.MANIFEST)["files"]
+        return next((name for name in _WEIGHTS if name not in known and (folder / name).is_file()), "")
+    return ""
 
 
 def _sealed(folders: Iterable[Path]) -> bool:

@@ -115,6 +115,7 @@ class DistillationTrainer(Resumable):
         self._built: DataLoader | None = None
         self._streams: Streams | None = None
         if self.distiller is None:
+            self.allow_nonfinite = True  # as Trainer does
             return
         if not (self.teachers or self.peer_models) and self.distiller.teachers:
             self.teachers = list(absent_teachers(self.train_dataset))

@@ -207,29 +207,54 @@ def test_an_older_one_goes_only_when_the_new_one_is_sealed(tmp_path, monkeypatch
         made(tmp_path, "kd").train(resume_from_checkpoint=True)
 
 
+class Breaks(TrainerCallback):
+    """Puts a NaN into the weights after the third step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            model.classifier.bias.data.fill_(float("nan"))
+
+
 @pytest.mark.parametrize("distiller", [None, "kd"])
 def test_a_loss_that_stays_nan_stops_the_run(distiller, tmp_path) -> None:
-    class Breaks(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 3:
-                run.model.classifier.bias.data.fill_(float("nan"))
+    def broken(goes_on: bool = False, **options: Any) -> Any:
+        run = made(tmp_path, distiller, **options)
+        run.allow_nonfinite = goes_on
+        run.add_callback(Breaks())
+        return run
 
-    run = made(tmp_path, distiller, max_steps=20, save_steps=2)
-    run.add_callback(Breaks())
     with pytest.raises(DistillError, match="has a NaN or an infinity in .*: nothing was saved"):
-        run.train()
+        broken(max_steps=20, save_steps=2).train()
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
-    run = made(tmp_path, distiller, max_steps=20, save_strategy="no", logging_steps=100)
-    run.add_callback(Breaks())
+    once: dict[str, Any] = {"save_strategy": "no", "logging_steps": 100}
+    run = broken(max_steps=20, **once)
     with pytest.raises(DistillError, match=r"since step 4 \(epoch"):
         run.train()
     assert run.state.global_step <= 10
     # The last steps are too few for the watch.
-    run = made(tmp_path, distiller, max_steps=4, save_strategy="no", logging_steps=100)
-    run.add_callback(Breaks())
     with pytest.raises(DistillError, match="The student has a NaN"):
-        run.train()
-    run = made(tmp_path, distiller, max_steps=12, save_strategy="no", logging_steps=100)
-    run.allow_nonfinite = True
+        broken(max_steps=4, **once).train()
+    broken(True, max_steps=12, **once).train()
+
+
+def test_without_a_distiller_it_goes_on_as_trainer_does(tmp_path) -> None:
+    run = made(tmp_path, None, max_steps=12)
     run.add_callback(Breaks())
     run.train()
+    assert run.state.global_step == 12
+
+
+@pytest.mark.parametrize("asked", [True, "checkpoint-4"])
+def test_weights_in_another_form_are_taken_as_trainer_takes_them(asked, tmp_path, caplog) -> None:
+    """Somebody has cut the weights of a checkpoint into shards."""
+    whole = made(tmp_path, "kd", max_steps=6, save_steps=2)
+    whole.train()
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    folder = tmp_path / "checkpoint-4"
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    shards = dict.fromkeys(whole.model.state_dict(), "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    run = made(tmp_path, "kd", max_steps=6, save_steps=2)
+    run.train(resume_from_checkpoint=asked if asked is True else str(folder))
+    assert "weights that were not written with it: model.safetensors.index.json" in caplog.text
+    assert difference(weights(run.model), weights(whole.model)) == 0.0
