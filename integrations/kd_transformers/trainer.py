@@ -47,7 +47,7 @@ class DistillationTrainer(Resumable):
     """A drop-in for `Trainer` that distils.
 
     It takes everything that `Trainer` takes, in the same places, and six keyword arguments more. Without them it is
-    `Trainer`, to the last bit.
+    `Trainer`, to the last bit, whose checkpoints are whole or skipped (`kd_transformers.checkpoints`).
 
     With a distiller, the update is the same however it is split into micro-batches. A task loss that divides by
     `num_items_in_batch` (language models, a `compute_loss_func`, a class that changes the loss) gets the number of the
