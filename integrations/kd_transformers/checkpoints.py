@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, logging
+from transformers.utils import logging
 
 from kd_plugins import DistillError, states
 from kd_plugins.finite import Watch, check_weights
@@ -32,8 +32,6 @@ _CHANGES = (
     *RECIPE,
     *("seed", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size"),
 )
-# Where Trainer looks for weights.
-_WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 # Arguments of ours that make none.
 _FREE = {
     *("cache_dir", "allow_nonfinite", "trust_remote_code", "max_eval_samples", "validation_file", "metric"),
@@ -52,8 +50,7 @@ def checkpoints(folder: str | Path) -> list[Path]:
 def find_checkpoint(asked: bool | str, output: str | Path, needs: Sequence[str] = ()) -> Path | None:
     """The checkpoint to go on from: the newest whole one of an output folder, or the one that was named.
 
-    A checkpoint that Trainer wrote has no manifest; it is taken where it is named and has what it needs. So is one with
-    weights that somebody wrote anew in another form, such as shards.
+    A checkpoint that Trainer wrote has no manifest; it is taken where it is named and has what it needs.
 
     Args:
         asked: A path, or True for the newest.
@@ -66,12 +63,8 @@ def find_checkpoint(asked: bool | str, output: str | Path, needs: Sequence[str] 
     Raises:
         DistillError: The one that was named is damaged; of those in `output` none is whole.
     """
-    candidates = checkpoints(output) if asked is True else [Path(str(asked))]
-    form = _other_form(candidates[0]) if candidates else ""
-    if form:
-        logger.warning(f"{candidates[0]} is taken as it is, with weights that were not written with it: {form}.")
-        asked = str(candidates[0])
-    elif asked is True:
+    if asked is True:
+        candidates = checkpoints(output)
         found = states.newest(candidates, logger.warning, needs)
         if found is None and _sealed(candidates):
             raise DistillError(
@@ -80,22 +73,14 @@ def find_checkpoint(asked: bool | str, output: str | Path, needs: Sequence[str] 
         return found
     folder = Path(str(asked))
     if not folder.is_dir():
-        raise DistillError(f"Can't find a valid checkpoint at {folder}: there is no such folder; mend the path.")
+        raise DistillError(f"There is no checkpoint {folder} to resume from: mend the path.")
     siblings = checkpoints(folder.parent)
-    if not form and _sealed([folder, *siblings]):
+    if _sealed([folder, *siblings]):
         states.check(folder, siblings, needs)
     for name in needs:
         if not (folder / name).is_file():
             raise DistillError(f"{folder} is no whole checkpoint: {name} is missing; name another one, or start anew.")
     return folder
-
-
-def _other_form(folder: Path) -> str:
-    """A file of weights that the manifest of a checkpoint does not know, which no kill leaves; empty without one."""
-    with suppress(DistillError, KeyError, TypeError):
-        known = states.read_json(folder / states.MANIFEST)["files"]
-        return next((name for name in _WEIGHTS if name not in known and (folder / name).is_file()), "")
-    return ""
 
 
 def _sealed(folders: Iterable[Path]) -> bool:
@@ -167,18 +152,22 @@ class Resumable(Hooks):
     `train_loss` of the steps since then.
 
     Attributes:
-        allow_nonfinite: Whether a training goes on where its loss stays NaN or infinite.
+        guarded: Whether what Trainer would go on with, or end in an error of its own, is refused in a sentence: a loss
+            that stays NaN, a checkpoint that was named and is damaged, files that cannot be read or written.
+        allow_nonfinite: Whether a guarded training goes on where its loss stays NaN or infinite.
         facts: What the manifests tell of the run.
     """
 
+    guarded = True
     allow_nonfinite = False
     facts: dict[str, Any] = {}
     player: Any = None
     _resumed: Path | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        if resume_from_checkpoint and (resume_from_checkpoint is not True or _sealed(checkpoints(self._output))):
-            resume_from_checkpoint = str(find_checkpoint(resume_from_checkpoint, self._output))
+        asked = resume_from_checkpoint or False
+        if asked and (_sealed(checkpoints(self._output)) if asked is True else self.guarded):
+            resume_from_checkpoint = str(find_checkpoint(asked, self._output))
         last = checkpoints(self._output) if resume_from_checkpoint is True else []
         self._resumed = Path(str(resume_from_checkpoint)) if isinstance(resume_from_checkpoint, str) else None
         self._resumed = last[0] if last else self._resumed
@@ -189,7 +178,7 @@ class Resumable(Hooks):
         return output
 
     def _check_weights(self) -> None:
-        if not self.allow_nonfinite and not self.is_fsdp_enabled:
+        if self.guarded and not self.allow_nonfinite and not self.is_fsdp_enabled:
             remedy = (
                 "nothing was saved, and the checkpoints before are good; lower the learning rate, or clip gradients."
             )
@@ -201,7 +190,7 @@ class Resumable(Hooks):
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(model, *args, **kwargs)
-        if self.player is None and not self.allow_nonfinite:
+        if self.player is None and self.guarded and not self.allow_nonfinite:
             self.watch.see({"loss": loss})
             if self.accelerator.sync_gradients:
                 step = self.state.global_step + 1
@@ -209,14 +198,21 @@ class Resumable(Hooks):
         return loss
 
     def loading(self, folder: str) -> Any:
-        return states.taking_up(folder)
+        return states.taking_up(folder) if self.guarded else nullcontext()
+
+    def best_whole(self, folder: Path) -> bool:
+        # Sizes alone: the state of an optimizer, which is not needed here, may be many gigabytes.
+        why = states.damage(folder, contents=False) if self.guarded and (folder / states.MANIFEST).is_file() else ""
+        if why:
+            logger.warning(f"The best checkpoint {folder} is damaged, all networks stay those of the last step: {why}.")
+        return not why
 
     def saving(self, folder: Path) -> Any:
         self._check_weights()
         # A checkpoint of that name may be left from a run that went further.
         if self.args.should_save:
             (folder / states.MANIFEST).unlink(missing_ok=True)
-        return states.writing(folder)
+        return states.writing(folder) if self.guarded else nullcontext()
 
     def saved(self, folder: Path) -> None:
         states.write_json(folder / self._losses, self.loss_sums)

@@ -46,6 +46,8 @@ class Hooks(Trainer):
     summed_since = 0
     """The step from which on `loss_sums` hold the losses."""
     _begun: bool
+    _final = False
+    """Whether the training is over and about to log its mean loss."""
     _further: Sequence[str] = ()
     _reading = ""
     """The checkpoint whose weights are being read."""
@@ -69,6 +71,10 @@ class Hooks(Trainer):
 
     def optimizer_loaded(self, folder: str) -> None:
         """Called when a checkpoint's optimizer has been read."""
+
+    def best_whole(self, folder: Path) -> bool:
+        """Whether the best checkpoint can be loaded at the end of the training; what is asked says why not."""
+        return True
 
     def best_loaded(self, folder: Path) -> None:
         """Called when the training is over and the model has the weights of its best checkpoint."""
@@ -199,8 +205,8 @@ class Hooks(Trainer):
 
     def _load_best_model(self) -> None:
         self._reading = str(self.state.best_model_checkpoint)
-        super()._load_best_model()
-        with self.loading(self._reading):
+        if self.best_whole(Path(self._reading)):
+            super()._load_best_model()
             self.best_loaded(Path(self._reading))
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
@@ -230,11 +236,15 @@ class Hooks(Trainer):
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         self._begin()
-        output = super()._finalize_training(*args, **kwargs)
+        self._final = True
+        try:
+            output = super()._finalize_training(*args, **kwargs)
+        finally:
+            self._final = False
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "train_loss" in logs:
+        if self._final and "train_loss" in logs:
             # Trainer divides by the steps since the training was resumed, before 5.18 by all.
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step - self.summed_since, 0.001)
         super().log(logs, *args, **kwargs)

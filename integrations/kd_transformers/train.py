@@ -401,6 +401,7 @@ class Session:
             data_collator=self.collate,
             processing_class=self.tokenizer,
         )
+        trainer.allow_nonfinite = self.arguments.model.allow_nonfinite
         result = trainer.train()
         trainer.save_model()
         trainer.save_metrics("train", result.metrics)

@@ -47,7 +47,7 @@ class DistillationTrainer(Resumable):
     """A drop-in for `Trainer` that distils.
 
     It takes everything that `Trainer` takes, in the same places, and six keyword arguments more. Without them it is
-    `Trainer`, to the last bit, whose checkpoints are whole or skipped (`kd_transformers.checkpoints`).
+    `Trainer`, to the last bit, but for resumed trainings (see `kd_transformers.checkpoints.Resumable`).
 
     With a distiller, the update is the same however it is split into micro-batches. A task loss that divides by
     `num_items_in_batch` (language models, a `compute_loss_func`, a class that changes the loss) gets the number of the
@@ -114,8 +114,8 @@ class DistillationTrainer(Resumable):
         self._peeked: Peeked | None = None
         self._built: DataLoader | None = None
         self._streams: Streams | None = None
+        self.guarded = self.distiller is not None
         if self.distiller is None:
-            self.allow_nonfinite = True  # as Trainer does
             return
         if not (self.teachers or self.peer_models) and self.distiller.teachers:
             self.teachers = list(absent_teachers(self.train_dataset))

@@ -14,11 +14,11 @@ from image_kit import Images
 from safetensors.torch import load_file
 from torch import nn
 from trainer_kit import bert, difference, logged, plain, trainer, weights
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from kd_plugins import DistillError, states
-from kd_transformers import compat
-from kd_transformers.checkpoints import check_same_run
+from kd_transformers import DistillationTrainer, compat
+from kd_transformers.checkpoints import Resumable, check_same_run
 
 # Six steps of eight; logs and checkpoints fall apart.
 RUN: dict[str, Any] = dict(max_steps=6, logging_steps=4, save_strategy="steps", save_steps=2)
@@ -33,8 +33,9 @@ def whole(request: Any, tmp_path_factory: Any) -> tuple[Any, Any, Any, Path]:
 
 
 def made(folder: Path, distiller: str | None, **args: Any) -> Any:
-    given: dict[str, Any] = {"student": bert(dropout=True)}
-    return trainer(folder, distiller, **given, **{**RUN, "train_sampling_strategy": "random", **args})
+    """A run; without a distiller that of the script."""
+    given: dict[str, Any] = {"student": bert(dropout=True), "cls": DistillationTrainer if distiller else Resumable}
+    return trainer(folder, distiller, **{**given, **RUN, "train_sampling_strategy": "random", **args})
 
 
 def vit(seed: int, layers: int = 1) -> Any:
@@ -163,7 +164,7 @@ def test_one_of_another_student_or_optimizer_is_refused(whole, tmp_path) -> None
     distiller, _, _, folder = whole
     for student in (bert(hidden_size=32), bert(3)):
         with pytest.raises(DistillError, match=r"checkpoint-4 cannot be read \((Runtime|Value)Error: .*another run"):
-            trainer(tmp_path, distiller, student=student, **RUN).train(str(folder / "checkpoint-4"))
+            made(tmp_path, distiller, student=student).train(str(folder / "checkpoint-4"))
     checkpoint = tmp_path / "checkpoint-2"
     checkpoint.mkdir()
     states.seal(checkpoint, arguments={"optim": "adamw_torch", "seed": 1})
@@ -237,24 +238,42 @@ def test_a_loss_that_stays_nan_stops_the_run(distiller, tmp_path) -> None:
     broken(True, max_steps=12, **once).train()
 
 
-def test_without_a_distiller_it_goes_on_as_trainer_does(tmp_path) -> None:
-    run = made(tmp_path, None, max_steps=12)
-    run.add_callback(Breaks())
-    run.train()
-    assert run.state.global_step == 12
+def test_without_a_distiller_nothing_is_refused_that_trainer_takes(tmp_path) -> None:
+    """A loss that is NaN, a checkpoint that somebody has edited; and errors are Trainer's own."""
+    both: list[Any] = []
+    for cls in (Trainer, DistillationTrainer):
+        run = made(tmp_path / cls.__name__, None, cls=cls, max_steps=12)
+        run.add_callback(Breaks())
+        run.train()
+        folder = tmp_path / cls.__name__ / "checkpoint-2"
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+        shards = dict.fromkeys(run.model.state_dict(), "model-00001-of-00001.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+        again = made(tmp_path / "again", None, cls=cls)
+        again.train(resume_from_checkpoint=str(folder))
+        errors = []
+        for path in (tmp_path / "none", folder):
+            with pytest.raises((RuntimeError, ValueError)) as error:
+                made(tmp_path / "again", None, cls=cls, student=bert(3)).train(resume_from_checkpoint=str(path))
+            errors.append((error.type, str(error.value).replace(str(folder), "")))
+        both.append((run.state.global_step, weights(again.model), errors))
+    (steps, theirs, errors), ours = both[0], both[1]
+    assert steps == ours[0] == 12
+    assert difference(theirs, ours[1]) == 0.0
+    assert errors == ours[2]
 
 
-@pytest.mark.parametrize("asked", [True, "checkpoint-4"])
-def test_weights_in_another_form_are_taken_as_trainer_takes_them(asked, tmp_path, caplog) -> None:
-    """Somebody has cut the weights of a checkpoint into shards."""
-    whole = made(tmp_path, "kd", max_steps=6, save_steps=2)
-    whole.train()
-    shutil.rmtree(tmp_path / "checkpoint-6")
-    folder = tmp_path / "checkpoint-4"
-    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
-    shards = dict.fromkeys(whole.model.state_dict(), "model-00001-of-00001.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
-    run = made(tmp_path, "kd", max_steps=6, save_steps=2)
-    run.train(resume_from_checkpoint=asked if asked is True else str(folder))
-    assert "weights that were not written with it: model.safetensors.index.json" in caplog.text
-    assert difference(weights(run.model), weights(whole.model)) == 0.0
+def test_a_mean_under_the_name_of_the_trainings_own_is_another(tmp_path) -> None:
+    """An evaluation on the training set logs a `train_loss`, too."""
+    for cls in (Trainer, DistillationTrainer):
+        run = made(tmp_path, None, cls=cls)
+        before = run.evaluate(run.train_dataset, metric_key_prefix="train")["train_loss"]
+        assert before == pytest.approx(run.evaluate(run.train_dataset)["eval_loss"])
+        run.train()
+        after = run.evaluate(run.train_dataset, metric_key_prefix="train")["train_loss"]
+        assert after == pytest.approx(run.evaluate(run.train_dataset)["eval_loss"]) != pytest.approx(before)
+
+
+def test_a_device_that_is_full_is_no_damaged_file(tmp_path) -> None:
+    with pytest.raises(torch.OutOfMemoryError), states.taking_up(tmp_path):
+        raise torch.OutOfMemoryError("CUDA out of memory.")

@@ -201,9 +201,16 @@ def test_peers_and_parts_are_of_the_best_checkpoint(tmp_path: Path, alone: bool,
     for name, module in (("peer1", run.peer_models[0]), ("distiller", run.distiller)):
         assert difference(dict(module.state_dict()), load_file(best / f"{name}.safetensors")) == 0.0
         assert difference(dict(module.state_dict()), load_file(last / f"{name}.safetensors")) > 0.0
-    (best / "peer1.safetensors").write_bytes(b"damaged")
-    with pytest.raises(DistillError, match=f"The state {best} cannot be read"):
+    for name in ("peer1.safetensors", "model.safetensors"):
+        run.state.best_model_checkpoint = str(last)
         run._load_best_model()
+        run.state.best_model_checkpoint = str(best)
+        (best / name).write_bytes(b"damaged")
+        run._load_best_model()
+        assert f"all networks stay those of the last step: {name} has 7 bytes" in caplog.text
+        (best / name).unlink()
+        for kept, module in (("model", run.model), ("peer1", run.peer_models[0])):
+            assert difference(weights(module), load_file(last / f"{kept}.safetensors")) == 0.0
 
 
 def test_model_init_and_repeated_training(tmp_path: Path) -> None:
