@@ -70,8 +70,8 @@ def methods() -> list[list[Any]]:
                 continue
             report = read(name)
             rows, metric = report["rows"], metrics_of(report["rows"])[0]
-            # Beside a GPU the processor's seconds are not what a training costs.
-            timed = not report["machine"]["device"].startswith("NVIDIA")
+            # Beside a GPU, or of trainings that share a clock, the seconds are not what one costs.
+            timed = not (report.get("on_card") or report["machine"]["device"].startswith("NVIDIA"))
             alone, kd = (rows.get(rows_of.get(method)) for method in ("alone", "kd"))
             for method, row in rows_of.items():
                 if row not in rows or any(method == known for _, (known, *_) in found):
