@@ -86,7 +86,8 @@ def methods() -> list[list[Any]]:
                 cells = [method, mean_and_spread(own[metric]), *paired, time]
                 gain = statistics.mean(own[metric].values()) - statistics.mean(alone[metric].values())
                 found.append((gain, cells))
-        lines += [[f"**{data}**", *[""] * 4], *(cells for _, cells in sorted(found, key=lambda x: -x[0]))]
+        head = [[f"**{data}**", *[""] * 4]] if found else []
+        lines += [*head, *(cells for _, cells in sorted(found, key=lambda x: -x[0]))]
     return lines
 
 
