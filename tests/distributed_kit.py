@@ -48,9 +48,9 @@ def on_processes(count: int, *words: str, timeout: float = 300) -> str:
             run.start()
         end = time.monotonic() + timeout
         try:
-            # The others wait for one that has failed.
-            while any(run.exitcode is None for run in runs) and not any(run.exitcode for run in runs):
-                if not wait([run.sentinel for run in runs if run.exitcode is None], max(end - time.monotonic(), 0)):
+            # The others wait for one that has failed. One that ends meanwhile is in the list: an empty one never comes.
+            while (left := [run for run in runs if run.exitcode is None]) and not any(run.exitcode for run in runs):
+                if not wait([run.sentinel for run in left], max(end - time.monotonic(), 0)):
                     break
             codes = [run.exitcode for run in runs]
         finally:
