@@ -82,8 +82,10 @@ def methods() -> list[list[Any]]:
                     difference(own[metric], other[metric], "+.1f") if other and other is not own else "–"
                     for other in (alone, kd)
                 ]
-                ours, theirs = (statistics.mean(x["seconds"].values()) if timed else 1 for x in (own, alone))
-                time = f"{ours / theirs:.1f}" if timed else "–"
+                time = "–"
+                if timed:
+                    ours, theirs = (statistics.mean(x["seconds"].values()) for x in (own, alone))
+                    time = f"{ours / theirs:.1f}"
                 cells = [method, mean_and_spread(own[metric]), *paired, time]
                 gain = statistics.mean(own[metric].values()) - statistics.mean(alone[metric].values())
                 found.append((gain, cells))

@@ -58,8 +58,6 @@ def told(what: str, *errors: type[BaseException], remedy: str = "") -> Iterator[
     except DistillError:
         raise
     except errors as error:
-        if type(error).__name__ == "OutOfMemoryError":
-            raise  # torch's: nothing is wrong with a file, and Trainer's auto_find_batch_size mends it
         kind, text = type(error).__name__, shorten(" ".join(str(error).split()), 400, placeholder=" ...")
         # Some say a key, or nothing.
         said = text if " " in text else f"{kind} {text}".rstrip() + "."

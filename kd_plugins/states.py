@@ -14,7 +14,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +63,27 @@ def writing(path: str | Path) -> Iterator[None]:
             raise
 
 
-def taking_up(folder: str | Path) -> AbstractContextManager[None]:
-    """Says in one sentence that a state cannot be taken up, for what is in it; what is wrong in a program stays."""
+@contextmanager
+def taking_up(folder: str | Path) -> Iterator[None]:
+    """Says in one sentence that a state cannot be taken up, for what is in it; what is wrong in a program stays.
+
+    So does a device without memory, which has nothing to do with the state and after which a host may try again.
+    """
     from pickle import UnpicklingError
 
     from safetensors import SafetensorError
+    from torch import OutOfMemoryError
 
     errors = (OSError, EOFError, LookupError, RuntimeError, TypeError, ValueError, SafetensorError, UnpicklingError)
     remedy = "it is damaged, was edited, or is of another run; go on with what it was written with."
-    return told(f"The state {folder} cannot be read", *errors, remedy=remedy)
+    full: OutOfMemoryError | None = None
+    with told(f"The state {folder} cannot be read", *errors, remedy=remedy):
+        try:
+            yield
+        except OutOfMemoryError as error:
+            full = error
+    if full is not None:
+        raise full
 
 
 @contextmanager
