@@ -97,7 +97,7 @@ def print_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right")
     for row in rows:
-        table.add_row(*[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row])
+        table.add_row(*[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row])
     Console(width=None if Console().is_terminal else 160).print(table)
 
 
