@@ -161,7 +161,8 @@ class Session(Parts):
         metric = epoch if self.metric == "epoch" else (evaluation or training)[self.metric]
         evaluation |= self.peers.evaluate(self, self.evaluated, epoch)
         if self.scheduler is not None:
-            self.scheduler.step(done + 1, metric)
+            # That of the plateau follows a measure.
+            self.scheduler.step(done + 1, training["loss"] if self.metric == "epoch" else metric)
         if self.primary:
             self.accelerator.log(self.summary.add(epoch, training, evaluation, rate), step=epoch)
             self.recorder.epoch(epoch, training, evaluation, rate)
