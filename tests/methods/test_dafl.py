@@ -138,8 +138,10 @@ def test_a_dead_generator_ends_the_training() -> None:
 def test_refusals() -> None:
     with pytest.raises(DistillError, match="must know how many and of what shape"):
         kd_plugins.bind(kd_plugins.create_distiller("dafl"), TinyNet(4), TinyNet(8), batch=Batch.of(size=4))
-    with pytest.raises(DistillError, match="same classes"):
+    with pytest.raises(DistillError, match="same K >= 2 classes"):
         bound(TinyNet(4), TinyNet(8, classes=5))
+    with pytest.raises(DistillError, match="same K >= 2 classes"):
+        bound(TinyNet(4, classes=1), TinyNet(8, classes=1))
     with pytest.raises(DistillError, match="above 1"):
         kd_plugins.create_distiller("dafl", log_base=1.0)
 
