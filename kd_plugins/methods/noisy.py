@@ -106,12 +106,22 @@ class Noisy(KD):
         if self.messy:
             noisy = noisy.with_labels(self.messy_labels(batch))
         inputs: Any = batch.inputs
+        reached: list[int] = []
+
+        def disturbed(x: Tensor) -> Tensor:
+            reached.append(len(x))
+            return x + self.sigma * _spread(x, batch) * self._noise(x)
+
         if self.sigma and inputs.is_floating_point():
             noisy = noisy.with_inputs(inputs + batch.pixels(self.sigma * self._noise(inputs)))
         elif self.sigma:
-            embeddings = nets.student.network.embeddings()
-            replace = {embeddings: lambda x: x + self.sigma * _spread(x, batch) * self._noise(x)}
+            replace = dict.fromkeys(nets.student.network.embeddings(), disturbed)
         student = nets.student(noisy, replace=replace)
+        if replace and not reached:
+            raise DistillError(
+                f"sigma disturbs token embeddings, and this forward of {type(nets.student.module).__name__} called none"
+                f" of {', '.join(replace)}: let get_input_embeddings() give the module that it calls."
+            )
         if self.messy and (found := class_scores(student, student, noisy).student.shape[-1]) != self.classes:
             raise DistillError(
                 f"messy draws among the {self.classes} classes that the first batch had, and this one has {found}: give"

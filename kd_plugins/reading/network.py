@@ -104,16 +104,21 @@ class Network:
         """Calls the network; what it returned, and the maps of the stages that its adapter reads without taps."""
         return self.call(self.module if forward is None else forward, batch), {}
 
-    def embeddings(self) -> str:
-        """The path of the module that makes vectors of tokens."""
+    def embeddings(self) -> list[str]:
+        """The paths of the modules that make vectors of tokens: of an encoder and a decoder that share one, each."""
         found = getattr(self.module, "get_input_embeddings", lambda: None)()
-        path = next((path for path, module in self.module.named_modules() if module is found), None)
-        if path is None:
+        weight = getattr(found, "weight", None)
+        paths = [
+            path
+            for path, module in self.module.named_modules()
+            if module is found or (isinstance(module, nn.Embedding) and module.weight is weight)
+        ]
+        if not paths:
             raise DistillError(
                 f"Expected {type(self.module).__name__} to tell where its tokens become vectors: give it the function"
                 " get_input_embeddings(), as transformers' models have it."
             )
-        return path
+        return paths
 
     def call(self, forward: Forward, batch: Batch) -> Any:
         """Calls the network."""

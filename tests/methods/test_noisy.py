@@ -119,6 +119,24 @@ def test_noise_on_embeddings_does_not_follow_the_padding() -> None:
         assert noise.std().item() == pytest.approx(expected, rel=0.1)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_noise_reaches_the_embeddings_that_run_or_it_is_said(tied: bool) -> None:
+    """As in T5 and BART, where encoder and decoder have the weights of a module that is never called."""
+    student, batch = Text(), Batch.of({"input_ids": torch.ones(2, 3).long(), "attention_mask": torch.ones(2, 3)})
+    student.shared = nn.Embedding(20, 64)
+    student.get_input_embeddings = lambda: student.shared
+    if tied:
+        student.embedding.weight = student.shared.weight
+    distiller = create_distiller("noisy", sigma=1.0, alpha=1.0)
+    turns = iter(distiller.turns(bind(distiller, student, Text()), batch))
+    if not tied:
+        with pytest.raises(DistillError, match="forward of Text called none of shared: let get_input_embeddings"):
+            next(turns)
+        return
+    next(turns)
+    assert (student.seen - student.embedding(batch.inputs)).std().item() > 0.1
+
+
 def test_texts_of_other_lengths_have_other_noise_on_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
     for rank, length in ((0, 20), (1, 10)):
