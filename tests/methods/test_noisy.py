@@ -248,6 +248,9 @@ def test_refusals() -> None:
     bare = Batch(torch.randn(2, 3, 12, 12), torch.tensor([0, 1]))
     with pytest.raises(DistillError, match="mean and std"):
         bind(create_distiller("noisy", sigma=0.1), TinyNet(4), TinyNet(8), batch=bare)
+    grey = Batch(torch.randn(2, 1, 12, 12), bare.labels, std=(0.5, 0.5, 0.5))
+    with pytest.raises(DistillError, match=r"std of each channel, got 3 for images \[2, 1, 12, 12\]"):
+        bind(create_distiller("noisy", sigma=0.1), TinyNet(4, channels=1), TinyNet(8, channels=1), batch=grey)
     cached = Batch(bare.inputs, bare.labels, teacher_logits=torch.randn(2, 4))
     with pytest.raises(DistillError, match="leave its cached logits out"):
         bind(create_distiller("noisy", fickle=True), TinyNet(4), Dropped(), batch=cached)
