@@ -237,8 +237,9 @@ class Session(Parts):
                 results["evaluation"] = evaluate(self, self.evaluated)
             else:
                 results["evaluation"], uncertain, found = judge(self, self.evaluated, others, offset)
-                # With --loss bce each class has a sigmoid of its own, and the classes no distribution.
-                results |= {"uncertainty": uncertain} if softmax(args) else {}
+                # With --loss bce each class has a sigmoid of its own, and the classes no distribution but a Dirichlet
+                # student's, who does not learn by that loss.
+                results |= {"uncertainty": uncertain} if softmax(args) or offset is not None else {}
         if self.peers.names:
             results["peers"], theirs = self.peers.finish(self, self.evaluated)
             found |= theirs
