@@ -106,13 +106,13 @@ class Network:
 
     def embeddings(self) -> list[str]:
         """The paths of the modules that make vectors of tokens: of an encoder and a decoder that share one, each."""
-        found = getattr(self.module, "get_input_embeddings", lambda: None)()
-        weight = getattr(found, "weight", None)
-        paths = [
-            path
-            for path, module in self.module.named_modules()
-            if module is found or (isinstance(module, nn.Embedding) and module.weight is weight)
-        ]
+        found = getattr(self.tap.root, "get_input_embeddings", lambda: None)()
+        weight, paths = getattr(found, "weight", None), list[str]()
+        for path, module in self.tap.root.named_modules():
+            same = module is found or (isinstance(module, nn.Embedding) and module.weight is weight)
+            # An adapter holds the module that it adapts.
+            if same and not any(path.startswith(f"{outer}.") for outer in paths):
+                paths.append(path)
         if not paths:
             raise DistillError(
                 f"Expected {type(self.module).__name__} to tell where its tokens become vectors: give it the function"

@@ -29,6 +29,22 @@ def test_trainer_noise_on_embeddings(tmp_path: Any) -> None:
     assert noise.std().item() == pytest.approx(0.5 * real.std().item(), rel=0.1)
 
 
+def test_trainer_noise_on_embeddings_with_adapters(tmp_path: Any) -> None:
+    """Once, where the embeddings have an adapter too."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "word_embeddings"])
+    student, data = peft.get_peft_model(bert(1), config), Texts(4)
+    embeddings = student.base_model.model.bert.embeddings
+    table = embeddings.token_type_embeddings.weight[0] + embeddings.position_embeddings.weight
+    seen: list[torch.Tensor] = []
+    embeddings.word_embeddings.base_layer.register_forward_hook(lambda _m, _i, out: seen.append(out.detach()))
+    embeddings.LayerNorm.register_forward_pre_hook(lambda _m, args: seen.append(args[0].detach()))
+    trainer(tmp_path, "noisy", {"sigma": 0.5}, student=student, of=bert(2), data=data, max_steps=1).train()
+    clean, noisy = seen[-2:]
+    noise = noisy - table.detach()[: clean.shape[1]] - clean
+    assert noise.std().item() == pytest.approx(0.5 * clean[data.mask.bool()].std().item(), rel=0.1)
+
+
 def test_trainer_fickle_text_teacher_and_pixel_noise(tmp_path: Any) -> None:
     options = {"data": Texts(4), "max_steps": 1}
     with pytest.raises(DistillError, match="needs a teacher with dropout"):
