@@ -184,7 +184,7 @@ class Network:
 
         The last linear layer of the network.
         """
-        found = [path for path, module in self.module.named_modules() if isinstance(module, nn.Linear)]
+        found = [path for path, module in self.tap.root.named_modules() if isinstance(module, nn.Linear)]
         if not found:
             raise DistillError(
                 f"{type(self.module).__name__} has no linear layer that makes its scores: name the layer whose input is"
