@@ -138,10 +138,10 @@ class Parts(TrainingRun):
             distiller=None if distillation is None else distillation.distiller,
             patch_size=getattr(self.student, "get_patch_size", lambda: (16, 16))(),
         )
-        # A training without data keeps its last student, whatever an evaluation set says of it.
-        data_free = datasets.train is None
-        judged = self.data.evaluation is not None and (not data_free or args.best_on_eval)
-        self.metric = args.eval_metric if judged else "epoch" if data_free else "loss"
+        # A training without data keeps its last student, whatever an evaluation set says of it. So does one without an
+        # evaluation: stages, temperatures and critics change what a method's loss is, and the lowest is no better.
+        judged = self.data.evaluation is not None and (datasets.train is not None or args.best_on_eval)
+        self.metric = args.eval_metric if judged else "loss" if distillation is None else "epoch"
         if judged and self.metric not in evaluator(args).metric_names:
             names = ", ".join(evaluator(args).metric_names)
             raise DistillError(f"--eval-metric {self.metric} is not measured here: expected one of {names}.")
@@ -165,7 +165,7 @@ class Parts(TrainingRun):
         self.reporter.line(f"Created {type(optimizer).__name__} ({args.opt}) optimizer: {told_of}")
         self.updates_per_epoch = -(-len(self.data.train) // args.grad_accum_steps)
         self.scheduler, self.epochs = build.create_scheduler(
-            args, optimizer, self.updates_per_epoch, decreasing=self.metric == "loss"
+            args, optimizer, self.updates_per_epoch, decreasing=self.metric in ("loss", "epoch")
         )
         counted = "(epochs + cooldown_epochs). Warmup within epochs when warmup_prefix=False."
         if args.warmup_prefix:
@@ -226,7 +226,7 @@ class Parts(TrainingRun):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"]
         start, end = self.distillation.stage_epochs(self.updates_per_epoch)
-        part, decreasing = build.of_stage(self.args, end - start, self.epochs), self.metric == "loss"
+        part, decreasing = build.of_stage(self.args, end - start, self.epochs), self.metric in ("loss", "epoch")
         self.scheduler = build.create_scheduler(part, optimizer, self.updates_per_epoch, decreasing=decreasing)[0]
 
     def enter_stage(self) -> None:

@@ -275,6 +275,11 @@ class _Noted(Net):
 
 def _check_fit(distiller: Distiller) -> None:
     """Refuses a method that one backward and one optimizer cannot play."""
-    reason = refusals(distiller).get("timm-task")
-    if reason:
+    reasons = refusals(distiller)
+    if "timm" in reasons:
+        raise DistillError(
+            f"{distiller.name} {reasons['timm']}, and timm's train.py trains classifiers: choose a method that fits"
+            " (kd-plugins list)."
+        )
+    if reason := reasons.get("timm-task"):
         raise DistillError(f"{distiller.name} {reason}, which timm's train.py cannot do: use kd-timm-train.")

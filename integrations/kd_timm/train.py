@@ -161,7 +161,8 @@ class Session(Parts):
         metric = epoch if self.metric == "epoch" else (evaluation or training)[self.metric]
         evaluation |= self.peers.evaluate(self, self.evaluated, epoch)
         if self.scheduler is not None:
-            self.scheduler.step(done + 1, metric)
+            # That of the plateau follows a measure.
+            self.scheduler.step(done + 1, training["loss"] if self.metric == "epoch" else metric)
         if self.primary:
             self.accelerator.log(self.summary.add(epoch, training, evaluation, rate), step=epoch)
             self.recorder.epoch(epoch, training, evaluation, rate)
@@ -236,8 +237,9 @@ class Session(Parts):
                 results["evaluation"] = evaluate(self, self.evaluated)
             else:
                 results["evaluation"], uncertain, found = judge(self, self.evaluated, others, offset)
-                # With --loss bce each class has a sigmoid of its own, and the classes no distribution.
-                results |= {"uncertainty": uncertain} if softmax(args) else {}
+                # With --loss bce each class has a sigmoid of its own, and the classes no distribution but a Dirichlet
+                # student's, who does not learn by that loss.
+                results |= {"uncertainty": uncertain} if softmax(args) or offset is not None else {}
         if self.peers.names:
             results["peers"], theirs = self.peers.finish(self, self.evaluated)
             found |= theirs

@@ -110,8 +110,9 @@ class DAFL(Distiller):
     def setup(self, nets: Nets, batch: Batch) -> None:
         if len(batch.shape) != 3 or batch.size < 2:
             raise DistillError(
-                "dafl makes its images and must know how many and of what shape: give bind(..., batch=Batch.of("
-                "size=512, shape=(3, 32, 32))), and the same batch in every step."
+                "dafl makes its images, two or more at a time, and must know how many and of what shape: raise"
+                " --batch-size, or in a bare loop give bind(..., batch=Batch.of(size=512, shape=(3, 32, 32))), and the"
+                " same batch in every step."
             )
         self.features = nets.teacher.network.classifier() + ":in" if self.layer is None else self.layer
         self.images = Generator(self.latent, batch.shape, self.width).to(nets.device)
@@ -121,8 +122,12 @@ class DAFL(Distiller):
         self.register_buffer("steps", torch.zeros(_SHOWN, dtype=torch.long))
         made = batch.with_inputs(as_weights(nets.student.module, torch.zeros(2, *batch.shape, device=nets.device)))
         student, teacher = nets.student(made).logits, nets.teacher(made, reads=Reads(features=(self.features,))).logits
-        if student.shape != teacher.shape:
-            raise DistillError(f"dafl needs the same classes, got scores {list(student.shape)}, {list(teacher.shape)}.")
+        if student.shape != teacher.shape or student.dim() != 2 or student.shape[1] < 2:
+            # One score has a softmax that is always 1, and all losses are 0.
+            raise DistillError(
+                f"dafl needs scores [B, K] of the same K >= 2 classes, got {list(student.shape)} from the student and"
+                f" {list(teacher.shape)} from the teacher: use classifiers of the same classes."
+            )
 
     def extras(self) -> dict[str, nn.Module]:
         return {"generator": self.images} if self.trained else {}

@@ -99,10 +99,10 @@ class KSANC(LayerDistiller):
     def setup(self, nets: Nets, batch: Batch) -> None:
         logits = nets.teacher(batch).logits
         ours, theirs = list(nets.student(batch).logits.shape), list(logits.shape)
-        if ours != theirs or len(ours) != 2 or ours[1] < 2:
+        if ours != theirs or len(ours) != 2 or ours[1] < 2 or batch.task not in self.tasks:
             raise DistillError(
                 f"ksanc compares logits [B, K] of the same K >= 2 classes, got {ours} from the student and {theirs}"
-                " from the teacher: use networks of the same classes."
+                f" from the teacher of the task {batch.task}: use classifiers with one label for each example."
             )
         self.classes = ours[1]
         self.scale = self.host.mean(logits.float().square().mean()).sqrt().clamp_min(1)

@@ -43,7 +43,7 @@ class Noisy(KD):
     Args:
         fickle: Leave the teacher's dropout on. The paper's best teacher was trained and asked with 0.4.
         sigma: Standard deviation of the noise: of images in pixel units (images in [0, 1]), of token embeddings in
-            those of their own standard deviation.
+            those of their own standard deviation, padding left out.
         messy: Probability of a wrong label, of each example, token or pixel that counts.
         logit_sigma: The first version's noise on the teacher's logits, `z_t (1 + logit_sigma n)`, `n ~ N(0, 1)`.
     """
@@ -106,12 +106,22 @@ class Noisy(KD):
         if self.messy:
             noisy = noisy.with_labels(self.messy_labels(batch))
         inputs: Any = batch.inputs
+        reached: list[int] = []
+
+        def disturbed(x: Tensor) -> Tensor:
+            reached.append(len(x))
+            return x + self.sigma * _spread(x, batch) * self._noise(x)
+
         if self.sigma and inputs.is_floating_point():
             noisy = noisy.with_inputs(inputs + batch.pixels(self.sigma * self._noise(inputs)))
         elif self.sigma:
-            embeddings = nets.student.network.embeddings()
-            replace = {embeddings: lambda x: x + self.sigma * x.detach().std() * self._noise(x)}
+            replace = dict.fromkeys(nets.student.network.embeddings(), disturbed)
         student = nets.student(noisy, replace=replace)
+        if replace and not reached:
+            raise DistillError(
+                f"sigma disturbs token embeddings, and this forward of {type(nets.student.module).__name__} called none"
+                f" of {', '.join(replace)}: let get_input_embeddings() give the module that it calls."
+            )
         if self.messy and (found := class_scores(student, student, noisy).student.shape[-1]) != self.classes:
             raise DistillError(
                 f"messy draws among the {self.classes} classes that the first batch had, and this one has {found}: give"
@@ -139,4 +149,17 @@ class Noisy(KD):
         return super().loss(student, teacher, batch)
 
     def _noise(self, x: Tensor) -> Tensor:
+        if x.dim() == 3:
+            # Texts have other lengths on other processes, which in a common stream would draw the same numbers.
+            return torch.randn(x.shape, generator=self.host.generator(x.device), device=x.device).to(x.dtype)
         return self.host.randn(len(x), *x.shape[1:], device=x.device).to(x.dtype)
+
+
+def _spread(x: Tensor, batch: Batch) -> Tensor:
+    """The standard deviation of token embeddings `[B, L, H]`, without those of padding."""
+    masks = (batch.kwargs.get("attention_mask"), batch.mask)
+    mask = next((m for m in masks if isinstance(m, Tensor) and m.shape == x.shape[:-1]), None)
+    values = x.detach().float()
+    if mask is not None:
+        values = values.masked_fill(~mask.bool().unsqueeze(-1), torch.nan)
+    return (values - values.nanmean()).square().nanmean().sqrt().to(x.dtype)

@@ -104,16 +104,21 @@ class Network:
         """Calls the network; what it returned, and the maps of the stages that its adapter reads without taps."""
         return self.call(self.module if forward is None else forward, batch), {}
 
-    def embeddings(self) -> str:
-        """The path of the module that makes vectors of tokens."""
-        found = getattr(self.module, "get_input_embeddings", lambda: None)()
-        path = next((path for path, module in self.module.named_modules() if module is found), None)
-        if path is None:
+    def embeddings(self) -> list[str]:
+        """The paths of the modules that make vectors of tokens: of an encoder and a decoder that share one, each."""
+        found = getattr(self.tap.root, "get_input_embeddings", lambda: None)()
+        weight, paths = getattr(found, "weight", None), list[str]()
+        for path, module in self.tap.root.named_modules():
+            same = module is found or (isinstance(module, nn.Embedding) and module.weight is weight)
+            # An adapter holds the module that it adapts.
+            if same and not any(path.startswith(f"{outer}.") for outer in paths):
+                paths.append(path)
+        if not paths:
             raise DistillError(
                 f"Expected {type(self.module).__name__} to tell where its tokens become vectors: give it the function"
                 " get_input_embeddings(), as transformers' models have it."
             )
-        return path
+        return paths
 
     def call(self, forward: Forward, batch: Batch) -> Any:
         """Calls the network."""
@@ -179,7 +184,7 @@ class Network:
 
         The last linear layer of the network.
         """
-        found = [path for path, module in self.module.named_modules() if isinstance(module, nn.Linear)]
+        found = [path for path, module in self.tap.root.named_modules() if isinstance(module, nn.Linear)]
         if not found:
             raise DistillError(
                 f"{type(self.module).__name__} has no linear layer that makes its scores: name the layer whose input is"

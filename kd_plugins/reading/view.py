@@ -309,6 +309,11 @@ class Batch:
                 " processor (processing_class=...)."
             )
         std = torch.as_tensor(self.std, dtype=noise.dtype, device=noise.device)
+        if std.numel() not in (1, noise.shape[1]):
+            raise DistillError(
+                f"Expected a std of each channel, got {std.numel()} for images {list(noise.shape)}: give the batch,"
+                " or the image processor, one number for each channel."
+            )
         return noise / std.view(1, -1, *[1] * (noise.dim() - 2))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 from typing import Any
@@ -138,10 +139,28 @@ def test_a_dead_generator_ends_the_training() -> None:
 def test_refusals() -> None:
     with pytest.raises(DistillError, match="must know how many and of what shape"):
         kd_plugins.bind(kd_plugins.create_distiller("dafl"), TinyNet(4), TinyNet(8), batch=Batch.of(size=4))
-    with pytest.raises(DistillError, match="same classes"):
+    with pytest.raises(DistillError, match="same K >= 2 classes"):
         bound(TinyNet(4), TinyNet(8, classes=5))
+    with pytest.raises(DistillError, match="same K >= 2 classes"):
+        bound(TinyNet(4, classes=1), TinyNet(8, classes=1))
     with pytest.raises(DistillError, match="above 1"):
         kd_plugins.create_distiller("dafl", log_base=1.0)
+
+
+def test_a_teacher_with_adapters_says_what_it_says_without() -> None:
+    """Adapters begin with nothing; the layer before the classifier is found in the model that they are in."""
+    peft, hf = (pytest.importorskip(name, reason=f"{name} is not installed") for name in ("peft", "transformers"))
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 12, "patch_size": 6}
+    teacher = hf.ViTForImageClassification(hf.ViTConfig(**sizes, num_hidden_layers=1, num_labels=4))
+    config = peft.LoraConfig(r=2, target_modules="all-linear", modules_to_save=["classifier"])
+    told = []
+    for network in (teacher, peft.get_peft_model(copy.deepcopy(teacher), config)):
+        torch.manual_seed(0)
+        distiller = kd_plugins.create_distiller("dafl", width=4, latent=5)
+        batch = Batch.of(size=4, shape=(3, 12, 12))
+        nets = kd_plugins.bind(distiller, TinyNet(4), network, batch=batch, total_steps=2)
+        told.append(next(iter(distiller.turns(nets, batch)))["generator"])
+    assert told[0] == told[1]
 
 
 def spread(rows: slice) -> tuple[Tensor, Tensor]:

@@ -407,6 +407,12 @@ def test_refusals(options, student, words):
         bind(create_distiller("ksanc", **options), student, TinyNet(6), batch=tiny_batches(1)[0], total_steps=4)
 
 
+def test_several_labels_of_an_example_are_no_shares_of_classes():
+    several = dataclasses.replace(tiny_batches(1)[0], labels=torch.ones(8, 4), task="multilabel")
+    with pytest.raises(DistillError, match="of the task multilabel: use classifiers with one label for each example"):
+        bind(create_distiller("ksanc", **LAYERS), TinyNet(), TinyNet(6), batch=several, total_steps=4)
+
+
 def test_labels_and_masks_that_do_not_fit():
     distiller, nets, _ = start()
     batch = tiny_batches(1)[0]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from kd_plugins import Batch, Distiller, DistillError, bind, create_distiller, make_optimizers
+from kd_plugins import Batch, Distiller, DistillError, bind, create_distiller, host, make_optimizers
 from kd_plugins.reading.nets import Nets
 from kd_plugins.testing import TinyNet, tiny_batches
 
@@ -33,6 +33,21 @@ class Dropped(TinyNet):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         maps = self.norm(self.layer1(self.conv1(x).relu()))
         return self.head(self.drop(self.layer2(maps).mean((2, 3))))
+
+
+class Text(nn.Module):
+    """A classifier of token ids that remembers its embeddings with the noise; the padding's are zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(20, 64, padding_idx=0), nn.Linear(64, 4)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        self.seen = self.embedding(input_ids)
+        return self.head((self.seen * attention_mask.unsqueeze(-1)).mean(1))
 
 
 class Functional(TinyNet):
@@ -90,6 +105,46 @@ def test_the_student_sees_noise_in_pixel_units_and_the_teacher_the_clean_image()
     first = student.asked
     next(iter(distiller.turns(nets, batch)))
     assert not torch.equal(first, student.asked)
+
+
+def test_noise_on_embeddings_does_not_follow_the_padding() -> None:
+    student, ids, mask = Text(), torch.randint(1, 20, (8, 6)), torch.ones(8, 6, dtype=torch.long)
+    expected = student.embedding(ids).std().item()
+    for padding in (0, 30):
+        given = {"input_ids": ids, "attention_mask": mask}
+        batch = Batch.of({k: nn.functional.pad(v, (padding, 0)) for k, v in given.items()}, torch.arange(8) % 4)
+        distiller = create_distiller("noisy", sigma=1.0)
+        next(iter(distiller.turns(bind(distiller, student, Text()), batch)))
+        noise = (student.seen - student.embedding(batch.inputs))[:, padding:]
+        assert noise.std().item() == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_noise_reaches_the_embeddings_that_run_or_it_is_said(tied: bool) -> None:
+    """As in T5 and BART, where encoder and decoder have the weights of a module that is never called."""
+    student, batch = Text(), Batch.of({"input_ids": torch.ones(2, 3).long(), "attention_mask": torch.ones(2, 3)})
+    student.shared = nn.Embedding(20, 64)
+    student.get_input_embeddings = lambda: student.shared
+    if tied:
+        student.embedding.weight = student.shared.weight
+    distiller = create_distiller("noisy", sigma=1.0, alpha=1.0)
+    turns = iter(distiller.turns(bind(distiller, student, Text()), batch))
+    if not tied:
+        with pytest.raises(DistillError, match="forward of Text called none of shared: let get_input_embeddings"):
+            next(turns)
+        return
+    next(turns)
+    assert (student.seen - student.embedding(batch.inputs)).std().item() > 0.1
+
+
+def test_texts_of_other_lengths_have_other_noise_on_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    for rank, length in ((0, 20), (1, 10)):
+        monkeypatch.setattr(host, "world", lambda rank=rank: (rank, 2))
+        distiller = create_distiller("noisy", sigma=1.0)
+        distiller.host.seed(5)
+        drawn.append(distiller._noise(torch.zeros(4, length, 16)))
+    assert torch.isin(drawn[1], drawn[0]).float().mean() < 0.1
 
 
 def test_messy_labels_are_wrong_ones_drawn_evenly_per_example_and_never_the_ignored() -> None:
@@ -193,6 +248,9 @@ def test_refusals() -> None:
     bare = Batch(torch.randn(2, 3, 12, 12), torch.tensor([0, 1]))
     with pytest.raises(DistillError, match="mean and std"):
         bind(create_distiller("noisy", sigma=0.1), TinyNet(4), TinyNet(8), batch=bare)
+    grey = Batch(torch.randn(2, 1, 12, 12), bare.labels, std=(0.5, 0.5, 0.5))
+    with pytest.raises(DistillError, match=r"std of each channel, got 3 for images \[2, 1, 12, 12\]"):
+        bind(create_distiller("noisy", sigma=0.1), TinyNet(4, channels=1), TinyNet(8, channels=1), batch=grey)
     cached = Batch(bare.inputs, bare.labels, teacher_logits=torch.randn(2, 4))
     with pytest.raises(DistillError, match="leave its cached logits out"):
         bind(create_distiller("noisy", fickle=True), TinyNet(4), Dropped(), batch=cached)

@@ -200,6 +200,18 @@ def test_stages_have_rows_curve_and_student_of_their_own(run, teacher):
     assert {p.stem for p in session.folder.glob("checkpoint-*")} == {f"checkpoint-{i}" for i in (2, 3, 4, 5)}
 
 
+def test_without_an_evaluation_the_last_student_is_kept(run, teacher):
+    """In the stage of the estimators the student rests, at a loss of 0; a schedule that follows the loss still does."""
+    method = ["--distill", "ksanc", "--distill-args", "estimator_share=0.3", "layers=2", "hidden=8"]
+    session = run(*method, *teacher, "--epochs", "3", "--val-split", "", "--sched", "plateau")
+    assert session.told[0]["train"]["loss"] == 0
+    assert session.results["best_epoch"] == 2
+    best, last = (load_file(session.folder / f"{name}.safetensors") for name in ("model_best", "last"))
+    assert same(best, last)
+    plateau = session.scheduler.lr_scheduler
+    assert (plateau.mode, plateau.best) == ("min", min(row["train"]["loss"] for row in session.told[1:]))
+
+
 def test_the_moving_average_begins_anew_with_a_fresh_student_alone(run, teacher, monkeypatch):
     steps, update = [], ModelEmaV3.update
     monkeypatch.setattr(ModelEmaV3, "update", lambda ema, model, step: steps.append(step) or update(ema, model, step))
@@ -608,6 +620,8 @@ def test_an_ensemble_teaches_and_uncertainty_is_told(run, teacher, tmp_path):
     alone = doubts(logits, torch.cat([y for _, y in known]), offset=0.0)
     assert student == pytest.approx(uncertainty_metrics(alone, doubts(theirs, offset=0.0)))
     assert len(theirs) == 6
+    recipe = run(*flags[:4], *snapshots, "--epochs", "1", "--bce-loss", name="bce")
+    assert "errors_auroc_knowledge" in recipe.results["uncertainty"]["student"]
 
 
 def test_digits_may_be_the_images_of_another_kind():

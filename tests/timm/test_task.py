@@ -186,7 +186,12 @@ def test_layer_decay_reaches_the_student(networks):
 
 @pytest.mark.parametrize(
     ("distiller", "words"),
-    [(TwoTurns(), "more than one turn"), (Staged(), "several stages"), (WithCritic(), "optimizers of its own")],
+    [
+        (TwoTurns(), "more than one turn"),
+        (Staged(), "several stages"),
+        (WithCritic(), "optimizers of its own"),
+        ("cwd", "timm's train.py trains classifiers: choose a method that fits"),
+    ],
 )
 def test_what_one_backward_cannot_play_is_refused(networks, distiller, words):
     student, teacher = networks

@@ -14,10 +14,10 @@ from kd_plugins import DistillError
 
 
 def test_trainer_noise_on_embeddings(tmp_path: Any) -> None:
-    student = bert(1)
+    student, data = bert(1), Texts(4)
     seen: list[torch.Tensor] = []
     student.bert.embeddings.word_embeddings.register_forward_hook(lambda _m, _i, out: seen.append(out.detach()))
-    run = trainer(tmp_path, "noisy", {"sigma": 0.5}, student=student, of=bert(2), data=Texts(4), max_steps=1)
+    run = trainer(tmp_path, "noisy", {"sigma": 0.5}, student=student, of=bert(2), data=data, max_steps=1)
     given: list[torch.Tensor] = []
     student.bert.embeddings.LayerNorm.register_forward_pre_hook(lambda _m, args: given.append(args[0].detach()))
     table = student.bert.embeddings
@@ -25,7 +25,24 @@ def test_trainer_noise_on_embeddings(tmp_path: Any) -> None:
     run.train()
     clean = seen[-1] + added[: seen[-1].shape[1]]
     noise = given[-1] - clean
-    assert noise.std().item() == pytest.approx(0.5 * seen[-1].std().item(), rel=0.1)
+    real = seen[-1][data.mask.bool()]  # the padding's embedding is 0
+    assert noise.std().item() == pytest.approx(0.5 * real.std().item(), rel=0.1)
+
+
+def test_trainer_noise_on_embeddings_with_adapters(tmp_path: Any) -> None:
+    """Once, where the embeddings have an adapter too."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "word_embeddings"])
+    student, data = peft.get_peft_model(bert(1), config), Texts(4)
+    embeddings = student.base_model.model.bert.embeddings
+    table = embeddings.token_type_embeddings.weight[0] + embeddings.position_embeddings.weight
+    seen: list[torch.Tensor] = []
+    embeddings.word_embeddings.base_layer.register_forward_hook(lambda _m, _i, out: seen.append(out.detach()))
+    embeddings.LayerNorm.register_forward_pre_hook(lambda _m, args: seen.append(args[0].detach()))
+    trainer(tmp_path, "noisy", {"sigma": 0.5}, student=student, of=bert(2), data=data, max_steps=1).train()
+    clean, noisy = seen[-2:]
+    noise = noisy - table.detach()[: clean.shape[1]] - clean
+    assert noise.std().item() == pytest.approx(0.5 * clean[data.mask.bool()].std().item(), rel=0.1)
 
 
 def test_trainer_fickle_text_teacher_and_pixel_noise(tmp_path: Any) -> None:
