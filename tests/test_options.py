@@ -256,6 +256,7 @@ def test_an_option_of_a_name_that_distillers_keep_is_refused():
 
     with pytest.raises(DistillError, match="got 'host', where every distiller keeps something else"):
         options_of(Remote)
+
     class Named(Distiller):
         def __init__(self, *, task: float = 1.0) -> None:
             super().__init__()

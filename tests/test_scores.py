@@ -215,7 +215,10 @@ class Auxiliary(NamedTuple):
         (lambda z: (z, z + 1), "classification"),
         (lambda z: Auxiliary(z, z + 1), "classification"),
         (lambda z: (z, [z + 1]), "classification"),
-        (lambda z: (z[:, :, None, None].expand(-1, -1, 4, 4), z[:, :, None, None].expand(-1, -1, 2, 2)), "segmentation"),
+        (
+            lambda z: (z[:, :, None, None].expand(-1, -1, 4, 4), z[:, :, None, None].expand(-1, -1, 2, 2)),
+            "segmentation",
+        ),
         (lambda z: (z.unsqueeze(1), z.unsqueeze(1)), "token"),
     ],
     ids=["pair", "named", "list", "maps", "tokens"],

@@ -142,8 +142,8 @@ class Network:
         if isinstance(output, (tuple, list)):
             if found is None:
                 found = next((x for x in output if isinstance(x, Tensor) and x.dim() > 0), None)
-            alike = sum(_alike(x, found) for x in _tensors(output)) if found is not None else 1
-            if alike > 1:
+            alike = sum(_alike(x, found) for x in _tensors(output)) if isinstance(found, Tensor) else 0
+            if found is not None and alike > 1:
                 raise DistillError(
                     f"Expected {type(self.module).__name__} to return one tensor of scores, got {alike} such as"
                     f" {list(found.shape)}: switch its further heads off in training"
