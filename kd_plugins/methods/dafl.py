@@ -120,9 +120,19 @@ class DAFL(Distiller):
         self.register_buffer("shown", torch.zeros(shown, dtype=torch.uint8))
         self.register_buffer("steps", torch.zeros(_SHOWN, dtype=torch.long))
         made = batch.with_inputs(as_weights(nets.student.module, torch.zeros(2, *batch.shape, device=nets.device)))
-        student, teacher = nets.student(made).logits, nets.teacher(made, reads=Reads(features=(self.features,))).logits
-        if student.shape != teacher.shape:
-            raise DistillError(f"dafl needs the same classes, got scores {list(student.shape)}, {list(teacher.shape)}.")
+        asked = nets.teacher(made, reads=Reads(features=(self.features,)))
+        student, teacher = nets.student(made).logits, asked.logits
+        if self.layer is None:
+            path = nets.teacher.network.classifier()
+            scores = nets.teacher.module.get_submodule(path)(asked.features[self.features])
+            if scores.shape != teacher.shape or not torch.allclose(scores, teacher, rtol=1e-2, atol=1e-3):
+                raise DistillError(
+                    f"dafl reads what the layer that makes the scores gets, and the teacher's last linear layer, {path},"
+                    " does not make them: name it, such as layer='fc:in'."
+                )
+        if student.shape != teacher.shape or teacher.shape[1:] == (1,):
+            shapes = f"{list(student.shape)}, {list(teacher.shape)}"
+            raise DistillError(f"dafl needs the same classes, at least two, got scores {shapes}.")
 
     def extras(self) -> dict[str, nn.Module]:
         return {"generator": self.images} if self.trained else {}
