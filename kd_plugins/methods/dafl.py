@@ -127,8 +127,8 @@ class DAFL(Distiller):
             scores = nets.teacher.module.get_submodule(path)(asked.features[self.features])
             if scores.shape != teacher.shape or not torch.allclose(scores, teacher, rtol=1e-2, atol=1e-3):
                 raise DistillError(
-                    f"dafl reads what the layer that makes the scores gets, and the teacher's last linear layer, {path},"
-                    " does not make them: name it, such as layer='fc:in'."
+                    "dafl reads what the layer that makes the scores gets, and the teacher's last linear layer,"
+                    f" {path}, does not make them: name it, such as layer='fc:in'."
                 )
         if student.shape != teacher.shape or teacher.shape[1:] == (1,):
             shapes = f"{list(student.shape)}, {list(teacher.shape)}"
