@@ -263,7 +263,7 @@ def _place(parameter: nn.Parameter) -> int:
     """Where a parameter's numbers lie: two of one place are one, as load_state_dict(assign=True) makes them."""
     try:
         return parameter.data_ptr() or id(parameter)
-    except RuntimeError:  # a tensor that is made of others has no place of its own
+    except (RuntimeError, ValueError):  # a tensor that is made of others, or not yet, has no place of its own
         return id(parameter)
 
 

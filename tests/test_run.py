@@ -64,6 +64,13 @@ def test_weights_in_one_memory_are_refused(take_over):
         bind(create_distiller("kd"), student, teacher)
 
 
+def test_a_layer_that_finds_its_size_in_the_first_forward_is_taken():
+    distiller, student = create_distiller("kd"), nn.LazyLinear(3)
+    nets = bind(distiller, student, nn.Linear(4, 3))
+    (turn,) = distiller.turns(nets, Batch.of(torch.randn(2, 4), torch.tensor([0, 1])))
+    assert set(turn["student"]) == {"task", "kd"}
+
+
 def test_the_student_is_not_the_teacher_nor_a_frozen_former_one():
     net, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
     with pytest.raises(DistillError, match="shares with the teacher"):
