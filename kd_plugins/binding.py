@@ -234,7 +234,7 @@ def _check_apart(trained: Sequence[Network], teachers: Sequence[Network]) -> Non
     named = [(f"peer {i}" if i else "the student", network) for i, network in enumerate(trained)]
     for who, network in named:
         for name, parameter in network.module.named_parameters():
-            other, theirs = owners.setdefault(id(parameter), (who, name))
+            other, theirs = owners.setdefault(_place(parameter), (who, name))
             if other != who:
                 raise DistillError(
                     f"Expected networks of their own, got {other} and {who} sharing parameters ({theirs}): give one of"
@@ -242,12 +242,13 @@ def _check_apart(trained: Sequence[Network], teachers: Sequence[Network]) -> Non
                 )
     for number, network in enumerate(teachers):
         who = f"teacher {number}" if len(teachers) > 1 else "the teacher"
-        shared = [owners[id(p)] for p in network.module.parameters() if id(p) in owners]
+        shared = [owners[place] for place in map(_place, network.module.parameters()) if place in owners]
         if shared:
             other, name = shared[0]
             raise DistillError(
                 f"Expected a student with parameters of its own, got {len(shared)} that {other} shares with {who}"
-                f" ({name}, ...), which freezing the teacher would freeze: build it of copies, copy.deepcopy(layer)."
+                f" ({name}, ...), which would be frozen with the teacher or would move it: build it of copies,"
+                " copy.deepcopy(layer)."
             )
     for who, network in named:
         parameters = list(network.module.parameters())
@@ -256,6 +257,14 @@ def _check_apart(trained: Sequence[Network], teachers: Sequence[Network]) -> Non
                 f"Expected something to train in {who}, got a {type(network.module).__name__} whose parameters are all"
                 " frozen, as a former teacher's are: call requires_grad_(True) on it first."
             )
+
+
+def _place(parameter: nn.Parameter) -> int:
+    """Where a parameter's numbers lie: two of one place are one, as load_state_dict(assign=True) makes them."""
+    try:
+        return parameter.data_ptr() or id(parameter)
+    except (RuntimeError, ValueError):  # a tensor that is made of others, or not yet, has no place of its own
+        return id(parameter)
 
 
 def schedule(distiller: Distiller, total: int, *, epoch: int | None = None) -> StageTable:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kd_plugins.catalog.options import _TAKEN, check, options_of, parse
 from kd_plugins.catalog.registry import config_of, create_distiller, from_json, options_from_strings, to_json
 from kd_plugins.catalog.values import as_text, convert
-from kd_plugins.distiller import Distiller
+from kd_plugins.distiller import _HOOKS, Distiller
 from kd_plugins.errors import DistillError
 
 
@@ -256,8 +256,15 @@ def test_an_option_of_a_name_that_distillers_keep_is_refused():
 
     with pytest.raises(DistillError, match="got 'host', where every distiller keeps something else"):
         options_of(Remote)
-    kept = vars(Distiller())
-    assert {name for name in _TAKEN if name not in kept} == set()
+
+    class Named(Distiller):
+        def __init__(self, *, task: float = 1.0) -> None:
+            super().__init__()
+
+    with pytest.raises(DistillError, match="got 'task', where every distiller keeps something else"):
+        options_of(Named)
+    assert set(_TAKEN) <= {*vars(Distiller()), *_HOOKS}
+    assert {name for name in _HOOKS if not name.startswith("_")} <= set(_TAKEN)
 
 
 # --- with the installed methods ---------------------------------------------------------------------------------------

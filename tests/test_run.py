@@ -46,6 +46,31 @@ def test_layers_taken_over_by_reference_are_refused_and_nothing_is_frozen():
     assert all(p.requires_grad for p in (*student.parameters(), *teacher.parameters()))
 
 
+def assigned(student: nn.Module, teacher: nn.Module) -> None:
+    student.load_state_dict(teacher.state_dict(), assign=True)
+
+
+def pointed(student: nn.Module, teacher: nn.Module) -> None:
+    student.weight.data = teacher.weight.data
+
+
+@pytest.mark.parametrize("take_over", [assigned, pointed])
+def test_weights_in_one_memory_are_refused(take_over):
+    """The student's update would move the teacher."""
+    student, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
+    take_over(student, teacher)
+    assert student.weight is not teacher.weight
+    with pytest.raises(DistillError, match="that the student shares with the teacher"):
+        bind(create_distiller("kd"), student, teacher)
+
+
+def test_a_layer_that_finds_its_size_in_the_first_forward_is_taken():
+    distiller, student = create_distiller("kd"), nn.LazyLinear(3)
+    nets = bind(distiller, student, nn.Linear(4, 3))
+    (turn,) = distiller.turns(nets, Batch.of(torch.randn(2, 4), torch.tensor([0, 1])))
+    assert set(turn["student"]) == {"task", "kd"}
+
+
 def test_the_student_is_not_the_teacher_nor_a_frozen_former_one():
     net, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
     with pytest.raises(DistillError, match="shares with the teacher"):
@@ -108,6 +133,28 @@ def alike(name: str, wrap, rank: int = 0, processes: int = 1) -> dict[str, torch
 def alike_worker(folder: str, name: str) -> None:
     torch.distributed.init_process_group("gloo")
     keep(alike(name, nn.parallel.DistributedDataParallel, torch.distributed.get_rank(), 2), folder)
+
+
+@pytest.mark.parametrize("told", ["model", ""], ids=["of the model", "of the networks alone"])
+def test_a_player_averages_a_student_that_is_asked_past_ddp(told, tmp_path):
+    """As `bind` leaves it, where `nets.student.forward` is not set to the prepared model."""
+    on_two_processes(__file__, str(tmp_path), "kd", "player", told)
+    expected = alike("kd", lambda net: net)
+    for state in kept(tmp_path):
+        assert all(torch.allclose(value, state[name], atol=1e-6) for name, value in expected.items())
+
+
+def player_worker(folder: str, name: str, _: str, told: str) -> None:
+    accelerator = Accelerator(cpu=True)
+    student, teacher = pair()
+    model, optimizer = accelerator.prepare(student, sgd(student))
+    distiller = create_distiller(name)
+    nets = bind(distiller, model, teacher)
+    player = TurnPlayer(accelerator, distiller, nets, optimizer, model=model if told else None)
+    rows = slice(accelerator.process_index * 4, accelerator.process_index * 4 + 4)
+    for b in tiny_batches(2):
+        player.step(dataclasses.replace(b, inputs=b.inputs[rows], labels=b.labels[rows], size=0))
+    keep({**student.state_dict(), **distiller.state_dict()}, folder)
 
 
 @pytest.mark.parametrize("make", [Run, lambda *given: TurnPlayer(Accelerator(cpu=True), given[0], given[2], given[1])])
@@ -323,4 +370,4 @@ def test_options_that_depend_on_each_other_follow():
 
 if __name__ == "__main__":
     Path(sys.argv[1]).mkdir(exist_ok=True)
-    (alike_worker if sys.argv[2:] else ddp_worker)(*sys.argv[1:])
+    (player_worker if sys.argv[3:] else alike_worker if sys.argv[2:] else ddp_worker)(*sys.argv[1:])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -153,6 +155,26 @@ def test_ignored_labels_of_one_score_are_left_out(dtype, axis, task):
     assert kd(batch, s, t) == pytest.approx(per_example(rows, labels.squeeze(dim) != 255), rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.long, torch.float32])
+def test_maps_of_one_class_need_no_axis_for_it(dtype):
+    s, t = logits(2, 5, 7)
+    labels = torch.randint(2, (2, 5, 7), generator=torch.Generator().manual_seed(1)).to(dtype)
+    labels[0, 2] = 255
+    given = {"labels": labels, "task": "segmentation", "ignore_index": 255}
+    expected = kd(Batch.of(torch.zeros(2, 3), **given), s.unsqueeze(1), t.unsqueeze(1))
+    assert kd(Batch.of(torch.zeros(2, 3), **given), s, t) == pytest.approx(expected, rel=1e-6)
+    assert class_scores(View(s), View(t), Batch.of(torch.zeros(2, 3), **given)).binary
+
+
+def test_tokens_of_a_causal_model_may_have_more_axes():
+    """As of a model that scores every choice of a row."""
+    s, t = logits(2, 3, 6, 5)
+    labels = torch.randint(5, (2, 3, 6), generator=torch.Generator().manual_seed(1))
+    labels[0, 1, :4] = -100
+    expected = per_example(rows_kl(s, t, -1)[:, :, :-1], labels[:, :, 1:] != -100)
+    assert kd(Batch.of(torch.zeros(2, 3), labels, task="causal-lm"), s, t) == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_number_of_a_regression_may_have_the_value_of_the_ignored_label():
     s, t = logits(2, 3, 1)
     batch = Batch.of(torch.zeros(2, 3), torch.full((2, 3), -100.0), task="regression", mask=torch.ones(2, 3))
@@ -180,12 +202,33 @@ def test_scores_of_other_classes_are_refused():
         class_scores(View(torch.zeros(2, 3)), View(torch.zeros(2, 4)), Batch.of(torch.zeros(2, 3)))
 
 
-def test_a_network_of_several_scores_is_refused():
+class Auxiliary(NamedTuple):
+    """What torchvision's Inception returns in training."""
+
+    logits: Tensor
+    aux_logits: Tensor
+
+
+@pytest.mark.parametrize(
+    ("several", "task"),
+    [
+        (lambda z: (z, z + 1), "classification"),
+        (lambda z: Auxiliary(z, z + 1), "classification"),
+        (lambda z: (z, [z + 1]), "classification"),
+        (
+            lambda z: (z[:, :, None, None].expand(-1, -1, 4, 4), z[:, :, None, None].expand(-1, -1, 2, 2)),
+            "segmentation",
+        ),
+        (lambda z: (z.unsqueeze(1), z.unsqueeze(1)), "token"),
+    ],
+    ids=["pair", "named", "list", "maps", "tokens"],
+)
+def test_a_network_of_several_scores_is_refused(several, task):
     class Two(nn.Linear):
         def forward(self, x):
-            return super().forward(x), super().forward(x)
+            return several(super().forward(x))
 
     distiller = create_distiller("kd")
     nets = bind(distiller, Two(4, 3), nn.Linear(4, 3))
     with pytest.raises(DistillError, match="one tensor of scores, got 2"):
-        next(iter(distiller.turns(nets, Batch.of(torch.randn(2, 4), torch.tensor([0, 1])))))
+        next(iter(distiller.turns(nets, Batch.of(torch.randn(2, 4), torch.tensor([0, 1]), task=task))))

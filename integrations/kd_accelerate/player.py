@@ -21,6 +21,10 @@ from kd_plugins.groups import Group
 __all__ = ["TurnPlayer"]
 
 
+def _reduces(module: nn.Module) -> bool:
+    return isinstance(module, nn.parallel.DistributedDataParallel)
+
+
 class TurnPlayer(Run):
     """Plays a distiller's turns under an Accelerator: `Run` with its precision, accumulation and processes.
 
@@ -83,7 +87,9 @@ class TurnPlayer(Run):
         }
         needs = distiller.needs()
         plain = not overrides(distiller, "turns") and len(distiller.stages()) == 1
-        self._reduced = plain and not needs.student.taps and needs.student.logits and not self.groups
+        # A student that is asked past DDP, as bind leaves it, has no reducer.
+        past = forward is None or isinstance(forward, nn.Module) and not any(map(_reduces, forward.modules()))
+        self._reduced = plain and not past and not needs.student.taps and needs.student.logits and not self.groups
 
     @property
     def plain_optimizer(self) -> Optimizer:

@@ -15,11 +15,14 @@ from kd_timm.attention import AttentionTaps
 
 
 def one_head(output: Any, model: nn.Module) -> Tensor:
-    """A model's scores; refuses the pair of heads that a model gives under `set_distilled_training(True)`."""
+    """A model's scores; refuses those of two heads, as `set_distilled_training(True)` or `aux_logits=True` make."""
     if isinstance(output, (tuple, list)):
+        remedy = "make it with aux_logits=False"
+        if hasattr(model, "set_distilled_training"):
+            remedy = "model.set_distilled_training(False) gives the mean of its heads"
         raise DistillError(
             f"{type(model).__name__} returns {len(output)} scores in training, of which one alone would be trained:"
-            " model.set_distilled_training(False) gives the mean of its heads."
+            f" {remedy}."
         )
     return output
 

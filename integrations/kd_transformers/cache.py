@@ -22,6 +22,7 @@ from kd_accelerate.sharding import make_whole
 from kd_plugins import Distiller, DistillError, create_distiller
 from kd_plugins.catalog.values import AtLeastOne, Positive, convert
 from kd_plugins.errors import told as told_in_words
+from kd_plugins.nn.codebook import state_bytes
 from kd_transformers.absent import Absent
 from kd_transformers.asking import Asking, Views
 from kd_transformers.checks import kind_of
@@ -298,7 +299,5 @@ def _weights_id(teacher: nn.Module) -> str:
     # A forward with labels writes the type of problem into the configuration; where a model is from says nothing.
     found: list[Any] = [type(teacher).__qualname__, {k: v for k, v in facts.items() if k not in _ASIDE}]
     for name, value in teacher.state_dict().items():
-        # Flat first: the bytes of a tensor without an axis cannot be viewed.
-        bits = value.detach().cpu().flatten().contiguous().view(torch.uint8)
-        found += [name, str(value.dtype), bits.numpy().tobytes()]
+        found += [name, str(getattr(value, "dtype", "")), state_bytes(value)]
     return _hash(*found)

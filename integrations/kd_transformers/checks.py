@@ -69,7 +69,9 @@ def task_of(model: nn.Module, labels: Any = None) -> str:
     floats = isinstance(labels, Tensor) and labels.is_floating_point()
     if kind != "classification" or not hasattr(config, "to_dict"):
         return "other" if floats and kind == "classification" else _KINDS[kind][0]
-    guess = "regression" if config.num_labels == 1 else "multi_label_classification" if floats else ""
+    # A number has no class numbers for labels: one score with these is the logit of a sigmoid, of a loss of the user's.
+    number = config.num_labels == 1 and (floats or not isinstance(labels, Tensor))
+    guess = "regression" if number else "multi_label_classification" if floats else ""
     problem = getattr(config, "problem_type", None) or guess
     return {"multi_label_classification": "multilabel", "regression": "regression"}.get(problem, kind)
 

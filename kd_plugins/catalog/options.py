@@ -17,8 +17,11 @@ from torch import nn
 from kd_plugins.catalog.values import NonNegative, Positive, as_text, choices_of, convert, label
 from kd_plugins.errors import DistillError, did_you_mean
 
-# What `Distiller.__init__` sets: an option of such a name would be overwritten.
-_TAKEN = ("config", "host", "optim_overrides", "progress", "ready", "training")
+# What `Distiller.__init__` sets, and what a distiller does: an option of such a name would be overwritten or hidden.
+_TAKEN = tuple(
+    "config host optim_overrides progress ready training after_update begin_stage export extras kind loss methods needs"
+    " optimizers own_parameters pictures prepare setup shared stage_done stages task taught turns".split()
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -121,13 +121,22 @@ class DAFL(Distiller):
         self.register_buffer("shown", torch.zeros(shown, dtype=torch.uint8))
         self.register_buffer("steps", torch.zeros(_SHOWN, dtype=torch.long))
         made = batch.with_inputs(as_weights(nets.student.module, torch.zeros(2, *batch.shape, device=nets.device)))
-        student, teacher = nets.student(made).logits, nets.teacher(made, reads=Reads(features=(self.features,))).logits
+        asked = nets.teacher(made, reads=Reads(features=(self.features,)))
+        student, teacher = nets.student(made).logits, asked.logits
         if student.shape != teacher.shape or student.dim() != 2 or student.shape[1] < 2:
             # One score has a softmax that is always 1, and all losses are 0.
             raise DistillError(
                 f"dafl needs scores [B, K] of the same K >= 2 classes, got {list(student.shape)} from the student and"
                 f" {list(teacher.shape)} from the teacher: use classifiers of the same classes."
             )
+        if self.layer is None:
+            path = nets.teacher.network.classifier()
+            scores = nets.teacher.module.get_submodule(path)(asked.features[self.features])
+            if scores.shape != teacher.shape or not torch.allclose(scores, teacher, rtol=1e-2, atol=1e-3):
+                raise DistillError(
+                    "dafl reads what the layer that makes the scores gets, and the teacher's last linear layer,"
+                    f" {path}, does not make them: name it, such as layer='fc:in'."
+                )
 
     def extras(self) -> dict[str, nn.Module]:
         return {"generator": self.images} if self.trained else {}

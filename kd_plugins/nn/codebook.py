@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from kd_plugins.errors import DistillError
 from kd_plugins.states import damage, replacing, seal, writing
 
-__all__ = ["Sample", "cached_codebook", "fingerprint_of", "fit_codebook"]
+__all__ = ["Sample", "cached_codebook", "fingerprint_of", "fit_codebook", "state_bytes"]
 
 _ITERATIONS = 20
 
@@ -150,9 +151,17 @@ def fingerprint_of(source: nn.Module | Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     state = source.state_dict() if isinstance(source, nn.Module) else source
     for name, value in sorted(state.items()):
-        if not isinstance(value, Tensor):  # a module's own state, which need not be a tensor
-            digest.update(f"{name} {value!r} ".encode())
-            continue
-        digest.update(f"{name} {value.dtype} {list(value.shape)} ".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        kind = f"{value.dtype} {list(value.shape)} " if isinstance(value, Tensor) else ""
+        digest.update(f"{name} {kind}".encode())
+        digest.update(state_bytes(value))
     return digest.hexdigest()
+
+
+def state_bytes(value: Any) -> bytes:
+    """An entry of a state dict; quantised layers pack their weights, and a module's own state may be anything."""
+    if isinstance(value, Tensor) and not value.is_quantized:
+        # Flat first: the bytes of a tensor without an axis cannot be viewed.
+        return value.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes()
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()

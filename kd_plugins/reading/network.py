@@ -144,14 +144,14 @@ class Network:
         if isinstance(output, Tensor):
             return output
         found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-        if found is None and isinstance(output, (tuple, list)):
-            tensors = [x for x in output if isinstance(x, Tensor) and x.dim() > 0]
-            found = tensors[0] if tensors else None
-            alike = sum(x.shape == found.shape for x in tensors) if found is not None and found.dim() == 2 else 1
-            if alike > 1:
+        if isinstance(output, (tuple, list)):
+            if found is None:
+                found = next((x for x in output if isinstance(x, Tensor) and x.dim() > 0), None)
+            alike = sum(_alike(x, found) for x in _tensors(output)) if isinstance(found, Tensor) else 0
+            if found is not None and alike > 1:
                 raise DistillError(
-                    f"Expected {type(self.module).__name__} to return one tensor of scores, got {alike} of the shape"
-                    f" {list(tensors[0].shape)}: switch its further heads off in training"
+                    f"Expected {type(self.module).__name__} to return one tensor of scores, got {alike} such as"
+                    f" {list(found.shape)}: switch its further heads off in training"
                     " (set_distilled_training(False), aux_logits=False), or wrap it in a module that returns one."
                 )
         if not isinstance(found, Tensor):
@@ -260,6 +260,19 @@ class Network:
                 f" {type(self.module).__name__} is not: leave freeze_lower out."
             )
         return key
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """The tensors in what a network returned."""
+    if isinstance(output, (tuple, list)):
+        return [x for part in output for x in _tensors(part)]
+    return [output] if isinstance(output, Tensor) else []
+
+
+def _alike(scores: Tensor, found: Tensor) -> bool:
+    """Whether both are scores of one kind: of one shape, or maps of the same classes in any size."""
+    maps = scores.dim() == found.dim() == 4
+    return scores.shape[:2] == found.shape[:2] if maps else scores.shape == found.shape
 
 
 @lru_cache

@@ -73,7 +73,8 @@ def class_scores(student: View, teacher: View, batch: Batch, temperature: float 
     token. One score alone is the logit of a sigmoid, but where `batch.task` is `"regression"`.
 
     Args:
-        student: Scores `[B, K]`, `[B, L, K]`, `[B, K, L]` or `[B, K, H, W]`, or one for each example `[B]`.
+        student: Scores `[B, K]`, `[B, L, K]`, `[B, K, L]` or `[B, K, H, W]`, or one for each example `[B]` or, where
+            the labels are of that shape and no shares, for each pixel `[B, H, W]`.
         teacher: Scores of the same classes.
         batch: Its task, labels, mask and ignored label.
         temperature: Of a loss between two softmaxes that asks nothing but how far they are apart. Where a cache holds
@@ -95,6 +96,8 @@ def class_scores(student: View, teacher: View, batch: Batch, temperature: float 
     s, t = (x.unsqueeze(1) if x.dim() == 1 else x for x in (s, t))
     # The labels of CTC are not aligned with the frames.
     labels = batch.labels if isinstance(batch.labels, Tensor) and batch.task != "ctc" else None
+    if batch.task == "segmentation" and labels is not None and _one_class(s, labels):
+        s, t = s.unsqueeze(1), t.unsqueeze(1)
     last = _classes_last(s, labels, batch)
     if top is not None:
         if batch.task in ("regression", "multilabel") or s.shape[-1] == 1 or not (last or s.dim() == 2):
@@ -144,10 +147,10 @@ def class_scores(student: View, teacher: View, batch: Batch, temperature: float 
     if real is not None:
         mask = real.bool() if mask is None else mask & real.bool()
     if batch.task == "causal-lm":
-        s, t = s[:, :-1], t[:, :-1]
-        mask, labels = (None if x is None else x[:, 1:] for x in (mask, labels))
+        s, t = s[..., :-1, :], t[..., :-1, :]
+        mask, labels = (None if x is None else x[..., 1:] for x in (mask, labels))
         # Padding on the left stands before a token that counts.
-        mask = mask & real.bool()[:, :-1] if real is not None else mask
+        mask = mask & real.bool()[..., :-1] if real is not None else mask
     mask, labels = (None if x is None else x.flatten(1) for x in (mask, labels))
     return Rows(s.flatten(1, -2), t.flatten(1, -2), mask, labels, binary, numbers, batch.ignore_index)
 
@@ -180,6 +183,13 @@ def _resized(scores: Tensor, like: Tensor) -> Tensor:
     if scores.shape[2:] == like.shape[2:]:
         return scores
     return F.interpolate(scores.float(), like.shape[2:], mode="bilinear", align_corners=False).to(scores.dtype)
+
+
+def _one_class(scores: Tensor, labels: Tensor) -> bool:
+    """Whether maps `[B, H, W]` are of one class without an axis for it, and not shares of the classes `[B, K, L]`."""
+    if scores.dim() != 3 or labels.shape != scores.shape:
+        return False
+    return not labels.is_floating_point() or bool((labels.sum(1) - 1).abs().max() > 1e-3)
 
 
 def _classes_last(scores: Tensor, labels: Tensor | None, batch: Batch) -> bool:

@@ -142,7 +142,7 @@ def test_refusals() -> None:
     with pytest.raises(DistillError, match="same K >= 2 classes"):
         bound(TinyNet(4), TinyNet(8, classes=5))
     with pytest.raises(DistillError, match="same K >= 2 classes"):
-        bound(TinyNet(4, classes=1), TinyNet(8, classes=1))
+        bound(TinyNet(4, classes=1), TinyNet(8, classes=1))  # whose softmax is always 1
     with pytest.raises(DistillError, match="above 1"):
         kd_plugins.create_distiller("dafl", log_base=1.0)
 
@@ -170,6 +170,24 @@ def spread(rows: slice) -> tuple[Tensor, Tensor]:
     loss.backward()
     assert logits.grad is not None
     return loss.detach(), logits.grad
+
+
+class ClassifierFirst(nn.Module):
+    """Its last linear layer is not the one that makes the scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.conv, self.project = nn.Linear(6, 4), nn.Conv2d(3, 8, 3), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.fc(self.project(self.conv(x).mean((2, 3))).relu())
+        return scores
+
+
+def test_a_layer_that_does_not_make_the_scores_is_not_taken_for_the_classifier() -> None:
+    with pytest.raises(DistillError, match=r"last linear layer, project, does not make them.*layer="):
+        bound(TinyNet(4), ClassifierFirst())
+    assert bound(TinyNet(4), ClassifierFirst(), layer="fc:in")[0].features == "fc:in"
 
 
 def test_the_class_mean_is_that_of_all_processes(tmp_path: Path) -> None:

@@ -618,7 +618,7 @@ def test_the_loss_of_one_logit():
 def test_two_heads_are_refused(run):
     two = type("Two", (torch.nn.Module,), {"forward": lambda self, x: (x.mean((2, 3)), x.mean((2, 3)))})
     session = run("--epochs", "1")
-    with pytest.raises(DistillError, match=r"Two returns 2 scores in training.*set_distilled_training\(False\)"):
+    with pytest.raises(DistillError, match="Two returns 2 scores in training.*aux_logits=False"):
         train.evaluate(session, two())
     session.model = two()
     images, labels = torch.zeros(2, 3, 16, 16), torch.zeros(2, dtype=torch.long)

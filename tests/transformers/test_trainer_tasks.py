@@ -33,6 +33,7 @@ from trainer_kit import (
 from transformers import Trainer
 
 from kd_plugins import Distiller, DistillError, Needs, Stage
+from kd_plugins.nn.codebook import fingerprint_of
 from kd_transformers import cache_teacher
 from kd_transformers.columns import with_padding
 from kd_transformers.playing import divides
@@ -218,6 +219,24 @@ def test_regression(tmp_path: Path, numbers: int) -> None:
         assert logged(run, f"distill/{soft}")[0] == pytest.approx(weight * float((s - t).square().mean()), rel=1e-5)
         task = (s - labels.view(4, numbers)).square().mean()
         assert logged(run, "distill/task")[0] == pytest.approx(0.75 * float(task), rel=1e-5)
+
+
+def test_one_score_with_class_numbers_is_the_logit_of_a_sigmoid(tmp_path: Path) -> None:
+    """Where its loss is the user's own; transformers' own takes one score for a number."""
+    student, of = bert(num_labels=1), teacher(num_labels=1)
+    data = Texts(4)
+    data.labels = torch.tensor([0, 1, 1, 0])
+    ids = {"input_ids": data.ids, "attention_mask": data.mask}
+
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        return F.binary_cross_entropy_with_logits(outputs.logits.squeeze(1), labels.float())
+
+    with torch.no_grad():
+        s, t = (torch.cat([z := model(**ids).logits, torch.zeros_like(z)], 1) for model in (student, of))
+    options = {"alpha": 1.0, "temperature": 4.0}
+    run = trainer(tmp_path, "kd", options, student=student, of=of, data=data, given={"compute_loss_func": loss})
+    run.train()
+    assert logged(run, "distill/kd")[0] == pytest.approx(kl(s, t).mean().item(), rel=1e-4)
 
 
 def test_question_answering(tmp_path: Path) -> None:
@@ -670,12 +689,19 @@ def test_a_stream_whose_columns_are_not_known(tmp_path: Path) -> None:
     assert difference(*updates) < 1e-6
 
 
-@pytest.mark.parametrize("change", ["float", "integers"])
+@pytest.mark.parametrize("change", ["float", "integers", "packed"])
 def test_a_cache_of_any_teacher(change: str) -> None:
-    """Buffers without an axis (BatchNorm's counter) and integer weights have a fingerprint too."""
+    """Buffers without an axis (BatchNorm's counter), integer and packed weights have a fingerprint too."""
     of, data = image_classifier([4, 8], 1), Images(4)
     if change == "integers":
         of.register_buffer("scales", torch.tensor(3, dtype=torch.int8))
+    if change == "packed":
+        packed = {"get_extra_state": lambda self: (self.packed, torch.int8), "packed": torch.arange(5000)}
+        of.__class__ = type("Packed", (type(of),), packed)
+        before = fingerprint_of(of)
+        assert fingerprint_of(of) == before
+        of.packed[2500] += 1
+        assert fingerprint_of(of) != before
     rows = Dataset.from_dict({"pixel_values": data.images.tolist()}).with_format("torch")
     cached = cache_teacher(rows, of)
     with torch.no_grad():
