@@ -58,21 +58,22 @@ def kind_of(model: nn.Module) -> str:
     return "other" if kind == "sequence to sequence" and not config.is_encoder_decoder else kind
 
 
-def task_of(model: nn.Module, labels: Any = None) -> str:
+def task_of(model: nn.Module, labels: Any = None, *, own_loss: bool = False) -> str:
     """What a model's logits are: `"classification"`, `"multilabel"`, `"regression"`, `"token"`, `"causal-lm"`, ...
 
     A classifier without a `problem_type` is multi-label if its labels are floats, which transformers sees by them, too.
-    Of another model they may be soft labels, several classes or a number, which its class does not tell: `"other"`.
+    Of another model they may be soft labels, several classes or a number, which its class does not tell: `"other"`. So
+    may the one score of a loss that is not the model's own, a number or the logit of a sigmoid, where labels are whole.
     """
     kind = kind_of(model)
     config: Any = getattr(base(model), "config", None)
     floats = isinstance(labels, Tensor) and labels.is_floating_point()
     if kind != "classification" or not hasattr(config, "to_dict"):
         return "other" if floats and kind == "classification" else _KINDS[kind][0]
-    # A number has no class numbers for labels: one score with these is the logit of a sigmoid, of a loss of the user's.
-    number = config.num_labels == 1 and (floats or not isinstance(labels, Tensor))
-    guess = "regression" if number else "multi_label_classification" if floats else ""
+    guess = "regression" if config.num_labels == 1 else "multi_label_classification" if floats else ""
     problem = getattr(config, "problem_type", None) or guess
+    if own_loss and isinstance(labels, Tensor) and config.num_labels == 1 and not (floats or config.problem_type):
+        return "other"
     return {"multi_label_classification": "multilabel", "regression": "regression"}.get(problem, kind)
 
 

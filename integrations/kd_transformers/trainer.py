@@ -284,7 +284,7 @@ class DistillationTrainer(Resumable):
         logits, classes, layers = pop_told(theirs, len(self.teachers))
         student = base(self.model)
         labels, mask = labels_of(student, own, self._label)
-        task = self.task or task_of(student, labels)
+        task = self.task or task_of(student, labels, own_loss=self.compute_loss_func is not None)
         return Batch.of(
             own | decoder_inputs(student, own, labels),
             labels,

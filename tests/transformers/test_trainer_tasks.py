@@ -221,8 +221,9 @@ def test_regression(tmp_path: Path, numbers: int) -> None:
         assert logged(run, "distill/task")[0] == pytest.approx(0.75 * float(task), rel=1e-5)
 
 
-def test_one_score_with_class_numbers_is_the_logit_of_a_sigmoid(tmp_path: Path) -> None:
-    """Where its loss is the user's own; transformers' own takes one score for a number."""
+@pytest.mark.parametrize("task", ["multilabel", "classification", "regression", None])
+def test_one_score_with_whole_labels_of_a_loss_of_ones_own(tmp_path: Path, task: str | None) -> None:
+    """Nothing tells whether it is a number or the logit of a sigmoid; to the loss of transformers it is a number."""
     student, of = bert(num_labels=1), teacher(num_labels=1)
     data = Texts(4)
     data.labels = torch.tensor([0, 1, 1, 0])
@@ -233,10 +234,25 @@ def test_one_score_with_class_numbers_is_the_logit_of_a_sigmoid(tmp_path: Path) 
 
     with torch.no_grad():
         s, t = (torch.cat([z := model(**ids).logits, torch.zeros_like(z)], 1) for model in (student, of))
-    options = {"alpha": 1.0, "temperature": 4.0}
-    run = trainer(tmp_path, "kd", options, student=student, of=of, data=data, given={"compute_loss_func": loss})
+    right = (s - t).square().sum(1).mean() if task == "regression" else kl(s, t).mean()
+    given = {"compute_loss_func": loss, "task": task}
+    run = trainer(tmp_path, "kd", {"alpha": 1.0, "temperature": 4.0}, student=student, of=of, data=data, given=given)
+    if task is None:
+        with pytest.raises(DistillError, match="does not tell what its scores are: say it with task="):
+            run.train()
+        return
     run.train()
-    assert logged(run, "distill/kd")[0] == pytest.approx(kl(s, t).mean().item(), rel=1e-4)
+    assert logged(run, "distill/kd")[0] == pytest.approx(right.item(), rel=1e-4)
+
+
+def test_one_score_with_whole_labels_of_the_models_own_loss_is_a_number(tmp_path: Path) -> None:
+    student, of, data = bert(num_labels=1), teacher(num_labels=1), Texts(4)
+    data.labels = torch.tensor([0, 1, 1, 0])
+    with torch.no_grad():
+        s, t = (model(input_ids=data.ids, attention_mask=data.mask).logits for model in (student, of))
+    run = trainer(tmp_path, "kd", {"alpha": 1.0}, student=student, of=of, data=data)
+    run.train()
+    assert logged(run, "distill/kd")[0] == pytest.approx((s - t).square().mean().item(), rel=1e-4)
 
 
 def test_question_answering(tmp_path: Path) -> None:
