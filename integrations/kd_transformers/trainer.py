@@ -306,11 +306,14 @@ class DistillationTrainer(Resumable):
         return self.label_names[0] if len(self.label_names) == 1 else "labels"
 
     def _normalisation(self) -> dict[str, Any]:
-        """The mean and std of the images, where an image processor tells."""
+        """The mean and std of images in [0, 1], where an image processor tells."""
         processor: Any = getattr(self.processing_class, "image_processor", self.processing_class)
-        if not getattr(processor, "do_normalize", False):
+        if not hasattr(processor, "do_normalize"):
             return {}
-        return {"mean": processor.image_mean, "std": processor.image_std}
+        mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ((0.0,), (1.0,))
+        # Images that are not rescaled are taken to be in [0, 1] already, as transformers says of them.
+        scale = 255 * processor.rescale_factor if getattr(processor, "do_rescale", False) else 1
+        return {"mean": [x / scale for x in mean], "std": [x / scale for x in std]}
 
     def _own_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What the student reads of a batch."""

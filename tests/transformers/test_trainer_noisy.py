@@ -62,3 +62,21 @@ def test_trainer_fickle_text_teacher_and_pixel_noise(tmp_path: Any) -> None:
     )
     run.train()
     assert {"distill/kd", "distill/task"} <= set().union(*run.state.log_history)
+
+
+@pytest.mark.parametrize(
+    ("given", "mean", "std"),
+    [
+        ({"image_mean": (0.5, 0.4, 0.3), "image_std": (0.25, 0.2, 0.5)}, [0.5, 0.4, 0.3], [0.25, 0.2, 0.5]),
+        ({"do_rescale": False, "image_mean": (0.5,), "image_std": (0.25,)}, [0.5], [0.25]),
+        ({"do_normalize": False}, [0.0], [1.0]),
+        ({"do_normalize": False, "rescale_factor": 2 / 255}, [0.0], [0.5]),
+    ],
+)
+def test_what_an_image_processor_makes_of_pixels(
+    tmp_path: Any, given: dict[str, Any], mean: list[float], std: list[float]
+) -> None:
+    run = image_trainer(tmp_path, image_classifier([4, 8], 0), processing_class=transformers.ViTImageProcessor(**given))
+    batch = run._batch(next(iter(run.get_train_dataloader())))
+    assert batch.mean == pytest.approx(mean)
+    assert batch.std == pytest.approx(std)
