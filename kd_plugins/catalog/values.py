@@ -43,6 +43,7 @@ class Range:
 Positive = Annotated[float, Range(above=0)]
 NonNegative = Annotated[float, Range(low=0)]
 Share = Annotated[float, Range(low=0, high=1)]
+Fraction = Annotated[float, Range(above=0, below=1)]
 AtLeastOne = Annotated[int, Range(low=1)]
 
 

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from kd_plugins import Batch, DistillError, Needs, Nets, Paper, Reads
+from kd_plugins import functional as KF
 from kd_plugins.catalog.values import AtLeastOne, NonNegative, Positive, Share
-from kd_plugins.functional.crd import crd, crd_log_z
-from kd_plugins.functional.embedding import embedding
 from kd_plugins.layers import LayerDistiller
 from kd_plugins.nn.bank import PairMemory
 
@@ -81,7 +80,7 @@ class CRD(LayerDistiller):
                 f" {len(teacher)} of the teacher's in a batch of {self.size}: take layers of whole examples, which a"
                 " model that reads every choice as a row of its own has not."
             )
-        ours, theirs = (_averaged(x).shape[1] for x in (student, teacher))
+        ours, theirs = (KF.embedding(x).shape[1] for x in (student, teacher))
         return PairMemory(ours, theirs, self.dim, self.rows, self.momentum, self.normalize)
 
     def distance(self, student: Tensor, teacher: Tensor, part: Any, batch: Batch) -> Tensor:
@@ -92,17 +91,12 @@ class CRD(LayerDistiller):
             raise DistillError("crd draws rows of other classes, and the labels are no classes [B]: take others=rows.")
         for bank in part.banks:
             bank.momentum = self.momentum
-        ours, theirs = _averaged(student, batch.mask), _averaged(teacher, batch.teacher_mask)
+        ours, theirs = KF.embedding(student, batch.mask), KF.embedding(teacher, batch.teacher_mask)
         sides: list[tuple[Tensor, Tensor, Tensor]] = part(ours, theirs, batch.index, classes)
         rows = part.others.draw(classes, min(self.negatives, self.rows), self.host.generator(student.device))
         tau = self.temperature
         if part.log_z.isnan().any():
-            found = [crd_log_z(own, bank, rows, temperature=tau) for own, _, bank in sides]
+            found = [KF.crd_log_z(own, bank, rows, temperature=tau) for own, _, bank in sides]
             part.log_z.copy_(self.host.mean(torch.stack(found)))
-        terms = [crd(*side, rows, temperature=tau, log_z=z) for side, z in zip(sides, part.log_z, strict=True)]
+        terms = [KF.crd(*side, rows, temperature=tau, log_z=z) for side, z in zip(sides, part.log_z, strict=True)]
         return torch.stack(terms).sum()
-
-
-def _averaged(x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Tokens as the mean of the real ones; maps as they are, which the heads average."""
-    return embedding(x, mask) if x.dim() == 3 else x

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from kd_plugins import Batch, Distiller, DistillError, Needs, Nets, OptimSpec, P
 from kd_plugins import functional as KF
 from kd_plugins.aggregation import Aggregating, first_alpha, inverse_rms, read_search
 from kd_plugins.catalog.options import options_of
-from kd_plugins.catalog.values import NonNegative, Positive, Range
+from kd_plugins.catalog.values import Fraction, NonNegative, Positive
 from kd_plugins.distiller import Terms, Turn
 from kd_plugins.reading.trunk import check_maps, find_groups
 
@@ -85,9 +85,9 @@ class DFA(Aggregating, Distiller):
         ts_weight: NonNegative = 1.0,
         regularizer: NonNegative = 0.0,
         normalize: bool = False,
-        search_share: Annotated[float, Range(above=0, below=1)] = 0.25,
+        search_share: Fraction = 0.25,
         search_epochs: Positive | None = None,
-        held_out: Annotated[float, Range(above=0, below=1)] = 0.5,
+        held_out: Fraction = 0.5,
         seed: int = 0,
     ) -> None:
         super().__init__()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from kd_plugins import Batch, Distiller, DistillError, Needs, Nets, Paper, Reads, Stage, View
 from kd_plugins import functional as KF
-from kd_plugins.catalog.values import NonNegative, Positive, Range
+from kd_plugins.catalog.values import Fraction, NonNegative, Positive
 from kd_plugins.distiller import Terms
 from kd_plugins.methods.kd import soft_labels
 from kd_plugins.nn.connectors import as_weights
@@ -69,7 +69,7 @@ class Internal(Distiller):
         layers: str = "uniform",
         attention_weight: NonNegative = 1.0,
         hidden_weight: NonNegative = 1.0,
-        classification_share: Annotated[float, Range(above=0, below=1)] = 0.5,
+        classification_share: Fraction = 0.5,
         phase_epochs: Positive | None = None,
         threshold: float | None = None,
         fresh_optimizer: bool = True,

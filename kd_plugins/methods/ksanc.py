@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kd_plugins import Batch, DistillError, Needs, Nets, OptimSpec, Paper, Stage, View
 from kd_plugins import functional as KF
-from kd_plugins.catalog.values import AtLeastOne, NonNegative, Range
+from kd_plugins.catalog.values import AtLeastOne, Fraction, NonNegative
 from kd_plugins.distiller import Terms, Turn
 from kd_plugins.errors import check_built
 from kd_plugins.layers import LayerDistiller, Pair
@@ -76,7 +76,7 @@ class KSANC(LayerDistiller):
         adversarial_weight: NonNegative = 0.1,
         task_weight: NonNegative = 1.0,
         dim: AtLeastOne | None = None,
-        estimator_share: Annotated[float, Range(above=0, below=1)] = 0.1,
+        estimator_share: Fraction = 0.1,
         hidden: tuple[AtLeastOne, ...] = (128, 256, 128),
         fooled: NonNegative = 0.5,
         l1: NonNegative = 1e-5,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kd_plugins import Batch, DistillError, Nets, Paper, View
 from kd_plugins import functional as KF
-from kd_plugins.catalog.values import NonNegative, Positive, Range
+from kd_plugins.catalog.values import Fraction, NonNegative, Positive, Range
 from kd_plugins.distiller import Terms
 from kd_plugins.layers import LayerDistiller, Pair
 from kd_plugins.nn.codebook import Sample, fingerprint_of
@@ -80,7 +80,7 @@ class QUEST(LayerDistiller):
         words: Annotated[int, Range(low=2)] | None = None,
         weight: NonNegative = 1.0,
         temperature: Positive | None = None,
-        sharpness: Annotated[float, Range(above=0, below=1)] | None = None,
+        sharpness: Fraction | None = None,
         max_vectors: int = 200_000,
         seed: int | None = None,
         cache: str | None = None,

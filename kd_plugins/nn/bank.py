@@ -139,8 +139,8 @@ class PairMemory(nn.Module):
         """Takes up a batch, and gives each side's anchors `[B, D]`, positives `[B, D]` and bank of the other `[M, D]`.
 
         Args:
-            student: `[B, C_s, ...]`.
-            teacher: `[B, C_t, ...]`.
+            student: `[B, C_s]`.
+            teacher: `[B, C_t]`.
             rows: The batch's rows `[B]`.
             classes: Their classes `[B]`.
         """

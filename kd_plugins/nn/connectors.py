@@ -74,9 +74,9 @@ class GaussianRegressor(nn.Module):
 
 
 class UnitHead(nn.Linear):
-    """A linear embedding of length 1: the mean over the positions of a map, or a vector, `[B, C, ...]` to `[B, D]`."""
+    """A linear embedding of length 1, of vectors `[B, C]` to `[B, D]`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """The embedding, in float32."""
         with no_autocast(x):
-            return F.normalize(super().forward(x.float().unsqueeze(2).flatten(2).mean(2)), dim=1)
+            return F.normalize(super().forward(x.float()), dim=1)
