@@ -23,9 +23,13 @@ class Host:
     """Random streams and means over processes, as `self.host` of every method.
 
     The streams are saved in checkpoints. Their seed is torch's own where no host has set one.
+
+    Attributes:
+        task: What the scores are, as `Batch.task` has it, where that is known before there is a batch.
     """
 
     def __init__(self) -> None:
+        self.task = ""
         self._seed: int | None = None
         self._generators: dict[str, torch.Generator] = {}
 

@@ -232,3 +232,19 @@ def test_a_network_of_several_scores_is_refused(several, task):
     nets = bind(distiller, Two(4, 3), nn.Linear(4, 3))
     with pytest.raises(DistillError, match="one tensor of scores, got 2"):
         next(iter(distiller.turns(nets, Batch.of(torch.randn(2, 4), torch.tensor([0, 1]), task=task))))
+
+
+@pytest.mark.parametrize("method", ["kd", "noisy"])
+@pytest.mark.parametrize(
+    ("task", "shape", "expected"),
+    [("classification", (2, 5), 4.0), ("segmentation", (2, 5, 3, 3), 4.0), ("ctc", (2, 3, 5), 4.0)]
+    + [("token", (2, 3, 5), 1.0), ("causal-lm", (2, 3, 5), 1.0)],
+)
+def test_the_default_temperature_is_that_of_the_task(
+    method: str, task: str, shape: tuple[int, ...], expected: float
+) -> None:
+    views, batch = [View(x) for x in logits(*shape)], Batch(size=2, task=task)
+    default, named = create_distiller(method), create_distiller(method, temperature=expected)
+    assert default.loss(*views, batch)["kd"] == named.loss(*views, batch)["kd"]
+    default.host.task = task
+    assert default.needs() == named.needs()

@@ -25,7 +25,7 @@ from kd_plugins.errors import told as told_in_words
 from kd_plugins.nn.codebook import state_bytes
 from kd_transformers.absent import Absent
 from kd_transformers.asking import Asking, Views
-from kd_transformers.checks import kind_of
+from kd_transformers.checks import kind_of, task_of
 from kd_transformers.columns import TEACHER_LOGITS, Told, is_told, with_padding
 from kd_transformers.compat import rows_id
 from kd_transformers.playing import listed
@@ -138,6 +138,8 @@ def cache_teacher(
         raise DistillError(f"Expected a data_collator, which makes a batch of rows, got {data_collator!r}.")
     with told_in_words(f"device={device!r} is no device of torch", RuntimeError, remedy="give one, such as 'cuda:0'"):
         place = None if device is None else torch.device(device)
+    for part in method.methods.values() if method is not None else ():
+        part.host.task = task_of(teachers[0])
     layers = [layers_of(method, i) or () if method is not None else () for i in range(len(teachers))]
     if top_k and method is not None:
         asked_at = temperature_read(method, len(teachers), "top_k")

@@ -108,7 +108,7 @@ def class_scores(student: View, teacher: View, batch: Batch, temperature: float 
         if temperature != top.temperature:
             raise DistillError(
                 f"The cache holds the highest of the teacher's scores at temperature {top.temperature:g}, and the loss"
-                f" has {temperature:g}: make it anew with that temperature."
+                f" has {temperature:g}: make it anew with that temperature, or give the loss the cache's."
             )
         s = merge_rest(s, top.classes, top.temperature)
     if not last and s.dim() == 4 and t.dim() == 4:

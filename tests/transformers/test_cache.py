@@ -520,7 +520,7 @@ def test_scores_of_tokens_and_the_highest_of_them(task, tmp_path):
     assert kit.difference(plain, few) > 1e-4
     lengths = [len(row) for row in data["input_ids"]]
     assert [torch.tensor(x).shape for x in cached(1)[TEACHER_LOGITS][:]] == [(n, 2) for n in lengths]
-    with pytest.raises(DistillError, match="at temperature 2, and the loss has 4"):
+    with pytest.raises(DistillError, match="at temperature 2, and the loss has 1"):
         train(tmp_path, cached(1), teacher, student=tokens(kind, 1, 0), data_collator=collate)
 
 
@@ -545,7 +545,7 @@ def test_language_models_need_no_teacher_beside_the_column(task, tmp_path):
     """What the column is of is noted with it: the size of a vocabulary is no number of labels."""
     kind, data, collate = task
     for top_k in (None, 2):
-        cached = cache_teacher(data, tokens(kind, 2, 5), collate, top_k=top_k, temperature=4.0)
+        cached = cache_teacher(data, tokens(kind, 2, 5), collate, distiller="kd", top_k=top_k)
         DistillationTrainer(
             tokens(kind, 1, 0), kit.arguments(tmp_path), train_dataset=cached, distiller="kd", data_collator=collate
         )
@@ -564,7 +564,7 @@ def left_padded() -> Dataset:
 @pytest.mark.parametrize("top_k", [None, 64])
 def test_a_token_that_follows_padding_is_not_compared(tmp_path, top_k):
     data, teacher = left_padded(), tokens("causal", 2, 5)
-    cached = cache_teacher(data, teacher, top_k=top_k, temperature=4.0)
+    cached = cache_teacher(data, teacher, distiller="kd", top_k=top_k)
     plain, quick = (kit.weights(train(tmp_path, d, teacher, tokens("causal", 1, 0)).model) for d in (data, cached))
     assert kit.difference(plain, quick) < 1e-5
 

@@ -106,7 +106,7 @@ def test_texts_that_are_packed_in_a_row(tmp_path: Path) -> None:
     student, of = pair(llama)
     texts = [torch.randint(64, (n,), generator=torch.Generator().manual_seed(n)) for n in (5, 9, 7)]
     with torch.no_grad():
-        rows = [kl(*(net(text[None]).logits[:, :-1] for net in (student, of))) for text in texts]
+        rows = [kl(*(net(text[None]).logits[:, :-1] for net in (student, of)), 1.0) for text in texts]
     given = {"data_collator": hf.DataCollatorWithFlattening()}
     data = [{"input_ids": text.tolist()} for text in texts]
     run = trainer(tmp_path, options={"alpha": 1.0}, student=student, of=of, data=data, given=given, max_steps=1)
@@ -192,7 +192,7 @@ def test_padding_in_the_labels_is_left_out(tmp_path: Path) -> None:
     texts = Texts(4)
     inputs = {"input_ids": texts.ids, "attention_mask": texts.mask}
     with torch.no_grad():
-        found = kl(*(net(**inputs).logits[:, :-1] for net in (student, of)))
+        found = kl(*(net(**inputs).logits[:, :-1] for net in (student, of)), 1.0)
     real = texts.mask[:, 1:]
     data = rows_of({**inputs, "labels": texts.ids})
     run = trainer(tmp_path, options={"alpha": 1.0}, student=student, of=of, data=data, max_steps=1)
@@ -264,7 +264,7 @@ def test_question_answering(tmp_path: Path) -> None:
     with torch.no_grad():
         s, t = (net(input_ids=ids) for net in (student, of))
         task = student(input_ids=ids, start_positions=starts, end_positions=ends).loss
-    found = torch.stack([kl(s.start_logits, t.start_logits), kl(s.end_logits, t.end_logits)], 1)
+    found = torch.stack([kl(s.start_logits, t.start_logits, 1.0), kl(s.end_logits, t.end_logits, 1.0)], 1)
     found[3] = 0.0
     run = trainer(tmp_path, student=student, of=of, data=data, given={"eval_dataset": data}, **SGD)
     before = run.evaluate()
@@ -321,7 +321,7 @@ def test_sequence_to_sequence(tmp_path: Path, make: Any, start: int) -> None:
     inputs = {"input_ids": ids, "attention_mask": mask}
     with torch.no_grad():
         s, t = (net(**inputs, decoder_input_ids=later).logits for net in (student, of))
-    found, real = kl(s, t), labels != -100
+    found, real = kl(s, t, 1.0), labels != -100
     data = rows_of({**inputs, "labels": labels})
     run = trainer(tmp_path, student=student, of=of, data=data, **SGD)
     run.train()
