@@ -156,11 +156,12 @@ def test_ignored_labels_of_one_score_are_left_out(dtype, axis, task):
 
 
 @pytest.mark.parametrize("dtype", [torch.long, torch.float32])
-def test_maps_of_one_class_need_no_axis_for_it(dtype):
+@pytest.mark.parametrize("axis", [False, True])
+def test_maps_of_one_class_need_no_axis_for_it(dtype, axis):
     s, t = logits(2, 5, 7)
     labels = torch.randint(2, (2, 5, 7), generator=torch.Generator().manual_seed(1)).to(dtype)
     labels[0, 2] = 255
-    given = {"labels": labels, "task": "segmentation", "ignore_index": 255}
+    given = {"labels": labels.unsqueeze(1) if axis else labels, "task": "segmentation", "ignore_index": 255}
     expected = kd(Batch.of(torch.zeros(2, 3), **given), s.unsqueeze(1), t.unsqueeze(1))
     assert kd(Batch.of(torch.zeros(2, 3), **given), s, t) == pytest.approx(expected, rel=1e-6)
     assert class_scores(View(s), View(t), Batch.of(torch.zeros(2, 3), **given)).binary

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -308,12 +309,14 @@ class DistillationTrainer(Resumable):
     def _normalisation(self) -> dict[str, Any]:
         """The mean and std of images in [0, 1], where an image processor tells."""
         processor: Any = getattr(self.processing_class, "image_processor", self.processing_class)
-        if not hasattr(processor, "do_normalize"):
-            return {}
-        mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ((0.0,), (1.0,))
+        if not all(hasattr(processor, name) for name in ("do_normalize", "image_mean", "image_std")):
+            return {}  # as those of sound
+        mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
+        if mean is None or std is None:
+            return {}  # each image by its own
         # Images that are not rescaled are taken to be in [0, 1] already, as transformers says of them.
         scale = 255 * processor.rescale_factor if getattr(processor, "do_rescale", False) else 1
-        return {"mean": [x / scale for x in mean], "std": [x / scale for x in std]}
+        return {name: (np.ravel(values) / scale).tolist() for name, values in (("mean", mean), ("std", std))}
 
     def _own_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What the student reads of a batch."""

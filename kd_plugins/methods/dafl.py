@@ -131,9 +131,9 @@ class DAFL(Distiller):
             )
         if self.layer is None:
             path = nets.teacher.network.classifier()
-            scores = nets.teacher.module.get_submodule(path)(asked.features[self.features])
-            # Sorted, as the teacher's classes may be read in the student's order.
-            made_here = [x.sort(-1).values for x in (scores, teacher)]
+            # Flat, as a convolution's are maps of one pixel; sorted, as the classes may be in the student's order.
+            scores = nets.teacher.module.get_submodule(path)(asked.features[self.features]).flatten(1)
+            made_here = [x.float().sort(-1).values for x in (scores, teacher)]
             if scores.shape != teacher.shape or not torch.allclose(*made_here, rtol=1e-2, atol=1e-3):
                 raise DistillError(
                     "dafl reads what the layer that makes the scores gets, and the teacher's last linear layer,"

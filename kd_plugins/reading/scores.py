@@ -74,7 +74,7 @@ def class_scores(student: View, teacher: View, batch: Batch, temperature: float 
 
     Args:
         student: Scores `[B, K]`, `[B, L, K]`, `[B, K, L]` or `[B, K, H, W]`, or one for each example `[B]` or, where
-            the labels are of that shape and no shares, for each pixel `[B, H, W]`.
+            the labels are of that shape (or `[B, 1, H, W]`) and no shares, for each pixel `[B, H, W]`.
         teacher: Scores of the same classes.
         batch: Its task, labels, mask and ignored label.
         temperature: Of a loss between two softmaxes that asks nothing but how far they are apart. Where a cache holds
@@ -187,9 +187,10 @@ def _resized(scores: Tensor, like: Tensor) -> Tensor:
 
 def _one_class(scores: Tensor, labels: Tensor) -> bool:
     """Whether maps `[B, H, W]` are of one class without an axis for it, and not shares of the classes `[B, K, L]`."""
-    if scores.dim() != 3 or labels.shape != scores.shape:
+    if scores.dim() != 3 or labels.shape not in (scores.shape, scores.unsqueeze(1).shape):
         return False
-    return not labels.is_floating_point() or bool((labels.sum(1) - 1).abs().max() > 1e-3)
+    shares = labels.dim() == 3 and labels.is_floating_point()
+    return not shares or bool((labels.sum(1) - 1).abs().max() > 1e-3)
 
 
 def _classes_last(scores: Tensor, labels: Tensor | None, batch: Batch) -> bool:

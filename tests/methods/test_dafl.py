@@ -190,6 +190,17 @@ def test_a_layer_that_does_not_make_the_scores_is_not_taken_for_the_classifier()
     assert bound(TinyNet(4), ClassifierFirst(), layer="fc:in")[0].features == "fc:in"
 
 
+def test_the_layer_that_makes_the_scores_may_be_a_convolution_or_of_another_precision() -> None:
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    batch = Batch.of(size=2, shape=(3, 32, 32))
+    distiller = kd_plugins.create_distiller("dafl", width=4, latent=5)
+    kd_plugins.bind(distiller, TinyNet(4), timm.create_model("dla46_c", num_classes=4), batch=batch)
+    assert distiller.features == "fc:in"
+    teacher = TinyNet(8).bfloat16()
+    teacher.register_forward_hook(lambda _module, _args, scores: scores.float())
+    bound(TinyNet(4), teacher)
+
+
 def test_the_class_mean_is_that_of_all_processes(tmp_path: Path) -> None:
     on_two_processes(__file__, str(tmp_path))
     loss, gradient = spread(slice(0, 8))

@@ -80,3 +80,19 @@ def test_what_an_image_processor_makes_of_pixels(
     batch = run._batch(next(iter(run.get_train_dataloader())))
     assert batch.mean == pytest.approx(mean)
     assert batch.std == pytest.approx(std)
+
+
+@pytest.mark.parametrize(
+    ("processor", "told"),
+    [
+        ("Wav2Vec2FeatureExtractor", (None, None)),
+        ("Pix2StructImageProcessor", (None, None)),
+        ("FuyuImageProcessor", ([0.5], [0.5])),
+    ],
+    ids=["sound", "each image by its own mean", "one number"],
+)
+def test_other_processors_do_not_stop_the_training(tmp_path: Any, processor: str, told: tuple[Any, Any]) -> None:
+    given = getattr(transformers, processor)()
+    run = image_trainer(tmp_path, image_classifier([4, 8], 0), processing_class=given)
+    batch = run._batch({"pixel_values": torch.zeros(2, 3, 8, 8), "labels": torch.tensor([0, 1])})
+    assert (batch.mean, batch.std) == told
