@@ -63,7 +63,7 @@ def task_of(model: nn.Module, labels: Any = None, *, own_loss: bool = False) -> 
 
     A classifier without a `problem_type` is multi-label if its labels are floats, which transformers sees by them, too.
     Of another model they may be soft labels, several classes or a number, which its class does not tell: `"other"`. So
-    may the one score of a loss that is not the model's own, a number or the logit of a sigmoid, where labels are whole.
+    may the one score of a loss that is not the model's own, a number or the logit of a sigmoid.
     """
     kind = kind_of(model)
     config: Any = getattr(base(model), "config", None)
@@ -71,10 +71,10 @@ def task_of(model: nn.Module, labels: Any = None, *, own_loss: bool = False) -> 
     if kind != "classification" or not hasattr(config, "to_dict"):
         return "other" if floats and kind == "classification" else _KINDS[kind][0]
     guess = "regression" if config.num_labels == 1 else "multi_label_classification" if floats else ""
-    problem = getattr(config, "problem_type", None) or guess
-    if own_loss and isinstance(labels, Tensor) and config.num_labels == 1 and not (floats or config.problem_type):
+    stated = getattr(config, "problem_type", None)
+    if own_loss and isinstance(labels, Tensor) and config.num_labels == 1 and not stated:
         return "other"
-    return {"multi_label_classification": "multilabel", "regression": "regression"}.get(problem, kind)
+    return {"multi_label_classification": "multilabel", "regression": "regression"}.get(stated or guess, kind)
 
 
 @lru_cache

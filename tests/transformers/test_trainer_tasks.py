@@ -221,12 +221,13 @@ def test_regression(tmp_path: Path, numbers: int) -> None:
         assert logged(run, "distill/task")[0] == pytest.approx(0.75 * float(task), rel=1e-5)
 
 
+@pytest.mark.parametrize("labels", [torch.tensor([0, 1, 1, 0]), torch.tensor([0.0, 1.0, 1.0, 0.0])])
 @pytest.mark.parametrize("task", ["multilabel", "classification", "regression", None])
-def test_one_score_with_whole_labels_of_a_loss_of_ones_own(tmp_path: Path, task: str | None) -> None:
+def test_one_score_of_a_loss_of_ones_own(tmp_path: Path, task: str | None, labels: Tensor) -> None:
     """Nothing tells whether it is a number or the logit of a sigmoid; to the loss of transformers it is a number."""
     student, of = bert(num_labels=1), teacher(num_labels=1)
     data = Texts(4)
-    data.labels = torch.tensor([0, 1, 1, 0])
+    data.labels = labels
     ids = {"input_ids": data.ids, "attention_mask": data.mask}
 
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
