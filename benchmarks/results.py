@@ -1,7 +1,7 @@
 """Writes the tables of docs/results.md from the files in benchmarks/results, so that no figure is typed by hand.
 
 A table stands between `<!-- results: NAME -->` and `<!-- end -->`; its rows are those of `NAME.json`, what
-`python -m benchmarks quality lists/NAME.yaml` wrote, `python -m benchmarks speed`, or `python -m benchmarks phases`.
+`python -m benchmarks quality lists/NAME.yaml` wrote, `python -m benchmarks speed`, `phases`, or `tokens`.
 Those of the table `methods` are every method's, as `methods.yaml` finds them in these files.
 """
 
@@ -46,7 +46,19 @@ def phases(report: dict[str, Any]) -> list[list[Any]]:
     return rows
 
 
-MEASURED = {"jobs": costs, "phases": phases}
+def tokens(report: dict[str, Any]) -> list[list[Any]]:
+    """The held-out losses of `tokens` as a head and rows."""
+    rows: list[list[Any]] = [["setting", "loss", "against alone"]]
+    for job, found in report["tokens"].items():
+        rows.append([f"**{job}**, the teacher {found['teacher']:.3f}", "", ""])
+        alone = dict(enumerate(found["losses"]["alone"]))
+        for setting, losses in found["losses"].items():
+            apart = "–" if setting == "alone" else difference(dict(enumerate(losses)), alone, "+.3f")
+            rows.append([setting, f"{statistics.mean(losses):.3f}", apart])
+    return rows
+
+
+MEASURED = {"jobs": costs, "phases": phases, "tokens": tokens}
 
 
 def path_of(name: str) -> Path:

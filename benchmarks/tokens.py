@@ -9,7 +9,6 @@ students of `kd`, each in the mean over the seeds and paired with the student al
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from benchmarks.timing import machine, print_table, write
 from kd_transformers import DistillationTrainer
 
 __all__ = ["main"]
@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args(argv)
-    found = []
+    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for file in args.files:
             text = file.read_text(encoding="utf-8", errors="replace")[:1_000_000]
@@ -106,12 +106,10 @@ def main(argv: Sequence[str]) -> int:
                         student, kd = network(job, 2, 48), {"distiller": "kd", "teacher_model": teacher}
                         given = {} if options is None else {**kd, "distiller_args": options}
                         losses[name].append(trained(student, data, held_out, args.steps, seed, folder, **given))
-                for name, values in losses.items():
-                    apart = [a - b for a, b in zip(values, losses["alone"], strict=True)]
-                    row = {"file": file.parent.name, "job": job, "setting": name, "loss": statistics.fmean(values)}
-                    row |= {"against alone": statistics.fmean(apart), "each": apart, "teacher": theirs}
-                    found.append(row)
-                    print(json.dumps(row), flush=True)
+                title = f"{file.parent.name}, {job}"
+                found[title] = {"teacher": theirs, "losses": losses}
+                rows_of = [[name, statistics.fmean(values), str(values)] for name, values in losses.items()]
+                print_table(f"{title}, the teacher {theirs:.3f}", ["setting", "loss", "each seed"], rows_of)
     if args.output:
-        args.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        write(args.output, {"machine": machine(), "steps": args.steps, "tokens": found})
     return 0
