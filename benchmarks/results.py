@@ -51,10 +51,10 @@ def tokens(report: dict[str, Any]) -> list[list[Any]]:
     rows: list[list[Any]] = [["setting", "loss", "against alone"]]
     for job, found in report["tokens"].items():
         rows.append([f"**{job}**, the teacher {found['teacher']:.3f}", "", ""])
-        alone = dict(enumerate(found["losses"]["alone"]))
-        for setting, losses in found["losses"].items():
-            apart = "–" if setting == "alone" else difference(dict(enumerate(losses)), alone, "+.3f")
-            rows.append([setting, f"{statistics.mean(losses):.3f}", apart])
+        for setting, row in found["settings"].items():
+            each = dict(enumerate(row["against alone"]))
+            apart = "–" if setting == "alone" else difference(each, dict.fromkeys(each, 0.0), "+.3f")
+            rows.append([setting, f"{row['loss']:.3f}", apart])
     return rows
 
 

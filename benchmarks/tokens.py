@@ -107,9 +107,15 @@ def main(argv: Sequence[str]) -> int:
                         given = {} if options is None else {**kd, "distiller_args": options}
                         losses[name].append(trained(student, data, held_out, args.steps, seed, folder, **given))
                 title = f"{file.parent.name}, {job}"
-                found[title] = {"teacher": theirs, "losses": losses}
-                rows_of = [[name, statistics.fmean(values), str(values)] for name, values in losses.items()]
-                print_table(f"{title}, the teacher {theirs:.3f}", ["setting", "loss", "each seed"], rows_of)
+                settings: dict[str, dict[str, Any]] = {}
+                for name, values in losses.items():
+                    apart = [a - b for a, b in zip(values, losses["alone"], strict=True)]
+                    settings[name] = {"loss": statistics.fmean(values), "against alone": apart}
+                found[title] = {"teacher": theirs, "settings": settings}
+                table = [[name, row["loss"], str(row["against alone"])] for name, row in settings.items()]
+                print_table(
+                    f"{title}, the teacher {theirs:.3f}", ["setting", "loss", "against alone, each seed"], table
+                )
     if args.output:
         write(args.output, {"machine": machine(), "steps": args.steps, "tokens": found})
     return 0

@@ -12,8 +12,6 @@ from kd_plugins.reading.scores import class_scores
 
 __all__ = ["KD", "soft_labels"]
 
-_TOKENS = ("token", "causal-lm")
-
 
 def soft_labels(student: View, teacher: View, batch: Batch, temperature: float, standardize: bool = False) -> Tensor:
     """The soft-label term of a batch: per example, per label, or per token or pixel that counts; of numbers the MSE.
@@ -53,8 +51,8 @@ class KD(Distiller):
     probabilities.
 
     Args:
-        temperature: Softens both distributions. By default 4, what the field's benchmarks use, and 1 where every token
-            has scores, where 4 costs more than the teacher gives (measured here); the paper tried 1 to 20.
+        temperature: Softens both distributions. By default 4, what the field's benchmarks use, and 1 for the next token
+            of a language model, where 4 costs more than the teacher gives (measured here); the paper tried 1 to 20.
         alpha: Weight of the soft labels; the task loss gets the rest. Our default, that of the field's benchmarks.
         standardize: Standardise the logits over the classes before the temperature: Sun et al., "Logit Standardization
             in Knowledge Distillation", CVPR 2024, arXiv 2403.01427.
@@ -79,7 +77,7 @@ class KD(Distiller):
 
     def temperature_for(self, task: str) -> float:
         """The temperature at a task: the option, or its default."""
-        return self.temperature or (1.0 if task in _TOKENS else 4.0)
+        return self.temperature or (1.0 if task == "causal-lm" else 4.0)
 
     def needs(self) -> Needs:
         return Needs(teacher=Reads(softened=None if self.standardize else self.temperature_for(self.host.task)))

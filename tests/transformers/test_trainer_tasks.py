@@ -265,7 +265,7 @@ def test_question_answering(tmp_path: Path) -> None:
     with torch.no_grad():
         s, t = (net(input_ids=ids) for net in (student, of))
         task = student(input_ids=ids, start_positions=starts, end_positions=ends).loss
-    found = torch.stack([kl(s.start_logits, t.start_logits, 1.0), kl(s.end_logits, t.end_logits, 1.0)], 1)
+    found = torch.stack([kl(s.start_logits, t.start_logits), kl(s.end_logits, t.end_logits)], 1)
     found[3] = 0.0
     run = trainer(tmp_path, student=student, of=of, data=data, given={"eval_dataset": data}, **SGD)
     before = run.evaluate()
@@ -322,7 +322,7 @@ def test_sequence_to_sequence(tmp_path: Path, make: Any, start: int) -> None:
     inputs = {"input_ids": ids, "attention_mask": mask}
     with torch.no_grad():
         s, t = (net(**inputs, decoder_input_ids=later).logits for net in (student, of))
-    found, real = kl(s, t, 1.0), labels != -100
+    found, real = kl(s, t), labels != -100
     data = rows_of({**inputs, "labels": labels})
     run = trainer(tmp_path, student=student, of=of, data=data, **SGD)
     run.train()
