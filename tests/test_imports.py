@@ -252,8 +252,13 @@ def test_no_file_names_a_folder_outside_the_project():
             assert word not in text, f"{name} names {word}"
 
 
+# What a plain method of one paper may take, and what one with a part of its own may, each with its docstrings.
+SHORT = dict.fromkeys(("at", "dist", "dkd", "fitnet", "pkt", "rkd", "sp", "vid"), 60) | {"crd": 90, "reviewkd": 90}
+
+
 def test_files_stay_readable():
     for package in PACKAGES:
         for path in sources(package):
+            most = SHORT.get(path.stem, 220) if path.parent.name == "methods" else 600
             lines = len(path.read_text(encoding="utf-8").splitlines())
-            assert lines <= 600, f"{path.relative_to(ROOT)} has {lines} lines: split it"
+            assert lines <= most, f"{path.relative_to(ROOT)} has {lines} lines of {most}: split it"

@@ -22,7 +22,7 @@ from kd_accelerate.randomness import undisturbed
 from kd_plugins import Batch, Distiller, DistillError, Net, Nets, Reads
 from kd_plugins import functional as KF
 from kd_plugins.binding import untouched
-from kd_plugins.nn.patches import pixels
+from kd_plugins.nn.patches import pixels, thumbnails
 from kd_plugins.picture import Images
 from kd_plugins.reading.network import adapt
 from kd_plugins.reading.tap import Hook
@@ -305,7 +305,7 @@ def _keep_maps(found: Analysis, name: str, reader: _Reader, activations: Mapping
             strength = x.square().mean(1 if x.dim() == 4 else -1).sqrt()
             drawn = strength if x.dim() == 4 else reader.patches(strength)
             if drawn is not None and min(drawn.shape[1:]) > 1:
-                maps[layer] = _shrink(drawn[:, None], _MAP)[:, 0].half().cpu().contiguous()
+                maps[layer] = thumbnails(drawn[:, None], _MAP)[:, 0].half().cpu().contiguous()
     # The last layer of each resolution; with one resolution, a few layers over the depth.
     last = {tuple(x.shape): layer for layer, x in maps.items()}
     chosen = _spread(list(last.values() if len(last) > 2 else maps), _SHOWN_LAYERS)
@@ -325,11 +325,6 @@ def _keep_channels(found: Analysis, student: dict[str, Tensor], teacher: dict[st
             about = {"mmd": float(KF.nst(ours.float(), theirs.float(), "poly")), "examples": len(ours)}
             found.summary["channels"] = {"student": layer, "teacher": other, **about}
             break
-
-
-def _shrink(x: Tensor, side: int) -> Tensor:
-    scale = side / max(x.shape[-2:])
-    return x if scale >= 1 else F.adaptive_avg_pool2d(x, [max(round(n * scale), 1) for n in x.shape[-2:]])
 
 
 def _keep_attention(found: Analysis, name: str, reader: _Reader, shown: Batch, asked: Sequence[int] | None) -> None:
@@ -371,7 +366,7 @@ def _keep_examples(found: Analysis, shown: Batch, decode: Decode | None) -> None
     if labels:
         found.summary["labels"] = labels
     if _is_image(shown):
-        found.arrays["images"] = _shrink(pixels(shown).float(), _IMAGE).round().byte().contiguous()
+        found.arrays["images"] = thumbnails(pixels(shown).float(), _IMAGE).round().byte().contiguous()
     elif inputs is not None and not inputs.is_floating_point() and inputs.dim() == 2:
         rows = [row[tokens] for row, tokens in zip(inputs.tolist(), _tokens(shown.mask, shown.size), strict=True)]
         found.summary["tokens"] = [[str(t) for t in (decode(row) if decode else row)][:_TOKENS] for row in rows]

@@ -14,22 +14,20 @@ from kd_plugins.layers import LayerDistiller
 from kd_plugins.nn.bank import PairMemory
 
 __all__ = ["CRD"]
-
+_AUTHORS = ("Yonglong Tian", "Dilip Krishnan", "Phillip Isola")
 _ROWS = "crd remembers the training set by row: give Batch.of(..., index=row numbers, rows=M)."
 
 
 class CRD(LayerDistiller):
     """The two networks' embeddings of an input are to be told apart from those of many other inputs.
 
-    Tian, Krishnan, Isola, "Contrastive Representation Distillation", ICLR 2020, arXiv 1910.10699: heads make embeddings
-    of length 1 of both networks' layers, of vectors `[B, C]` or of the means of maps `[B, C, H, W]` and of the real
-    tokens of `[B, L, C]`; memories hold those of all M rows of the training set. `task + weight * sum_sides (-log
-    h(own, other's) - sum over N rows of log(1 - h))` with the critic `h = e / (e + N / M)`, `e = exp(cosine /
-    temperature)`.
+    Tian, Krishnan, Isola, "Contrastive Representation Distillation", ICLR 2020, arXiv 1910.10699: heads embed both
+    networks' layers (vectors `[B, C]`, means of maps `[B, C, H, W]` and of the real tokens of `[B, L, C]`) with length
+    1, and memories hold the embeddings of all M rows of the training set. `task + weight * sum_sides (-log h(own,
+    other's) - sum over N rows of log(1 - h))`, with the critic `h = e / (e + N / M)`, `e = exp(cosine / temperature)`.
 
-    **Departures** e is divided by a constant that the first step estimates, as in the released code (read there). The
-    positive is the other network's embedding of this step, where that code has the memory's; the memory takes the
-    step's embeddings before the negatives are scored. Negatives are drawn with replacement.
+    **Departures** e is divided by a constant that the first step estimates, as in the released code (read there). Its
+    positive is the memory's, here this step's; the memory is updated first. Negatives are drawn with replacement.
 
     Args:
         negatives: N for each example; not more than there are rows.
@@ -41,13 +39,7 @@ class CRD(LayerDistiller):
         weight: Weight of both sides; 0.8 is the authors'.
     """
 
-    paper = Paper(
-        "Contrastive Representation Distillation",
-        ("Yonglong Tian", "Dilip Krishnan", "Phillip Isola"),
-        "ICLR",
-        2020,
-        arxiv="1910.10699",
-    )
+    paper = Paper("Contrastive Representation Distillation", _AUTHORS, "ICLR", 2020, arxiv="1910.10699")
     maps = False
 
     def __init__(
@@ -76,12 +68,10 @@ class CRD(LayerDistiller):
     def connect(self, student: Tensor, teacher: Tensor) -> nn.Module:
         if not len(student) == len(teacher) == self.size:
             raise DistillError(
-                f"crd remembers one vector of each example, got {len(student)} of the student's layer and"
-                f" {len(teacher)} of the teacher's in a batch of {self.size}: take layers of whole examples, which a"
-                " model that reads every choice as a row of its own has not."
+                f"crd remembers one vector of each example, got {len(student)} and {len(teacher)} of {self.size} at its"
+                " layers: take layers of whole examples, which a model that reads each choice as a row has not."
             )
-        ours, theirs = (KF.embedding(x).shape[1] for x in (student, teacher))
-        return PairMemory(ours, theirs, self.dim, self.rows, self.momentum, self.normalize)
+        return PairMemory([KF.embedding(x).shape[1] for x in (student, teacher)], self.dim, self.rows, self.normalize)
 
     def distance(self, student: Tensor, teacher: Tensor, part: Any, batch: Batch) -> Tensor:
         if batch.index is None:
@@ -89,14 +79,12 @@ class CRD(LayerDistiller):
         classes = batch.labels if self.others == "classes" else batch.index
         if not isinstance(classes, Tensor) or classes.dim() != 1 or classes.is_floating_point():
             raise DistillError("crd draws rows of other classes, and the labels are no classes [B]: take others=rows.")
-        for bank in part.banks:
-            bank.momentum = self.momentum
         ours, theirs = KF.embedding(student, batch.mask), KF.embedding(teacher, batch.teacher_mask)
-        sides: list[tuple[Tensor, Tensor, Tensor]] = part(ours, theirs, batch.index, classes)
+        sides: list[tuple[Tensor, Tensor, Tensor]] = part(ours, theirs, batch.index, classes, self.momentum)
         rows = part.others.draw(classes, min(self.negatives, self.rows), self.host.generator(student.device))
-        tau = self.temperature
-        if part.log_z.isnan().any():
-            found = [KF.crd_log_z(own, bank, rows, temperature=tau) for own, _, bank in sides]
-            part.log_z.copy_(self.host.mean(torch.stack(found)))
-        terms = [KF.crd(*side, rows, temperature=tau, log_z=z) for side, z in zip(sides, part.log_z, strict=True)]
+        tau, log_z = self.temperature, part.log_z
+        if log_z.isnan().any():
+            first = torch.stack([KF.crd_log_z(own, bank, rows, temperature=tau) for own, _, bank in sides])
+            log_z.copy_(self.host.mean(first))
+        terms = [KF.crd(*side, rows, temperature=tau, log_z=z) for side, z in zip(sides, log_z, strict=True)]
         return torch.stack(terms).sum()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,13 @@ from kd_plugins.distiller import Terms, Turn
 from kd_plugins.errors import check_built
 from kd_plugins.nn.connectors import as_weights
 from kd_plugins.nn.generator import Generator
-from kd_plugins.nn.patches import pixels
+from kd_plugins.nn.patches import pixels, thumbnails
 from kd_plugins.picture import Images, Picture
 
 __all__ = ["DAFL"]
 
 _AUTHORS = "Hanting Chen, Yunhe Wang, Chang Xu, Zhaohui Yang, Chuanjian Liu, Boxin Shi, Chunjing Xu, Chao Xu, Qi Tian"
-_SHOWN = 8
+_SHOWN, _SIDE = 8, 64  # images of a grid, and their longest side in it
 _EVERY = 50  # updates between two looks at the images, each of which waits for the device
 _LOSSES = ("one_hot", "activation", "information")
 
@@ -76,6 +76,9 @@ class DAFL(Distiller):
         "mmrazor": dict(one_hot=0.05, activation=0.01, information=5, temperature=6, latent=1000, lr=1e-3),
     }
 
+    grids: Tensor
+    steps: Tensor
+
     def __init__(
         self,
         *,
@@ -117,9 +120,8 @@ class DAFL(Distiller):
         self.features = nets.teacher.network.classifier() + ":in" if self.layer is None else self.layer
         self.images = Generator(self.latent, batch.shape, self.width).to(nets.device)
         self.images.requires_grad_(self.trained)
-        shown = (_SHOWN, min(batch.size, _SHOWN), 3, *batch.shape[1:])
-        self.register_buffer("shown", torch.zeros(shown, dtype=torch.uint8))
-        self.register_buffer("steps", torch.zeros(_SHOWN, dtype=torch.long))
+        self.register_buffer("grids", torch.zeros(0, dtype=torch.uint8, device=nets.device))
+        self.register_buffer("steps", torch.zeros(0, dtype=torch.long, device=nets.device))
         made = batch.with_inputs(as_weights(nets.student.module, torch.zeros(2, *batch.shape, device=nets.device)))
         asked = nets.teacher(made, reads=Reads(features=(self.features,)))
         student, teacher = nets.student(made).logits, asked.logits
@@ -188,14 +190,21 @@ class DAFL(Distiller):
     # What the report shows
 
     def _show(self, images: Tensor, batch: Batch) -> None:
-        """Keeps some images at the end of each eighth of the training."""
-        step, total = self.progress.step, self.progress.total
-        if total is None or _SHOWN * (step + 1) // total == _SHOWN * step // total:
+        """Keeps a grid of images at the end of each epoch; up to eight where a bare loop has not told of epochs."""
+        table, step = self.progress.table, self.progress.step + 1
+        if table is None or step % (table.epoch or -(-table.total // _SHOWN)):
             return
-        slot = min(_SHOWN * (step + 1) // total, _SHOWN) - 1
-        self.shown[slot] = pixels(batch.with_inputs(images[:_SHOWN]))
-        self.steps[slot] = step + 1
+        grid = thumbnails(pixels(batch.with_inputs(images[:_SHOWN])).float(), _SIDE).round().byte()
+        self.grids = torch.cat([self.grids, grid[None].to(self.grids.device)])
+        self.steps = torch.cat([self.steps, self.steps.new_tensor([step])])
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        for name in ("grids", "steps"):  # as many as had been shown
+            setattr(self, name, torch.empty_like(state[prefix + name], device=self.steps.device))
+        super()._load_from_state_dict(state, prefix, *args)
 
     def pictures(self) -> list[Picture]:
-        rows = {f"step {int(step)}": list(images) for step, images in zip(self.steps, self.shown, strict=True) if step}
+        epoch = self.progress.table.epoch if self.progress.table is not None else None
+        names = [f"epoch {step / epoch:g}" if epoch else f"step {step}" for step in self.steps.tolist()]
+        rows = {name: list(grid) for name, grid in zip(names, self.grids, strict=True)}
         return [Images("Generated images", rows, "What the student learns from.")] if rows else []

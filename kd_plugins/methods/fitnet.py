@@ -14,7 +14,6 @@ from kd_plugins.layers import LayerDistiller
 from kd_plugins.nn.connectors import hint_regressor
 
 __all__ = ["FitNet"]
-
 _AUTHORS = "Adriana Romero, Nicolas Ballas, Samira Ebrahimi Kahou, Antoine Chassang, Carlo Gatta, Yoshua Bengio"
 
 
@@ -25,8 +24,7 @@ class FitNet(LayerDistiller):
     of maps `[B, C, H, W]`; the regressor r has a kernel as large as the sizes differ, plus one.
 
     **Departures** The hints join the task loss all along, as in the field's benchmarks: `hint_share` gives the paper's
-    two stages. A mean over the entries, without the factor 1/2; r is linear, without the hint layer's non-linearity.
-    Where the student's map is the smaller one, the teacher's is averaged down.
+    two stages. A mean over the entries, not halved; r is linear; a teacher's map larger than r's is averaged down.
 
     Args:
         weight: Weight of the hints; 100 is that of the authors of CRD for their benchmark, for this mean.
@@ -36,11 +34,7 @@ class FitNet(LayerDistiller):
     paper = Paper("FitNets: Hints for Thin Deep Nets", tuple(_AUTHORS.split(", ")), "ICLR", 2015, arxiv="1412.6550")
 
     def __init__(
-        self,
-        *,
-        weight: NonNegative = 100.0,
-        hint_share: Annotated[float, Range(low=0, below=1)] = 0.0,
-        **layers: Any,
+        self, *, weight: NonNegative = 100.0, hint_share: Annotated[float, Range(low=0, below=1)] = 0.0, **layers: Any
     ) -> None:
         super().__init__(**layers)
 
@@ -53,13 +47,8 @@ class FitNet(LayerDistiller):
         """0 as long as the student learns from the hints alone."""
         return 0.0 if self.hint_share and self.progress.stage == 0 else 1.0
 
-    @property
-    def hinted(self) -> bool:
-        """Whether the hints are behind the student."""
-        return bool(self.hint_share and self.progress.stage)
-
     def needs(self) -> Needs:
-        return Needs(teacher=Reads(False)) if self.hinted else super().needs()
+        return Needs(teacher=Reads(False)) if self.hint_share and self.task_weight else super().needs()
 
     def connect(self, student: Tensor, teacher: Tensor) -> nn.Module:
         return hint_regressor(student, teacher)
@@ -68,4 +57,4 @@ class FitNet(LayerDistiller):
         return KF.feature_l2(*KF.match_spatial(part(student), teacher, "pool"))
 
     def loss(self, student: View, teacher: View, batch: Batch) -> Terms:
-        return {} if self.hinted else super().loss(student, teacher, batch)
+        return {} if self.hint_share and self.task_weight else super().loss(student, teacher, batch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -42,7 +44,6 @@ class MemoryBank(nn.Module):
     Args:
         rows: M.
         dim: D.
-        momentum: Share of the old vector in the new one, which is normalised again.
 
     Attributes:
         vectors: `[M, D]`, float32.
@@ -50,16 +51,18 @@ class MemoryBank(nn.Module):
 
     vectors: Tensor
 
-    def __init__(self, rows: int, dim: int, momentum: float = 0.5) -> None:
+    def __init__(self, rows: int, dim: int) -> None:
         super().__init__()
-        self.momentum = momentum
         self.register_buffer("vectors", F.normalize(torch.randn(rows, dim), dim=1))
 
     @torch.no_grad()
-    def update(self, rows: Tensor, vectors: Tensor) -> None:
-        """Takes up embeddings `[B, D]` of rows `[B]`; of a row that is there twice, the last."""
+    def update(self, rows: Tensor, vectors: Tensor, momentum: float) -> None:
+        """Takes up embeddings `[B, D]` of rows `[B]`; of a row that is there twice, the last.
+
+        The momentum is the share of the old vector in the new one, which is normalised again.
+        """
         rows, vectors = _of_all_processes(rows, vectors)
-        self.vectors[rows] = F.normalize(torch.lerp(vectors.float(), self.vectors[rows], self.momentum), dim=1)
+        self.vectors[rows] = F.normalize(torch.lerp(vectors.float(), self.vectors[rows], momentum), dim=1)
 
 
 class OtherRows(nn.Module):
@@ -112,11 +115,9 @@ class PairMemory(nn.Module):
     Tian, Krishnan, Isola, "Contrastive Representation Distillation", ICLR 2020, arXiv 1910.10699.
 
     Args:
-        student: C_s.
-        teacher: C_t.
+        widths: C_s and C_t.
         dim: D.
         rows: M.
-        momentum: Share of the old vector in a row's new one.
         normalize: Whether each side has a normalising constant; without, it is 1.
 
     Attributes:
@@ -126,15 +127,15 @@ class PairMemory(nn.Module):
 
     log_z: Tensor
 
-    def __init__(self, student: int, teacher: int, dim: int, rows: int, momentum: float, normalize: bool) -> None:
+    def __init__(self, widths: Sequence[int], dim: int, rows: int, normalize: bool) -> None:
         super().__init__()
-        self.heads = nn.ModuleList([UnitHead(student, dim), UnitHead(teacher, dim)])
-        self.banks = nn.ModuleList([MemoryBank(rows, dim, momentum), MemoryBank(rows, dim, momentum)])
+        self.heads = nn.ModuleList([UnitHead(width, dim) for width in widths])
+        self.banks = nn.ModuleList([MemoryBank(rows, dim), MemoryBank(rows, dim)])
         self.others = OtherRows(rows)
         self.register_buffer("log_z", torch.full((2,), torch.nan if normalize else 0.0))
 
     def forward(
-        self, student: Tensor, teacher: Tensor, rows: Tensor, classes: Tensor
+        self, student: Tensor, teacher: Tensor, rows: Tensor, classes: Tensor, momentum: float
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Takes up a batch, and gives each side's anchors `[B, D]`, positives `[B, D]` and bank of the other `[M, D]`.
 
@@ -143,9 +144,10 @@ class PairMemory(nn.Module):
             teacher: `[B, C_t]`.
             rows: The batch's rows `[B]`.
             classes: Their classes `[B]`.
+            momentum: Share of the old vector in a row's new one.
         """
         ours, theirs = (head(x) for head, x in zip(self.heads, (student, teacher), strict=True))
         for bank, embedded in zip(self.banks, (ours, theirs), strict=True):
-            bank.update(rows, embedded)
+            bank.update(rows, embedded, momentum)
         self.others.update(rows, classes)
         return [(ours, theirs, self.banks[1].vectors), (theirs, ours, self.banks[0].vectors)]

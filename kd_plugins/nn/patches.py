@@ -9,7 +9,7 @@ from torch import Tensor
 from kd_plugins.nn.codebook import Sample
 from kd_plugins.reading.view import Batch
 
-__all__ = ["ImageSample", "NearestPatches", "patch_side", "pixels"]
+__all__ = ["ImageSample", "NearestPatches", "patch_side", "pixels", "thumbnails"]
 
 # A patch shows its position with the neighbours on both sides.
 _CELLS = 3
@@ -118,3 +118,9 @@ def pixels(batch: Batch) -> Tensor:
         images = (images - low) / (high - low).clamp_min(1e-12)
     images = (255 * images).round().clamp(0, 255).to(torch.uint8)
     return images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
+
+
+def thumbnails(images: Tensor, side: int) -> Tensor:
+    """Images or maps `[B, C, H, W]` averaged down to a longest side; smaller ones as they are."""
+    scale = side / max(images.shape[2:])
+    return images if scale >= 1 else F.adaptive_avg_pool2d(images, [max(round(n * scale), 1) for n in images.shape[2:]])

@@ -102,11 +102,11 @@ def test_refusals() -> None:
 
 
 def test_bank_averages_and_stays_on_the_sphere() -> None:
-    bank = MemoryBank(5, 3, momentum=0.25)
+    bank = MemoryBank(5, 3)
     before = bank.vectors.clone()
     torch.testing.assert_close(before.norm(dim=1), torch.ones(5))
     new = unit(3, 3).float()
-    bank.update(torch.tensor([4, 1, 4]), new)  # row 4 twice: the last counts
+    bank.update(torch.tensor([4, 1, 4]), new, 0.25)  # row 4 twice: the last counts
     for row, vector in ((4, new[2]), (1, new[1])):
         mixed = 0.25 * before[row] + 0.75 * vector
         torch.testing.assert_close(bank.vectors[row], mixed / mixed.norm())

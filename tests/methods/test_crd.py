@@ -94,7 +94,7 @@ def test_the_memory_is_the_same_on_all_processes(monkeypatch):
     def process(rank):
         groups.mine = dist.ProcessGroupGloo(store, rank, 2, timedelta(seconds=30))
         bank, others, mine = copy.deepcopy(begin), OtherRows(5), slice(2 * rank, 2 + 2 * rank)
-        bank.update(rows[mine], vectors[mine].requires_grad_())
+        bank.update(rows[mine], vectors[mine].requires_grad_(), 0.5)
         others.update(rows[mine], 3 + rows[mine])
         return {**bank.state_dict(), **others.state_dict()}
 

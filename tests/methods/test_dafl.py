@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -109,15 +110,37 @@ def test_options_take_effect_in_the_training() -> None:
         list(distiller.turns(nets, BATCH))
 
 
-def test_it_shows_the_images_of_the_training_and_keeps_them_in_its_state() -> None:
-    distiller, _, run = bound(TinyNet(4), TinyNet(8), steps=4)
-    assert distiller.pictures() == []
-    for _ in range(4):
-        run.step(BATCH)
-    (picture,) = distiller.pictures()
-    assert list(picture.rows) == ["step 1", "step 2", "step 3", "step 4"]
-    assert picture.rows["step 1"][0].shape == (3, 12, 12)
-    assert {"shown", "steps"} <= set(distiller.state_dict())
+@pytest.mark.parametrize(
+    ("epoch", "names"), [(3, [f"epoch {n}" for n in range(1, 5)]), (None, [f"step {n}" for n in range(2, 13, 2)])]
+)
+def test_it_shows_images_of_each_epoch_and_goes_on_from_its_state(
+    epoch: int | None, names: list[str], tmp_path: Path
+) -> None:
+    batch = dataclasses.replace(BATCH, shape=(3, 12, 130))
+
+    def begun() -> Run:
+        torch.manual_seed(0)
+        student, distiller = TinyNet(4), kd_plugins.create_distiller("dafl", latent=6, width=4)
+        nets = kd_plugins.bind(distiller, student, TinyNet(8), batch=batch, total_steps=12, epoch_steps=epoch)
+        distiller.host.seed(1)
+        return kd_plugins.make_optimizers(distiller, torch.optim.SGD(student.parameters(), 0.1), nets)
+
+    whole, cut, resumed = begun(), begun(), begun()
+    assert whole.distiller.pictures() == []
+    for step in range(12):
+        whole.step(batch)
+        if step < 7:
+            cut.step(batch)
+    cut.save(tmp_path)
+    resumed.load(tmp_path)
+    assert len(resumed.distiller.pictures()[0].rows) == 7 // (epoch or 2)
+    for _ in range(5):
+        resumed.step(batch)
+    (expected,), (found,) = (run.distiller.pictures() for run in (whole, resumed))
+    assert list(found.rows) == list(expected.rows) == names
+    for name in names:
+        assert found.rows[name][0].shape == (3, 6, 64)  # of 12 x 130
+        assert all(map(torch.equal, found.rows[name], expected.rows[name]))
 
 
 def test_a_dead_generator_ends_the_training() -> None:
