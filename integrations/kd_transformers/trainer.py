@@ -404,7 +404,7 @@ class DistillationTrainer(Resumable):
                 " distiller by its name, and distiller_args."
             )
         name, options = self._named
-        self.distiller = create_distiller(name, **{**options, **found})
+        self.distiller, self._bound_to = create_distiller(name, **{**options, **found}), None
 
     def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> Any:
         # The first thing in a training that knows its loader and its length, and that nobody overrides.
