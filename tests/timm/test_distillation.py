@@ -305,6 +305,22 @@ def test_peers_have_arguments_of_their_own(run):
     assert wide.results["peers"][0]["parameters"] > student
 
 
+def test_a_peers_best_epoch_is_of_the_run_that_goes_on(run, monkeypatch):
+    """Epochs behind the milestone were better, and another run's."""
+    flags = ["--distill", "timm_distillers:Pair", "--peer", "resnet10t", "--epochs", "3", "--save-epochs", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr("kd_timm.peers.rank", lambda kept, decreasing: -kept[1])
+        first = run(*flags, name="parts")
+    assert first.results["peers"][0]["best_epoch"] == 2
+    monkeypatch.setattr("kd_timm.peers.rank", lambda kept, decreasing: kept[1])
+    milestone = first.folder / "milestone-1"
+    again = run(*flags, "--resume", str(milestone), "--stop-epoch", "2", "--clip-grad", "1", name="parts")
+    peer = again.results["peers"][0]
+    assert peer["best_epoch"] == 0
+    assert peer["top1"] == float(again.summary.rows[0]["eval_peer1-resnet10t_top1"])
+    assert same(load_file(again.folder / peer["file"]), load_file(milestone / peer["file"]))
+
+
 def test_no_optimizer_goes_on_where_none_should(run):
     flags = ["--distill", "timm_distillers:Pair", "--peer", "resnet10t", "--stop-epoch", "1"]
     run(*flags, name="parts")
