@@ -335,6 +335,19 @@ def check_labels(args: argparse.Namespace, datasets: Datasets) -> None:
             )
 
 
+def check_average(args: argparse.Namespace, evaluation: Any) -> None:
+    """Refuses `--tta` where the rows that it averages, which follow each other, would not come together."""
+    size = args.validation_batch_size or args.batch_size
+    rows = 0 if evaluation is None or isinstance(evaluation, IterableDataset) else len(evaluation)
+    if PartialState().num_processes > 1 and args.tta > 1:
+        raise DistillError("--tta averages rows that follow each other, and processes take turns at them: use one.")
+    if args.tta > 1 and (size % args.tta or rows % args.tta):
+        raise DistillError(
+            f"--tta {args.tta} averages the scores of {args.tta} rows that follow each other: let"
+            f" --validation-batch-size ({size}) and the rows of the evaluation split ({rows}) be multiples."
+        )
+
+
 def _labels(dataset: Any) -> set[int]:
     """The labels of a folder, a tar or a table of `datasets`, which lie beside the images; nothing of other kinds."""
     reader: Any = getattr(dataset, "reader", None)

@@ -351,6 +351,15 @@ def test_layer_decay_leaves_the_methods_parts_at_the_full_rate(run, teacher):
     assert groups[own["follows"]]["lr_scale"] == 1.0
 
 
+def test_layer_decay_knows_the_layers_of_the_student_alone(run):
+    flags = ["--epochs", "1", "--layer-decay", "0.5", "--distill", "timm_distillers:Pair", "--peer"]
+    with pytest.raises(kd_plugins.DistillError, match="the peer resnet14t has others: drop it, or take peers of the"):
+        run(*flags, "resnet14t")
+    session = run(*flags, "resnet10t")
+    groups = {g["follows"]: len(g["params"]) for g in session.distillation.player["peer1"].optimizer.param_groups}
+    assert groups == {i: len(group["params"]) for i, group in enumerate(session.optimizer.param_groups)}
+
+
 def test_adaptive_clipping_leaves_the_classifiers_of_peers_alone(run, monkeypatch):
     clipped = set()
     monkeypatch.setattr(engine, "dispatch_clip_grad", lambda found, **options: clipped.update(map(id, found)))
