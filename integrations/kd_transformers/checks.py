@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -13,6 +14,7 @@ from transformers.models.auto import modeling_auto as auto
 
 from kd_plugins import Batch, Distiller, DistillError, Net, Nets, Reads
 from kd_plugins.binding import needs_of_stages, untouched
+from kd_plugins.errors import told
 from kd_transformers.compat import is_reentrant
 
 # The kinds of models: the task of their scores, and transformers' names for them. The choices of multiple choice are
@@ -288,7 +290,9 @@ def check_ignored(scores: Tensor, batch: Batch, config: Any) -> None:
 
 
 def check_aligned(distiller: Distiller, nets: Nets, batch: Batch) -> None:
-    """Refuses scores per token of a teacher that reads other tokens, or of packed texts others before them."""
+    """Refuses a teacher of other images, and scores per token of one that reads other tokens, or others before them."""
+    if batch.name == "pixel_values" and batch.teacher_logits is None:
+        _check_images(nets, batch)
     if batch.task not in ("token", "causal-lm", "ctc") or not reads_scores(distiller):
         return
     if not batch.aligned:
@@ -306,6 +310,17 @@ def check_aligned(distiller: Distiller, nets: Nets, batch: Batch) -> None:
                 f"The batch has packed texts (position_ids begin anew), which {one} sees apart and {other} as one: pad"
                 " the texts in its place, or take networks that see alike."
             )
+
+
+def _check_images(nets: Nets, batch: Batch) -> None:
+    """Refuses teachers that do not take the images."""
+    # With a criterion, a network without scores is read, too.
+    batch = dataclasses.replace(batch, criterion=lambda view, labels: view.logits)
+    for net in nets.teachers:
+        what = f"The teacher {type(base(net.module)).__name__} does not take the images"
+        remedy = "give the data a column teacher_pixel_values, of its size and its normalisation."
+        with told(what, ValueError, AssertionError, remedy=remedy), untouched(nets):
+            net(batch, reads=Reads())
 
 
 def _sees_apart(net: Net, batch: Batch) -> bool | None:

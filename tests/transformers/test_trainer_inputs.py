@@ -320,3 +320,17 @@ def test_choices_of_unequal_lengths_are_not_padded(lengths):
     with pytest.raises(DistillError, match="teacher_input_ids has several sequences a row .*: pad all to one length"):
         collate(rows)
     assert collate([rows[0] | {"teacher_input_ids": [[7] * 4, [8] * 4]}])["teacher_input_ids"].shape == (1, 2, 4)
+
+
+def test_a_teacher_of_another_image_size_needs_images_of_its_own(tmp_path):
+    def vit(size: int) -> Any:
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+        config = transformers.ViTConfig(image_size=size, patch_size=8, num_labels=3, **sizes)
+        return transformers.ViTForImageClassification(config)
+
+    rows = [{"pixel_values": torch.randn(3, 16, 16), "labels": 1}] * 4
+    words = r"ViTForImageClassification does not take the images .*16\*16.*32\*32.*: give .* teacher_pixel_values"
+    with pytest.raises(DistillError, match=words):
+        trainer(tmp_path, student=vit(16), of=vit(32), data=rows, max_steps=1).train()
+    rows = [row | {"teacher_pixel_values": torch.randn(3, 32, 32)} for row in rows]
+    trainer(tmp_path, student=vit(16), of=vit(32), data=rows, max_steps=1).train()
