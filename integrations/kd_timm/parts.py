@@ -110,7 +110,6 @@ class Parts(TrainingRun):
             _logger.info(f"AMP not enabled. Training in {data.model_dtype(args)}.")
         datasets = data.create_datasets(args, config["input_size"][0], data_free)
         data.check_labels(args, datasets)
-        data.check_average(args, datasets.evaluation)
         # Before any hook is set, so that the copy has none.
         self.ema = create_average(args, self.student) if args.model_ema else None
         self.distillation: Distillation | None = None

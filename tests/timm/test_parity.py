@@ -369,6 +369,8 @@ def test_tta_averages_rows_that_come_together(run, monkeypatch):
     """Others would be of several images: processes take every second row."""
     with pytest.raises(DistillError, match=r"--tta 4 .*: let --validation-batch-size \(16\) and the .* \(26\) be"):
         run("--tta", "4")
+    with pytest.raises(DistillError, match=r"rows of what is evaluated \(26, 26\) be multiples"):
+        run("--tta", "4", "--ood-dataset", "digits")
     monkeypatch.setattr(data, "PartialState", lambda: SimpleNamespace(num_processes=2))
     with pytest.raises(DistillError, match="processes take turns at them: use one"):
         data.check_average(parse_args(["--tta", "2", "-b", "16"]), range(26))
