@@ -249,10 +249,9 @@ def like(optimizer: Optimizer, split: Mapping[int, Sequence[nn.Parameter]]) -> O
     cls = type(optimizer)
     accepted = inspect.signature(cls).parameters
     groups, names = optimizer.param_groups, [k for k in optimizer.defaults if k in accepted]
-    made = [
-        {"params": list(part), "follows": i, **{k: groups[i][k] for k in names if k in groups[i]}}
-        for i, part in split.items()
-    ]
+    # With what is no argument of the optimizer, too: timm's Muon leaves groups with `use_fallback` to AdamW.
+    kept = [{k: v for k, v in group.items() if k != "param_names"} for group in groups]
+    made = [{**kept[i], "params": list(part), "follows": i} for i, part in split.items()]
     first = groups[largest(optimizer)]
     try:
         return cls(made, **{k: first[k] for k in names if k in first})

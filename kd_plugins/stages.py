@@ -81,8 +81,8 @@ class Progress:
         """Part of the training that is done, 0 to 1."""
         if self.total is None:
             raise DistillError(
-                "This method follows the progress of the training, whose length is unknown: in a bare loop call"
-                " bind(..., total_steps=n)."
+                "This method follows the progress of the training, whose length is unknown: say how many updates it"
+                " has, in a bare loop bind(..., total_steps=n), in train.py DistillationTask(..., total_steps=n)."
             )
         return min(self.step / max(self.total, 1), 1.0)
 

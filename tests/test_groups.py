@@ -288,6 +288,20 @@ def test_own_parts_take_the_hyper_parameters_of_the_largest_group() -> None:
     assert like(optimizer, {1: [own]}).param_groups[0]["weight_decay"] == 0.3
 
 
+def test_a_peer_is_left_to_the_fallback_where_the_student_is():
+    """timm's Muon trains the parameters of such groups with AdamW; a group's mark is none of its defaults."""
+    optim = pytest.importorskip("timm.optim")
+    student, peer = TinyNet(), TinyNet()
+    first = optim.create_optimizer_v2(student, "muon", lr=0.1, weight_decay=0.1, fallback_list=["head.weight"])
+    second = like(first, like_student(first, student, peer))
+
+    def fallen(net: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+        marked = {id(p) for g in optimizer.param_groups if g.get("use_fallback") for p in g["params"]}
+        return [name for name, p in net.named_parameters() if id(p) in marked]
+
+    assert fallen(peer, second) == fallen(student, first) == ["head.weight"]
+
+
 class Parted(nn.Module):
     def __init__(self, body, head):
         super().__init__()

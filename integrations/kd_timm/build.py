@@ -344,8 +344,10 @@ def create_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.
     what, known = f"--opt {args.opt} cannot be made with these arguments", timm.optim.list_optimizers()
     names = f"timm.optim.list_optimizers() names them all.{did_you_mean(args.opt, known)}"
     unknown = "" if args.opt.lower().removeprefix("lookahead_") in known else names
+    # timm would take the letters of a single pattern for patterns.
+    one = {k: [v] for k, v in args.opt_kwargs.items() if k == "fallback_list" and isinstance(v, str)}
     with told(what, Exception, remedy=unknown), told(what, IndexError, remedy="it has more --opt-betas."):
-        optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+        optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs | one)
     if getattr(optimizer, "is_second_order", False) and args.distill:
         raise DistillError(
             f"--opt {args.opt} differentiates the gradients of one loss, and a method has several terms."

@@ -335,6 +335,21 @@ def check_labels(args: argparse.Namespace, datasets: Datasets) -> None:
             )
 
 
+def check_average(args: argparse.Namespace, evaluation: Any, other: Any = None) -> None:
+    """Refuses `--tta` where the rows that it averages, which follow each other, would not come together."""
+    size = args.validation_batch_size or args.batch_size
+    given = [dataset for dataset in (evaluation, other) if dataset is not None]
+    rows = [len(dataset) for dataset in given if not isinstance(dataset, IterableDataset)]
+    if PartialState().num_processes > 1 and args.tta > 1:
+        raise DistillError("--tta averages rows that follow each other, and processes take turns at them: use one.")
+    if args.tta > 1 and any(count % args.tta for count in (size, *rows)):
+        raise DistillError(
+            f"--tta {args.tta} averages the scores of {args.tta} rows that follow each other: let"
+            f" --validation-batch-size ({size}) and the rows of what is evaluated ({', '.join(map(str, rows))}) be"
+            " multiples."
+        )
+
+
 def _labels(dataset: Any) -> set[int]:
     """The labels of a folder, a tar or a table of `datasets`, which lie beside the images; nothing of other kinds."""
     reader: Any = getattr(dataset, "reader", None)
@@ -436,6 +451,9 @@ def create_data(
     if args.naflex_loader:
         reading |= {"patch_size": patch_size, "max_seq_len": args.naflex_max_seq_len, "crop_pct": config["crop_pct"]}
 
+    other = _other_kind(args, config["input_size"][0])
+    check_average(args, evaluation, other)
+
     def plainly(dataset: Any) -> Any:
         return None if dataset is None else make(dataset, args.validation_batch_size or args.batch_size, reading)
 
@@ -460,7 +478,7 @@ def create_data(
         streams={name: loader(rows) for name, rows in streams.items()},
         mixup=None if args.naflex_loader else mixup,
         mean_batch=float(mean_batch),
-        other=plainly(_other_kind(args, config["input_size"][0])),
+        other=plainly(other),
         replayed=replayed,
     )
 

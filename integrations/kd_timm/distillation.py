@@ -52,6 +52,7 @@ class Distillation:
 
         self.cache = TeacherCache(args, config, data, self.distiller) if args.cache_teacher else None
         self.teachers = make() if self.cache is None else self.cache.teachers(make)
+        self.names = dict(student.named_parameters()).keys()
         self.peers = [self._peer(i, name) for i, name in enumerate(args.peer)]
         for module in (*(t.module for t in self.teachers), *self.peers):
             place(module, args, device)
@@ -71,6 +72,11 @@ class Distillation:
             args.model_kwargs = {}
         args.model, args.img_size, args.in_chans, args.input_size = name, None, None, self.config["input_size"]
         peer = create_student(args, "--peer")[0]
+        if args.layer_decay is not None and dict(peer.named_parameters()).keys() != self.names:
+            raise DistillError(
+                f"--layer-decay scales the rates by the layers of --model, and the peer {name} has others: drop it, or"
+                " take peers of the same layers."
+            )
         check_size(peer, args, self.config, torch.device("cpu"))
         return peer
 

@@ -26,6 +26,7 @@ from kd_accelerate.randomness import undisturbed
 from kd_plugins import DistillError
 from kd_plugins.errors import did_you_mean, told
 from kd_plugins.states import slots, write_text
+from kd_report.uncertainty import dirichlet_offset
 from kd_timm import build, data
 from kd_timm.arguments import as_flag
 from kd_timm.checkpoint import Checkpoints, Summary, find_state, output_folder
@@ -55,9 +56,6 @@ class Parts(TrainingRun):
                 raise DistillError(f"{as_flag(name)} does nothing without --distill NAME: name a distiller.")
         if args.ood_dataset and not args.val_split:
             raise DistillError("--ood-dataset is compared with the evaluation split: name one, --val-split.")
-        if args.ood_dataset and not softmax(args):
-            flag = "--task multilabel" if args.task == "multilabel" else "--loss bce"
-            raise DistillError(f"--ood-dataset reads the uncertainty of a softmax, and {flag} trains none: drop one.")
         self.accelerator = accelerator = create_accelerator(args)
         self.primary, self.processes = accelerator.is_main_process, accelerator.num_processes
         if self.processes > 1:
@@ -83,7 +81,12 @@ class Parts(TrainingRun):
         self.given = json.loads(json.dumps(vars(args)))
         with undisturbed(gpu=True):
             # The run's own is made once its random streams have begun.
-            data_free = bool(args.distill) and not make_distiller(args).data
+            tried = make_distiller(args) if args.distill else None
+        # What tells of uncertainty without a softmax, tells so whatever the number of classes.
+        if args.ood_dataset and not softmax(args) and dirichlet_offset(tried, args.num_classes or 2) is None:
+            flag = "--task multilabel" if args.task == "multilabel" else "--loss bce"
+            raise DistillError(f"--ood-dataset reads the uncertainty of a softmax, and {flag} trains none: drop one.")
+        data_free = tried is not None and not tried.data
         if data_free:
             data.check_data_free(args)
         data.apply_data_defaults(args, data_free)

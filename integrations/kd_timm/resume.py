@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from timm.task import load_task_ema_checkpoint, resume_task_checkpoint
+from timm.utils import CheckpointSaver
 
 from kd_accelerate.randomness import load_random_state, random_state
 from kd_plugins import DistillError, states
@@ -71,6 +72,9 @@ def save_state(session: Parts, epoch: int, place: Mapping[str, Any]) -> None:
             for rank, (random, here) in enumerate(everywhere):
                 torch.save(random, folder / f"random-{rank}.pt")
                 torch.save(here, folder / f"place-{rank}.pt")
+            # Beside its numbers, since a run that goes on from here may find the file of a later epoch.
+            for best in map(session.peers.path, session.peers.best):
+                copy_file(best, folder / best.name)
         content = {
             "epoch": epoch,
             "processes": session.processes,
@@ -130,8 +134,6 @@ def load_state(session: Parts, folder: Path) -> tuple[int, Mapping[str, Any], bo
     session.summary.rows = list(saved["summary"])
     session.checkpoints.kept = [(metric, epoch) for metric, epoch in saved["kept"]]
     session.peers.best = saved["peers"]
-    if session.saver is not None and (timms := session.folder / "last.pth.tar").is_file():
-        session.saver.load_state_dict_from_checkpoint(timms)
     rank, place = session.accelerator.process_index, {}
     random = torch.load(folder / f"random-{rank}.pt", weights_only=True)
     load_random_state(random)
@@ -151,7 +153,12 @@ def load_state(session: Parts, folder: Path) -> tuple[int, Mapping[str, Any], bo
     session.accelerator.wait_for_everyone()
     if session.primary:
         _bring_along(folder.parent, session.folder)
+        for best in map(session.peers.path, session.peers.best):
+            if (folder / best.name).is_file():
+                copy_file(folder / best.name, best)
         states.settle(session.folder)
+        if session.saver is not None:
+            _take_up_history(session.saver, session.folder, saved["epoch"])
     within = f", update {place['sums'][0]}" if "batches" in place else ""
     session.reporter.line(f"Continuing with epoch {saved['epoch']}{within} from {folder}")
     if changed and session.primary:
@@ -217,6 +224,23 @@ def _plateau_state(scheduler: Any) -> dict[str, Any] | None:
     """The only schedule whose state is more than the epoch and the rate."""
     inner = getattr(scheduler, "lr_scheduler", None)
     return None if inner is None else {"inner": inner.state_dict(), "restore_lr": scheduler.restore_lr}
+
+
+def _take_up_history(saver: CheckpointSaver, folder: Path, epoch: int) -> None:
+    """Takes up what timm's saver has kept, but for the epochs that come anew."""
+    if not (folder / "last.pth.tar").is_file():
+        return
+    saver.load_state_dict_from_checkpoint(folder / "last.pth.tar")
+    epochs = {file: int(Path(file).name.partition(".")[0].rpartition("-")[2]) for file, _ in saver.checkpoint_files}
+    later = [file for file, its in epochs.items() if its >= epoch]
+    for file in later:
+        Path(file).unlink()
+    saver.checkpoint_files = [kept for kept in saver.checkpoint_files if kept[0] not in later]
+    if later:
+        best, saver.best_metric = saver.checkpoint_files[0] if saver.checkpoint_files else ("", None)
+        saver.best_epoch = epochs.get(best)
+        if best:
+            copy_file(Path(best), folder / "model_best.pth.tar")
 
 
 def _bring_along(before: Path, folder: Path) -> None:

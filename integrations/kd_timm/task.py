@@ -19,7 +19,15 @@ from kd_plugins.catalog.about import refusals
 from kd_plugins.distiller import Turn
 from kd_timm import build
 from kd_timm.network import TimmNetwork, image_batch
-from kd_timm.teachers import InputTransform, Teacher, check_classes, connected, create_teacher, other_classes
+from kd_timm.teachers import (
+    InputTransform,
+    Teacher,
+    check_classes,
+    connected,
+    create_teacher,
+    named_order,
+    other_classes,
+)
 
 _DISTANCE = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
 _SOFTMAX = (nn.CrossEntropyLoss, JsdCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy)
@@ -154,6 +162,7 @@ class DistillationTask(TrainingTask):
             made = Teacher(name, TimmNetwork(teacher), misfit=misfit)
             if getattr(teacher, "pretrained_cfg", None):
                 cfg: Any = teacher.pretrained_cfg
+                made.order, made.misfit = named_order(name, cfg.get("label_names"), self.classes, misfit)
                 config = build.data_config(teacher)
                 made.transform = InputTransform(self.config, config, bool(cfg.get("fixed_input_size")))
         made.module.to(self.device, self.dtype)

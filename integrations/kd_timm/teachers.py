@@ -166,11 +166,8 @@ def create_teacher(
             f"The teacher {name} takes {channels[0]} image channels and the student {channels[1]}: give both the same,"
             " --in-chans for the student or --teacher-kwargs in_chans=... for the teacher."
         )
-    order, misfit = None, other_classes(name, theirs.num_classes, num_classes)
-    try:
-        order = _order(name, saved.get("label_names") or cfg.get("label_names"), classes) if not misfit else None
-    except DistillError as error:
-        misfit = str(error)
+    misfit = other_classes(name, theirs.num_classes, num_classes)
+    order, misfit = named_order(name, saved.get("label_names") or cfg.get("label_names"), classes, misfit)
     transform = InputTransform(config, own, bool(cfg.get("fixed_input_size")))
     return Teacher(name, TimmNetwork(module.requires_grad_(False).eval()), transform, order, misfit)
 
@@ -230,6 +227,14 @@ def _classes_in(architecture: str, state: Mapping[str, Any]) -> int | None:
         if key in state:
             return len(state[key])
     return None
+
+
+def named_order(name: str, theirs: Any, ours: Sequence[str] | None, misfit: str = "") -> tuple[list[int] | None, str]:
+    """The order of a teacher's classes by their names, or why they do not fit; `misfit` is what is known of that."""
+    try:
+        return (None if misfit else _order(name, theirs, ours)), misfit
+    except DistillError as error:
+        return None, str(error)
 
 
 def _order(name: str, theirs: Any, ours: Sequence[str] | None) -> list[int] | None:

@@ -21,7 +21,7 @@ from kd_plugins import functional as KF
 from kd_plugins.reading.network import adapt
 from kd_plugins.reading.view import View
 from kd_transformers.absent import Absent, called
-from kd_transformers.checks import base, inputs_of, scores_tokens
+from kd_transformers.checks import base, differ, inputs_of, scores_tokens
 from kd_transformers.columns import TEACHER, TEACHER_CLASSES, TEACHER_LOGITS, as_file, is_told, layer_column
 
 _LOOKED_AT = 16
@@ -178,8 +178,7 @@ def _check_collator(first: Mapping[str, Any], second: Mapping[str, Any]) -> None
 
 def _check_padding(padded: Tensor, alone: Tensor) -> None:
     """Refuses a teacher that says something else of a text beside a longer one: training has other batches."""
-    # On the scale of the scores, and of all of them: half precision rounds single ones.
-    if (padded - alone).abs().mean() > 5e-2 * alone.std(-1).mean():
+    if differ(padded, alone):
         raise DistillError(
             "Expected a teacher that says the same of a text whatever it is padded to, got one that does not (positions"
             " that are counted from padding on the left): pad on the right, or pad all rows to one length."

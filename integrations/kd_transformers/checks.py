@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.models.auto import modeling_auto as auto
 
-from kd_plugins import Batch, Distiller, DistillError
-from kd_plugins.binding import needs_of_stages
+from kd_plugins import Batch, Distiller, DistillError, Net, Nets, Reads
+from kd_plugins.binding import needs_of_stages, untouched
+from kd_plugins.errors import told
 from kd_transformers.compat import is_reentrant
 
 # The kinds of models: the task of their scores, and transformers' names for them. The choices of multiple choice are
@@ -287,10 +289,59 @@ def check_ignored(scores: Tensor, batch: Batch, config: Any) -> None:
         )
 
 
-def check_aligned(distiller: Distiller, batch: Batch) -> None:
-    """Refuses scores per token of a teacher that reads other tokens."""
-    if not batch.aligned and batch.task in ("token", "causal-lm", "ctc") and reads_scores(distiller):
+def check_aligned(distiller: Distiller, nets: Nets, batch: Batch) -> None:
+    """Refuses a teacher of other images, and scores per token of one that reads other tokens, or others before them."""
+    if batch.name == "pixel_values" and batch.teacher_logits is None:
+        _check_images(nets, batch)
+    if batch.task not in ("token", "causal-lm", "ctc") or not reads_scores(distiller):
+        return
+    if not batch.aligned:
         raise DistillError(
             f"{distiller.name} compares scores token by token, and the column teacher_{batch.name} holds other"
             " tokens than the student's: use a teacher with the student's tokenizer."
         )
+    with untouched(nets):
+        apart = [_sees_apart(net, batch) for net in nets]
+    for net, alone in zip(nets, apart, strict=True):
+        if alone is not None and alone != apart[0]:
+            ours, theirs = (type(base(n.module)).__name__ for n in (nets.student, net))
+            one, other = (ours, theirs) if apart[0] else (theirs, ours)
+            raise DistillError(
+                f"The batch has packed texts (position_ids begin anew), which {one} sees apart and {other} as one: pad"
+                " the texts in its place, or take networks that see alike."
+            )
+
+
+def _check_images(nets: Nets, batch: Batch) -> None:
+    """Refuses teachers that do not take the images."""
+    # With a criterion, a network without scores is read, too.
+    batch = dataclasses.replace(batch, criterion=lambda view, labels: view.logits)
+    for net in nets.teachers:
+        what = f"The teacher {type(base(net.module)).__name__} does not take the images"
+        remedy = "give the data a column teacher_pixel_values, of its size and its normalisation."
+        with told(what, ValueError, AssertionError, remedy=remedy), untouched(nets):
+            net(batch, reads=Reads())
+
+
+def _sees_apart(net: Net, batch: Batch) -> bool | None:
+    """Whether a network begins anew with the last of several texts in a row; None where there is one.
+
+    Not every network that takes `position_ids` makes its mask of them, so it is asked about that text alone, too.
+    """
+    positions, inputs = batch.kwargs.get("position_ids"), batch.inputs
+    if not isinstance(positions, Tensor) or not isinstance(inputs, Tensor) or positions.shape != inputs.shape[:2]:
+        return None
+    begins = (positions.diff() != 1).nonzero()
+    if batch.mask is not None or not len(begins) or batch.teacher_logits is not None:
+        return None
+    row, end = begins[-1].tolist()
+    here = slice(row, row + 1), slice(end + 1, None)
+    text = Batch(inputs=inputs[here], kwargs={"position_ids": positions[here]}, name=batch.name, task=batch.task)
+    packed, alone = (net(asked, reads=Reads()).logits for asked in (batch, text))
+    # Of the first token, which has nothing before it, it shows most.
+    return not differ(packed[here][:, 0], alone[:, 0])
+
+
+def differ(seen: Tensor, alone: Tensor) -> bool:
+    """Whether scores are others: on their scale, and all in all, as half precision rounds single ones."""
+    return bool((seen - alone).abs().mean() > 5e-2 * alone.std(-1).mean())

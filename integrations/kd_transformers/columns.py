@@ -146,7 +146,7 @@ class Told:
         if not ours:
             return self.collate(items)
         batch = self.collate([{k: v for k, v in item.items() if k not in ours} for item in items])
-        for name, value in self._inputs({name: [_as_tensor(item[name]) for item in items] for name in inputs}).items():
+        for name, value in self._inputs({name: _rows(name, items) for name in inputs}).items():
             batch[name] = value
         mask = batch.get(f"{TEACHER}attention_mask", batch.get("attention_mask"))
         for name in told:
@@ -180,6 +180,20 @@ class Told:
             columns = {mask: list(map(torch.ones_like, columns[ids])), **columns}
         fill = {ids: self.pad or 0}
         return {name: _padded(rows, fill.get(name, 0)) for name, rows in columns.items()}
+
+
+def _rows(name: str, items: list[Any]) -> list[Tensor]:
+    """The rows of a teacher's input, of which only single sequences may have unequal lengths."""
+    try:
+        rows = [_as_tensor(item[name]) for item in items]
+    except ValueError:  # of the texts in a row
+        rows = []
+    if not rows or rows[0].dim() > 1 and len({row.shape for row in rows}) > 1:
+        raise DistillError(
+            f"The column {name} has several sequences a row (choices), of unequal lengths: pad all to one length, or"
+            " give a data_collator of your own that pads them."
+        )
+    return rows
 
 
 def _padded(rows: list[Tensor], fill: int) -> Tensor:

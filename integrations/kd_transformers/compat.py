@@ -94,7 +94,7 @@ class Hooks(Trainer):
         """Called before the first step, also where none is left; the state of a checkpoint has been read."""
 
     def search_options(self, found: Mapping[str, Any]) -> None:
-        """Takes what a trial of a hyperparameter search found under names of the form `distiller.<option>`."""
+        """Takes what a hyperparameter search, or who sets its result, names `distiller.<option>`."""
 
     # Helpers
 
@@ -143,6 +143,13 @@ class Hooks(Trainer):
 
     # Trainer's own
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        # Where what a search has found is set by its names, as transformers' guide does.
+        found, _ = _ours(vars(self.args))
+        if found:
+            self.search_options(found)
+        return super().train(*args, **kwargs)
+
     def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
         build = super()._get_dataloader
         return self.loader(
@@ -160,8 +167,9 @@ class Hooks(Trainer):
         found: dict[str, Any] = {}
 
         def without_ours(params: Mapping[str, Any]) -> dict[str, Any]:
-            found.update({k.removeprefix(_OPTION): v for k, v in params.items() if k.startswith(_OPTION)})
-            return {k: v for k, v in params.items() if not k.startswith(_OPTION)}
+            ours, rest = _ours(params)
+            found.update(ours)
+            return rest
 
         space = getattr(self, "hp_space", None)
         if space is not None:
@@ -253,6 +261,12 @@ class Hooks(Trainer):
         if not self._begun:
             self._begun = True
             self.training_begins()
+
+
+def _ours(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is named `distiller.<option>`, by option, and the rest."""
+    ours = {k.removeprefix(_OPTION): v for k, v in params.items() if k.startswith(_OPTION)}
+    return ours, {k: v for k, v in params.items() if not k.startswith(_OPTION)}
 
 
 def load_renamed(model: nn.Module, folder: str, missing: Sequence[str]) -> bool:

@@ -213,7 +213,7 @@ class DistillationTrainer(Resumable):
             )
         checks.check_fit(distiller, batch.task, self.model)
         check_ids(self.model, self.teachers, self.peer_models, [TEACHER + name for name in batch.teacher_kwargs])
-        checks.check_aligned(distiller, batch)
+        checks.check_aligned(distiller, nets, batch)
         for teacher in (t for i, t in enumerate(self.teachers) if reads_scores(distiller, i)):
             checks.check_problem(teacher, batch.task)
         check_told(nets, batch)
@@ -404,7 +404,7 @@ class DistillationTrainer(Resumable):
                 " distiller by its name, and distiller_args."
             )
         name, options = self._named
-        self.distiller = create_distiller(name, **{**options, **found})
+        self.distiller, self._bound_to = create_distiller(name, **{**options, **found}), None
 
     def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> Any:
         # The first thing in a training that knows its loader and its length, and that nobody overrides.

@@ -288,7 +288,10 @@ class Batch:
                 )
             return view.loss
         if self.labels is None:
-            raise DistillError("The task loss needs labels, but the batch has none: give labels or drop the task term.")
+            raise DistillError(
+                "The task loss needs labels, but the batch has none: give labels (a Trainer is told their name,"
+                " TrainingArguments(label_names=[...])) or drop the task term."
+            )
         if self.criterion is not None:
             return self.criterion(view, self.labels)
         scores, soft = view.logits, isinstance(self.labels, Tensor) and self.labels.is_floating_point()

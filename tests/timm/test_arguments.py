@@ -101,6 +101,7 @@ def test_what_timm_documents_of_policies_is_taken():
         (["--smoothing", "1"], "--smoothing: expected a number from 0 to below 1, got 1"),
         (["--epochs", "0"], "--epochs: expected a whole number, at least 1, got 0"),
         (["--lr-base-scale", "srqt"], "invalid choice: 'srqt'"),
+        (["--sched", "cosin"], "invalid choice: 'cosin' (choose from 'cosine', 'tanh', "),
         (["--clip-grad", "-1"], "--clip-grad: expected a number above 0, got -1"),
         (["--scale", "2", "1"], "--scale: expected the smaller number first and the larger above 0, got 2.0 1.0"),
         (["--ood-split", "test"], "--ood-split does nothing without --ood-dataset"),

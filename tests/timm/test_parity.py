@@ -365,6 +365,17 @@ def test_tta_averages_neighbours_and_images_are_saved(run):
     assert list(session.folder.glob("train-batch-*.jpg"))
 
 
+def test_tta_averages_rows_that_come_together(run, monkeypatch):
+    """Others would be of several images: processes take every second row."""
+    with pytest.raises(DistillError, match=r"--tta 4 .*: let --validation-batch-size \(16\) and the .* \(26\) be"):
+        run("--tta", "4")
+    with pytest.raises(DistillError, match=r"rows of what is evaluated \(26, 26\) be multiples"):
+        run("--tta", "4", "--ood-dataset", "digits")
+    monkeypatch.setattr(data, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    with pytest.raises(DistillError, match="processes take turns at them: use one"):
+        data.check_average(parse_args(["--tta", "2", "-b", "16"]), range(26))
+
+
 def test_a_script_of_the_student_trains_alike(run):
     plain, scripted = (run("--epochs", "1", *flags, name=f"run{len(flags)}") for flags in ([], ["--torchscript"]))
     assert same(load_file(scripted.folder / "last.safetensors"), load_file(plain.folder / "last.safetensors"))

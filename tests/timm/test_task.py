@@ -238,6 +238,22 @@ def test_one_output_under_a_distance_is_a_number():
     torch.testing.assert_close(result["kd"], 0.9 * (result["output"] - target).square().mean())
 
 
+def test_a_teacher_that_names_its_classes_is_read_in_the_students_order(networks):
+    student, teacher = networks
+    names = [f"class {i}" for i in range(10)]
+    teacher.pretrained_cfg["label_names"] = names[::-1]
+    task = DistillationTask(student, "kd", teacher, data_config=CONFIG, classes=names, verbose=False)
+    student.eval()
+    images, labels = batches(1)[0]
+    with torch.no_grad():
+        scores = task._nets[0].teachers[0](task._batch(images, labels), reads=Reads()).logits
+        theirs = teacher(task._nets[0].teachers[0].transform(images))
+    assert torch.equal(scores, theirs.flip(1))
+    teacher.pretrained_cfg["label_names"] = [*names[1:], "another"]
+    with pytest.raises(DistillError, match="does not know the student's classes class 0"):
+        DistillationTask(student, "kd", teacher, data_config=CONFIG, classes=names, verbose=False)
+
+
 def test_two_heads_are_refused():
     small = dict(img_size=32, patch_size=16, embed_dim=16, depth=1, num_heads=2, num_classes=10)
     model = timm.create_model("deit_tiny_distilled_patch16_224", **small)

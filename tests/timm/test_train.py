@@ -263,6 +263,33 @@ def test_a_run_that_goes_on_otherwise_exports_its_own_best_epoch(run, monkeypatc
     assert same(load_file(again.folder / "model_best.safetensors"), load_file(again.folder / kept[0]))
 
 
+@pytest.mark.parametrize("patterns", ["*.conv1.weight", "['*.conv1.weight']"])
+def test_muon_leaves_what_a_pattern_names_to_its_fallback(patterns):
+    student = timm.create_model("resnet10t")
+    args = parse_args(["--opt", "muon", "--lr", "0.1", "--opt-kwargs", f"fallback_list={patterns}"])
+    groups = build.create_optimizer(args, student).param_groups
+    left = {id(p) for group in groups if group.get("use_fallback") for p in group["params"]}
+    assert {n for n, p in student.named_parameters() if id(p) in left} == {
+        f"layer{i}.0.conv1.weight" for i in range(1, 5)
+    }
+
+
+@pytest.mark.parametrize("name", ["parts", "elsewhere"])
+def test_so_do_timms_checkpoints(run, monkeypatch, name):
+    flags = ["--epochs", "3", "--save-epochs", "1", "--checkpoint-format", "both", "--eval-metric", "loss"]
+    losses = iter([3.0, 2.0, 1.0, 5.0, 4.0])
+    monkeypatch.setattr(train.Session, "_evaluate", lambda self: {"loss": next(losses)})
+    first = run(*flags, name="parts")
+    assert first.results["best_epoch"] == 2
+    again = run(*flags, "--resume", str(first.folder / "milestone-1"), "--clip-grad", "1", name=name)
+    assert again.results["best_epoch"] == 0
+    best = load_file(again.folder / "model_best.safetensors")
+    theirs = torch.load(again.folder / "model_best.pth.tar", weights_only=False)
+    assert (theirs["epoch"], again.saver.best_epoch) == (0, 0)
+    assert same(best, theirs["state_dict"])
+    assert len([*again.folder.glob("checkpoint-*.pth.tar")]) == 3
+
+
 def test_resume_refuses_other_settings(run):
     first = run()
     config = (first.folder / "config.json").read_text()

@@ -307,6 +307,28 @@ def test_a_search_over_options_of_the_distiller(tmp_path: Path) -> None:
         run.search_options({k.removeprefix("distiller."): v for k, v in found.items()})
 
 
+@pytest.mark.parametrize("anew", [True, False])
+def test_what_a_search_has_found_is_set_by_its_name(tmp_path: Path, anew: bool) -> None:
+    """As transformers' guide does: `setattr(trainer.args, name, value)` for each of `best_run.hyperparameters`."""
+
+    def make(**options: Any) -> Any:
+        given = {"model_init": lambda: bert()} if anew else {"model": bert()}
+        return trainer(tmp_path, "kd", {"alpha": 0.5, **options}, given=given, max_steps=1)
+
+    (expected := make(temperature=2.0)).train()
+    run = make()
+    run.train()
+    if not anew:
+        run.model.load_state_dict(bert().state_dict())
+    setattr(run.args, "distiller.temperature", 2.0)
+    run.train()
+    assert run.distiller.config == expected.distiller.config
+    assert logged(run, "distill/kd")[-1] == logged(expected, "distill/kd")[0]
+    setattr(run.args, "distiller.tempreature", 2.0)
+    with pytest.raises(DistillError, match=r"[Dd]id you mean.*temperature"):
+        run.train()
+
+
 def test_the_model_card(tmp_path: Path) -> None:
     """Method, paper, options, teacher and data; "improves" only where the interval of the gain is above 0."""
     run = trainer(tmp_path, "kd+noisy", {"kd.temperature": 3.0, "noisy.sigma": 0.1}, max_steps=1)

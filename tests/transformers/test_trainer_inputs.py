@@ -18,6 +18,7 @@ from kd_plugins import Batch, DistillError, View, create_distiller
 from kd_plugins.reading.scores import class_scores
 from kd_report import load_run
 from kd_transformers import DistillationTrainer, cache_teacher
+from kd_transformers.columns import with_padding
 
 CRD = {"layers": ["classifier:in"], "negatives": 4}
 
@@ -277,3 +278,59 @@ def test_no_gain_is_refused(tmp_path, gain):
 def test_no_teacher_is_refused(given):
     with pytest.raises(DistillError, match="teacher"):
         cache_teacher(Dataset.from_list([{"input_ids": [1]}]), given)
+
+
+def causal(name: str, seed: int) -> Any:
+    """A language model whose scores follow what comes before."""
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 64, "num_hidden_layers": 1, "n_layers": 1, "num_attention_heads": 2, "n_heads": 2}
+    sizes |= {"hidden_size": 16, "d_model": 16, "word_embed_proj_dim": 16, "intermediate_size": 32, "ffn_dim": 32}
+    cls = getattr(transformers, f"{name}ForCausalLM")
+    model = cls(cls.config_class(**sizes, num_key_value_heads=2, pad_token_id=None))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4 if parameter.dim() == 2 else 1)
+    return model
+
+
+@pytest.mark.parametrize("name", ["OPT", "Mpt"])
+def test_packed_texts_are_seen_alike(tmp_path, name):
+    """A teacher that takes no positions (MPT), or makes no mask of them (OPT), would see all texts of a row as one."""
+
+    def train(student: Any, rows: Any, collate: Any = None) -> None:
+        given = {"data_collator": collate or transformers.DataCollatorWithFlattening()}
+        trainer(tmp_path, student=student, of=causal(name, 1), data=rows, given=given, max_steps=1).train()
+
+    texts = [{"input_ids": list(range(3, 3 + n))} for n in (5, 9, 7)]
+    with pytest.raises(DistillError, match=f"which LlamaForCausalLM sees apart and {name}ForCausalLM as one"):
+        train(causal("Llama", 0), texts)
+    train(causal(name, 0), texts)  # as without a teacher
+    train(causal("Llama", 0), texts[:1])
+    train(
+        causal("Llama", 0),
+        [{"input_ids": torch.arange(5), "labels": torch.arange(5)}] * 4,
+        transformers.default_data_collator,
+    )
+
+
+@pytest.mark.parametrize("lengths", [[[4, 4], [5, 5]], [[4, 5], [4, 5]]])
+def test_choices_of_unequal_lengths_are_not_padded(lengths):
+    collate = with_padding(transformers.default_data_collator, [bert(pad_token_id=0)])
+    rows = [{"labels": 0, "teacher_input_ids": [[7] * n for n in row]} for row in lengths]
+    with pytest.raises(DistillError, match="teacher_input_ids has several sequences a row .*: pad all to one length"):
+        collate(rows)
+    assert collate([rows[0] | {"teacher_input_ids": [[7] * 4, [8] * 4]}])["teacher_input_ids"].shape == (1, 2, 4)
+
+
+def test_a_teacher_of_another_image_size_needs_images_of_its_own(tmp_path):
+    def vit(size: int) -> Any:
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+        config = transformers.ViTConfig(image_size=size, patch_size=8, num_labels=3, **sizes)
+        return transformers.ViTForImageClassification(config)
+
+    rows = [{"pixel_values": torch.randn(3, 16, 16), "labels": 1}] * 4
+    words = r"ViTForImageClassification does not take the images .*16\*16.*32\*32.*: give .* teacher_pixel_values"
+    with pytest.raises(DistillError, match=words):
+        trainer(tmp_path, student=vit(16), of=vit(32), data=rows, max_steps=1).train()
+    rows = [row | {"teacher_pixel_values": torch.randn(3, 32, 32)} for row in rows]
+    trainer(tmp_path, student=vit(16), of=vit(32), data=rows, max_steps=1).train()

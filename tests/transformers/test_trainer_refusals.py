@@ -149,7 +149,7 @@ BEFORE_TRAINING: dict[str, tuple[dict[str, Any], str]] = {
     "shallow teacher": ({"distiller": "internal", "of": bert(1)}, "at least as deep as the student, got 1"),
     "layer pair": ({"distiller": "internal", "options": {"layers": "1:9"}}, "layer pair 1:9 does not exist"),
     "no attention": (
-        {"distiller": "internal", "student": resnet([1, 1]), "of": vit(2), "data": Images()},
+        {"distiller": "internal", "student": resnet([1, 1]), "of": vit(2), "data": Images(size=32)},
         "attention can be read, got ResNetForImageClassification",
     ),
     "no attention in a plain module": ({"distiller": "internal", "student": Convolutions()}, "no transformer layers"),
