@@ -735,11 +735,11 @@ def test_comparison_has_the_baseline_first_and_the_teacher_once(tmp_path):
 
 
 def written(
-    folder, result, *, method="", teacher="", accuracy=0.9, student="small", data="d", results=None, **settings
+    folder, result, *, method="", teacher="", accuracy=0.9, student="small", data="d", results=None, size=5, **settings
 ):
     """A record of one evaluation, with a teacher of the name large that has this accuracy."""
     folder.mkdir(parents=True)
-    info = {"student": {"name": student, "parameters": 5}, "data": data, "settings": settings, "status": "finished"}
+    info = {"student": {"name": student, "parameters": size}, "data": data, "settings": settings, "status": "finished"}
     info |= {"method": {"name": method} if method else None, "metric": "eval_top1", "results": results or {}}
     predictions = {"student": {"accuracy": accuracy, "examples": 200}}
     if teacher:
@@ -817,10 +817,12 @@ def test_runs_of_one_seed_are_no_seeds_of_one_experiment(tmp_path):
 
 def test_a_page_says_what_counts_as_an_example(tmp_path):
     run = written(tmp_path / "a", 90.0, teacher=0.9, method="kd")
-    words = "An example is here one pixel, of which at most 2,048 of a batch are read."
+    words = "An example is here one pixel, of which at most 2,048 of a batch count."
     assert words not in results(run)[1]
     rewrite(run, task="segmentation")
     assert words in results(run)[1]
+    both = written(tmp_path / "b", 90.0, accuracy=0.5)
+    assert words.replace("pixel", "pixel or input") in results(run, both)[1]
 
 
 def test_layers_of_several_teachers_are_those_of_the_first(copied):
@@ -841,11 +843,13 @@ def test_what_has_not_come_to_its_end_is_named_beside_the_mean(tmp_path):
 
 
 def test_networks_of_one_name_are_told_apart(tmp_path):
-    good = written(tmp_path / "good", 99.0, student="large", accuracy=0.99)
+    good = written(tmp_path / "good", 99.0, student="large", accuracy=0.99, size=9)
+    other = written(tmp_path / "other", 98.0, student="large", accuracy=0.99, size=8)
     one = written(tmp_path / "one", 60.0, method="kd", teacher=0.58, n=1)
     two = written(tmp_path / "two", 90.0, method="kd", teacher=0.99, n=2)
-    names = [(row[0], row[3]) for row in results(good, one, two)[0]]
+    names = [(row[0], row[3]) for row in results(good, other, one, two)[0]]
     assert names == [
+        ("other", "99.00 %"),
         ("one", "90.00 %"),
         ("two", "90.00 %"),
         ("good (teacher)", "99.00 %"),

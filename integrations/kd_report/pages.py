@@ -151,8 +151,10 @@ def _settings(run: Run) -> dict[str, Any]:
 def _measured(run: Run, who: str) -> tuple[Any, ...]:
     """Which network a run's student or teacher is: of one name there may be several, which answer differently."""
     accuracy, examples = (run.part("after", "predictions", who, key) for key in ("accuracy", "examples"))
-    name = run.student if who == "student" else run.teacher
-    return name, examples, None if accuracy is None else round(accuracy, 5)
+    name, parameters = _student(run)
+    if who == "teacher":
+        name, parameters = run.teacher, sum(n.get("parameters") or 0 for n in run.info["teachers"])
+    return name, parameters, examples, None if accuracy is None else round(accuracy, 5)
 
 
 def _experiments(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -250,7 +252,7 @@ def _results(about: Subject) -> Parts:
     measures = {name: form for name, form in _MEASURES.items() if about.one or name != "confidence"}
     stopped = [run.name for run in about.all if run.result and run.info.get("status") in ("unfinished", "interrupted")]
     words = [f"Not at their end, and counted by their last evaluation: {', '.join(stopped)}."] if stopped else []
-    units = dict.fromkeys(_UNITS[run.info["task"]] for run in about.all if run.info.get("task") in _UNITS)
+    units = dict.fromkeys(_UNITS.get(run.info.get("task") or "", "input") for run in about.all)
     rows = []
     for name, runs, key in about.networks:
         own = [dict(run.part("after", "predictions", key) or {}) for run in runs]
@@ -267,8 +269,8 @@ def _results(about: Subject) -> Parts:
         mean = _mean(results, ".2f" if results and abs(results[0]) > 1.5 else ".4f")
         beside = _paired(runs, about.groups[base]) if base else "–"
         rows.append([name, "–" if about.one else str(len(runs)), mean, beside, accuracy, seen or "–", *others])
-    if units and any(row[5] != "–" for row in rows):
-        words.append(f"An example is here one {' or '.join(units)}, of which at most 2,048 of a batch are read.")
+    if [*units] != ["input"] and any(row[5] != "–" for row in rows):
+        words.append(f"An example is here one {' or '.join(units)}, of which at most 2,048 of a batch count.")
     named = f"{metric}, as logged" if metric in measures else metric or "result"
     columns = ["", "runs", named, "against alone", "accuracy", "examples", *list(measures)[1:]]
     table = _table(columns, [row for row in rows if set(row[2:]) != {"–"}])
