@@ -29,7 +29,7 @@ from kd_plugins.reading.view import View
 from kd_report import charts, load_run, main, page_hint, render
 from kd_report.analysis import analyse, as_nets, predict
 from kd_report.measures import calibration, cka, decisions, difference, hsic, predictions, project_channels
-from kd_report.record import RunRecord, rows_to_analyse, some_rows
+from kd_report.record import RunRecord, rows_to_analyse, rows_to_ask, sizes, some_rows
 from kd_report.runs import find_runs
 from kd_report.uncertainty import Answers
 from kd_timm.network import TimmNetwork
@@ -445,6 +445,15 @@ def test_few_rows_are_analysed_in_a_short_training():
     assert [rows_to_analyse(trained) for trained in (480, 2000, 5000, 10**9)] == [0, 8, 32, 256]
 
 
+def test_as_many_rows_are_asked_on_every_machine():
+    assert [rows_to_ask(n) for n in (48, 1_000, 30_000)] == [8, 10, 300]
+
+
+def test_how_many_rows_there_are_in_words():
+    assert sizes([1] * 1200, [1] * 3) == "1,200 training rows and 3 evaluation rows"
+    assert sizes(iter([1]), None) == ""
+
+
 def test_channels_are_seen_in_the_teachers_main_plane():
     torch.manual_seed(0)
     student, teacher = torch.randn(3, 5, 4, 4), torch.randn(3, 7, 4, 4)
@@ -726,11 +735,11 @@ def test_comparison_has_the_baseline_first_and_the_teacher_once(tmp_path):
 
 
 def written(
-    folder, result, *, method="", teacher="", accuracy=0.9, student="small", data="d", results=None, **settings
+    folder, result, *, method="", teacher="", accuracy=0.9, student="small", data="d", results=None, size=5, **settings
 ):
     """A record of one evaluation, with a teacher of the name large that has this accuracy."""
     folder.mkdir(parents=True)
-    info = {"student": {"name": student, "parameters": 5}, "data": data, "settings": settings, "status": "finished"}
+    info = {"student": {"name": student, "parameters": size}, "data": data, "settings": settings, "status": "finished"}
     info |= {"method": {"name": method} if method else None, "metric": "eval_top1", "results": results or {}}
     predictions = {"student": {"accuracy": accuracy, "examples": 200}}
     if teacher:
@@ -777,6 +786,54 @@ def test_settings_that_change_no_number_still_say_that_seeds_are_of_one_experime
     assert [row[1] for row in results(*bare)[0]] == ["1", "1"]
 
 
+def test_seeds_of_one_experiment_have_one_network_and_one_job(tmp_path):
+    """As a DistillationTrainer names them, by their class: networks of two sizes, tasks of two kinds."""
+    kept = [written(tmp_path / f"a-{i}", 90.0 + i, lr=0.1, seed=i) for i in range(2)]
+    rewrite(written(tmp_path / "big", 50.0, lr=0.1, seed=2), student={"name": "small", "parameters": 7})
+    rewrite(written(tmp_path / "numbers", 50.0, lr=0.1, seed=3), task="regression")
+    written(tmp_path / "taught", 60.0, method="kd", teacher=0.9, lr=0.1, seed=0)
+    rewrite(written(tmp_path / "more", 60.0, method="kd", teacher=0.9, lr=0.1, seed=1), teachers=[{"name": "large"}])
+    rows, _ = results(*kept, *(tmp_path / name for name in ("big", "numbers", "taught", "more")))
+    assert [row[:3] for row in rows[:3]] == [
+        ["a", "2", "90.50 ± 0.71"],
+        ["big", "1", "50.00"],
+        ["numbers", "1", "50.00"],
+    ]
+    assert [row[:4] for row in rows[3:5]] == [["taught", "1", "60.00", "−30.00"], ["more", "1", "60.00", "−31.00"]]
+
+
+def test_runs_of_one_seed_are_no_seeds_of_one_experiment(tmp_path):
+    few = [written(tmp_path / f"few-{i}", 60.0 + i, lr=0.1, seed=i) for i in range(2)]
+    many = [written(tmp_path / f"many-{i}", 90.0 + i, lr=0.1, seed=i) for i in range(2)]
+    rows, _ = results(*few, *many)
+    assert [row[:3] for row in rows] == [["few", "2", "60.50 ± 0.71"], ["many", "2", "90.50 ± 0.71"]]
+    again = written(tmp_path / "many-2", 80.0, lr=0.1, seed=1)
+    assert [row[:3] for row in results(*many, again)[0]] == [
+        ["many-0", "1", "90.00"],
+        ["many-1", "1", "91.00"],
+        ["many-2", "1", "80.00"],
+    ]
+
+
+def test_a_page_says_what_counts_as_an_example(tmp_path):
+    run = written(tmp_path / "a", 90.0, teacher=0.9, method="kd")
+    words = "An example is here one pixel, of which at most 2,048 of a batch count."
+    assert words not in results(run)[1]
+    rewrite(run, task="segmentation")
+    assert words in results(run)[1]
+    both = written(tmp_path / "b", 90.0, accuracy=0.5)
+    assert words.replace("pixel", "pixel or input") in results(run, both)[1]
+
+
+def test_layers_of_several_teachers_are_those_of_the_first(copied):
+    first = "Of several teachers it is the first."
+    assert first not in render([copied])
+    rewrite(copied, teachers=[{"name": "one"}, {"name": "two"}])
+    page = render([copied])
+    assert page.count(first) == len({"similarity", "features", "channels"})
+    assert "of several teachers with their mean probability" in page
+
+
 def test_what_has_not_come_to_its_end_is_named_beside_the_mean(tmp_path):
     runs = [written(tmp_path / f"kd-{i}", 90.0 - 60 * i, method="kd", lr=0.1) for i in range(2)]
     rewrite(runs[1], status="interrupted")
@@ -786,11 +843,13 @@ def test_what_has_not_come_to_its_end_is_named_beside_the_mean(tmp_path):
 
 
 def test_networks_of_one_name_are_told_apart(tmp_path):
-    good = written(tmp_path / "good", 99.0, student="large", accuracy=0.99)
+    good = written(tmp_path / "good", 99.0, student="large", accuracy=0.99, size=9)
+    other = written(tmp_path / "other", 98.0, student="large", accuracy=0.99, size=8)
     one = written(tmp_path / "one", 60.0, method="kd", teacher=0.58, n=1)
     two = written(tmp_path / "two", 90.0, method="kd", teacher=0.99, n=2)
-    names = [(row[0], row[3]) for row in results(good, one, two)[0]]
+    names = [(row[0], row[3]) for row in results(good, other, one, two)[0]]
     assert names == [
+        ("other", "99.00 %"),
         ("one", "90.00 %"),
         ("two", "90.00 %"),
         ("good (teacher)", "99.00 %"),

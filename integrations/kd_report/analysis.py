@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import colorsys
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -120,22 +121,15 @@ def analyse(
     return found
 
 
-def predict(
-    nets: Nets | nn.Module,
-    batches: Iterable[Batch],
-    *,
-    distiller: Distiller | None = None,
-    seconds: float | None = None,
-) -> Answers:
+def predict(nets: Nets | nn.Module, batches: Iterable[Batch], *, distiller: Distiller | None = None) -> Answers:
     """What student, teachers and peers say of evaluation batches; nothing for a task without classes.
 
-    No batch is begun after so many `seconds`, where their order shall have nothing to do with their classes. What the
-    student's scores are, the distiller says.
+    What the student's scores are, the distiller says.
     """
     nets, answers = as_nets(nets), Answers()
     peers, teachers = ([_fresh(net) for net in given] for given in (nets.peers, nets.teachers))
     with _without_trace(nets):
-        for batch in _read(nets, batches, seconds):
+        for batch in _read(nets, batches):
             ours, *others = (decisions(net(batch, reads=Reads()), batch) for net in (*peers, *teachers))
             if ours is None:
                 break
@@ -151,14 +145,14 @@ def predict(
     return answers
 
 
-def _read(nets: Nets, batches: Iterable[Batch], seconds: float | None) -> Iterator[Batch]:
+def _read(nets: Nets, batches: Iterable[Batch], seconds: float = math.inf) -> Iterator[Batch]:
     """The batches on the student's device, at least one; none is begun after so many seconds."""
     began, batch, device = time.monotonic(), None, nets.device
     for batch in batches:
         if not batch.size:
             raise DistillError("The analysis needs batches of examples, got one whose size is unknown.")
         yield batch.to(device)
-        if seconds is not None and time.monotonic() - began >= seconds:
+        if time.monotonic() - began >= seconds:
             break
     if batch is None:
         raise DistillError("The analysis got no evaluation batches: give at least one.")

@@ -9,7 +9,7 @@ import re
 import shlex
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from os.path import commonprefix
 from typing import Any
 
@@ -46,6 +46,8 @@ _CHARTS = {
     made.kind: (draw, {field.name for field in dataclasses.fields(made)} - {"caption"})
     for made, draw in ((Bars, charts.bars), (Heatmap, charts.heatmap), (Points, charts.points))
 }
+# What counts as an example where it is not an input.
+_UNITS = {"multilabel": "label", "token": "token", "causal-lm": "token", "ctc": "frame", "segmentation": "pixel"}
 # What differs between the seeds of one experiment, or says nothing about it.
 _INCIDENTAL = re.compile(
     "(data_)?seed|experiment|run_name|config|cache_dir|disable_tqdm|checkpoint_hist|(dataloader_num_)?workers"
@@ -100,8 +102,7 @@ class Subject:
         """
         run, differ = self.groups[name][0], list[str]()
         for other, (alone, *_) in self.groups.items() if run.method != "alone" else ():
-            pairs = [(r.info.get("data"), _student(r)) for r in (run, alone)]
-            if alone.method != "alone" or pairs[0] != pairs[1]:
+            if alone.method != "alone" or _job(run) != _job(alone):
                 continue
             ours, theirs = ({k: v for k, v in _settings(r).items() if not _OF_METHOD.search(k)} for r in (run, alone))
             different = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
@@ -127,6 +128,7 @@ def page(runs: Sequence[Run]) -> str:
         found |= {find.__name__.strip("_"): find(run) for find in _OF_ONE_RUN if about.one}
     sections = {key: kept for key, parts in found.items() if (kept := [part for part in parts if part[1]])}
     given = {"about": about, "run": run, "last": ("", *run.phases)[-1], "number": number}
+    given["several"] = max((len(run.info["teachers"]) for run in runs), default=0) > 1
     environment = Environment(
         loader=PackageLoader("kd_report", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -137,6 +139,11 @@ def _student(run: Run) -> tuple[str, Any]:
     return run.student, run.part("student", "parameters")
 
 
+def _job(run: Run) -> list[Any]:
+    """Which network was trained for what."""
+    return [_student(run), *(run.info.get(key) for key in ("data", "task", "metric", "classes"))]
+
+
 def _settings(run: Run) -> dict[str, Any]:
     return {k: v for k, v in run.info["settings"].items() if not _INCIDENTAL.fullmatch(k)}
 
@@ -144,8 +151,10 @@ def _settings(run: Run) -> dict[str, Any]:
 def _measured(run: Run, who: str) -> tuple[Any, ...]:
     """Which network a run's student or teacher is: of one name there may be several, which answer differently."""
     accuracy, examples = (run.part("after", "predictions", who, key) for key in ("accuracy", "examples"))
-    name = run.student if who == "student" else run.teacher
-    return name, examples, None if accuracy is None else round(accuracy, 5)
+    name, parameters = _student(run)
+    if who == "teacher":
+        name, parameters = run.teacher, sum(n.get("parameters") or 0 for n in run.info["teachers"])
+    return name, parameters, examples, None if accuracy is None else round(accuracy, 5)
 
 
 def _experiments(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -154,15 +163,32 @@ def _experiments(runs: Sequence[Run]) -> dict[str, list[Run]]:
     for run in runs:
         # Without settings nothing says that two runs are the same experiment.
         apart = run.info["settings"].keys() <= {"seed", "output_dir", "run_name", "logging_dir"} and run.name
-        key = [run.method, run.part("method", "options"), run.student, run.teacher, run.info.get("data")]
+        others = [[n["name"], n.get("parameters")] for key in ("teachers", "peers") for n in run.info[key]]
+        key = [run.method, run.part("method", "options"), _job(run), others]
         kept.setdefault(json.dumps([*key, _settings(run) or apart], sort_keys=True), []).append(run)
     found: dict[str, list[Run]] = {}
-    for group in kept.values():
+    for group in chain.from_iterable(map(_seeds_apart, kept.values())):
         names, folder = [run.name for run in group], group[0].folder
-        shared = names[0] if len(names) == 1 else re.sub(r"[-_. ]*(seed)?[-_. ]*\d*$", "", commonprefix(names))
+        shared = names[0] if len(names) == 1 else _stem(commonprefix(names))
         ways = [shared if re.search("[A-Za-z]", shared) else "", group[0].method, str(folder), str(folder.resolve())]
         found[next(name for name in ways if name and name not in found)] = group
     return found
+
+
+def _stem(name: str) -> str:
+    return re.sub(r"[-_. ]*(seed)?[-_. ]*\d*$", "", name)
+
+
+def _seeds_apart(group: list[Run]) -> list[list[Run]]:
+    """Runs of which each has a seed of its own; where two share one, something that no record tells differs too."""
+    for key in (lambda run: "", lambda run: _stem(run.name)):
+        parts: dict[str, list[Run]] = {}
+        for run in group:
+            parts.setdefault(key(run), []).append(run)
+        seeds = [[s for run in part if (s := run.part("settings", "seed")) is not None] for part in parts.values()]
+        if all(len(set(own)) == len(own) for own in seeds):
+            return list(parts.values())
+    return [[run] for run in group]
 
 
 # Words and numbers
@@ -226,6 +252,7 @@ def _results(about: Subject) -> Parts:
     measures = {name: form for name, form in _MEASURES.items() if about.one or name != "confidence"}
     stopped = [run.name for run in about.all if run.result and run.info.get("status") in ("unfinished", "interrupted")]
     words = [f"Not at their end, and counted by their last evaluation: {', '.join(stopped)}."] if stopped else []
+    units = dict.fromkeys(_UNITS.get(run.info.get("task") or "", "input") for run in about.all)
     rows = []
     for name, runs, key in about.networks:
         own = [dict(run.part("after", "predictions", key) or {}) for run in runs]
@@ -242,13 +269,16 @@ def _results(about: Subject) -> Parts:
         mean = _mean(results, ".2f" if results and abs(results[0]) > 1.5 else ".4f")
         beside = _paired(runs, about.groups[base]) if base else "–"
         rows.append([name, "–" if about.one else str(len(runs)), mean, beside, accuracy, seen or "–", *others])
+    if [*units] != ["input"] and any(row[5] != "–" for row in rows):
+        words.append(f"An example is here one {' or '.join(units)}, of which at most 2,048 of a batch count.")
     named = f"{metric}, as logged" if metric in measures else metric or "result"
     columns = ["", "runs", named, "against alone", "accuracy", "examples", *list(measures)[1:]]
     table = _table(columns, [row for row in rows if set(row[2:]) != {"–"}])
     if about.one:
         tiles = [(cell, name) for name, cell in zip(columns[1:], rows[0][1:], strict=True) if cell != "–"]
         written = _flat(about.one.info["results"])
-        return [("tiles", tiles[:6]), table, ("folded", written and ("All that the script wrote", written))]
+        folded = ("folded", written and ("All that the script wrote", written))
+        return [("tiles", tiles[:6]), table, ("words", " ".join(words)), folded]
     finite = {name: kept for name, given in values.items() if (kept := [x for x in given if math.isfinite(x)])}
     drawn = [charts.dots(finite, title=metric)] if metric and finite else []
     return [table, ("words", " ".join(words)), ("charts", drawn)]

@@ -42,12 +42,10 @@ from kd_report.uncertainty import Doubts
 
 _logger = logging.getLogger(__name__)
 
-__all__ = ["MOST_AT_ONCE", "SHARE", "RunRecord", "StepTimer", "rows_to_analyse", "some_rows"]
+__all__ = ["MOST_AT_ONCE", "RunRecord", "StepTimer", "rows_to_analyse", "rows_to_ask", "sizes", "some_rows"]
 
 # How many rows are analysed in one batch: the activations of all layers are held at once.
 MOST_AT_ONCE = 64
-SHARE = 0.01
-"""The share of a training's time that predictions may take which no evaluation has made."""
 # The first steps of a training are no measure.
 _SKIP, _STEPS = 3, 25
 _TERMS, _REST = "distillation terms", "data and the rest"
@@ -181,10 +179,10 @@ class RunRecord:
             self._keep(phase, found.summary, found.arrays)
 
     @_optional
-    def predict(self, nets: Nets | nn.Module, batches: Iterable[Batch], seconds: float | None = None) -> None:
+    def predict(self, nets: Nets | nn.Module, batches: Iterable[Batch]) -> None:
         """Asks the networks for their predictions, as `kd_report.analysis.predict` does, where no evaluation has."""
         with self._trying("The networks could not be asked for their predictions", "No predictions"):
-            answers = predict(nets, batches, distiller=self.distiller, seconds=seconds)
+            answers = predict(nets, batches, distiller=self.distiller)
             self.predictions(answers.found(), answers.classes)
 
     @_optional
@@ -326,6 +324,23 @@ def rows_to_analyse(trained: int) -> int:
     """
     rows = min(trained // 125 - 8, 256)
     return rows if rows >= 8 else 0
+
+
+def rows_to_ask(trained: int) -> int:
+    """How many rows to ask for predictions that no evaluation has made, after a training that reads so many.
+
+    A forward costs less than a training's step: less than a hundredth, and the same rows on any machine.
+    """
+    return max(trained // 100, 8)
+
+
+def sizes(training: Any, evaluation: Any, rows: str = "rows") -> str:
+    """How many rows two data sets have, in words; a stream has no length, and what is missing is no data set."""
+    found = []
+    for name, data in (("training", training), ("evaluation", evaluation)):
+        with suppress(TypeError):
+            found.append(f"{len(data):,} {name} {rows}")
+    return " and ".join(found)
 
 
 def some_rows(dataset: Any, count: int | None = None) -> Any:

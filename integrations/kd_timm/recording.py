@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from typing import Any
 
 from kd_plugins import Batch, Net, Nets, Reads
 from kd_report import page_hint
-from kd_report.record import MOST_AT_ONCE, RunRecord, rows_to_analyse, some_rows
+from kd_report.record import MOST_AT_ONCE, RunRecord, rows_to_analyse, sizes, some_rows
 from kd_report.uncertainty import Doubts
 from kd_timm.arguments import parse_args
 from kd_timm.checkpoint import epoch_row
@@ -103,10 +102,7 @@ class Recorder:
 
 def _data(session: Parts) -> str:
     """The data set in words."""
-    sizes = []
-    for name, loader in (("training", session.data.train), ("evaluation", session.data.evaluation)):
-        # A stream has no length, and what is missing no data set.
-        with suppress(TypeError, AttributeError):
-            sizes.append(f"{len(loader.dataset):,} {name} images")
+    training, evaluation = (getattr(x, "dataset", None) for x in (session.data.train, session.data.evaluation))
+    found = sizes(training, evaluation, "images")
     named = session.args.dataset or session.args.data_dir or "none"
-    return f"{named}: {' and '.join(sizes)}" if sizes else named
+    return f"{named}: {found}" if found else named

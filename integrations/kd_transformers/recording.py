@@ -16,7 +16,7 @@ from kd_plugins import Batch, Net, Nets, Reads
 from kd_plugins.picture import Picture
 from kd_plugins.reading.network import adapt
 from kd_report.analysis import predicted_maps
-from kd_report.record import MOST_AT_ONCE, SHARE, RunRecord, rows_to_analyse, some_rows
+from kd_report.record import MOST_AT_ONCE, RunRecord, rows_to_analyse, rows_to_ask, sizes, some_rows
 from kd_report.uncertainty import Doubts
 from kd_transformers.absent import Absent
 from kd_transformers.checks import class_order, task_of
@@ -51,14 +51,14 @@ class RecordCallback(UpdateTimer):
     A `DistillationTrainer` has it by itself (`record=False` is without); to a `Trainer` it is added once that is made,
     `trainer.add_callback(RecordCallback(trainer))`. `kd-plugins report OUTPUT_DIR` then makes the page. The training
     itself is not changed by a bit. What the networks predict is asked at the end, of rows of the evaluation set drawn
-    at random, all of them where that takes no more than a hundredth of the training's time. Sharded networks (FSDP,
-    DeepSpeed) are not analysed.
+    at random, as many as a hundredth of those that the training reads. Sharded networks (FSDP, DeepSpeed) are not
+    analysed.
 
     Args:
         trainer: A `DistillationTrainer`, or a `Trainer`.
         host: What the report calls the script.
         names: What to call the networks: `{"student": ..., "teachers": [...], "peers": [...]}`.
-        data: The data set in words.
+        data: The data set in words; by default its numbers of rows.
         teachers: Teachers to compare the student of a plain `Trainer` with.
         settings: What else the report shows, and runs of one experiment agree in, beside the training arguments that
             differ from their defaults.
@@ -88,12 +88,13 @@ class RecordCallback(UpdateTimer):
         self.results: dict[str, Any] = {}
         # A model_init gives a new method for each training.
         self._distiller: Any = None
-        self._task, self._began, self._rows = "", 0.0, 0
+        self._task, self._rows, self._asked = "", 0, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
         trainer, best = self.trainer, args.metric_for_best_model
+        evaluation = None if isinstance(trainer.eval_dataset, dict) else trainer.eval_dataset
         self._distiller = getattr(trainer, "distiller", None)
         self._task = getattr(trainer, "task", None) or task_of(trainer.model)
         names = getattr(getattr(trainer.model, "config", None), "id2label", None) or {}
@@ -103,7 +104,7 @@ class RecordCallback(UpdateTimer):
             nets=self._nets(),
             distiller=self._distiller,
             names=self.names,
-            data=self.data,
+            data=self.data or sizes(trainer.train_dataset, evaluation),
             task=self._task,
             metric=f"eval_{best.removeprefix('eval_')}" if best else "",
             classes=[str(names[i]) for i in sorted(names)] or None,
@@ -112,9 +113,8 @@ class RecordCallback(UpdateTimer):
             resume=state.global_step or None,
             rows=[{"step": row["step"], **row} for row in state.log_history],
         )
-        self._began = time.perf_counter()
-        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        self._rows = rows_to_analyse(state.max_steps * rows)
+        rows = state.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self._rows, self._asked = rows_to_analyse(rows), rows_to_ask(rows)
         if self._rows and not state.global_step:
             self._analyse("before", self.record)
         player = getattr(trainer, "player", None)
@@ -182,9 +182,9 @@ class RecordCallback(UpdateTimer):
         with trainer.accelerator.autocast():
             record.analyse(phase, nets, self._batches(self._rows or 8))
             if phase == "after" and self.predicts:
-                record.predict(nets, self._batches(), seconds=SHARE * (time.perf_counter() - self._began))
+                record.predict(nets, self._batches(self._asked))
 
-    def _batches(self, count: int | None = None) -> Iterator[Batch]:
+    def _batches(self, count: int) -> Iterator[Batch]:
         trainer, dataset, collate = self.trainer, self.trainer.eval_dataset, self.trainer.data_collator
         dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
         loader: Any
@@ -207,7 +207,7 @@ class RecordCallback(UpdateTimer):
             yield batch
             read += batch.size
             # A loader of the user's own, and a stream, go on.
-            if count is not None and read >= count:
+            if read >= count:
                 return
 
 
