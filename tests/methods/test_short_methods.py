@@ -30,6 +30,17 @@ def test_dkd_grows_over_its_warm_up_and_needs_classes() -> None:
         distiller.loss(student, teacher, Batch(labels=torch.rand(4, 5)))
 
 
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [("rkd", ("distance_weight", "angle_weight")), ("dist", ("beta", "gamma")), ("dkd", ("alpha", "beta"))],
+)
+def test_one_of_two_weights_is_above_0(name: str, weights: tuple[str, str]) -> None:
+    for weight in weights:
+        create_distiller(name, **{weight: 0})
+    with pytest.raises(DistillError, match=f"{name} has nothing to distil where {', '.join(weights)} are 0: give one"):
+        create_distiller(name, **dict.fromkeys(weights, 0))
+
+
 def test_dkd_and_dist_leave_out_ignored_tokens() -> None:
     student, teacher = scores(2, 3, 5), scores(2, 3, 5, seed=1)
     labels = torch.tensor([[1, -100, 4], [0, -100, -100]])
