@@ -317,6 +317,14 @@ class Batch:
         return noise / std.view(1, -1, *[1] * (noise.dim() - 2))
 
 
+def tokens_first(x: Tensor, batch: Batch) -> bool:
+    """Whether an activation of three axes is `[L, B, C]`, as XLNet's layers give it; where L is B, nobody can tell."""
+    ids = batch.inputs if isinstance(batch.inputs, Tensor) and not batch.inputs.is_floating_point() else None
+    # Each choice of an example is a row of its own.
+    rows = batch.size if ids is None else ids.shape[:-1].numel()
+    return x.dim() == 3 and x.shape[1] == rows != len(x)
+
+
 def check_batch(batch: Any) -> None:
     """Refuses what is no batch, or one without a row."""
     if not isinstance(batch, Batch):

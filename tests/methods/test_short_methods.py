@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -98,8 +100,10 @@ def test_tokens_that_come_before_the_examples_are_refused(name: str) -> None:
             return self.head(self.layer(x).mean(0))
 
     batch = Batch(torch.randn(4, 6, 3), torch.zeros(4).long(), mask=torch.ones(4, 6), index=torch.arange(4), rows=4)
-    with pytest.raises(DistillError, match=rf"{name} reads tokens .* mask \[4, 6\], got \[6, 4, 3\]"):
-        bind(create_distiller(name, layers=("layer",)), Net(), Net(), batch=batch)
+    for mask, words in ((batch.mask, r"mask \[4, 6\], got \[6, 4, 3\]"), (None, r"got \[6, 4, 3\] .*batch_first=True")):
+        given = dataclasses.replace(batch, mask=mask)
+        with pytest.raises(DistillError, match=f"{name} reads tokens .*{words}"):
+            bind(create_distiller(name, layers=("layer",)), Net(), Net(), batch=given)
 
 
 @pytest.mark.parametrize("name", ["sp", "rkd", "pkt"])
