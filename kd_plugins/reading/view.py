@@ -291,14 +291,22 @@ class Batch:
             raise DistillError("The task loss needs labels, but the batch has none: give labels or drop the task term.")
         if self.criterion is not None:
             return self.criterion(view, self.labels)
-        scores, soft = view.logits, isinstance(self.labels, Tensor) and self.labels.is_floating_point()
+        scores = view.logits
         if self.task not in ("classification", "segmentation") or scores.shape[1:2] in ((), (1,)):
             raise DistillError(
                 "The task loss is the cross entropy of a softmax over axis 1 where the batch has no other, and for"
                 f" scores {list(scores.shape)} of the task {self.task} that may not be meant: give"
                 " Batch.of(..., criterion=function), called with the view and the labels, or drop the task term."
             )
-        return F.cross_entropy(scores, self.labels, ignore_index=-100 if soft else self.ignore_index)
+        labels = torch.as_tensor(self.labels)
+        soft = labels.is_floating_point()
+        if soft and labels.shape != scores.shape:
+            raise DistillError(
+                f"Expected class numbers as integers, or shares of the classes {list(scores.shape)}, got {labels.dtype}"
+                f" {list(labels.shape)}: give labels.long(), or task='regression' and a criterion."
+            )
+        ignored = -100 if soft else self.ignore_index
+        return F.cross_entropy(scores, labels if soft else labels.long(), ignore_index=ignored)
 
     def pixels(self, noise: Tensor) -> Tensor:
         """Turns noise in pixel units (images in [0, 1]) into noise of the normalised inputs, `noise / std`."""
