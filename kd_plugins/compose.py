@@ -68,6 +68,15 @@ class Composite(Distiller):
         self.tasks = tuple(t for t in tasks[0] if all(t in other for other in tasks)) if tasks else ()
         self.progress = self.progress
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        owners = [part for part, method in getattr(self, "parts", {}).items() if name in method.config]
+        if owners and not hasattr(type(self), name):
+            raise DistillError(
+                f"{name} is an option of {' and '.join(owners)}, parts of {self.name}, which has none itself: set it"
+                f" there, distiller.methods[{owners[0]!r}].{name}."
+            )
+        super().__setattr__(name, value)
+
     @property
     def methods(self) -> dict[str, Distiller]:
         """The parts by name."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_plugins.catalog.attributes import check_attributes
-from kd_plugins.catalog.options import OptimSpec, constructed
+from kd_plugins.catalog.options import OptimSpec, check_set, constructed
 from kd_plugins.catalog.paper import Paper
 from kd_plugins.errors import DistillError
 from kd_plugins.host import Host
@@ -177,6 +177,7 @@ class Distiller(nn.Module):
                 f"{type(self).__name__}.{name} means something to Distiller, so that self.{name} = ... would hide it or"
                 f" be hidden by it: choose another name, such as self.own_{name}."
             )
+        check_set(type(self), name, value)
         if isinstance(value, (nn.Module, Tensor)) and "_modules" not in self.__dict__:
             raise DistillError(f"{type(self).__name__} sets self.{name} before super().__init__(): call that first.")
         super().__setattr__(name, value)

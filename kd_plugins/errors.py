@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from textwrap import shorten
 from typing import Any
 
-__all__ = ["DistillError", "check_built", "did_you_mean", "told"]
+__all__ = ["DistillError", "check_any", "check_built", "did_you_mean", "told"]
 
 
 class DistillError(ValueError):
@@ -37,6 +37,17 @@ def check_built(method: Any, **built: Any) -> None:
     for option, there in built.items():
         if getattr(method, option) and not there:
             raise DistillError(f"{option} was 0 when {method.name} was set up: begin with a value above 0.")
+
+
+def check_any(method: Any, *weights: str) -> None:
+    """Refuses options that are all 0, with which a method would teach nothing.
+
+    Args:
+        method: The method.
+        weights: The options.
+    """
+    if not any(getattr(method, name) for name in weights):
+        raise DistillError(f"{method.name} has nothing to distil where {', '.join(weights)} are 0: give one a value.")
 
 
 @contextmanager

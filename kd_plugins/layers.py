@@ -11,6 +11,7 @@ from kd_plugins import Batch, Distiller, DistillError, Needs, Net, Nets, Reads, 
 from kd_plugins.catalog.values import NonNegative
 from kd_plugins.distiller import Terms
 from kd_plugins.nn.connectors import as_weights
+from kd_plugins.reading.view import tokens_first
 from kd_plugins.terms import check_terms
 
 __all__ = ["DENSE_TASKS", "FEATURE_TASKS", "LayerDistiller", "Pair"]
@@ -91,8 +92,8 @@ class LayerDistiller(Distiller):
         student = nets.student(batch)
         for number, net in enumerate(nets.teachers):
             for place, pair in enumerate(self.pairs(student, net(batch))):
-                self._check(nets.student, pair.layer, pair.student, batch.mask)
-                self._check(net, pair.teacher_layer, pair.teacher, batch.teacher_mask)
+                self._check(nets.student, pair.layer, pair.student, batch, batch.mask)
+                self._check(net, pair.teacher_layer, pair.teacher, batch, batch.teacher_mask)
                 self.check_pair(pair)
                 part = self.connect(pair.student, pair.teacher)
                 if part is not None and number:
@@ -101,14 +102,19 @@ class LayerDistiller(Distiller):
                     self.connectors.append(part)
                     self.connected.append(place)
 
-    def _check(self, net: Net, layer: str | int, x: Tensor, mask: Tensor | None) -> None:
+    def _check(self, net: Net, layer: str | int, x: Tensor, batch: Batch, mask: Tensor | None) -> None:
         if self.maps or x.dim() == 4:
             net.network.check_map(self.name, layer, x)
         elif x.dim() == 3 and mask is not None and x.shape[:2] != mask.shape:
-            # XLNet's layers have the tokens first, and some models fewer of them than the input.
+            # Some models have fewer tokens than the input.
             raise DistillError(
                 f"{self.name} reads tokens [B, L, C] of the mask {list(mask.shape)}, got {list(x.shape)} at the layer"
                 f" {layer!r}: choose one with a vector for each of those tokens (the decoder's, where a model has one)."
+            )
+        elif tokens_first(x, batch):
+            raise DistillError(
+                f"{self.name} reads tokens [B, L, C], got {list(x.shape)} at the layer {layer!r}, tokens first: choose"
+                " one that has the examples first (batch_first=True)."
             )
 
     def check_pair(self, pair: Pair) -> None:

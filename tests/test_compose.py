@@ -242,6 +242,18 @@ def test_parts_share_progress_and_generators_are_their_own():
     assert not torch.equal(draws, following)
 
 
+def test_an_option_is_set_at_the_part_that_has_it(pair):
+    student, teacher, batch = pair
+    distiller = create_distiller("kd+nst", layers=("layer1",))
+    nets = bind(distiller, student, teacher, batch=batch)
+    with pytest.raises(DistillError, match=r"alpha is an option of kd, .*distiller.methods\['kd'\].alpha"):
+        distiller.alpha = 0.5
+    distiller.methods["kd"].alpha = 0.5
+    ((_, terms),) = [item for turn in distiller.turns(nets, batch) for item in turn.items()]
+    torch.testing.assert_close(terms["task"], 0.5 * batch.task_loss(nets.student(batch)))
+    distiller.note = "of the loop's own"
+
+
 def test_parts_that_cannot_share_a_training_are_refused():
     with pytest.raises(DistillError, match="one and two both play turns of their own and cannot be combined"):
         Composite({"one": Critic(), "two": Critic()})

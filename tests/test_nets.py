@@ -117,6 +117,18 @@ def test_two_classes_are_not_standardized() -> None:
             assert student.weight.grad.abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("name", ["kd", "noisy"])
+def test_soft_labels_without_a_weight_are_no_term(name: str) -> None:
+    """0 times what cannot be compared, or is infinite, is no 0."""
+    student, teacher = nn.Linear(4, 2), nn.Linear(4, 2)
+    distiller, batch = create_distiller(name, standardize=True), Batch.of(torch.randn(2, 4), torch.tensor([0, 1]))
+    nets = bind(distiller, student, teacher)
+    distiller.alpha = 0.0
+    ((terms,),) = [turn.values() for turn in distiller.turns(nets, batch)]
+    assert list(terms) == ["task"]
+    torch.testing.assert_close(terms["task"], batch.task_loss(nets.student(batch)))
+
+
 def test_the_optimizer_of_a_group_that_is_not_there_is_refused() -> None:
     student = nn.Linear(4, 3)
     distiller = create_distiller("kd", **{"critic.lr": 1e-3})

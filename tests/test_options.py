@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Optional
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from kd_plugins.catalog.options import _TAKEN, check, options_of, parse
 from kd_plugins.catalog.registry import config_of, create_distiller, from_json, options_from_strings, to_json
-from kd_plugins.catalog.values import as_text, convert
+from kd_plugins.catalog.values import AtLeastOne, Share, as_text, convert
 from kd_plugins.distiller import _HOOKS, Distiller
 from kd_plugins.errors import DistillError
 
@@ -265,6 +266,42 @@ def test_an_option_of_a_name_that_distillers_keep_is_refused():
         options_of(Named)
     assert set(_TAKEN) <= {*vars(Distiller()), *_HOOKS}
     assert {name for name in _HOOKS if not name.startswith("_")} <= set(_TAKEN)
+
+
+class Ranged(Distiller):
+    """Options that are numbers of some range, and one of which it makes something else."""
+
+    def __init__(
+        self,
+        *,
+        share: Share = 0.5,
+        count: AtLeastOne | Literal["all"] | None = None,
+        free: float = 1.0,
+        layers: str = "a+b",
+    ) -> None:
+        super().__init__()
+        self.layers = layers.split("+")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("share", 1.7, "float from 0 to 1"),
+        ("share", -1, "float from 0 to 1"),
+        ("share", math.nan, "float from 0 to 1"),
+        ("share", True, "float from 0 to 1"),
+        ("count", 0, r"int from 1 \| all \| none"),
+        ("count", 1.5, r"int from 1 \| all \| none"),
+    ],
+)
+def test_a_number_that_the_constructor_refuses_is_refused_later(name, value, kind):
+    distiller = Ranged()
+    with pytest.raises(DistillError, match=f"expected {name} to be {kind}, got {value}"):
+        setattr(distiller, name, value)
+    assert (distiller.share, distiller.count, distiller.layers) == (0.5, None, ["a", "b"])
+    distiller.share, distiller.count, distiller.free = 1, 3, -7.0
+    distiller.count = "all"
+    assert (distiller.share, distiller.count, distiller.free) == (1, "all", -7.0)
 
 
 # --- with the installed methods ---------------------------------------------------------------------------------------

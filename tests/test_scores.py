@@ -126,14 +126,22 @@ def test_labels_tell_where_the_classes_are():
         ((2, 4, 6), torch.full((2, 4, 6), 0.25)),  # shares over the second axis, or numbers over the third
         ((2, 1, 6), torch.ones(2, 1, 6)),
         ((2, 4, 6), torch.zeros(2, 12, dtype=torch.long)),
+        ((2, 4, 6), None),
     ],
-    ids=["square", "shares", "one score", "another size"],
+    ids=["square", "shares", "one score", "another size", "none"],
 )
 def test_doubt_about_the_axis_of_the_classes_is_refused(shape, labels, criterion):
     s, t = logits(*shape)
     batch = Batch.of(torch.zeros(2, 3), labels, criterion=criterion)
     with pytest.raises(DistillError, match="which axis holds the classes"):
         class_scores(View(s), View(t), batch)
+    if labels is None:
+        with pytest.raises(DistillError, match=r"\[2, 4, 6\] of a segmentation without labels .*\[B, 1, H, W\]"):
+            class_scores(View(s), View(t), Batch.of(torch.zeros(2, 3), task="segmentation"))
+        s, t = (x.unsqueeze(2) for x in (s, t))
+        told = Batch.of(torch.zeros(2, 3), task="segmentation")
+        assert class_scores(View(s), View(t), told).student.shape == (2, 6, 4)
+        return
     for task, rows in (("token", (*shape[:2], shape[2])), ("segmentation", (shape[0], shape[2], shape[1]))):
         told = Batch.of(torch.zeros(2, 3), labels, task=task, criterion=criterion)
         assert class_scores(View(s), View(t), told).student.shape == rows

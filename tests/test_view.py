@@ -115,6 +115,15 @@ def test_the_task_loss_leaves_out_what_the_batch_says():
     assert soft == pytest.approx(-scores.log_softmax(1).mean().item())
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.bool])
+def test_class_numbers_may_be_integers_of_any_size(dtype):
+    scores, labels = torch.arange(6.0).view(3, 2) ** 2, torch.tensor([1, 0, 1])
+    expected = -scores.log_softmax(1)[range(3), labels].mean()
+    assert Batch.of(scores, labels.to(dtype)).task_loss(View(scores)) == pytest.approx(expected.item())
+    with pytest.raises(DistillError, match=r"integers, or shares of the classes \[3, 2\], got torch.float32 \[3\]"):
+        Batch.of(scores, labels.float()).task_loss(View(scores))
+
+
 def test_the_task_loss_is_the_hosts(images):
     logits = torch.randn(4, 4)
     view = View(_logits=logits)

@@ -10,11 +10,13 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from functools import cache
 from typing import Any, Literal, get_type_hints
 
 from torch import nn
 
-from kd_plugins.catalog.values import NonNegative, Positive, as_text, choices_of, convert, label
+from kd_plugins.catalog.values import NonNegative, Positive, as_text, choices_of, convert, is_ranged, label
 from kd_plugins.errors import DistillError, did_you_mean
 
 # What `Distiller.__init__` sets, and what a distiller does: an option of such a name would be overwritten or hidden.
@@ -163,6 +165,23 @@ def constructed(cls: type, args: tuple[Any, ...], given: Mapping[str, Any]) -> d
         bound.apply_defaults()
         return dict(bound.arguments)
     return {name: option.default for name, option in options.items()} | check(cls, given)
+
+
+def check_set(cls: type, name: str, value: Any) -> None:
+    """Refuses a number that is set as an option's value and that the constructor would not take.
+
+    What is no number stays as it is set: an author may make a layer of an option, or a list of a text.
+    """
+    if isinstance(value, (int, float)) and name in _ranged(cls):
+        _convert_option(name, value, _ranged(cls)[name], text=False)
+
+
+@cache
+def _ranged(cls: type) -> dict[str, Any]:
+    """The annotations of the options that are numbers of some range, by name."""
+    with suppress(DistillError):
+        return {name: option.annotation for name, option in options_of(cls).items() if is_ranged(option.annotation)}
+    return {}
 
 
 def options_table(options: Mapping[str, Option], prefix: str = "") -> str:

@@ -196,6 +196,13 @@ def choices_of(hint: Any) -> tuple[Any, ...]:
     return ()
 
 
+def is_ranged(hint: Any) -> bool:
+    """Whether an annotation, or a member of a union, is a number of some range."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(map(is_ranged, get_args(hint)))
+    return get_origin(hint) is Annotated and any(isinstance(a, Range) for a in get_args(hint)[1:])
+
+
 def label(hint: Any) -> str:
     """The annotation as a reader of `--help` wants it.
 

@@ -70,13 +70,27 @@ def per_example(values: Tensor, mask: Tensor | None = None) -> Tensor:
     """
     if mask is None:
         return values.unsqueeze(1).flatten(1).mean(1)
-    if mask.shape != values.shape or mask.is_floating_point():
+    valid = _valid(mask, values.shape).unsqueeze(1).flatten(1)
+    return torch.where(valid, values.unsqueeze(1).flatten(1), 0).sum(1) / valid.sum(1).clamp_min(1)
+
+
+def counted(rows: Tensor, mask: Tensor | None) -> Tensor:
+    """Rows `[..., K]`, with zeros for those that the mask `[...]` leaves out: they get no gradient, not even of a nan.
+
+    >>> counted(torch.tensor([[1.0, 2.0], [3.0, torch.nan]]), torch.tensor([1, 0]))
+    tensor([[1., 2.],
+            [0., 0.]])
+    """
+    return rows if mask is None else rows.masked_fill(~_valid(mask, rows.shape[:-1]).unsqueeze(-1), 0)
+
+
+def _valid(mask: Tensor, shape: torch.Size) -> Tensor:
+    if mask.shape != shape or mask.is_floating_point():
         raise ValueError(
-            f"Expected a boolean or integer mask {list(values.shape)}, 1 where a position counts, got {mask.dtype}"
+            f"Expected a boolean or integer mask {list(shape)}, 1 where a position counts, got {mask.dtype}"
             f" {list(mask.shape)}."
         )
-    valid = mask.bool().unsqueeze(1).flatten(1)
-    return torch.where(valid, values.unsqueeze(1).flatten(1), 0).sum(1) / valid.sum(1).clamp_min(1)
+    return mask.bool()
 
 
 def reduce(values: Tensor, reduction: Reduction) -> Tensor:
@@ -110,7 +124,9 @@ class _SoftmaxKL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return grad.unsqueeze(-1) * gradient, None, None, None
+        grad = grad.unsqueeze(-1)
+        # A row that does not count has no gradient, whatever the teacher holds there.
+        return (grad * gradient).masked_fill_(grad == 0, 0), None, None, None
 
 
 def softmax_kl(

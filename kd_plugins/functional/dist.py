@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kd_plugins.functional._common import centred, exact, no_autocast, per_example, unit
+from kd_plugins.functional._common import centred, counted, exact, no_autocast, per_example, unit
 
 __all__ = ["dist"]
 
@@ -56,7 +56,8 @@ def dist(
     if not temperature > 0:
         raise ValueError(f"Expected a temperature above 0, got {temperature}.")
     with no_autocast(student_logits):
-        y_s, y_t = ((z / temperature).softmax(-1) for z in exact(student_logits, teacher_logits.detach()))
+        logits = exact(counted(student_logits, mask), teacher_logits.detach())
+        y_s, y_t = ((z / temperature).softmax(-1) for z in logits)
         between_classes = per_example(1 - _pearson(y_s, y_t, -1), mask).mean()
         s, t = (y.flatten(0, -2) if mask is None else y[mask.bool()] for y in (y_s, y_t))
         between_rows = (1 - _pearson(s, t, 0)).mean() if len(s) else s.sum()

@@ -73,9 +73,8 @@ def dkd(
     with no_autocast(student_logits):
         logits = [z / temperature for z in exact(student_logits, teacher_logits.detach())]
         others = [z.scatter(-1, target, -torch.inf) for z in logits]
-        # The logit of the labelled class against all others together.
-        s, t = (z.gather(-1, target).squeeze(-1) - o.logsumexp(-1) for z, o in zip(logits, others, strict=True))
-        log_not = torch.nn.functional.logsigmoid
-        tckd = t.sigmoid() * (t - s) + log_not(-t) - log_not(-s)
+        # A sum of nothing but -inf has no gradient.
+        rest = [o.clamp_min(torch.finfo(o.dtype).min).logsumexp(-1, keepdim=True) for o in others]
+        tckd = softmax_kl(*(torch.cat([z.gather(-1, target), r], -1) for z, r in zip(logits, rest, strict=True)))
         values = alpha * tckd + beta * softmax_kl(*others)
         return temperature**2 * reduce(per_example(values, mask), reduction)

@@ -10,6 +10,7 @@ from torch import Tensor
 from kd_plugins.functional._common import (
     Reduction,
     check_reduction,
+    counted,
     exact,
     no_autocast,
     per_example,
@@ -62,7 +63,7 @@ def endd(
     _check(student_logits, member_logits, temperature, smoothing, reduction)
     with no_autocast(student_logits):
         probs = _probs(member_logits, temperature, smoothing)
-        alpha, alpha0 = concentrations(student_logits, temperature)
+        alpha, alpha0 = concentrations(counted(student_logits, mask), temperature)
         terms = (alpha - 1) * (probs + _EPS).log().mean(1)
         rows = (torch.lgamma(alpha + _EPS) - terms).sum(-1) - torch.lgamma(alpha0 + _EPS)
         return _reduced(rows, student_logits, temperature, mask, reduction)
@@ -121,7 +122,7 @@ def endd_proxy(
         mean = members.mean(1)
         apart = (torch.xlogy(mean, mean) - mean * (members + torch.finfo(members.dtype).tiny).log().mean(1)).sum(-1)
         precision = ((classes - 1) / (2 * apart.clamp_min(0))).clamp_max(max_precision)
-        alpha, alpha0 = concentrations(student_logits, temperature, 1)
+        alpha, alpha0 = concentrations(counted(student_logits, mask), temperature, 1)
         student = torch.digamma(alpha) - torch.digamma(alpha0).unsqueeze(-1)
         normaliser = torch.lgamma(alpha).sum(-1) - torch.lgamma(alpha0)
         if direction == "reverse":

@@ -14,6 +14,7 @@ from kd_plugins.functional._common import (
     Reduction,
     centred,
     check_reduction,
+    counted,
     exact,
     no_autocast,
     per_example,
@@ -100,7 +101,8 @@ class _ChunkedKL(torch.autograd.Function):
             s, t = (x.div(ctx.temperature) for x in exact(student[at], teacher[at]))
             nothing = (t.amax(-1, keepdim=True) == -torch.inf).expand_as(t)
             chunk = s.softmax(-1).sub_(t.softmax(-1)).masked_fill_(nothing, 0)
-            gradient[at] = chunk.mul_(grad[at].unsqueeze(-1) / ctx.temperature)
+            given = grad[at].unsqueeze(-1)
+            gradient[at] = chunk.mul_(given / ctx.temperature).masked_fill_(given == 0, 0)
         return gradient, None, None
 
 
@@ -142,10 +144,8 @@ def kd_multilabel(
     """
     _check(student_logits, teacher_logits, temperature, reduction)
     with no_autocast(student_logits):
-        student, teacher = exact(student_logits, teacher_logits.detach())
-        student, teacher = student / temperature, teacher / temperature
-        log_not = torch.nn.functional.logsigmoid
-        labels = teacher.sigmoid() * (teacher - student) + log_not(-teacher) - log_not(-student)
+        student, teacher = exact(student_logits, teacher_logits)
+        labels = softmax_kl(*(torch.stack([z / temperature, torch.zeros_like(z)], -1) for z in (student, teacher)))
         return temperature**2 * reduce(per_example(labels.sum(-1), mask), reduction)
 
 
@@ -172,7 +172,7 @@ def kd_regression(
     """
     _check(student_scores, teacher_scores, 1.0, reduction)
     with no_autocast(student_scores):
-        student, teacher = exact(student_scores, teacher_scores.detach())
+        student, teacher = exact(counted(student_scores, mask), teacher_scores.detach())
         return reduce(per_example((student - teacher).square().mean(-1), mask), reduction)
 
 
@@ -181,7 +181,8 @@ def standardize(logits: Tensor) -> Tensor:
 
     Sun, Ren, Li, Wang, Cao, "Logit Standardization in Knowledge Distillation", CVPR 2024, arXiv 2403.01427: the Z-score
     `(z - mean(z)) / std(z)` of the student's and of the teacher's logits, each network's own. The student then need not
-    match the teacher's range of logits, only their relations. No logit leaves `[-sqrt(K - 1), sqrt(K - 1)]`.
+    match the teacher's range of logits, only their relations. No logit leaves `[-sqrt(K - 1), sqrt(K - 1)]`, but -inf,
+    which stays: K, mean and deviation are those of the others.
 
     Departures: the released code takes the unbiased standard deviation, so its scores are smaller by
     `sqrt((K - 1) / K)`, 0.5 % with 100 classes. Logits that are all equal become 0 and get no gradient.
@@ -198,7 +199,11 @@ def standardize(logits: Tensor) -> Tensor:
     """
     with no_autocast(logits):
         (scores,) = exact(logits)
-        return scores.shape[-1] ** 0.5 * unit(centred(scores))
+        left_out = scores == -torch.inf
+        classes = (~left_out).sum(-1, keepdim=True, dtype=scores.dtype)
+        mean = scores.masked_fill(left_out, 0).sum(-1, keepdim=True) / classes
+        rest = unit(centred(scores.where(~left_out, mean)))
+        return (classes.sqrt() * rest).masked_fill(left_out, -torch.inf)
 
 
 def _check(student: Tensor, teacher: Tensor, temperature: float, reduction: str) -> None:

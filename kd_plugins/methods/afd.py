@@ -131,7 +131,7 @@ class AFD(Distiller):
             return
         widths = []
         for net, view, layer in zip(networks, views, self._layers(len(views)), strict=True):
-            net.network.check_map(self.name, layer, view.features[layer])
+            net.network.check_map("afd without logit_only=true", layer, view.features[layer])
             widths.append(view.features[layer].shape[1])
         # Nothing would train a transfer layer of a frozen teacher.
         width = max(widths) if self.online else widths[-1]

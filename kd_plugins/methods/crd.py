@@ -80,8 +80,8 @@ class CRD(LayerDistiller):
         if not isinstance(classes, Tensor) or classes.dim() != 1 or classes.is_floating_point():
             raise DistillError("crd draws rows of other classes, and the labels are no classes [B]: take others=rows.")
         ours, theirs = KF.embedding(student, batch.mask), KF.embedding(teacher, batch.teacher_mask)
-        sides: list[tuple[Tensor, Tensor, Tensor]] = part(ours, theirs, batch.index, classes, self.momentum)
-        rows = part.others.draw(classes, min(self.negatives, self.rows), self.host.generator(student.device))
+        sides: list[tuple[Tensor, Tensor, Tensor]] = part(ours, theirs, batch.index, classes.long(), self.momentum)
+        rows = part.others.draw(classes.long(), min(self.negatives, self.rows), self.host.generator(student.device))
         tau, log_z = self.temperature, part.log_z
         if log_z.isnan().any():
             first = torch.stack([KF.crd_log_z(own, bank, rows, temperature=tau) for own, _, bank in sides])

@@ -22,6 +22,7 @@ __all__ = ["DAFL"]
 
 _AUTHORS = "Hanting Chen, Yunhe Wang, Chang Xu, Zhaohui Yang, Chuanjian Liu, Boxin Shi, Chunjing Xu, Chao Xu, Qi Tian"
 _SHOWN, _SIDE = 8, 64  # images of a grid, and their longest side in it
+_EPOCHS = 200  # grids at most: 20 MB of every state at that side
 _EVERY = 50  # updates between two looks at the images, each of which waits for the device
 _LOSSES = ("one_hot", "activation", "information")
 
@@ -190,17 +191,21 @@ class DAFL(Distiller):
     # What the report shows
 
     def _show(self, images: Tensor, batch: Batch) -> None:
-        """Keeps a grid of images at the end of each epoch; up to eight where a bare loop has not told of epochs."""
+        """Keeps a grid of images at the end of each epoch, or of as many as are kept; of steps where none are known."""
         table, step = self.progress.table, self.progress.step + 1
-        if table is None or step % (table.epoch or -(-table.total // _SHOWN)):
+        if table is None:
+            return
+        unit, most = (table.epoch, _EPOCHS) if table.epoch else (1, _SHOWN)
+        if step % (unit * -(-table.total // (unit * most))):
             return
         grid = thumbnails(pixels(batch.with_inputs(images[:_SHOWN])).float(), _SIDE).round().byte()
         self.grids = torch.cat([self.grids, grid[None].to(self.grids.device)])
         self.steps = torch.cat([self.steps, self.steps.new_tensor([step])])
 
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        for name in ("grids", "steps"):  # as many as had been shown
-            setattr(self, name, torch.empty_like(state[prefix + name], device=self.steps.device))
+        for name in self._buffers.keys() & {"grids", "steps"}:  # as many as had been shown
+            if prefix + name in state:
+                setattr(self, name, torch.empty_like(state[prefix + name], device=self.steps.device))
         super()._load_from_state_dict(state, prefix, *args)
 
     def pictures(self) -> list[Picture]:

@@ -6,6 +6,7 @@ from kd_plugins import Batch, Distiller, Paper, View
 from kd_plugins import functional as KF
 from kd_plugins.catalog.values import NonNegative, Positive
 from kd_plugins.distiller import Terms
+from kd_plugins.errors import check_any
 from kd_plugins.reading.scores import class_scores
 
 __all__ = ["DIST"]
@@ -44,6 +45,7 @@ class DIST(Distiller):
 
     def __init__(self, *, beta: NonNegative = 1.0, gamma: NonNegative = 1.0, temperature: Positive = 1.0) -> None:
         super().__init__()
+        check_any(self, "beta", "gamma")
 
     def loss(self, student: View, teacher: View, batch: Batch) -> Terms:
         rows = class_scores(student, teacher, batch).exclusive(self.name)

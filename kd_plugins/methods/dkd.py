@@ -6,6 +6,7 @@ from kd_plugins import Batch, Distiller, Paper, View
 from kd_plugins import functional as KF
 from kd_plugins.catalog.values import NonNegative, Positive, Share
 from kd_plugins.distiller import Terms
+from kd_plugins.errors import check_any
 from kd_plugins.reading.scores import class_scores
 
 __all__ = ["DKD"]
@@ -46,6 +47,7 @@ class DKD(Distiller):
         self, *, alpha: NonNegative = 1.0, beta: NonNegative = 8.0, temperature: Positive = 4.0, warmup: Share = 0.0
     ) -> None:
         super().__init__()
+        check_any(self, "alpha", "beta")
 
     def loss(self, student: View, teacher: View, batch: Batch) -> Terms:
         rows = class_scores(student, teacher, batch).exclusive(self.name)

@@ -99,6 +99,11 @@ class Internal(Distiller):
 
     def setup(self, nets: Nets, batch: Batch) -> None:
         self._check_tokens(batch)
+        if self.hidden_weight and batch.mask is not None and not batch.mask[:, 0].all():
+            raise DistillError(
+                "internal compares the vector of the first token, [CLS], and texts of this batch begin with padding:"
+                " pad on the right (tokenizer.padding_side), or take hidden_weight=0."
+            )
         n_s, n_t = nets.student.layers(batch), nets.teacher.layers(batch)
         self.pairs = self._explicit or uniform(n_s, n_t)
         for ours, theirs in self.pairs.items():
@@ -158,12 +163,10 @@ class Internal(Distiller):
         return (layers[stage : stage + 1] if self.schedule == "progressive" else layers[: stage + 1]), False
 
     def _reads(self, layers: tuple[int, ...]) -> tuple[Reads, Reads]:
-        theirs = tuple(self.pairs[layer] for layer in layers)
-        hidden, attention = bool(self.hidden_weight), bool(self.attention_weight)
-        return (
-            Reads(False, hidden=layers if hidden else (), attentions=layers if attention else ()),
-            Reads(False, hidden=theirs if hidden else (), attentions=theirs if attention else ()),
-        )
+        def reads(x: tuple[int, ...]) -> Reads:
+            return Reads(False, hidden=x if self.hidden_weight else (), attentions=x if self.attention_weight else ())
+
+        return reads(layers), reads(tuple(self.pairs[layer] for layer in layers))
 
     def needs(self) -> Needs:
         if not self.ready:
@@ -174,8 +177,6 @@ class Internal(Distiller):
             return Needs(student | Reads(), teacher | Reads(softened=self.temperature))
         cut = (layers[-1] - 1,) if self.freeze_lower and layers[-1] > 1 else ()
         return Needs(student | Reads(False, cut=cut), teacher)
-
-    # A step
 
     def loss(self, student: View, teacher: View, batch: Batch) -> Terms:
         layers, labels = self._phase()
@@ -193,9 +194,8 @@ class Internal(Distiller):
 
     def _kl(self, layer: int, student: View, teacher: View, batch: Batch) -> Tensor:
         ours, theirs = student.attentions[layer], teacher.attentions[self.pairs[layer]]
-        return KF.attention_kl(
-            ours.scores, theirs.scores, batch.mask, student_probs=ours.probs, teacher_probs=theirs.probs
-        )
+        probs = {"student_probs": ours.probs, "teacher_probs": theirs.probs}
+        return KF.attention_kl(ours.scores, theirs.scores, batch.mask, **probs)
 
     def _cosine(self, layer: int, student: View, teacher: View) -> Tensor:
         ours = student.hidden[layer][:, :1]

@@ -83,5 +83,7 @@ class KD(Distiller):
         return Needs(teacher=Reads(softened=None if self.standardize else self.temperature_for(self.host.task)))
 
     def loss(self, student: View, teacher: View, batch: Batch) -> Terms:
+        if not self.alpha:
+            return {}
         term = soft_labels(student, teacher, batch, self.temperature_for(batch.task), self.standardize)
         return {"kd": self.alpha * term}

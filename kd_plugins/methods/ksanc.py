@@ -13,7 +13,7 @@ from kd_plugins import Batch, DistillError, Needs, Nets, OptimSpec, Paper, Stage
 from kd_plugins import functional as KF
 from kd_plugins.catalog.values import AtLeastOne, Fraction, NonNegative
 from kd_plugins.distiller import Terms, Turn
-from kd_plugins.errors import check_built
+from kd_plugins.errors import check_any, check_built
 from kd_plugins.layers import LayerDistiller, Pair
 from kd_plugins.nn.descriptors import AttentionEstimator, LogitDiscriminator
 
@@ -85,8 +85,7 @@ class KSANC(LayerDistiller):
         **layers: Any,
     ) -> None:
         super().__init__(**layers)
-        if not (weight or logit_weight or adversarial_weight):
-            raise DistillError("ksanc has nothing to distil where all three weights are 0: give one of them.")
+        check_any(self, "weight", "logit_weight", "adversarial_weight")
         self.outputs = 0  # of the discriminator
         self.estimators, self.heads = nn.ModuleList(), nn.ModuleList()
         self.register_buffer("scale", torch.ones(()))

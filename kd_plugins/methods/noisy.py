@@ -79,6 +79,10 @@ class Noisy(KD):
     def setup(self, nets: Nets, batch: Batch) -> None:
         if not (self.fickle or self.sigma or self.messy or self.logit_sigma):
             _logger.warning("noisy without noise is kd: give fickle=true, sigma, messy or logit_sigma.")
+        if self.messy and not self.task_weight:
+            _logger.warning(
+                "messy draws labels, and alpha=1 reads none: give alpha below 1, or combine another method."
+            )
         student = nets.student(batch)
         if self.messy:
             rows = class_scores(student, student, batch).exclusive("messy")
@@ -132,17 +136,18 @@ class Noisy(KD):
 
     def messy_labels(self, batch: Batch) -> Tensor:
         """The labels, of which a share is redrawn among the wrong classes; those that the task ignores stay."""
-        y = torch.as_tensor(batch.labels)
-        if y.is_floating_point():
-            raise DistillError("messy draws class numbers, and these labels are soft: train without mixup and cutmix.")
+        y = None if batch.labels is None else torch.as_tensor(batch.labels)
+        if y is None or y.is_floating_point():
+            raise DistillError(
+                "messy draws class numbers, and these labels are soft or missing: train without mixup and cutmix, on"
+                " rows that have labels."
+            )
         generator = self.host.generator(y.device)
         drawn = torch.rand(y.shape, generator=generator, device=y.device) < self.messy
         other = torch.randint(1, self.classes, y.shape, generator=generator, device=y.device)
         return torch.where(drawn & (y != batch.ignore_index), (y + other) % self.classes, y)
 
     def loss(self, student: View, teacher: View, batch: Batch) -> Terms:
-        if not self.alpha:
-            return {}
         if self.logit_sigma:
             noise = self._noise(teacher.logits)
             teacher = dataclasses.replace(teacher, _logits=teacher.logits * (1 + self.logit_sigma * noise))

@@ -9,6 +9,7 @@ from torch import Tensor
 from kd_plugins import Batch, Paper
 from kd_plugins import functional as KF
 from kd_plugins.catalog.values import NonNegative
+from kd_plugins.errors import check_any
 from kd_plugins.layers import LayerDistiller
 
 __all__ = ["RKD"]
@@ -45,6 +46,7 @@ class RKD(LayerDistiller):
 
     def __init__(self, *, distance_weight: NonNegative = 25.0, angle_weight: NonNegative = 50.0, **layers: Any) -> None:
         super().__init__(**layers)
+        check_any(self, "distance_weight", "angle_weight")
 
     def distance(self, student: Tensor, teacher: Tensor, part: Any, batch: Batch) -> Tensor:
         s = KF.embedding(student, batch.mask)

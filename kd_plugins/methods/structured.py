@@ -13,7 +13,7 @@ from kd_plugins import Batch, DistillError, Needs, Nets, OptimSpec, Paper, Reads
 from kd_plugins import functional as KF
 from kd_plugins.catalog.values import AtLeastOne, NonNegative
 from kd_plugins.distiller import Terms, Turn
-from kd_plugins.errors import check_built
+from kd_plugins.errors import check_any, check_built
 from kd_plugins.layers import DENSE_TASKS, LayerDistiller, Pair
 from kd_plugins.nn.discriminators import Critic
 from kd_plugins.reading.scores import class_scores, score_maps
@@ -84,8 +84,7 @@ class Structured(LayerDistiller):
         teacher_layers: tuple[str | int, ...] | None = None,
     ) -> None:
         super().__init__(layers=layers, teacher_layers=teacher_layers)
-        if not (pixel or pair or holistic):
-            raise DistillError("pixel=0 pair=0 holistic=0 leave nothing to distil: give one of them a weight.")
+        check_any(self, "pixel", "pair", "holistic")
         self.critic: nn.Module = nn.Identity()
 
     def needs(self) -> Needs:

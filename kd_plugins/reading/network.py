@@ -16,7 +16,7 @@ from kd_plugins.catalog.installed import NETWORKS, entries_by_name, load, only_e
 from kd_plugins.errors import DistillError
 from kd_plugins.reading.attention import BaseAttentionTaps
 from kd_plugins.reading.tap import Reached, Replacement, Seen, Tap
-from kd_plugins.reading.view import Attention, Batch, Features, Reads, View
+from kd_plugins.reading.view import Attention, Batch, Features, Reads, View, tokens_first
 
 Forward = Callable[..., Any]
 
@@ -96,6 +96,12 @@ class Network:
                     raise
                 missing = str(error)
         hidden = Features({n: seen.all(key)[call] for n, (key, call) in places.items() if n in reads.hidden})
+        for number, x in hidden.items():
+            if tokens_first(x, batch):
+                raise DistillError(
+                    f"Hidden states are [B, L, H], and layer {number} of {type(self.module).__name__} gives"
+                    f" {list(x.shape)}, tokens first: use another network, or no hidden states (hidden_weight=0)."
+                )
         features = self._features(paths, seen)
         features.update(maps)
         return View(logits, features, hidden, attentions, output, labels=batch.labels, missing=missing)

@@ -96,8 +96,13 @@ def class_scores(student: View, teacher: View, batch: Batch, temperature: float 
     s, t = (x.unsqueeze(1) if x.dim() == 1 else x for x in (s, t))
     # The labels of CTC are not aligned with the frames.
     labels = batch.labels if isinstance(batch.labels, Tensor) and batch.task != "ctc" else None
-    if batch.task == "segmentation" and labels is not None and _one_class(s, labels):
-        s, t = s.unsqueeze(1), t.unsqueeze(1)
+    if batch.task == "segmentation" and s.dim() == 3:
+        if labels is None:
+            raise DistillError(
+                f"Scores {list(s.shape)} of a segmentation without labels may be [B, H, W] of one class or [B, K, L]:"
+                " give labels, or scores [B, 1, H, W] or [B, K, 1, L]."
+            )
+        s, t = (x.unsqueeze(1) for x in (s, t)) if _one_class(s, labels) else (s, t)
     last = _classes_last(s, labels, batch)
     if top is not None:
         if batch.task in ("regression", "multilabel") or s.shape[-1] == 1 or not (last or s.dim() == 2):
@@ -205,10 +210,10 @@ def _classes_last(scores: Tensor, labels: Tensor | None, batch: Batch) -> bool:
         last, first = (n == length for n in scores.shape[1:])
     else:
         # Shares of the classes fit either axis; where each score has its own sigmoid there is no share to be had.
-        shares = batch.task == "classification" and labels is not None and labels.shape == scores.shape
+        shares = batch.task == "classification" and (labels is None or labels.shape == scores.shape)
         last, first = True, hard or shares
     if first and last and batch.task != "regression":
-        told = " and ".join(str(list(x.shape)) for x in (labels, batch.mask) if x is not None)
+        told = " and ".join(str(list(x.shape)) for x in (labels, batch.mask) if x is not None) or "None"
         raise DistillError(
             f"Scores {list(scores.shape)} with labels and mask {told} do not tell which axis holds the classes: say"
             ' Batch.of(..., task="token") for [B, L, K], or task="segmentation" for [B, K, L].'

@@ -294,14 +294,22 @@ class Batch:
             )
         if self.criterion is not None:
             return self.criterion(view, self.labels)
-        scores, soft = view.logits, isinstance(self.labels, Tensor) and self.labels.is_floating_point()
+        scores = view.logits
         if self.task not in ("classification", "segmentation") or scores.shape[1:2] in ((), (1,)):
             raise DistillError(
                 "The task loss is the cross entropy of a softmax over axis 1 where the batch has no other, and for"
                 f" scores {list(scores.shape)} of the task {self.task} that may not be meant: give"
                 " Batch.of(..., criterion=function), called with the view and the labels, or drop the task term."
             )
-        return F.cross_entropy(scores, self.labels, ignore_index=-100 if soft else self.ignore_index)
+        labels = torch.as_tensor(self.labels)
+        soft = labels.is_floating_point()
+        if soft and labels.shape != scores.shape:
+            raise DistillError(
+                f"Expected class numbers as integers, or shares of the classes {list(scores.shape)}, got {labels.dtype}"
+                f" {list(labels.shape)}: give labels.long(), or task='regression' and a criterion."
+            )
+        ignored = -100 if soft else self.ignore_index
+        return F.cross_entropy(scores, labels if soft else labels.long(), ignore_index=ignored)
 
     def pixels(self, noise: Tensor) -> Tensor:
         """Turns noise in pixel units (images in [0, 1]) into noise of the normalised inputs, `noise / std`."""
@@ -318,6 +326,14 @@ class Batch:
                 " or the image processor, one number for each channel."
             )
         return noise / std.view(1, -1, *[1] * (noise.dim() - 2))
+
+
+def tokens_first(x: Tensor, batch: Batch) -> bool:
+    """Whether an activation of three axes is `[L, B, C]`, as XLNet's layers give it; where L is B, nobody can tell."""
+    ids = batch.inputs if isinstance(batch.inputs, Tensor) and not batch.inputs.is_floating_point() else None
+    # Each choice of an example is a row of its own.
+    rows = batch.size if ids is None else ids.shape[:-1].numel()
+    return x.dim() == 3 and x.shape[1] == rows != len(x)
 
 
 def check_batch(batch: Any) -> None:

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kd_plugins import functional as KF
@@ -101,6 +102,25 @@ def test_two_classes_have_no_others_to_compare() -> None:
     s, t, labels = randn(4, 2), randn(4, 2, seed=1), torch.tensor([0, 1, 1, 0])
     assert KF.dkd(s, t, labels, 0.0, 8.0).item() == pytest.approx(0, abs=1e-14)
     torch.testing.assert_close(KF.dkd(s, t, labels, 1.0, 8.0), KF.kd(s, t))
+
+
+def test_classes_that_neither_network_has() -> None:
+    """They add nothing; where the label is one of them, or the only one that is left, a part of the loss is 0."""
+    s, t, labels = randn(4, 3).requires_grad_(), randn(4, 3, seed=1), torch.tensor([0, 1, 2, 0])
+    without = KF.dkd(s, t, labels)
+    without.backward()
+    padded, theirs = (F.pad(x.detach(), (0, 1), value=-torch.inf) for x in (s, t))
+    padded.requires_grad_()
+    value = KF.dkd(padded, theirs, labels)
+    value.backward()
+    torch.testing.assert_close(value, without)
+    torch.testing.assert_close(padded.grad[:, :3], s.grad)
+    torch.testing.assert_close(KF.dkd(padded, theirs, torch.full((4,), 3), 1.0, 2.0), 2 * KF.kd(s, t))
+    alone = padded.detach()[:, 2:].requires_grad_()
+    value = KF.dkd(alone, theirs[:, 2:], torch.zeros(4, dtype=torch.long))
+    value.backward()
+    assert value.item() == pytest.approx(0, abs=1e-14)
+    assert (alone.grad == 0).all()
 
 
 def test_messages() -> None:

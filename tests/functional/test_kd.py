@@ -158,14 +158,53 @@ def test_gradient_keeps_its_size_with_the_temperature() -> None:
     torch.testing.assert_close(s.grad, difference, rtol=1e-3, atol=1e-6)
 
 
-def test_classes_that_neither_network_has() -> None:
-    s, t = randn(3, 4), randn(3, 4, seed=1)
-    without = KF.kd(s, t)
-    s, t = (F.pad(x, (0, 1), value=-torch.inf) for x in (s, t))
-    s.requires_grad_()
-    KF.kd(s, t).backward()
-    torch.testing.assert_close(KF.kd(s, t).detach(), without)
-    assert s.grad.isfinite().all()
+def standardized(student: Tensor, teacher: Tensor) -> Tensor:
+    return KF.kd(KF.standardize(student), KF.standardize(teacher))
+
+
+@pytest.mark.parametrize("function", [KF.kd, KF.kd_multilabel, standardized])
+def test_classes_that_neither_network_has(function) -> None:
+    s, t = randn(3, 4).requires_grad_(), randn(3, 4, seed=1)
+    without = function(s, t)
+    without.backward()
+    padded = F.pad(s.detach(), (0, 2), value=-torch.inf).requires_grad_()
+    value = function(padded, F.pad(t, (0, 2), value=-torch.inf))
+    value.backward()
+    torch.testing.assert_close(value, without)
+    torch.testing.assert_close(padded.grad, F.pad(s.grad, (0, 2)))
+
+
+def test_a_class_that_the_teacher_alone_has_not() -> None:
+    """What is left of the divergence of that label is `-log(1 - p_s)`."""
+    s, t = torch.tensor([[0.3, -1.0]]), torch.tensor([[-torch.inf, -torch.inf]])
+    expected = 9 * sum(math.log(1 + math.exp(x / 3)) for x in (0.3, -1.0))
+    assert KF.kd_multilabel(s, t, 3.0).item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        *(KF.kd, KF.kd_multilabel, KF.kd_regression, KF.structured_pixel, KF.dist),
+        *(lambda s, t, f=f, **mask: f(s, torch.stack([t, t + 1], 1), **mask) for f in (KF.end, KF.endd, KF.endd_proxy)),
+        lambda s, t, mask: KF.dkd(s, t, torch.ones(3, 4, dtype=torch.long), mask=mask),
+    ],
+)
+@pytest.mark.parametrize("chunk", [2**23, 7])
+def test_what_a_mask_leaves_out_may_be_anything(function, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A teacher may give nan or infinity where nothing is to be read; then 0 times it is no 0."""
+    monkeypatch.setattr(kd_module, "_CHUNK", chunk)
+    mask = torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0], [1, 0, 1, 1]])
+    s, t = randn(3, 4, 5).requires_grad_(), randn(3, 4, 5, seed=1)
+    found = []
+    for filled in (0.0, torch.nan, torch.inf, -torch.inf):
+        s.grad = None
+        value = function(s, t.masked_fill(mask.unsqueeze(-1) == 0, filled), mask=mask)
+        value.backward()
+        found.append((value.detach(), s.grad))
+    assert found[0][0].isfinite()
+    assert (found[0][1][1] == 0).all()
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=0)
 
 
 def test_kd_has_one_derivative_only() -> None:

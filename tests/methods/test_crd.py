@@ -21,9 +21,11 @@ from kd_plugins.testing import TinyNet, tiny_batches, tiny_tokens, tiny_transfor
 PATHS = {"layers": ("layer2",)}
 
 
-def test_the_term_is_both_sides_of_the_memory():
+@pytest.mark.parametrize("kind", [torch.long, torch.uint8])
+def test_the_term_is_both_sides_of_the_memory(kind):
     """Followed for two steps by hand: heads, memory, draws, constants of the first step."""
-    student, teacher, batches = TinyNet(), TinyNet(6), tiny_batches(2)
+    student, teacher = TinyNet(), TinyNet(6)
+    batches = [batch.with_labels(batch.labels.to(kind)) for batch in tiny_batches(2)]
     distiller = create_distiller("crd", negatives=5, dim=3, temperature=0.5, weight=2.0, **PATHS)
     nets = bind(distiller, student, teacher, batch=batches[0])
     part = distiller.connectors[0]
@@ -35,7 +37,7 @@ def test_the_term_is_both_sides_of_the_memory():
         embedded = [F.normalize(head(x.mean((2, 3))), dim=1).detach() for head, x in zip(part.heads, maps, strict=True)]
         for bank, new in zip(banks, embedded, strict=True):
             bank[batch.index] = F.normalize(0.5 * bank[batch.index] + 0.5 * new, dim=1)
-        classes[batch.index] = batch.labels
+        classes[batch.index] = batch.labels.long()
         uniform, rows = torch.rand(8, 5, dtype=torch.float64, generator=generator), []
         order = sorted(range(16), key=lambda row: int(classes[row]))
         for label, numbers in zip(batch.labels, uniform, strict=True):

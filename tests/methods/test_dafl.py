@@ -25,9 +25,11 @@ from kd_plugins.testing import TinyNet
 BATCH = Batch.of(size=16, shape=(3, 12, 12), classes=4, mean=(0.5,) * 3, std=(0.25,) * 3)
 
 
-def bound(student: nn.Module, teacher: nn.Module, steps: int = 4, **options: Any) -> tuple[Distiller, Nets, Run]:
+def bound(
+    student: nn.Module, teacher: nn.Module, steps: int = 4, epoch: int | None = None, **options: Any
+) -> tuple[Distiller, Nets, Run]:
     distiller = kd_plugins.create_distiller("dafl", **{"latent": 6, "width": 4, **options})
-    nets = kd_plugins.bind(distiller, student, teacher, batch=BATCH, total_steps=steps)
+    nets = kd_plugins.bind(distiller, student, teacher, batch=BATCH, total_steps=steps, epoch_steps=epoch)
     distiller.host.seed(1)
     return distiller, nets, kd_plugins.make_optimizers(distiller, torch.optim.SGD(student.parameters(), 0.1), nets)
 
@@ -141,6 +143,25 @@ def test_it_shows_images_of_each_epoch_and_goes_on_from_its_state(
     for name in names:
         assert found.rows[name][0].shape == (3, 6, 64)  # of 12 x 130
         assert all(map(torch.equal, found.rows[name], expected.rows[name]))
+
+
+def test_images_of_many_epochs_are_of_some_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["kd_plugins.methods.dafl"], "_EPOCHS", 3)
+    distiller, _, run = bound(TinyNet(4), TinyNet(8), steps=10, epoch=2)
+    for _ in range(10):
+        run.step(BATCH)
+    assert list(distiller.pictures()[0].rows) == ["epoch 2", "epoch 4"]
+
+
+def test_a_state_without_images_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    distiller, _, run = bound(TinyNet(4), TinyNet(8), steps=4)
+    del distiller.grids
+    run.save(tmp_path)
+    _, _, resumed = bound(TinyNet(4), TinyNet(8), steps=4)
+    with pytest.raises(DistillError, match=r"(?s)does not fit the distiller of this run.*grids"):
+        resumed.load(tmp_path)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        kd_plugins.create_distiller("dafl").load_state_dict(resumed.distiller.state_dict())
 
 
 def test_a_dead_generator_ends_the_training() -> None:

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from transformers import XLNetConfig, XLNetForSequenceClassification
 
 from kd_plugins import DistillError, bind, create_distiller
 from kd_plugins.testing.networks import tiny_tokens, tiny_transformer
@@ -45,6 +46,42 @@ def test_a_teacher_of_other_tokens_is_refused_where_attention_is_compared():
     distiller.attention_weight = 1.0
     with pytest.raises(DistillError, match="teacher_input_ids holds other tokens"):
         distiller.loss(None, None, batch)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_hidden_states_with_the_tokens_first_are_refused(masked):
+    def xlnet(layers: int) -> XLNetForSequenceClassification:
+        config = XLNetConfig(vocab_size=40, d_model=16, n_layer=layers, n_head=2, d_inner=24, num_labels=3)
+        return XLNetForSequenceClassification(config)
+
+    (batch,) = tiny_tokens(1)
+    if masked:
+        batch = dataclasses.replace(batch, mask=torch.ones_like(batch.inputs))
+    else:
+        batch = dataclasses.replace(batch, mask=None, kwargs={})
+    distiller = create_distiller("internal", schedule="all")
+    with pytest.raises(
+        DistillError, match=r"layer 1 of XLNetForSeq.* gives \[8, 4, 16\], tokens first.*hidden_weight=0"
+    ):
+        bind(distiller, xlnet(2), xlnet(4), batch=batch)
+    distiller = create_distiller("internal", schedule="all", hidden_weight=0.0)
+    nets = bind(distiller, xlnet(2), xlnet(4), batch=batch)
+    (turn,) = distiller.turns(nets, batch)
+    assert turn["student"]["kl_attention"] > 0
+
+
+def test_texts_that_begin_with_padding_have_no_vector_to_compare():
+    (batch,) = tiny_tokens(1)
+    left = dataclasses.replace(batch, mask=batch.mask.flip(1), kwargs={"attention_mask": batch.mask.flip(1)})
+    with pytest.raises(DistillError, match=r"first token, \[CLS\], and texts of this batch begin with padding: pad on"):
+        bind(create_distiller("internal"), tiny_transformer(2), tiny_transformer(4), batch=left, total_steps=6)
+    bind(
+        create_distiller("internal", hidden_weight=0.0),
+        tiny_transformer(2),
+        tiny_transformer(4),
+        batch=left,
+        total_steps=6,
+    )
 
 
 def test_a_student_layer_has_one_teacher_layer():

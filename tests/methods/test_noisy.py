@@ -205,12 +205,19 @@ def test_messy_labels_know_the_classes_of_every_batch() -> None:
         list(distiller.turns(nets, batch))
     distiller, nets, batch = bound({"messy": 0.5}, TinyNet(4), TinyNet(8))
     mixed = batch.with_labels(torch.nn.functional.one_hot(batch.labels, 4).float())
-    with pytest.raises(DistillError, match="these labels are soft: train without mixup"):
-        list(distiller.turns(nets, mixed))  # hosts mix after the set-up
+    for labels in (mixed, batch.with_labels(None)):  # hosts mix after the set-up
+        with pytest.raises(DistillError, match="these labels are soft or missing: train without mixup"):
+            list(distiller.turns(nets, labels))
     distiller, nets, batch = bound({}, TinyNet(4), TinyNet(8))
     distiller.messy = 0.5
     with pytest.raises(DistillError, match="messy was 0 when noisy was set up"):
         list(distiller.turns(nets, batch))
+
+
+@pytest.mark.parametrize(("alpha", "warned"), [(1.0, True), (0.9, False)])
+def test_labels_that_nothing_reads_are_warned_of(alpha: float, warned: bool, caplog: pytest.LogCaptureFixture) -> None:
+    bound({"messy": 0.5, "alpha": alpha}, TinyNet(4), TinyNet(8))
+    assert ("messy draws labels, and alpha=1 reads none" in caplog.text) == warned
 
 
 def test_soft_labels_do_not_come_back_without_a_teacher() -> None:

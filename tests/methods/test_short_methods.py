@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -28,6 +30,17 @@ def test_dkd_grows_over_its_warm_up_and_needs_classes() -> None:
         torch.testing.assert_close(distiller.loss(student, teacher, batch)["dkd"], share * full)
     with pytest.raises(DistillError, match="dkd needs the number of the true class"):
         distiller.loss(student, teacher, Batch(labels=torch.rand(4, 5)))
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [("rkd", ("distance_weight", "angle_weight")), ("dist", ("beta", "gamma")), ("dkd", ("alpha", "beta"))],
+)
+def test_one_of_two_weights_is_above_0(name: str, weights: tuple[str, str]) -> None:
+    for weight in weights:
+        create_distiller(name, **{weight: 0})
+    with pytest.raises(DistillError, match=f"{name} has nothing to distil where {', '.join(weights)} are 0: give one"):
+        create_distiller(name, **dict.fromkeys(weights, 0))
 
 
 def test_dkd_and_dist_leave_out_ignored_tokens() -> None:
@@ -87,8 +100,10 @@ def test_tokens_that_come_before_the_examples_are_refused(name: str) -> None:
             return self.head(self.layer(x).mean(0))
 
     batch = Batch(torch.randn(4, 6, 3), torch.zeros(4).long(), mask=torch.ones(4, 6), index=torch.arange(4), rows=4)
-    with pytest.raises(DistillError, match=rf"{name} reads tokens .* mask \[4, 6\], got \[6, 4, 3\]"):
-        bind(create_distiller(name, layers=("layer",)), Net(), Net(), batch=batch)
+    for mask, words in ((batch.mask, r"mask \[4, 6\], got \[6, 4, 3\]"), (None, r"got \[6, 4, 3\] .*batch_first=True")):
+        given = dataclasses.replace(batch, mask=mask)
+        with pytest.raises(DistillError, match=f"{name} reads tokens .*{words}"):
+            bind(create_distiller(name, layers=("layer",)), Net(), Net(), batch=given)
 
 
 @pytest.mark.parametrize("name", ["sp", "rkd", "pkt"])

@@ -173,7 +173,7 @@ def test_a_detector_has_pairs_at_each_level() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(DistillError, match="leave nothing to distil"):
+    with pytest.raises(DistillError, match="nothing to distil where pixel, pair, holistic are 0"):
         create_distiller("structured", **ALONE)
     with pytest.raises(DistillError, match="leave one node of the map 12 x 12 at the layer 'layer1'"):
         train(granularity=(12, 12))
