@@ -99,10 +99,11 @@ class _ChunkedKL(torch.autograd.Function):
         gradient = torch.empty_like(student)
         for at in _chunks(student):
             s, t = (x.div(ctx.temperature) for x in exact(student[at], teacher[at]))
-            nothing = (t.amax(-1, keepdim=True) == -torch.inf).expand_as(t)
-            chunk = s.softmax(-1).sub_(t.softmax(-1)).masked_fill_(nothing, 0)
             given = grad[at].unsqueeze(-1)
-            gradient[at] = chunk.mul_(given / ctx.temperature).masked_fill_(given == 0, 0)
+            # A row that does not count has no gradient, whatever the teacher holds there.
+            nothing = (t.amax(-1, keepdim=True) == -torch.inf) | (given == 0)
+            chunk = s.softmax(-1).sub_(t.softmax(-1)).masked_fill_(nothing, 0)
+            gradient[at] = chunk.mul_(given / ctx.temperature)
         return gradient, None, None
 
 
