@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError
-from kd_plugins.functional._common import no_autocast, unit
+from kd_plugins.functional._common import counted, no_autocast, unit
 from kd_plugins.functional.ksanc import squeeze
 
 __all__ = ["AttentionEstimator", "LogitDiscriminator"]
@@ -41,7 +41,7 @@ class AttentionEstimator(nn.Module):
         Raises:
             DistillError: Features that have no row for each row of logits, or no token for each of the mask.
         """
-        mask = mask if features.dim() == 3 else None
+        mask = mask.bool() if mask is not None and features.dim() == 3 else None
         if len(features) != len(logits) or (mask is not None and mask.shape != features.shape[:2]):
             raise DistillError(
                 f"Expected a row of logits for each row of a layer, and a mask of its tokens, got {list(logits.shape)}"
@@ -51,7 +51,7 @@ class AttentionEstimator(nn.Module):
         dtype = self.score.weight.dtype
         vectors = features.flatten(2).mT if features.dim() == 4 else features
         with no_autocast(features):
-            local = self.local(vectors.to(dtype))
+            local = self.local(counted(vectors.to(dtype), mask))
             scores = self.score((local + self.overall(logits.to(dtype)).unsqueeze(1)).tanh())
             return unit(squeeze(local, scores.squeeze(-1), mask=mask))
 

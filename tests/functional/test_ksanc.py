@@ -44,7 +44,12 @@ def test_an_estimator_is_the_equation(dtype):
     mask[0, 3:], mask[1, :2] = 0, 0
     expected = torch.tensor(estimated(part, rows, logits.double().numpy(), mask.numpy()))
     tokens = maps.flatten(2).mT.masked_fill(mask.unsqueeze(-1) == 0, torch.nan)
-    torch.testing.assert_close(part(tokens, logits, mask).double(), expected, atol=1e-5, rtol=1e-5)
+    found = part(tokens, logits, mask)
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+    given, known = (
+        torch.autograd.grad(part(x, logits, mask).sum(), part.parameters()) for x in (tokens, tokens.nan_to_num(7))
+    )
+    torch.testing.assert_close(given, known)
 
 
 def test_the_logits_move_the_attention():
