@@ -439,7 +439,6 @@ def test_digits_are_split_once_and_for_all():
         ("--naflex-loader", "choose a NaFlex model"),
         ("--std 0 1 1", "a positive std"),
         ("--opt nothing", "--opt nothing"),
-        ("--sched nothing", "--sched nothing"),
         ("-b 4096", "--batch-size"),
         ("--data-dir /does/not/exist --dataset=", "does not exist"),
         ("--initial-checkpoint /does/not/exist", "does not exist"),
