@@ -249,8 +249,10 @@ def like(optimizer: Optimizer, split: Mapping[int, Sequence[nn.Parameter]]) -> O
     cls = type(optimizer)
     accepted = inspect.signature(cls).parameters
     groups, names = optimizer.param_groups, [k for k in optimizer.defaults if k in accepted]
-    # With what is no argument of the optimizer, too: timm's Muon leaves groups with `use_fallback` to AdamW.
-    kept = [{k: v for k, v in group.items() if k != "param_names"} for group in groups]
+    # With what is no argument of the optimizer, too (timm's Muon leaves groups with `use_fallback` to AdamW), but for
+    # what it counts itself: the other begins.
+    counted = {"param_names", "step", *optimizer.defaults} - set(names)
+    kept = [{k: v for k, v in group.items() if k not in counted} for group in groups]
     made = [{**kept[i], "params": list(part), "follows": i} for i, part in split.items()]
     first = groups[largest(optimizer)]
     try:

@@ -302,6 +302,39 @@ def test_a_peer_is_left_to_the_fallback_where_the_student_is():
     assert fallen(peer, second) == fallen(student, first) == ["head.weight"]
 
 
+class Averaging(torch.optim.SGD):
+    """Counts its steps under a name that is a default and no argument."""
+
+    def __init__(self, params, lr: float = 0.1) -> None:
+        super().__init__(params, lr)
+        self.defaults["k"] = 0
+        for group in self.param_groups:
+            group.setdefault("k", 0)
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["k"] += 1
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("counter", ["k", "step"])
+def test_what_an_optimizer_has_counted_begins_anew_in_another(counter) -> None:
+    """A count corrects the bias of averages that the other has not: a second training makes it of a used optimizer."""
+    cls = Averaging if counter == "k" else pytest.importorskip("timm.optim").Adan
+    net, other = TinyNet(), TinyNet()
+    first = cls(net.parameters(), lr=0.1)
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    first.step()
+    first.step()
+    assert first.param_groups[0][counter] == 2
+    second = like(first, {0: list(other.parameters())})
+    for p in other.parameters():
+        p.grad = torch.ones_like(p)
+    second.step()
+    assert second.param_groups[0][counter] == 1
+
+
 class Parted(nn.Module):
     def __init__(self, body, head):
         super().__init__()

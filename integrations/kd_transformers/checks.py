@@ -292,7 +292,7 @@ def check_ignored(scores: Tensor, batch: Batch, config: Any) -> None:
 def check_aligned(distiller: Distiller, nets: Nets, batch: Batch) -> None:
     """Refuses a teacher of other images, and scores per token of one that reads other tokens, or others before them."""
     if batch.name == "pixel_values" and batch.teacher_logits is None:
-        _check_images(nets, batch)
+        _check_images(distiller, nets, batch)
     if batch.task not in ("token", "causal-lm", "ctc") or not reads_scores(distiller):
         return
     if not batch.aligned:
@@ -312,11 +312,14 @@ def check_aligned(distiller: Distiller, nets: Nets, batch: Batch) -> None:
             )
 
 
-def _check_images(nets: Nets, batch: Batch) -> None:
-    """Refuses teachers that do not take the images."""
+def _check_images(distiller: Distiller, nets: Nets, batch: Batch) -> None:
+    """Refuses teachers that do not take the images.
+
+    Where only layers are read, a forward ends with the last, and what comes behind may take more than images (texts).
+    """
     # With a criterion, a network without scores is read, too.
     batch = dataclasses.replace(batch, criterion=lambda view, labels: view.logits)
-    for net in nets.teachers:
+    for net in (n for i, n in enumerate(nets.teachers) if reads_scores(distiller, i)):
         what = f"The teacher {type(base(net.module)).__name__} does not take the images"
         remedy = "give the data a column teacher_pixel_values, of its size and its normalisation."
         with told(what, ValueError, AssertionError, remedy=remedy), untouched(nets):

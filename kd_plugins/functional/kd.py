@@ -145,8 +145,12 @@ def kd_multilabel(
     """
     _check(student_logits, teacher_logits, temperature, reduction)
     with no_autocast(student_logits):
-        student, teacher = exact(student_logits, teacher_logits)
-        labels = softmax_kl(*(torch.stack([z / temperature, torch.zeros_like(z)], -1) for z in (student, teacher)))
+        student, teacher = exact(counted(student_logits, mask), teacher_logits.detach())
+        student, teacher = student / temperature, teacher / temperature
+        log_not = torch.nn.functional.logsigmoid
+        probs = teacher.sigmoid()
+        # A label that the teacher has not at all leaves the second term; 0 times an infinite difference is no 0.
+        labels = torch.where(probs == 0, 0, probs * (teacher - student)) + log_not(-teacher) - log_not(-student)
         return temperature**2 * reduce(per_example(labels.sum(-1), mask), reduction)
 
 

@@ -334,3 +334,21 @@ def test_a_teacher_of_another_image_size_needs_images_of_its_own(tmp_path):
         trainer(tmp_path, student=vit(16), of=vit(32), data=rows, max_steps=1).train()
     rows = [row | {"teacher_pixel_values": torch.randn(3, 32, 32)} for row in rows]
     trainer(tmp_path, student=vit(16), of=vit(32), data=rows, max_steps=1).train()
+
+
+def test_a_teacher_of_which_layers_are_read_need_not_end_its_forward(tmp_path):
+    """A model of images and texts (CLIP) teaches with its image encoder, and the data have no texts."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    images = sizes | {"image_size": 16, "patch_size": 8}
+    student = transformers.ViTForImageClassification(transformers.ViTConfig(**images, num_labels=3))
+    clip = transformers.CLIPConfig(text_config=sizes, vision_config=images, projection_dim=8)
+    made = DistillationTrainer(
+        student,
+        arguments(tmp_path, max_steps=1),
+        train_dataset=[{"pixel_values": torch.randn(3, 16, 16), "labels": 1} for _ in range(4)],
+        teacher_model=transformers.CLIPModel(clip),
+        distiller="rkd",
+        distiller_args={"layers": ["vit.layers.0"], "teacher_layers": ["vision_model.post_layernorm"]},
+    )
+    made.train()
+    assert made.state.log_history[0]["distill/rkd"] > 0
