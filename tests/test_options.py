@@ -302,6 +302,9 @@ def test_a_number_that_the_constructor_refuses_is_refused_later(name, value, kin
     distiller.share, distiller.count, distiller.free = 1, 3, -7.0
     distiller.count = "all"
     assert (distiller.share, distiller.count, distiller.free) == (1, "all", -7.0)
+    for _ in range(3):
+        distiller.share = (0.3 if distiller.share == 1 else distiller.share) - 0.1
+    assert -1e-12 < distiller.share < 0  # a rounding
 
 
 # --- with the installed methods ---------------------------------------------------------------------------------------

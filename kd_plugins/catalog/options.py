@@ -173,6 +173,11 @@ def check_set(cls: type, name: str, value: Any) -> None:
     What is no number stays as it is set: an author may make a layer of an option, or a list of a text.
     """
     if isinstance(value, (int, float)) and name in _ranged(cls):
+        if isinstance(value, float):
+            # What anneals an option may leave its range by a rounding, which is no reason to end a training.
+            with suppress(DistillError):
+                _convert_option(name, round(value, 6), _ranged(cls)[name], text=False)
+                return
         _convert_option(name, value, _ranged(cls)[name], text=False)
 
 
