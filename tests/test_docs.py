@@ -6,6 +6,7 @@ import fnmatch
 import functools
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -22,15 +23,25 @@ def blocks(page: Path, language: str) -> list[str]:
     return [code for found, code in BLOCK.findall(page.read_text(encoding="utf-8")) if found == language]
 
 
+def command_lines(page: Path) -> list[str]:
+    """The lines of a page's shell blocks, whole; of a block with functions, what it runs of our programs."""
+    found = []
+    for code in blocks(page, "bash"):
+        code = code.replace("\\\n", " ")
+        if "() {" in code:
+            told = "".join(
+                f'{name}() {{ printf "%q " {name} "$@"; echo; }}\n'
+                for name in {"pip", *re.findall(r"kd-[a-z-]+", code)}
+            )
+            code = subprocess.run(["bash", "-ec", told + code], stdout=subprocess.PIPE, text=True, check=True).stdout
+        for line in code.splitlines():
+            found += [part.strip() for part in line.partition("  #")[0].split("&&")]
+    return found
+
+
 def commands(*programs: str) -> list[tuple[str, str]]:
     """The lines of shell blocks that start one of the programs, with the page that they stand on."""
-    found = []
-    for page in PAGES:
-        for code in blocks(page, "bash"):
-            for line in code.replace("\\\n", " ").splitlines():
-                parts = [part.strip() for part in line.partition("  #")[0].split("&&")]
-                found += [(page.name, part) for part in parts if part.startswith(programs)]
-    return found
+    return [(page.name, line) for page in PAGES for line in command_lines(page) if line.startswith(programs)]
 
 
 def surroundings() -> dict[str, object]:

@@ -21,13 +21,12 @@ from accelerate_kit import fresh_accelerate
 from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_docs import blocks
+from test_docs import PAGES, ROOT, blocks, command_lines
 
 import kd_timm.models  # noqa: F401
 from kd_timm.train import main as timm_main
 from kd_transformers.train import main as transformers_main
 
-ROOT = Path(__file__).parents[1]
 CLASSES = 10
 TIMM = "--device cpu -j 0 -b 4 --log-interval 100 --val-interval 100".split()
 # What has stages: they take an epoch or two each.
@@ -41,9 +40,8 @@ TRANSFORMERS = (
 def commands(program: str) -> dict[str, list[str]]:
     """The lines that start a program, by page."""
     found = {}
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
-        lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
-        mine = [line.partition("  #")[0] for line in lines if line.startswith(program + " ")]
+    for page in PAGES:
+        mine = [line for line in command_lines(page) if line.startswith(program + " ")]
         if mine:
             found[str(page.relative_to(ROOT))] = mine
     return found
