@@ -19,15 +19,7 @@ from kd_plugins.catalog.about import refusals
 from kd_plugins.distiller import Turn
 from kd_timm import build
 from kd_timm.network import TimmNetwork, image_batch
-from kd_timm.teachers import (
-    InputTransform,
-    Teacher,
-    check_classes,
-    connected,
-    create_teacher,
-    named_order,
-    other_classes,
-)
+from kd_timm.teachers import Teacher, as_teacher, check_classes, connected, create_teacher
 
 _DISTANCE = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
 _SOFTMAX = (nn.CrossEntropyLoss, JsdCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy)
@@ -153,18 +145,12 @@ class DistillationTask(TrainingTask):
         self._turns: Iterator[Turn] | None = None
 
     def _teacher(self, teacher: str | nn.Module, path: str, student: Any) -> Teacher:
+        classes: Any = getattr(student, "num_classes", None)
+        fit: dict[str, Any] = dict(config=self.config, num_classes=classes, classes=self.classes)
         if isinstance(teacher, str):
-            fit = {"config": self.config, "num_classes": student.num_classes, "classes": self.classes}
             made = create_teacher(teacher, path, {}, **fit)
         else:
-            name, theirs, ours = type(teacher).__name__, *(getattr(m, "num_classes", None) for m in (teacher, student))
-            misfit = "" if theirs is None or ours is None else other_classes(name, theirs, ours)
-            made = Teacher(name, TimmNetwork(teacher), misfit=misfit)
-            if getattr(teacher, "pretrained_cfg", None):
-                cfg: Any = teacher.pretrained_cfg
-                made.order, made.misfit = named_order(name, cfg.get("label_names"), self.classes, misfit)
-                config = build.data_config(teacher)
-                made.transform = InputTransform(self.config, config, bool(cfg.get("fixed_input_size")))
+            made = as_teacher(type(teacher).__name__, teacher, getattr(teacher, "pretrained_cfg", None) or {}, **fit)
         made.module.to(self.device, self.dtype)
         return made
 
