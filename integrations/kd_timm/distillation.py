@@ -52,11 +52,10 @@ class Distillation:
 
         self.cache = TeacherCache(args, config, data, self.distiller) if args.cache_teacher else None
         self.teachers = make() if self.cache is None else self.cache.teachers(make)
-        self.names = dict(student.named_parameters()).keys()
+        self.network = TimmNetwork(student)
         self.peers = [self._peer(i, name) for i, name in enumerate(args.peer)]
         for module in (*(t.module for t in self.teachers), *self.peers):
             place(module, args, device)
-        self.network = TimmNetwork(student)
         self.nets = connected(self.distiller, self.network, self.teachers, [TimmNetwork(peer) for peer in self.peers])
         self.device = device
         self.rows = 0
@@ -72,7 +71,8 @@ class Distillation:
             args.model_kwargs = {}
         args.model, args.img_size, args.in_chans, args.input_size = name, None, None, self.config["input_size"]
         peer = create_student(args, "--peer")[0]
-        if args.layer_decay is not None and dict(peer.named_parameters()).keys() != self.names:
+        ours, theirs = (dict(module.named_parameters()).keys() for module in (self.network.module, peer))
+        if args.layer_decay is not None and theirs != ours:
             raise DistillError(
                 f"--layer-decay scales the rates by the layers of --model, and the peer {name} has others: drop it, or"
                 " take peers of the same layers."

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate.utils import gather_object
 from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator, evaluation_sample_limit
@@ -127,8 +126,7 @@ def evaluate(
     if label and (distributed or run.args.task == "multilabel"):
         run.reporter.line(f"{label}: {listed(metrics)}")
     if others:
-        if distributed:
-            dist.all_reduce(agree)
+        agree = accelerator.reduce(agree)
         shares = (100 * agree[:-1] / agree[-1].clamp(min=1)).tolist()
         metrics |= {f"agreement{i or ''}": share for i, share in enumerate(shares)}
     return metrics

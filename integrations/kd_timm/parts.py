@@ -49,13 +49,10 @@ class Parts(TrainingRun):
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        if args.cache_teacher and not args.teacher:
-            raise DistillError("--cache-teacher does nothing without --teacher NAME: name one.")
-        for name in ("teacher", "peer", "distill_args"):
-            if getattr(args, name) and not args.distill:
-                raise DistillError(f"{as_flag(name)} does nothing without --distill NAME: name a distiller.")
-        if args.ood_dataset and not args.val_split:
-            raise DistillError("--ood-dataset is compared with the evaluation split: name one, --val-split.")
+        needs = {"cache_teacher": "teacher", "ood_dataset": "val_split"}
+        for name, needed in (needs | dict.fromkeys(("teacher", "peer", "distill_args"), "distill")).items():
+            if getattr(args, name) and not getattr(args, needed):
+                raise DistillError(f"{as_flag(name)} does nothing without {as_flag(needed)} NAME: give both.")
         self.accelerator = accelerator = create_accelerator(args)
         self.primary, self.processes = accelerator.is_main_process, accelerator.num_processes
         if self.processes > 1:
@@ -214,10 +211,9 @@ class Parts(TrainingRun):
         """First epoch of the student: of the run, or of the last stage that began with a fresh one."""
         if self.distillation is None:
             return 0
-        table, stage = self.distillation.table, self.distillation.distiller.progress.stage
-        fresh = (
-            start for start, begun in zip(table.starts, table.stages[: stage + 1], strict=False) if begun.fresh_student
-        )
+        table = self.distillation.table
+        begun = table.stages[: self.distillation.distiller.progress.stage + 1]
+        fresh = (start for start, stage in zip(table.starts, begun, strict=False) if stage.fresh_student)
         return max(fresh, default=0) // self.updates_per_epoch
 
     def new_schedule(self) -> None:

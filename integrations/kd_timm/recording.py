@@ -15,8 +15,6 @@ from kd_timm.data import plain_loader
 from kd_timm.network import TimmNetwork, image_batch
 from kd_timm.parts import Parts, softmax
 
-__all__ = ["Recorder"]
-
 
 class Recorder:
     """Writes the record of a session: the networks before and after the training, and a row an epoch.
@@ -70,10 +68,6 @@ class Recorder:
         self.record.predictions(found, max(self.session.args.num_classes, 2))
         self.record.finish(results, seconds_per_step=results["seconds_per_step"])
         self.session.reporter.line(page_hint(self.session.folder))
-
-    def interrupted(self) -> None:
-        """Says that the run has not come to its end."""
-        self.record.finish({}, status="interrupted")
 
     def _nets(self) -> Nets:
         """The networks with the student that is evaluated and exported."""

@@ -54,6 +54,8 @@ class Session(Parts):
             What `results.json` holds: best metric and epoch, the final evaluation, time and size.
         """
         self.first, place = self._start()
+        # The epoch after the last one of this session.
+        self.last = self.args.stop_epoch or self.epochs
         self.saved, self.earlier = time.monotonic(), True
         self.reporter.line(f"Output in {self.folder}")
         self.recorder = Recorder(self, self.first, begun=bool(place))
@@ -63,7 +65,7 @@ class Session(Parts):
             results = self._finish()
         except KeyboardInterrupt as stop:
             self.reporter.end()
-            self.recorder.interrupted()
+            self.recorder.record.finish({}, status="interrupted")
             says = "no state had been saved, so there is nothing to continue."
             if slots(self.folder)[1].is_dir():
                 says = f"continue where the state was saved last, with --resume {self.folder}"
@@ -78,11 +80,6 @@ class Session(Parts):
                 tracker.finish()
         self.accelerator.wait_for_everyone()
         return results
-
-    @property
-    def last(self) -> int:
-        """The epoch after the last one of this session."""
-        return self.args.stop_epoch or self.epochs
 
     def _start(self) -> tuple[int, Mapping[str, Any]]:
         """Takes up what `--resume` names; returns the epoch to begin with, and the place in it."""
