@@ -389,6 +389,7 @@ def create_data(
     index = any(n.index for n in needs)
     streams: dict[str, Any] = {}
     replayed = Replayed(train) if args.cache_teacher else None
+    shown = train if replayed is None else replayed
     for shares in (n.streams for n in needs if n.streams):
         streams |= split(len(train), shares, args.seed)
     if distiller is not None and (index or streams):
@@ -396,15 +397,10 @@ def create_data(
             raise DistillError(f"{distiller.name} needs rows by number, which this kind of data set does not have.")
         if args.aug_splits:
             raise DistillError(f"--aug-splits repeats rows, and {distiller.name} counts rows or holds some out.")
-        whole = train
-        train = StagedRows(replayed or whole, distiller, 1, args.seed, numbered if index else None)
-        streams = {name: Rows(whole, rows, index) for name, rows in streams.items() if name}
-    elif replayed is not None:
-        train = replayed
+        shown = StagedRows(shown, distiller, 1, args.seed, numbered if index else None)
+        streams = {name: Rows(train, rows, index) for name, rows in streams.items() if name}
     mixup = _mixup(args)
-    collate: Any = None
-    if mixup is not None and not args.no_prefetcher:
-        collate = mixup
+    collate: Any = None if args.no_prefetcher else mixup
     if index or replayed is not None:
         plain = default_collate if args.no_prefetcher else fast_collate
         collate = CollateTargets(collate or plain, index=index, told=replayed is not None)
@@ -462,14 +458,11 @@ def create_data(
         sizes = args.naflex_patch_sizes
         _logger.info(f"Using variable patch sizes: {sizes}" if sizes else f"Using model patch size: {patch_size}")
     empty = torch.empty(args.batch_size, 0, device=device)
-    training = loader(train) if train is not None else [(empty, empty)] * args.epoch_updates * args.grad_accum_steps
-    if isinstance(train, StagedRows):
-        train.epoch_steps = -(-len(training) // args.grad_accum_steps)
-    mean_batch = args.batch_size
+    training = loader(shown) if train is not None else [(empty, empty)] * args.epoch_updates * args.grad_accum_steps
+    if isinstance(shown, StagedRows):
+        shown.epoch_steps = -(-len(training) // args.grad_accum_steps)
     if args.train_img_sizes:
-        scheduled = training.batch_sampler
-        mean_batch = scheduled.average_batch_size
-        _tell_sizes(args, scheduled)
+        _tell_sizes(args, training.batch_sampler)
     return Data(
         train=training,
         evaluation=plainly(evaluation),
@@ -477,7 +470,7 @@ def create_data(
         classes=classes,
         streams={name: loader(rows) for name, rows in streams.items()},
         mixup=None if args.naflex_loader else mixup,
-        mean_batch=float(mean_batch),
+        mean_batch=float(training.batch_sampler.average_batch_size if args.train_img_sizes else args.batch_size),
         other=plainly(other),
         replayed=replayed,
     )
