@@ -95,11 +95,10 @@ class Data:
     def set_epoch(self, epoch: int, mixup_off_epoch: int = 0) -> None:
         """Reshuffles distributed samplers and ends mixup when its time has come."""
         for loader in (self.train, *self.streams.values()):
-            parts = [getattr(loader, name, None) for name in ("dataset", "batch_sampler", "sampler")]
-            found: list[Any] = [part for part in parts if hasattr(part, "set_epoch")]
-            # One of the samplers is enough, as in timm's script.
-            for part in found[: 2 if hasattr(parts[0], "set_epoch") else 1]:
-                part.set_epoch(epoch)
+            for name in ("dataset", "batch_sampler", "sampler"):
+                part: Any = getattr(loader, name, None)
+                if hasattr(part, "set_epoch"):
+                    part.set_epoch(epoch)
         if self.mixup is not None:
             self.mixup.mixup_enabled.fill_(not (mixup_off_epoch and epoch >= mixup_off_epoch))
 

@@ -17,7 +17,7 @@ from kd_plugins import DistillError
 from kd_plugins.states import slots, taking_up, write_json, writing
 from kd_report.uncertainty import Doubts, dirichlet_offset
 from kd_timm.arguments import parse_args
-from kd_timm.checkpoint import load_weights, rank
+from kd_timm.checkpoint import epoch_row, load_weights, rank
 from kd_timm.engine import train_one_epoch
 from kd_timm.evaluation import evaluate, judge, listed
 from kd_timm.layers import list_layers
@@ -150,7 +150,7 @@ class Session(Parts):
         if (epoch + 1) % args.val_interval and epoch + 1 not in (self.epochs, self.last, *args.save_epochs):
             self.reporter.line("Skipping eval and checkpointing ")
             if self.primary:
-                self.recorder.epoch(epoch, training, {}, rate)
+                self.recorder.epoch(epoch, epoch_row(training, {}, rate))
             if self.scheduler is not None:
                 self.scheduler.step(done + 1, None)
             return False
@@ -161,8 +161,9 @@ class Session(Parts):
             # That of the plateau follows a measure.
             self.scheduler.step(done + 1, training["loss"] if self.metric == "epoch" else metric)
         if self.primary:
-            self.accelerator.log(self.summary.add(epoch, training, evaluation, rate), step=epoch)
-            self.recorder.epoch(epoch, training, evaluation, rate)
+            row = epoch_row(training, evaluation, rate)
+            self.accelerator.log(self.summary.add(epoch, row), step=epoch)
+            self.recorder.epoch(epoch, row)
             self.checkpoints.save(self.evaluated, epoch, metric)
             if args.checkpoint_format == "both" and self.saver is not None:
                 self.saver.save_checkpoint(epoch, metric)
