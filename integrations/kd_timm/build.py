@@ -40,6 +40,7 @@ MODEL_ARGUMENTS = {
 }
 # Further arguments of each loss.
 LOSS_ARGUMENTS = {
+    "bce": ("bce_target_thresh", "bce_sum"),
     "asl": ("asl_gamma_pos", "asl_gamma_neg", "asl_clip", "asl_reduction"),
     "poly": ("poly_epsilon", "poly_gamma", "poly_alpha"),
     "twoway": ("twoway_tp", "twoway_tn"),
@@ -267,9 +268,8 @@ def create_criterion(args: argparse.Namespace) -> nn.Module:
             kind: resolve_class_weights(getattr(args, f"loss_{kind}"), kind, **weighting)
             for kind in ("class_weight", "pos_weight")
         }
-        options: dict[str, Any] = {name: getattr(args, name) for name in LOSS_ARGUMENTS.get(args.loss, ())}
-        if args.loss == "jsd":
-            options["jsd_splits"] = args.aug_splits
+        # Those of other losses are at their defaults, and timm passes them over.
+        options: dict[str, Any] = {name: getattr(args, name) for names in LOSS_ARGUMENTS.values() for name in names}
         if args.loss == "db" and stats is not None:
             options["class_counts"], options["num_samples"] = stats
         criterion = create_classification_loss(
@@ -277,8 +277,7 @@ def create_criterion(args: argparse.Namespace) -> nn.Module:
             multi_label=several or one_logit,
             smoothing=args.smoothing,
             soft_targets=uses_mixup(args),
-            bce_target_thresh=args.bce_target_thresh,
-            bce_sum=args.bce_sum,
+            jsd_splits=args.aug_splits,
             **weights,
             **options,
         )

@@ -365,7 +365,6 @@ def create_data(
     datasets: Datasets,
     device: torch.device,
     *,
-    distributed: bool = False,
     distiller: Distiller | None = None,
     patch_size: tuple[int, int] = (16, 16),
 ) -> Data:
@@ -378,7 +377,6 @@ def create_data(
         config: Resolved data configuration.
         datasets: What `create_datasets` returned.
         device: Where batches go.
-        distributed: Whether several processes share the data.
         distiller: A distiller whose stages may want row numbers or streams of held-out rows. Epochs keep their length:
             where rows are held out, the others come more than once.
         patch_size: Of a model that `--naflex-loader` feeds.
@@ -403,6 +401,7 @@ def create_data(
     if index or replayed is not None:
         plain = default_collate if args.no_prefetcher else fast_collate
         collate = CollateTargets(collate or plain, index=index, told=replayed is not None)
+    distributed = PartialState().num_processes > 1
     machine: dict[str, Any] = dict(
         num_workers=args.workers,
         pin_memory=args.pin_mem,

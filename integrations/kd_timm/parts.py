@@ -134,7 +134,6 @@ class Parts(TrainingRun):
             config,
             datasets,
             accelerator.device,
-            distributed=self.processes > 1,
             distiller=None if distillation is None else distillation.distiller,
             patch_size=getattr(self.student, "get_patch_size", lambda: (16, 16))(),
         )
