@@ -46,18 +46,12 @@ LOSS_ARGUMENTS = {
     "twoway": ("twoway_tp", "twoway_tn"),
     "db": ("db_neg_scale", "db_init_bias", "db_focal_gamma"),
 }
-# Those of timm's own distillation, by what its tasks call them.
-_WEIGHTS = {"distill_loss_weight": "distill_loss_weight", "task_loss_weight": "task_loss_weight"}
+# Those of each kind of timm's own distillation, by what its tasks call them.
+_DIMENSIONS = {"student_feature_dim": "kd_student_feature_dim", "teacher_feature_dim": "kd_teacher_feature_dim"}
 TASK_ARGUMENTS: dict[str, tuple[Any, dict[str, str]]] = {
-    "logit": (LogitDistillationTask, _WEIGHTS | {"loss_type": "kd_loss_type", "temperature": "kd_temperature"}),
-    "feature": (
-        FeatureDistillationTask,
-        _WEIGHTS | {"student_feature_dim": "kd_student_feature_dim", "teacher_feature_dim": "kd_teacher_feature_dim"},
-    ),
-    "token": (
-        TokenDistillationTask,
-        _WEIGHTS | {"distill_type": "kd_token_distill_type", "temperature": "kd_temperature"},
-    ),
+    "logit": (LogitDistillationTask, {"loss_type": "kd_loss_type", "temperature": "kd_temperature"}),
+    "feature": (FeatureDistillationTask, _DIMENSIONS),
+    "token": (TokenDistillationTask, {"distill_type": "kd_token_distill_type", "temperature": "kd_temperature"}),
 }
 
 
@@ -299,6 +293,7 @@ def create_task(
     kind, names = TASK_ARGUMENTS[args.kd_distill_type]
     options = {name: getattr(args, flag) for name, flag in names.items()}
     common: dict[str, Any] = dict(criterion=criterion, device=device, dtype=model_dtype(args))
+    common |= dict(distill_loss_weight=args.distill_loss_weight, task_loss_weight=args.task_loss_weight)
     with told(f"--kd-model-name {args.kd_model_name} does not fit", Exception):
         return kind(student_model=student, teacher_model=args.kd_model_name, **options, **common)
 

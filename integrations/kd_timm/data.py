@@ -42,7 +42,7 @@ SIZES_ARGUMENTS = {
     **dict(input_size_choices="train_img_sizes", batch_size_choices="train_batch_sizes"),
     **dict(batch_choice_weights="train_size_probs", batch_choice_schedule="train_size_schedule"),
     **dict(batch_schedule_spread="train_size_schedule_spread", batch_schedule_random_mix="train_size_random_mix"),
-    **dict(num_batches="train_batches_per_epoch", batch_choice_seed="seed"),
+    **dict(num_batches="train_batches_per_epoch", batch_choice_seed="seed", batch_schedule_epochs="epochs"),
     **dict(use_multi_epochs_loader="use_multi_epochs_loader"),
 }
 # Those of Mixup.
@@ -429,8 +429,7 @@ def create_data(
                 lengths = {"train_seq_lens": args.naflex_train_seq_lens, "mixup_fn": mixup}
                 options |= _patch_sizes(args, patch_size) | ranks | lengths
             else:
-                schedule = args.epochs if args.train_size_schedule == "progressive" else None
-                options |= _named(args, SIZES_ARGUMENTS) | {"batch_schedule_epochs": schedule, "collate_fn": collate}
+                options |= _named(args, SIZES_ARGUMENTS) | {"collate_fn": collate}
                 dataset = timm.data.AugMixDataset(dataset, num_splits=args.aug_splits) if args.aug_splits else dataset
             made = make(dataset, args.batch_size, options)
         if len(made) == 0:

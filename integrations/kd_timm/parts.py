@@ -360,7 +360,6 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
     accelerator = Accelerator(
         cpu=kind == "cpu",
         mixed_precision=precision,
-        step_scheduler_with_optimizer=False,
         log_with=tracker_names(args) or None,
         project_dir=".",
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=not args.no_ddp_bb)],

@@ -53,15 +53,15 @@ class Session(Parts):
         Returns:
             What `results.json` holds: best metric and epoch, the final evaluation, time and size.
         """
-        self.first, place = self._start()
+        first, place = self._start()
         # The epoch after the last one of this session.
         self.last = self.args.stop_epoch or self.epochs
         self.saved, self.earlier = time.monotonic(), True
         self.reporter.line(f"Output in {self.folder}")
-        self.recorder = Recorder(self, self.first, begun=bool(place))
+        self.recorder = Recorder(self, first, begun=bool(place))
         try:
-            for epoch in range(self.first, self.last):
-                self._epoch(epoch, place if epoch == self.first else {})
+            for epoch in range(first, self.last):
+                self._epoch(epoch, place if epoch == first else {})
             results = self._finish()
         except KeyboardInterrupt as stop:
             self.reporter.end()
