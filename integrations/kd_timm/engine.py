@@ -109,7 +109,7 @@ class TrainingRun:
         if not self.args.no_prefetcher:
             return inputs, targets
         targets = targets.to(self.accelerator.device)
-        if mixup is None or isinstance(inputs, dict):
+        if mixup is None:
             return inputs, targets
         if isinstance(targets, Targets):
             inputs, labels = mixup(inputs, targets.labels)

@@ -88,14 +88,8 @@ def connected(
     distiller: Distiller, student: Network, teachers: Sequence[Teacher], peers: Sequence[Network] = ()
 ) -> Nets:
     """The networks as a method sees them, with what each teacher takes."""
-    return connect(
-        distiller,
-        student,
-        [teacher.network for teacher in teachers],
-        peers,
-        transforms=[teacher.transform for teacher in teachers],
-        orders=[teacher.order for teacher in teachers],
-    )
+    transforms, orders = [t.transform for t in teachers], [t.order for t in teachers]
+    return connect(distiller, student, [t.network for t in teachers], peers, transforms=transforms, orders=orders)
 
 
 def check_classes(distiller: Distiller, teachers: Sequence[Teacher]) -> None:
