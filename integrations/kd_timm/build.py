@@ -288,8 +288,6 @@ def create_task(
     """timm's own distillation, as `--kd-model-name` and its like describe it; None without them."""
     if args.kd_model_name is None:
         return None
-    if args.task == "multilabel":
-        raise DistillError("--kd-model-name: timm's distillation is for one label an image: drop --task multilabel.")
     check_model_name(args.kd_model_name, "--kd-model-name", weights=True)
     kind, names = TASK_ARGUMENTS[args.kd_distill_type]
     options = {name: getattr(args, flag) for name, flag in names.items()}

@@ -504,8 +504,6 @@ def _mixup(args: argparse.Namespace) -> Any:
         # In shared memory, where workers that outlive an epoch see it change.
         made.mixup_enabled = torch.tensor(True).share_memory_()
         return made
-    if args.mixup_mode != "batch" or args.cutmix_minmax is not None:
-        raise DistillError("--naflex-loader mixes whole batches: leave --mixup-mode and --cutmix-minmax out.")
     del options["mode"], options["cutmix_minmax"]
     return timm.data.NaFlexMixup(**options, mixup_off_epoch=args.mixup_off_epoch)
 
