@@ -65,7 +65,7 @@ class Checkpoints:
         return self.kept[0] if self.kept else None
 
     def describe(
-        self, model: nn.Module, data_config: Mapping[str, Any], classes: tuple[str, ...] | None, name: str = "config"
+        self, model: nn.Module, data_config: Mapping[str, Any], classes: tuple[str, ...] | None, name: str
     ) -> None:
         """Writes `config.json`: architecture, arguments, normalisation and class names.
 

@@ -6,7 +6,7 @@ import argparse
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import timm.data
@@ -85,12 +85,12 @@ class Data:
     train: Any
     evaluation: Any
     config: dict[str, Any]
-    classes: tuple[str, ...] | None = None
-    streams: dict[str, Any] = field(default_factory=dict)
-    mixup: timm.data.Mixup | None = None
-    mean_batch: float = 0.0
-    other: Any = None
-    replayed: Replayed | None = None
+    classes: tuple[str, ...] | None
+    streams: dict[str, Any]
+    mixup: timm.data.Mixup | None
+    mean_batch: float
+    other: Any
+    replayed: Replayed | None
 
     def set_epoch(self, epoch: int, mixup_off_epoch: int = 0) -> None:
         """Reshuffles distributed samplers and ends mixup when its time has come."""

@@ -26,7 +26,7 @@ from kd_timm.data import Datasets, plain_loader
 from kd_timm.engine import PlainStep, TrainingRun
 from kd_timm.network import TimmNetwork, image_batch
 from kd_timm.rows import Targets
-from kd_timm.teachers import Teacher, check_classes, connected, create_teacher, named_teachers
+from kd_timm.teachers import Teacher, check_classes, check_classifies, connected, create_teacher, named_teachers
 
 
 class Distillation:
@@ -209,11 +209,7 @@ class Distillation:
 def make_distiller(args: argparse.Namespace) -> Distiller:
     """The method that `--distill` and `--distill-args` name, where this script can train with it."""
     distiller = create_distiller(args.distill, **options_from_strings(args.distill, args.distill_args))
-    if "classification" not in distiller.tasks:
-        raise DistillError(
-            f"{distiller.name} fits {', '.join(distiller.tasks)}, and kd-timm-train trains classifiers: choose a method"
-            " that fits (kd-plugins list)."
-        )
+    check_classifies(distiller, "kd-timm-train")
     if args.grad_accum_steps > 1 and not distiller.accumulation:
         raise DistillError(f"{distiller.name} does not fit gradient accumulation: drop --grad-accum-steps.")
     return distiller

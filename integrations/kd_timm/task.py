@@ -19,7 +19,7 @@ from kd_plugins.catalog.about import refusals
 from kd_plugins.distiller import Turn
 from kd_timm import build
 from kd_timm.network import TimmNetwork, image_batch
-from kd_timm.teachers import Teacher, as_teacher, check_classes, connected, create_teacher
+from kd_timm.teachers import Teacher, as_teacher, check_classes, check_classifies, connected, create_teacher
 
 _DISTANCE = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
 _SOFTMAX = (nn.CrossEntropyLoss, JsdCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy)
@@ -135,7 +135,7 @@ class DistillationTask(TrainingTask):
         _check_fit(distiller)  # with the stages and parts that follow the networks
         check_classes(distiller, made)
         distiller.to(device=self.device, dtype=self.dtype)
-        if distiller.extras() or distiller.shared(nets):
+        if distiller.shared(nets):
             raise DistillError(
                 f"{distiller.name} has optimizers of its own, and timm's train.py one: use kd-timm-train."
             )
@@ -270,11 +270,6 @@ class _Noted(Net):
 
 def _check_fit(distiller: Distiller) -> None:
     """Refuses a method that one backward and one optimizer cannot play."""
-    reasons = refusals(distiller)
-    if "timm" in reasons:
-        raise DistillError(
-            f"{distiller.name} {reasons['timm']}, and timm's train.py trains classifiers: choose a method that fits"
-            " (kd-plugins list)."
-        )
-    if reason := reasons.get("timm-task"):
+    check_classifies(distiller, "timm's train.py")
+    if reason := refusals(distiller).get("timm-task"):
         raise DistillError(f"{distiller.name} {reason}, which timm's train.py cannot do: use kd-timm-train.")

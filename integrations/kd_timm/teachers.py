@@ -92,6 +92,15 @@ def connected(
     return connect(distiller, student, [t.network for t in teachers], peers, transforms=transforms, orders=orders)
 
 
+def check_classifies(distiller: Distiller, who: str) -> None:
+    """Refuses a method that does not fit classification, where `who` trains classifiers alone."""
+    if "classification" not in distiller.tasks:
+        raise DistillError(
+            f"{distiller.name} fits {', '.join(distiller.tasks)}, and {who} trains classifiers: choose a method that"
+            " fits (kd-plugins list)."
+        )
+
+
 def check_classes(distiller: Distiller, teachers: Sequence[Teacher]) -> None:
     """Refuses a teacher of other classes, where a method that is set up reads its scores in any stage."""
     stages = needs_of_stages(distiller)
