@@ -122,10 +122,8 @@ class DistillationTask(TrainingTask):
         listed = [teacher_model] if isinstance(teacher_model, (str, nn.Module)) else list(teacher_model or ())
         paths = [teacher_checkpoint] if isinstance(teacher_checkpoint, str) else list(teacher_checkpoint)
         made = [self._teacher(t, paths[i] if i < len(paths) else "", student_model) for i, t in enumerate(listed)]
-        network = TimmNetwork(student_model)
-        nets = connected(distiller, network, made)
-        # Not a submodule: a teacher belongs neither in checkpoints nor in the optimizer.
-        self._nets: tuple[Nets, TimmNetwork] = (nets, network)
+        # No submodule: a teacher belongs neither in checkpoints nor in the optimizer.
+        self._nets = nets = connected(distiller, TimmNetwork(student_model), made)
         if sample is None:
             sample = torch.randn(2, *self.config["input_size"], generator=torch.Generator().manual_seed(0))
         batch = self._batch(
@@ -155,7 +153,7 @@ class DistillationTask(TrainingTask):
         return made
 
     def _batch(self, inputs: Tensor, target: Tensor) -> Batch:
-        classes = getattr(self._nets[1].module, "num_classes", 0)
+        classes = getattr(self._nets.student.module, "num_classes", 0)
         return image_batch(
             self.config,
             inputs,
@@ -184,7 +182,7 @@ class DistillationTask(TrainingTask):
         Returns:
             `loss`, `output` (the student's scores, where the method reads them) and every loss term by name.
         """
-        nets = self._nets[0]
+        nets = self._nets
         scores: list[Tensor] = []
         batch = self._batch(input, target)
         self._turns = self.distiller.turns(Nets(_Noted(nets.student, scores), nets.teachers), batch)
@@ -219,8 +217,8 @@ class DistillationTask(TrainingTask):
 
     def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> Any:
         """Compiles the student's forward, in training and in evaluation."""
-        nets, network = self._nets
-        nets.student.forward = torch.compile(network.staged, backend=backend, mode=mode, **compile_kwargs)
+        network: Any = self._nets.student.network
+        self._nets.student.forward = torch.compile(network.staged, backend=backend, mode=mode, **compile_kwargs)
         self.eval_model = torch.compile(network.module, backend=backend, mode=mode, **compile_kwargs)
         return self.eval_model
 
