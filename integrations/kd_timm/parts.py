@@ -229,10 +229,9 @@ class Parts(TrainingRun):
 
     def enter_stage(self) -> None:
         """Begins the stage of the coming epoch, where the distillation gets to one."""
-        if self.distillation is None or self.distillation.distiller.progress.next_stage() is None:
+        stage = None if self.distillation is None else self.distillation.player.enter_stage()
+        if stage is None:
             return
-        stage = self.distillation.player.enter_stage()
-        assert stage is not None
         self.reporter.line(f"Stage {stage.name!r} begins" + (" with a fresh student" if stage.fresh_student else ""))
         self.new_schedule()
         if stage.fresh_student:
