@@ -254,6 +254,13 @@ def test_a_teacher_that_names_its_classes_is_read_in_the_students_order(networks
         DistillationTask(student, "kd", teacher, data_config=CONFIG, classes=names, verbose=False)
 
 
+def test_a_teacher_of_images_that_are_no_numbers_is_refused(networks):
+    student, teacher = networks
+    teacher.pretrained_cfg["std"] = (0.2, 0.0, 0.2)
+    with pytest.raises(DistillError, match="The teacher ResNet: expected a finite mean and a positive std"):
+        DistillationTask(student, "kd", teacher, data_config=CONFIG, verbose=False)
+
+
 def test_two_heads_are_refused():
     small = dict(img_size=32, patch_size=16, embed_dim=16, depth=1, num_heads=2, num_classes=10)
     model = timm.create_model("deit_tiny_distilled_patch16_224", **small)
