@@ -82,14 +82,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-c", "--config", default="", type=str, metavar="FILE", help="YAML file with default arguments")
     parser.add_argument("data", nargs="?", metavar="DIR", help="path to dataset (positional is deprecated)")
-    types: dict[str, Any] = {"str": str} | {kind: partial(_read, kind) for kind in _TYPES}
+    parser.register("action", "KeyValues", KeyValues)
+    for kind in _TYPES:
+        parser.register("type", kind, partial(_read, kind))
     for title, group_flags in copy.deepcopy(_FLAGS).items():
         group = parser.add_argument_group(title)
         for names, options in group_flags.items():
-            if "action" in options:
-                options["action"] = KeyValues if options["action"] == "KeyValues" else options["action"]
-            elif (kind := options.get("type", type(options.get("default")).__name__)) in types:
-                options["type"] = types[kind]
+            if (kind := type(options.get("default")).__name__) in _TYPES:
+                options.setdefault("type", kind)
             if options.get("default") not in (None, "", [], {}, True) and "default" not in options["help"]:
                 options["help"] += " (default: %(default)s)"
             group.add_argument(*names.split(", "), **options)

@@ -95,23 +95,20 @@ class _FusedAttention(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        if self.seen is not None:
-            output = func(*args, **kwargs)
-            call, value, _ = _read(*args, **kwargs)
-            self.seen(call, value, output)
-            return output
-        tap, self.current = self.current, None
-        if tap is None:
+        if func is not F.scaled_dot_product_attention or (self.seen is None and self.current is None):
             return func(*args, **kwargs)
         call, value, dropout = _read(*args, **kwargs)
-        if tap.wanted and tap.share:
+        tap, self.current = self.current, None
+        if tap is not None and tap.wanted and tap.share:
             output, attention = call.attend(value, dropout)
             tap.records.append(attention)
             return output
-        tap.records.append(call if tap.wanted else None)
-        return func(*args, **kwargs)
+        if tap is not None:
+            tap.records.append(call if tap.wanted else None)
+        output = func(*args, **kwargs)
+        if self.seen is not None:
+            self.seen(call, value, output)
+        return output
 
 
 def _read(

@@ -12,8 +12,6 @@ from kd_accelerate.command import signals
 from kd_accelerate.randomness import load_random_state, random_state
 from kd_plugins import DistillError
 
-__all__ = ["Batches", "batches"]
-
 _END = object()
 
 

@@ -40,23 +40,18 @@ MODEL_ARGUMENTS = {
 }
 # Further arguments of each loss.
 LOSS_ARGUMENTS = {
+    "bce": ("bce_target_thresh", "bce_sum"),
     "asl": ("asl_gamma_pos", "asl_gamma_neg", "asl_clip", "asl_reduction"),
     "poly": ("poly_epsilon", "poly_gamma", "poly_alpha"),
     "twoway": ("twoway_tp", "twoway_tn"),
     "db": ("db_neg_scale", "db_init_bias", "db_focal_gamma"),
 }
-# Those of timm's own distillation, by what its tasks call them.
-_WEIGHTS = {"distill_loss_weight": "distill_loss_weight", "task_loss_weight": "task_loss_weight"}
+# Those of each kind of timm's own distillation, by what its tasks call them.
+_DIMENSIONS = {"student_feature_dim": "kd_student_feature_dim", "teacher_feature_dim": "kd_teacher_feature_dim"}
 TASK_ARGUMENTS: dict[str, tuple[Any, dict[str, str]]] = {
-    "logit": (LogitDistillationTask, _WEIGHTS | {"loss_type": "kd_loss_type", "temperature": "kd_temperature"}),
-    "feature": (
-        FeatureDistillationTask,
-        _WEIGHTS | {"student_feature_dim": "kd_student_feature_dim", "teacher_feature_dim": "kd_teacher_feature_dim"},
-    ),
-    "token": (
-        TokenDistillationTask,
-        _WEIGHTS | {"distill_type": "kd_token_distill_type", "temperature": "kd_temperature"},
-    ),
+    "logit": (LogitDistillationTask, {"loss_type": "kd_loss_type", "temperature": "kd_temperature"}),
+    "feature": (FeatureDistillationTask, _DIMENSIONS),
+    "token": (TokenDistillationTask, {"distill_type": "kd_token_distill_type", "temperature": "kd_temperature"}),
 }
 
 
@@ -126,7 +121,8 @@ def create_student(
     for option, path in files.items():
         if path and not os.path.exists(path):
             raise DistillError(f"{option} {path} does not exist: mend the path.")
-        if path:
+        # The names in a file of NumPy's are another framework's, which the model translates by itself.
+        if path and not path.endswith((".npy", ".npz")):
             with told(f"{option} {path} cannot be read", Exception, remedy="name a file of weights."), _silently():
                 names = set(timm.models.load_state_dict(path))
     overlay = dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else {}
@@ -267,9 +263,8 @@ def create_criterion(args: argparse.Namespace) -> nn.Module:
             kind: resolve_class_weights(getattr(args, f"loss_{kind}"), kind, **weighting)
             for kind in ("class_weight", "pos_weight")
         }
-        options: dict[str, Any] = {name: getattr(args, name) for name in LOSS_ARGUMENTS.get(args.loss, ())}
-        if args.loss == "jsd":
-            options["jsd_splits"] = args.aug_splits
+        # Those of other losses are at their defaults, and timm passes them over.
+        options: dict[str, Any] = {name: getattr(args, name) for names in LOSS_ARGUMENTS.values() for name in names}
         if args.loss == "db" and stats is not None:
             options["class_counts"], options["num_samples"] = stats
         criterion = create_classification_loss(
@@ -277,8 +272,7 @@ def create_criterion(args: argparse.Namespace) -> nn.Module:
             multi_label=several or one_logit,
             smoothing=args.smoothing,
             soft_targets=uses_mixup(args),
-            bce_target_thresh=args.bce_target_thresh,
-            bce_sum=args.bce_sum,
+            jsd_splits=args.aug_splits,
             **weights,
             **options,
         )
@@ -294,12 +288,11 @@ def create_task(
     """timm's own distillation, as `--kd-model-name` and its like describe it; None without them."""
     if args.kd_model_name is None:
         return None
-    if args.task == "multilabel":
-        raise DistillError("--kd-model-name: timm's distillation is for one label an image: drop --task multilabel.")
     check_model_name(args.kd_model_name, "--kd-model-name", weights=True)
     kind, names = TASK_ARGUMENTS[args.kd_distill_type]
     options = {name: getattr(args, flag) for name, flag in names.items()}
     common: dict[str, Any] = dict(criterion=criterion, device=device, dtype=model_dtype(args))
+    common |= dict(distill_loss_weight=args.distill_loss_weight, task_loss_weight=args.task_loss_weight)
     with told(f"--kd-model-name {args.kd_model_name} does not fit", Exception):
         return kind(student_model=student, teacher_model=args.kd_model_name, **options, **common)
 

@@ -65,7 +65,7 @@ class Checkpoints:
         return self.kept[0] if self.kept else None
 
     def describe(
-        self, model: nn.Module, data_config: Mapping[str, Any], classes: tuple[str, ...] | None, name: str = "config"
+        self, model: nn.Module, data_config: Mapping[str, Any], classes: tuple[str, ...] | None, name: str
     ) -> None:
         """Writes `config.json`: architecture, arguments, normalisation and class names.
 
@@ -197,11 +197,9 @@ class Summary:
             with self.path.open(newline="", encoding="utf-8", errors="replace") as file:
                 self.rows = [row for row in csv.DictReader(file) if (row["epoch"] or "").isdigit()]
 
-    def add(
-        self, epoch: int, train: Mapping[str, float], evaluation: Mapping[str, float], lr: float
-    ) -> Mapping[str, Any]:
-        """Adds the row of an epoch and writes the file; returns the row."""
-        self.rows.append({"epoch": epoch} | epoch_row(train, evaluation, lr))
+    def add(self, epoch: int, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Adds the row of an epoch and writes the file; returns the row with its epoch."""
+        self.rows.append({"epoch": epoch, **row})
         columns = list(dict.fromkeys(key for r in self.rows for key in r))
         # As in timm's file: epoch, training, evaluation, rate.
         rank = {"epoch": 0, "train": 1, "eval": 2, "lr": 3}

@@ -6,7 +6,7 @@ import argparse
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import timm.data
@@ -42,7 +42,7 @@ SIZES_ARGUMENTS = {
     **dict(input_size_choices="train_img_sizes", batch_size_choices="train_batch_sizes"),
     **dict(batch_choice_weights="train_size_probs", batch_choice_schedule="train_size_schedule"),
     **dict(batch_schedule_spread="train_size_schedule_spread", batch_schedule_random_mix="train_size_random_mix"),
-    **dict(num_batches="train_batches_per_epoch", batch_choice_seed="seed"),
+    **dict(num_batches="train_batches_per_epoch", batch_choice_seed="seed", batch_schedule_epochs="epochs"),
     **dict(use_multi_epochs_loader="use_multi_epochs_loader"),
 }
 # Those of Mixup.
@@ -85,21 +85,20 @@ class Data:
     train: Any
     evaluation: Any
     config: dict[str, Any]
-    classes: tuple[str, ...] | None = None
-    streams: dict[str, Any] = field(default_factory=dict)
-    mixup: timm.data.Mixup | None = None
-    mean_batch: float = 0.0
-    other: Any = None
-    replayed: Replayed | None = None
+    classes: tuple[str, ...] | None
+    streams: dict[str, Any]
+    mixup: timm.data.Mixup | None
+    mean_batch: float
+    other: Any
+    replayed: Replayed | None
 
     def set_epoch(self, epoch: int, mixup_off_epoch: int = 0) -> None:
         """Reshuffles distributed samplers and ends mixup when its time has come."""
         for loader in (self.train, *self.streams.values()):
-            parts = [getattr(loader, name, None) for name in ("dataset", "batch_sampler", "sampler")]
-            found: list[Any] = [part for part in parts if hasattr(part, "set_epoch")]
-            # One of the samplers is enough, as in timm's script.
-            for part in found[: 2 if hasattr(parts[0], "set_epoch") else 1]:
-                part.set_epoch(epoch)
+            for name in ("dataset", "batch_sampler", "sampler"):
+                part: Any = getattr(loader, name, None)
+                if hasattr(part, "set_epoch"):
+                    part.set_epoch(epoch)
         if self.mixup is not None:
             self.mixup.mixup_enabled.fill_(not (mixup_off_epoch and epoch >= mixup_off_epoch))
 
@@ -366,7 +365,6 @@ def create_data(
     datasets: Datasets,
     device: torch.device,
     *,
-    distributed: bool = False,
     distiller: Distiller | None = None,
     patch_size: tuple[int, int] = (16, 16),
 ) -> Data:
@@ -379,7 +377,6 @@ def create_data(
         config: Resolved data configuration.
         datasets: What `create_datasets` returned.
         device: Where batches go.
-        distributed: Whether several processes share the data.
         distiller: A distiller whose stages may want row numbers or streams of held-out rows. Epochs keep their length:
             where rows are held out, the others come more than once.
         patch_size: Of a model that `--naflex-loader` feeds.
@@ -389,6 +386,7 @@ def create_data(
     index = any(n.index for n in needs)
     streams: dict[str, Any] = {}
     replayed = Replayed(train) if args.cache_teacher else None
+    shown = train if replayed is None else replayed
     for shares in (n.streams for n in needs if n.streams):
         streams |= split(len(train), shares, args.seed)
     if distiller is not None and (index or streams):
@@ -396,18 +394,14 @@ def create_data(
             raise DistillError(f"{distiller.name} needs rows by number, which this kind of data set does not have.")
         if args.aug_splits:
             raise DistillError(f"--aug-splits repeats rows, and {distiller.name} counts rows or holds some out.")
-        whole = train
-        train = StagedRows(replayed or whole, distiller, 1, args.seed, numbered if index else None)
-        streams = {name: Rows(whole, rows, index) for name, rows in streams.items() if name}
-    elif replayed is not None:
-        train = replayed
+        shown = StagedRows(shown, distiller, 1, args.seed, numbered if index else None)
+        streams = {name: Rows(train, rows, index) for name, rows in streams.items() if name}
     mixup = _mixup(args)
-    collate: Any = None
-    if mixup is not None and not args.no_prefetcher:
-        collate = mixup
+    collate: Any = None if args.no_prefetcher else mixup
     if index or replayed is not None:
         plain = default_collate if args.no_prefetcher else fast_collate
         collate = CollateTargets(collate or plain, index=index, told=replayed is not None)
+    distributed = PartialState().num_processes > 1
     machine: dict[str, Any] = dict(
         num_workers=args.workers,
         pin_memory=args.pin_mem,
@@ -435,8 +429,7 @@ def create_data(
                 lengths = {"train_seq_lens": args.naflex_train_seq_lens, "mixup_fn": mixup}
                 options |= _patch_sizes(args, patch_size) | ranks | lengths
             else:
-                schedule = args.epochs if args.train_size_schedule == "progressive" else None
-                options |= _named(args, SIZES_ARGUMENTS) | {"batch_schedule_epochs": schedule, "collate_fn": collate}
+                options |= _named(args, SIZES_ARGUMENTS) | {"collate_fn": collate}
                 dataset = timm.data.AugMixDataset(dataset, num_splits=args.aug_splits) if args.aug_splits else dataset
             made = make(dataset, args.batch_size, options)
         if len(made) == 0:
@@ -462,14 +455,11 @@ def create_data(
         sizes = args.naflex_patch_sizes
         _logger.info(f"Using variable patch sizes: {sizes}" if sizes else f"Using model patch size: {patch_size}")
     empty = torch.empty(args.batch_size, 0, device=device)
-    training = loader(train) if train is not None else [(empty, empty)] * args.epoch_updates * args.grad_accum_steps
-    if isinstance(train, StagedRows):
-        train.epoch_steps = -(-len(training) // args.grad_accum_steps)
-    mean_batch = args.batch_size
+    training = loader(shown) if train is not None else [(empty, empty)] * args.epoch_updates * args.grad_accum_steps
+    if isinstance(shown, StagedRows):
+        shown.epoch_steps = -(-len(training) // args.grad_accum_steps)
     if args.train_img_sizes:
-        scheduled = training.batch_sampler
-        mean_batch = scheduled.average_batch_size
-        _tell_sizes(args, scheduled)
+        _tell_sizes(args, training.batch_sampler)
     return Data(
         train=training,
         evaluation=plainly(evaluation),
@@ -477,7 +467,7 @@ def create_data(
         classes=classes,
         streams={name: loader(rows) for name, rows in streams.items()},
         mixup=None if args.naflex_loader else mixup,
-        mean_batch=float(mean_batch),
+        mean_batch=float(training.batch_sampler.average_batch_size if args.train_img_sizes else args.batch_size),
         other=plainly(other),
         replayed=replayed,
     )
@@ -514,8 +504,6 @@ def _mixup(args: argparse.Namespace) -> Any:
         # In shared memory, where workers that outlive an epoch see it change.
         made.mixup_enabled = torch.tensor(True).share_memory_()
         return made
-    if args.mixup_mode != "batch" or args.cutmix_minmax is not None:
-        raise DistillError("--naflex-loader mixes whole batches: leave --mixup-mode and --cutmix-minmax out.")
     del options["mode"], options["cutmix_minmax"]
     return timm.data.NaFlexMixup(**options, mixup_off_epoch=args.mixup_off_epoch)
 

@@ -26,7 +26,7 @@ from kd_timm.data import Datasets, plain_loader
 from kd_timm.engine import PlainStep, TrainingRun
 from kd_timm.network import TimmNetwork, image_batch
 from kd_timm.rows import Targets
-from kd_timm.teachers import Teacher, check_classes, connected, create_teacher, named_teachers
+from kd_timm.teachers import Teacher, check_classes, check_classifies, connected, create_teacher, named_teachers
 
 
 class Distillation:
@@ -52,11 +52,10 @@ class Distillation:
 
         self.cache = TeacherCache(args, config, data, self.distiller) if args.cache_teacher else None
         self.teachers = make() if self.cache is None else self.cache.teachers(make)
-        self.names = dict(student.named_parameters()).keys()
+        self.network = TimmNetwork(student)
         self.peers = [self._peer(i, name) for i, name in enumerate(args.peer)]
         for module in (*(t.module for t in self.teachers), *self.peers):
             place(module, args, device)
-        self.network = TimmNetwork(student)
         self.nets = connected(self.distiller, self.network, self.teachers, [TimmNetwork(peer) for peer in self.peers])
         self.device = device
         self.rows = 0
@@ -72,7 +71,8 @@ class Distillation:
             args.model_kwargs = {}
         args.model, args.img_size, args.in_chans, args.input_size = name, None, None, self.config["input_size"]
         peer = create_student(args, "--peer")[0]
-        if args.layer_decay is not None and dict(peer.named_parameters()).keys() != self.names:
+        ours, theirs = (dict(module.named_parameters()).keys() for module in (self.network.module, peer))
+        if args.layer_decay is not None and theirs != ours:
             raise DistillError(
                 f"--layer-decay scales the rates by the layers of --model, and the peer {name} has others: drop it, or"
                 " take peers of the same layers."
@@ -209,11 +209,7 @@ class Distillation:
 def make_distiller(args: argparse.Namespace) -> Distiller:
     """The method that `--distill` and `--distill-args` name, where this script can train with it."""
     distiller = create_distiller(args.distill, **options_from_strings(args.distill, args.distill_args))
-    if "classification" not in distiller.tasks:
-        raise DistillError(
-            f"{distiller.name} fits {', '.join(distiller.tasks)}, and kd-timm-train trains classifiers: choose a method"
-            " that fits (kd-plugins list)."
-        )
+    check_classifies(distiller, "kd-timm-train")
     if args.grad_accum_steps > 1 and not distiller.accumulation:
         raise DistillError(f"{distiller.name} does not fit gradient accumulation: drop --grad-accum-steps.")
     return distiller

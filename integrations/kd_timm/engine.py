@@ -109,7 +109,7 @@ class TrainingRun:
         if not self.args.no_prefetcher:
             return inputs, targets
         targets = targets.to(self.accelerator.device)
-        if mixup is None or isinstance(inputs, dict):
+        if mixup is None:
             return inputs, targets
         if isinstance(targets, Targets):
             inputs, labels = mixup(inputs, targets.labels)
@@ -165,8 +165,7 @@ class PlainStep:
         set_sync_gradients(run.accelerator, update)
         with nullcontext() if update else run.accelerator.no_sync(run.model):
             loss = self.loss(inputs, targets, accumulate)
-            scaled, scale = loss / accumulate if accumulate > 1 else loss, self.scale(inputs)
-            run.accelerator.backward(scaled if scale == 1 else scaled * scale, create_graph=self.second_order)
+            run.accelerator.backward(loss / accumulate * self.scale(inputs), create_graph=self.second_order)
         if player is None:
             self.watch.see({"loss": loss})
         else:
@@ -354,9 +353,8 @@ def train_one_epoch(
         if stops:
             signals.check()
         images, asked = 0, time.monotonic()
-    optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
-    if hasattr(optimizer, "sync_lookahead"):
-        optimizer.sync_lookahead()
+    if hasattr(run.optimizer.optimizer, "sync_lookahead"):
+        run.optimizer.optimizer.sync_lookahead()
     run.step.end_epoch(number + 1)
     reporter.end()
     run.check_weights(number)  # Before anything of this epoch is written.

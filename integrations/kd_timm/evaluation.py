@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate.utils import gather_object
 from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator, evaluation_sample_limit
@@ -33,10 +32,10 @@ def _two_classes(scores: Tensor) -> Tensor:
 
 def answers(
     run: TrainingRun, model: nn.Module, loader: Any, others: Sequence[Callable[[Tensor], Tensor]] = ()
-) -> Iterator[tuple[Tensor, Tensor, list[Tensor], int]]:
-    """What a model says of each batch of a loader: scores, targets, the scores of others, and how many rows count.
+) -> Iterator[tuple[Tensor, Tensor, list[Tensor]]]:
+    """What a model says of each batch of a loader: scores, targets, the scores of others.
 
-    The rows that come last may fill up this process's share.
+    The rows that come last and only fill up this process's share are left out.
     """
     limit, done, average = evaluation_sample_limit(loader), 0, run.args.tta
     dtype = next((p.dtype for p in model.parameters()), None)
@@ -54,9 +53,9 @@ def answers(
                 found = [scores.unfold(0, average, average).mean(dim=2) for scores in found]
                 targets = targets[: len(targets) : average]
             output, *told = found if run.args.task == "multilabel" else map(_two_classes, found)
-        rows = len(output) if limit is None else max(0, min(limit - done, len(output)))
+        rows = None if limit is None else max(0, limit - done)
         done += len(output)
-        yield output, targets, told, rows
+        yield output[:rows], targets[:rows], [scores[:rows] for scores in told]
 
 
 def _beside(name: str, value: float, mean: float) -> str:
@@ -70,11 +69,11 @@ def listed(metrics: Mapping[str, float]) -> str:
     return "  ".join(f"{name}: {value:.4f}" for name, value in metrics.items())
 
 
-def evaluator(args: argparse.Namespace, **options: Any) -> ClassificationEvaluator:
+def evaluator(args: argparse.Namespace, device: torch.device | None = None) -> ClassificationEvaluator:
     """What counts and measures the answers of a network, by the task."""
     if args.task == "multilabel":
-        return MultiLabelClassificationEvaluator(threshold=args.multilabel_threshold, **options)
-    return ClassificationEvaluator(**options)
+        return MultiLabelClassificationEvaluator(device, threshold=args.multilabel_threshold)
+    return ClassificationEvaluator(device)
 
 
 @torch.inference_mode()
@@ -101,20 +100,20 @@ def evaluate(
         loss, mean average precision and F1.
     """
     accelerator, loader = run.accelerator, run.data.evaluation
-    measured = evaluator(run.args, device=accelerator.device, max_samples=evaluation_sample_limit(loader))
+    measured = evaluator(run.args, accelerator.device)
     agree = torch.zeros(len(others) + 1, dtype=torch.float64, device=accelerator.device)
     taken, last, begun = AverageMeter(), len(loader) - 1, time.monotonic()
-    for number, (output, targets, told, rows) in enumerate(answers(run, model, loader, others)):
+    for number, (output, targets, told) in enumerate(answers(run, model, loader, others)):
         for i, scores in enumerate(told):
-            agree[i] += (scores.argmax(-1) == output.argmax(-1))[:rows].sum()
-        agree[-1] += rows
+            agree[i] += (scores.argmax(-1) == output.argmax(-1)).sum()
+        agree[-1] += len(output)
         measured.update(output, targets)
         if seen is not None:
-            seen(output[:rows], targets[:rows], [scores[:rows] for scores in told])
+            seen(output, targets, told)
         taken.update(time.monotonic() - begun)
         begun = time.monotonic()
         if label and (number % run.args.log_interval == 0 or number == last):
-            here = evaluator(run.args, device=accelerator.device)
+            here = evaluator(run.args, accelerator.device)
             here.update(output, targets)
             means = measured.summary()
             numbers = [_beside(name, value, means[name]) for name, value in here.summary().items()]
@@ -127,8 +126,7 @@ def evaluate(
     if label and (distributed or run.args.task == "multilabel"):
         run.reporter.line(f"{label}: {listed(metrics)}")
     if others:
-        if distributed:
-            dist.all_reduce(agree)
+        agree = accelerator.reduce(agree)
         shares = (100 * agree[:-1] / agree[-1].clamp(min=1)).tolist()
         metrics |= {f"agreement{i or ''}": share for i, share in enumerate(shares)}
     return metrics
@@ -158,8 +156,8 @@ def judge(
 
     evaluation = evaluate(run, model, others=others, seen=seen)
     if run.data.other is not None:
-        for output, _, told, rows in answers(run, model, run.data.other, others):
-            seen(output[:rows], None, [scores[:rows] for scores in told], other)
+        for output, _, told in answers(run, model, run.data.other, others):
+            seen(output, None, told, other)
     whole, beside = gathered(known), gathered(other)
     names = {"student": "student", "teacher": "teachers"}
     uncertain = {names[name]: uncertainty_metrics(found, beside.get(name)) for name, found in whole.items()}

@@ -23,11 +23,9 @@ from kd_accelerate.command import run_command
 from kd_plugins import DistillError
 from kd_plugins.binding import schedule
 from kd_plugins.catalog.registry import options_from_strings
+from kd_timm.build import TASK_ARGUMENTS
 from kd_timm.data import class_names
 from kd_timm.task import DistillationTask
-
-# Whatever flag or file asks the script for them.
-_TIMMS_OWN = ("LogitDistillationTask", "FeatureDistillationTask", "TokenDistillationTask")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,7 +88,9 @@ def launch(args: argparse.Namespace, rest: list[str]) -> None:
         for each in tasks if updates else ():
             schedule(each.distiller, updates * made[1])
 
-    tasks_of_script: dict[str, Any] = {"ClassificationTask": task, **dict.fromkeys(_TIMMS_OWN, refuse)}
+    # timm's own distillation is refused, whatever flag or file asks the script for it.
+    tasks_of_script: dict[str, Any] = {kind.__name__: refuse for kind, _ in TASK_ARGUMENTS.values()}
+    tasks_of_script["ClassificationTask"] = task
     with (
         mock.patch.multiple(timm.task, **tasks_of_script),
         _observed(timm.data, "resolve_data_config", keep),

@@ -49,13 +49,10 @@ class Parts(TrainingRun):
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        if args.cache_teacher and not args.teacher:
-            raise DistillError("--cache-teacher does nothing without --teacher NAME: name one.")
-        for name in ("teacher", "peer", "distill_args"):
-            if getattr(args, name) and not args.distill:
-                raise DistillError(f"{as_flag(name)} does nothing without --distill NAME: name a distiller.")
-        if args.ood_dataset and not args.val_split:
-            raise DistillError("--ood-dataset is compared with the evaluation split: name one, --val-split.")
+        needs = {"cache_teacher": "teacher", "ood_dataset": "val_split"}
+        for name, needed in (needs | dict.fromkeys(("teacher", "peer", "distill_args"), "distill")).items():
+            if getattr(args, name) and not getattr(args, needed):
+                raise DistillError(f"{as_flag(name)} does nothing without {as_flag(needed)} NAME: give both.")
         self.accelerator = accelerator = create_accelerator(args)
         self.primary, self.processes = accelerator.is_main_process, accelerator.num_processes
         if self.processes > 1:
@@ -137,7 +134,6 @@ class Parts(TrainingRun):
             config,
             datasets,
             accelerator.device,
-            distributed=self.processes > 1,
             distiller=None if distillation is None else distillation.distiller,
             patch_size=getattr(self.student, "get_patch_size", lambda: (16, 16))(),
         )
@@ -214,10 +210,9 @@ class Parts(TrainingRun):
         """First epoch of the student: of the run, or of the last stage that began with a fresh one."""
         if self.distillation is None:
             return 0
-        table, stage = self.distillation.table, self.distillation.distiller.progress.stage
-        fresh = (
-            start for start, begun in zip(table.starts, table.stages[: stage + 1], strict=False) if begun.fresh_student
-        )
+        table = self.distillation.table
+        begun = table.stages[: self.distillation.distiller.progress.stage + 1]
+        fresh = (start for start, stage in zip(table.starts, begun, strict=False) if stage.fresh_student)
         return max(fresh, default=0) // self.updates_per_epoch
 
     def new_schedule(self) -> None:
@@ -234,10 +229,9 @@ class Parts(TrainingRun):
 
     def enter_stage(self) -> None:
         """Begins the stage of the coming epoch, where the distillation gets to one."""
-        if self.distillation is None or self.distillation.distiller.progress.next_stage() is None:
+        stage = None if self.distillation is None else self.distillation.player.enter_stage()
+        if stage is None:
             return
-        stage = self.distillation.player.enter_stage()
-        assert stage is not None
         self.reporter.line(f"Stage {stage.name!r} begins" + (" with a fresh student" if stage.fresh_student else ""))
         self.new_schedule()
         if stage.fresh_student:
@@ -365,7 +359,6 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
     accelerator = Accelerator(
         cpu=kind == "cpu",
         mixed_precision=precision,
-        step_scheduler_with_optimizer=False,
         log_with=tracker_names(args) or None,
         project_dir=".",
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=not args.no_ddp_bb)],

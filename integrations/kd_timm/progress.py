@@ -26,11 +26,10 @@ class Reporter:
     """Shows how far an epoch is.
 
     Args:
-        primary: False on all processes but the first, which stay silent.
+        primary: False on all processes but the first, which show no bar; their logs are silent.
     """
 
     def __init__(self, primary: bool) -> None:
-        self.primary = primary
         console = Console(stderr=True)
         shown = ("{task.description}", BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
         self.terminal = primary and console.is_terminal
@@ -56,8 +55,6 @@ class Reporter:
             values: Numbers by name: the loss, its terms, the rate.
             line: What timm's script tells of them, and of time.
         """
-        if not self.primary:
-            return
         terms = [f"  {name}: {value:.4g}" for name, value in values.items() if name not in ("loss", "lr")]
         self.bar.values = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         place = f"[{updates - 1:>4d}/{self.total} ({100.0 * updates / self.total:>3.0f}%)]"
@@ -75,5 +72,4 @@ class Reporter:
 
     def line(self, text: str) -> None:
         """Writes a line of text."""
-        if self.primary:
-            _logger.info(text)
+        _logger.info(text)

@@ -10,12 +10,9 @@ from kd_report import page_hint
 from kd_report.record import MOST_AT_ONCE, RunRecord, rows_to_analyse, sizes, some_rows
 from kd_report.uncertainty import Doubts
 from kd_timm.arguments import parse_args
-from kd_timm.checkpoint import epoch_row
 from kd_timm.data import plain_loader
 from kd_timm.network import TimmNetwork, image_batch
 from kd_timm.parts import Parts, softmax
-
-__all__ = ["Recorder"]
 
 
 class Recorder:
@@ -53,10 +50,9 @@ class Recorder:
         if distillation is not None:
             self.record.time_steps(distillation.player)
 
-    def epoch(self, epoch: int, training: Mapping[str, float], evaluation: Mapping[str, float], rate: float) -> None:
+    def epoch(self, epoch: int, row: Mapping[str, Any]) -> None:
         """Adds the row of an epoch, evaluated or not."""
-        place = {"epoch": epoch + 1, "step": (epoch + 1) * self.session.updates_per_epoch}
-        self.record.log(place | epoch_row(training, evaluation, rate))
+        self.record.log({"epoch": epoch + 1, "step": (epoch + 1) * self.session.updates_per_epoch, **row})
 
     def finish(self, results: Mapping[str, Any], found: Mapping[str, Doubts]) -> None:
         """Analyses the best student and writes the results, and what the networks have said of each image."""
@@ -70,10 +66,6 @@ class Recorder:
         self.record.predictions(found, max(self.session.args.num_classes, 2))
         self.record.finish(results, seconds_per_step=results["seconds_per_step"])
         self.session.reporter.line(page_hint(self.session.folder))
-
-    def interrupted(self) -> None:
-        """Says that the run has not come to its end."""
-        self.record.finish({}, status="interrupted")
 
     def _nets(self) -> Nets:
         """The networks with the student that is evaluated and exported."""

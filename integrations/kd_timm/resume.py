@@ -134,16 +134,15 @@ def load_state(session: Parts, folder: Path) -> tuple[int, Mapping[str, Any], bo
     session.summary.rows = list(saved["summary"])
     session.checkpoints.kept = [(metric, epoch) for metric, epoch in saved["kept"]]
     session.peers.best = saved["peers"]
-    rank, place = session.accelerator.process_index, {}
+    rank = session.accelerator.process_index
     random = torch.load(folder / f"random-{rank}.pt", weights_only=True)
     load_random_state(random)
-    if (folder / f"place-{rank}.pt").is_file():
-        here = torch.load(folder / f"place-{rank}.pt", map_location="cpu", weights_only=True)
-        place = here["place"] and here["place"] | {"random": random}
-        if session.processes > 1:
-            session.model.require_forward_param_sync = here["gives"]
-            for name, statistic in _statistics(session).items():
-                statistic.copy_(here["statistics"][name])
+    here = torch.load(folder / f"place-{rank}.pt", map_location="cpu", weights_only=True)
+    place = here["place"] and here["place"] | {"random": random}
+    if session.processes > 1:
+        session.model.require_forward_param_sync = here["gives"]
+        for name, statistic in _statistics(session).items():
+            statistic.copy_(here["statistics"][name])
     # Workers that live on, and a loader that reads ahead into the next epoch, have streams that no state holds.
     changed += ["persistent_workers"] * bool(session.args.workers and session.args.persistent_workers)
     changed += ["use_multi_epochs_loader"] * session.args.use_multi_epochs_loader
@@ -154,8 +153,7 @@ def load_state(session: Parts, folder: Path) -> tuple[int, Mapping[str, Any], bo
     if session.primary:
         _bring_along(folder.parent, session.folder)
         for best in map(session.peers.path, session.peers.best):
-            if (folder / best.name).is_file():
-                copy_file(folder / best.name, best)
+            copy_file(folder / best.name, best)
         states.settle(session.folder)
         if session.saver is not None:
             _take_up_history(session.saver, session.folder, saved["epoch"])

@@ -11,8 +11,6 @@ from torch.utils.data import Dataset
 
 from kd_accelerate.streams import ReplayedDataset, StagedDataset
 
-__all__ = ["CollateTargets", "Replayed", "Rows", "StagedRows", "Targets", "Transformed", "numbered"]
-
 
 class Targets(NamedTuple):
     """Labels, with what a distillation asks beside them.

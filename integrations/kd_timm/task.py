@@ -19,15 +19,7 @@ from kd_plugins.catalog.about import refusals
 from kd_plugins.distiller import Turn
 from kd_timm import build
 from kd_timm.network import TimmNetwork, image_batch
-from kd_timm.teachers import (
-    InputTransform,
-    Teacher,
-    check_classes,
-    connected,
-    create_teacher,
-    named_order,
-    other_classes,
-)
+from kd_timm.teachers import Teacher, as_teacher, check_classes, check_classifies, connected, create_teacher
 
 _DISTANCE = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
 _SOFTMAX = (nn.CrossEntropyLoss, JsdCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy)
@@ -130,10 +122,8 @@ class DistillationTask(TrainingTask):
         listed = [teacher_model] if isinstance(teacher_model, (str, nn.Module)) else list(teacher_model or ())
         paths = [teacher_checkpoint] if isinstance(teacher_checkpoint, str) else list(teacher_checkpoint)
         made = [self._teacher(t, paths[i] if i < len(paths) else "", student_model) for i, t in enumerate(listed)]
-        network = TimmNetwork(student_model)
-        nets = connected(distiller, network, made)
-        # Not a submodule: a teacher belongs neither in checkpoints nor in the optimizer.
-        self._nets: tuple[Nets, TimmNetwork] = (nets, network)
+        # No submodule: a teacher belongs neither in checkpoints nor in the optimizer.
+        self._nets = nets = connected(distiller, TimmNetwork(student_model), made)
         if sample is None:
             sample = torch.randn(2, *self.config["input_size"], generator=torch.Generator().manual_seed(0))
         batch = self._batch(
@@ -143,7 +133,7 @@ class DistillationTask(TrainingTask):
         _check_fit(distiller)  # with the stages and parts that follow the networks
         check_classes(distiller, made)
         distiller.to(device=self.device, dtype=self.dtype)
-        if distiller.extras() or distiller.shared(nets):
+        if distiller.shared(nets):
             raise DistillError(
                 f"{distiller.name} has optimizers of its own, and timm's train.py one: use kd-timm-train."
             )
@@ -153,23 +143,17 @@ class DistillationTask(TrainingTask):
         self._turns: Iterator[Turn] | None = None
 
     def _teacher(self, teacher: str | nn.Module, path: str, student: Any) -> Teacher:
+        classes: Any = getattr(student, "num_classes", None)
+        fit: dict[str, Any] = dict(config=self.config, num_classes=classes, classes=self.classes)
         if isinstance(teacher, str):
-            fit = {"config": self.config, "num_classes": student.num_classes, "classes": self.classes}
             made = create_teacher(teacher, path, {}, **fit)
         else:
-            name, theirs, ours = type(teacher).__name__, *(getattr(m, "num_classes", None) for m in (teacher, student))
-            misfit = "" if theirs is None or ours is None else other_classes(name, theirs, ours)
-            made = Teacher(name, TimmNetwork(teacher), misfit=misfit)
-            if getattr(teacher, "pretrained_cfg", None):
-                cfg: Any = teacher.pretrained_cfg
-                made.order, made.misfit = named_order(name, cfg.get("label_names"), self.classes, misfit)
-                config = build.data_config(teacher)
-                made.transform = InputTransform(self.config, config, bool(cfg.get("fixed_input_size")))
+            made = as_teacher(type(teacher).__name__, teacher, getattr(teacher, "pretrained_cfg", None) or {}, **fit)
         made.module.to(self.device, self.dtype)
         return made
 
     def _batch(self, inputs: Tensor, target: Tensor) -> Batch:
-        classes = getattr(self._nets[1].module, "num_classes", 0)
+        classes = getattr(self._nets.student.module, "num_classes", 0)
         return image_batch(
             self.config,
             inputs,
@@ -198,7 +182,7 @@ class DistillationTask(TrainingTask):
         Returns:
             `loss`, `output` (the student's scores, where the method reads them) and every loss term by name.
         """
-        nets = self._nets[0]
+        nets = self._nets
         scores: list[Tensor] = []
         batch = self._batch(input, target)
         self._turns = self.distiller.turns(Nets(_Noted(nets.student, scores), nets.teachers), batch)
@@ -233,8 +217,8 @@ class DistillationTask(TrainingTask):
 
     def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> Any:
         """Compiles the student's forward, in training and in evaluation."""
-        nets, network = self._nets
-        nets.student.forward = torch.compile(network.staged, backend=backend, mode=mode, **compile_kwargs)
+        network: Any = self._nets.student.network
+        self._nets.student.forward = torch.compile(network.staged, backend=backend, mode=mode, **compile_kwargs)
         self.eval_model = torch.compile(network.module, backend=backend, mode=mode, **compile_kwargs)
         return self.eval_model
 
@@ -284,11 +268,6 @@ class _Noted(Net):
 
 def _check_fit(distiller: Distiller) -> None:
     """Refuses a method that one backward and one optimizer cannot play."""
-    reasons = refusals(distiller)
-    if "timm" in reasons:
-        raise DistillError(
-            f"{distiller.name} {reasons['timm']}, and timm's train.py trains classifiers: choose a method that fits"
-            " (kd-plugins list)."
-        )
-    if reason := reasons.get("timm-task"):
+    check_classifies(distiller, "timm's train.py")
+    if reason := refusals(distiller).get("timm-task"):
         raise DistillError(f"{distiller.name} {reason}, which timm's train.py cannot do: use kd-timm-train.")

@@ -88,14 +88,17 @@ def connected(
     distiller: Distiller, student: Network, teachers: Sequence[Teacher], peers: Sequence[Network] = ()
 ) -> Nets:
     """The networks as a method sees them, with what each teacher takes."""
-    return connect(
-        distiller,
-        student,
-        [teacher.network for teacher in teachers],
-        peers,
-        transforms=[teacher.transform for teacher in teachers],
-        orders=[teacher.order for teacher in teachers],
-    )
+    transforms, orders = [t.transform for t in teachers], [t.order for t in teachers]
+    return connect(distiller, student, [t.network for t in teachers], peers, transforms=transforms, orders=orders)
+
+
+def check_classifies(distiller: Distiller, who: str) -> None:
+    """Refuses a method that does not fit classification, where `who` trains classifiers alone."""
+    if "classification" not in distiller.tasks:
+        raise DistillError(
+            f"{distiller.name} fits {', '.join(distiller.tasks)}, and {who} trains classifiers: choose a method that"
+            " fits (kd-plugins list)."
+        )
 
 
 def check_classes(distiller: Distiller, teachers: Sequence[Teacher]) -> None:
@@ -104,18 +107,6 @@ def check_classes(distiller: Distiller, teachers: Sequence[Teacher]) -> None:
     for number, teacher in enumerate(teachers):
         if teacher.misfit and any(needs.of_teacher(number).logits for needs in stages):
             raise DistillError(teacher.misfit)
-
-
-def other_classes(name: str, theirs: int, ours: int) -> str:
-    """What is wrong with a teacher's number of classes; nothing where it is the student's."""
-    if theirs == ours:
-        return ""
-    has = f"tells {theirs} classes apart" if theirs else "has no classifier"
-    same = f"give the student as many (--num-classes {theirs}), " if theirs else ""
-    return (
-        f"The teacher {name} {has} and the student tells {ours} classes apart: {same}take a teacher that was trained on"
-        " the student's classes, or a method that reads its features alone."
-    )
 
 
 def named_teachers(args: argparse.Namespace) -> list[tuple[str, str, dict[str, Any]]]:
@@ -152,24 +143,60 @@ def create_teacher(
     """
     check_model_name(name, "--teacher", weights=not checkpoint)
     saved: dict[str, Any] = {}
+    module: Any
     if checkpoint:
         module, saved = _from_checkpoint(name, checkpoint, kwargs, num_classes)
     else:
         module = published(name, kwargs)
-    theirs: Any = module
-    cfg = {**theirs.pretrained_cfg, **saved.get("pretrained_cfg", {})}
-    own = data_config(module, cfg=cfg)
-    check_normalisation(own, f"The teacher {name}")
-    channels = own["input_size"][0], config["input_size"][0]
-    if channels[0] != channels[1] and {*channels} != {1, 3}:
-        raise DistillError(
-            f"The teacher {name} takes {channels[0]} image channels and the student {channels[1]}: give both the same,"
-            " --in-chans for the student or --teacher-kwargs in_chans=... for the teacher."
+    named = {"label_names": saved["label_names"]} if saved.get("label_names") else {}
+    cfg = {**module.pretrained_cfg, **saved.get("pretrained_cfg", {}), **named}
+    module.requires_grad_(False).eval()
+    return as_teacher(name, module, cfg, config=config, num_classes=num_classes, classes=classes)
+
+
+def as_teacher(
+    name: str,
+    module: nn.Module,
+    cfg: Mapping[str, Any],
+    *,
+    config: Mapping[str, Any],
+    num_classes: int | None,
+    classes: Sequence[str] | None,
+) -> Teacher:
+    """A network as the teacher of a student: how its images are made, and whether it has the student's classes.
+
+    Args:
+        name: What to call it.
+        module: The network, with its weights.
+        cfg: Its pretrained configuration; one without gets the student's images as they are.
+        config: The student's data configuration.
+        num_classes: The student's number of classes, where it is known.
+        classes: The student's class names, where they are known.
+
+    Raises:
+        DistillError: Its images are not to be had from the student's.
+    """
+    teacher, theirs = Teacher(name, TimmNetwork(module)), getattr(module, "num_classes", None)
+    if cfg:
+        own = data_config(module, cfg=cfg)
+        check_normalisation(own, f"The teacher {name}")
+        channels = own["input_size"][0], config["input_size"][0]
+        if channels[0] != channels[1] and {*channels} != {1, 3}:
+            raise DistillError(
+                f"The teacher {name} takes {channels[0]} image channels and the student {channels[1]}: give both the"
+                " same, --in-chans for the student or --teacher-kwargs in_chans=... for the teacher."
+            )
+        teacher.transform = InputTransform(config, own, bool(cfg.get("fixed_input_size")))
+    if None in (theirs, num_classes) or theirs == num_classes:
+        teacher.order, teacher.misfit = _order(name, cfg.get("label_names"), classes)
+    else:
+        has = f"tells {theirs} classes apart" if theirs else "has no classifier"
+        same = f"give the student as many (--num-classes {theirs}), " if theirs else ""
+        teacher.misfit = (
+            f"The teacher {name} {has} and the student tells {num_classes} classes apart: {same}take a teacher that was"
+            " trained on the student's classes, or a method that reads its features alone."
         )
-    misfit = other_classes(name, theirs.num_classes, num_classes)
-    order, misfit = named_order(name, saved.get("label_names") or cfg.get("label_names"), classes, misfit)
-    transform = InputTransform(config, own, bool(cfg.get("fixed_input_size")))
-    return Teacher(name, TimmNetwork(module.requires_grad_(False).eval()), transform, order, misfit)
+    return teacher
 
 
 def published(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
@@ -229,26 +256,18 @@ def _classes_in(architecture: str, state: Mapping[str, Any]) -> int | None:
     return None
 
 
-def named_order(name: str, theirs: Any, ours: Sequence[str] | None, misfit: str = "") -> tuple[list[int] | None, str]:
-    """The order of a teacher's classes by their names, or why they do not fit; `misfit` is what is known of that."""
-    try:
-        return (None if misfit else _order(name, theirs, ours)), misfit
-    except DistillError as error:
-        return None, str(error)
-
-
-def _order(name: str, theirs: Any, ours: Sequence[str] | None) -> list[int] | None:
-    """The teacher's class numbers in the student's order; None where the order is the same or nobody knows."""
+def _order(name: str, theirs: Any, ours: Sequence[str] | None) -> tuple[list[int] | None, str]:
+    """A teacher's class numbers in the student's order, None where nothing else is known; and why they do not fit."""
     if isinstance(theirs, Mapping):
         theirs = [theirs[key] for key in sorted(theirs, key=int)]
     if not theirs or ours is None or list(map(str, theirs)) == list(ours):
-        return None
+        return None, ""
     place = {str(label): i for i, label in enumerate(theirs)}
     missing = [label for label in ours if label not in place]
     if missing:
-        raise DistillError(
+        return None, (
             f"The teacher {name} does not know the student's classes {', '.join(missing[:4])}; it has"
             f" {', '.join(list(place)[:4])}, ...: take a teacher that was trained on the student's classes."
         )
     # Outputs beyond the names of the data keep the classes that are left.
-    return [place[label] for label in ours] + [i for label, i in place.items() if label not in ours]
+    return [place[label] for label in ours] + [i for label, i in place.items() if label not in ours], ""

@@ -17,7 +17,7 @@ from kd_plugins import DistillError
 from kd_plugins.states import slots, taking_up, write_json, writing
 from kd_report.uncertainty import Doubts, dirichlet_offset
 from kd_timm.arguments import parse_args
-from kd_timm.checkpoint import load_weights, rank
+from kd_timm.checkpoint import epoch_row, load_weights, rank
 from kd_timm.engine import train_one_epoch
 from kd_timm.evaluation import evaluate, judge, listed
 from kd_timm.layers import list_layers
@@ -53,17 +53,19 @@ class Session(Parts):
         Returns:
             What `results.json` holds: best metric and epoch, the final evaluation, time and size.
         """
-        self.first, place = self._start()
+        first, place = self._start()
+        # The epoch after the last one of this session.
+        self.last = self.args.stop_epoch or self.epochs
         self.saved, self.earlier = time.monotonic(), True
         self.reporter.line(f"Output in {self.folder}")
-        self.recorder = Recorder(self, self.first, begun=bool(place))
+        self.recorder = Recorder(self, first, begun=bool(place))
         try:
-            for epoch in range(self.first, self.last):
-                self._epoch(epoch, place if epoch == self.first else {})
+            for epoch in range(first, self.last):
+                self._epoch(epoch, place if epoch == first else {})
             results = self._finish()
         except KeyboardInterrupt as stop:
             self.reporter.end()
-            self.recorder.interrupted()
+            self.recorder.record.finish({}, status="interrupted")
             says = "no state had been saved, so there is nothing to continue."
             if slots(self.folder)[1].is_dir():
                 says = f"continue where the state was saved last, with --resume {self.folder}"
@@ -78,11 +80,6 @@ class Session(Parts):
                 tracker.finish()
         self.accelerator.wait_for_everyone()
         return results
-
-    @property
-    def last(self) -> int:
-        """The epoch after the last one of this session."""
-        return self.args.stop_epoch or self.epochs
 
     def _start(self) -> tuple[int, Mapping[str, Any]]:
         """Takes up what `--resume` names; returns the epoch to begin with, and the place in it."""
@@ -153,7 +150,7 @@ class Session(Parts):
         if (epoch + 1) % args.val_interval and epoch + 1 not in (self.epochs, self.last, *args.save_epochs):
             self.reporter.line("Skipping eval and checkpointing ")
             if self.primary:
-                self.recorder.epoch(epoch, training, {}, rate)
+                self.recorder.epoch(epoch, epoch_row(training, {}, rate))
             if self.scheduler is not None:
                 self.scheduler.step(done + 1, None)
             return False
@@ -164,8 +161,9 @@ class Session(Parts):
             # That of the plateau follows a measure.
             self.scheduler.step(done + 1, training["loss"] if self.metric == "epoch" else metric)
         if self.primary:
-            self.accelerator.log(self.summary.add(epoch, training, evaluation, rate), step=epoch)
-            self.recorder.epoch(epoch, training, evaluation, rate)
+            row = epoch_row(training, evaluation, rate)
+            self.accelerator.log(self.summary.add(epoch, row), step=epoch)
+            self.recorder.epoch(epoch, row)
             self.checkpoints.save(self.evaluated, epoch, metric)
             if args.checkpoint_format == "both" and self.saver is not None:
                 self.saver.save_checkpoint(epoch, metric)

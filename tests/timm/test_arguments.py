@@ -91,6 +91,8 @@ def test_what_timm_documents_of_policies_is_taken():
         (["--aug-splits", "3", "--cutmix", "1"], "--cutmix does not go with --aug-splits"),
         (["--distill", "kd", "--kd-model-name", "x"], "--distill kd --teacher MODEL"),
         (["--distill", "kd", "--naflex-loader"], "this loader gives patches"),
+        (["--kd-model-name", "x", "--task", "multilabel"], "--task does not go with --kd-model-name: timm's"),
+        (["--naflex-loader", "--cutmix-minmax", "0.2", "0.8"], "does not go with --naflex-loader: it mixes whole"),
         (["--bce-loss", "--loss", "asl"], "two losses"),
         (["--kd-t", "3"], "short for --kd-temperature, --kd-teacher-feature-dim, --kd-token-distill-type"),
         (["--modle", "resnet18"], "Did you mean --model"),

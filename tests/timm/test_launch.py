@@ -70,7 +70,7 @@ def test_the_teacher_s_classes_are_put_in_the_order_of_the_data(tmp_path: Path) 
         Image.new("RGB", (8, 8)).save(tmp_path / "train" / name / "0.png")
     made = "create_dataset('', root=args.output.rsplit('/', 1)[0], split='train', is_training=True)\nloss ="
     text = SCRIPT.replace("import resolve_data_config", "import create_dataset, resolve_data_config")
-    text = text.replace("loss =", made, 1).replace('{"terms"', '{"order": task._nets[0].teachers[0].order, "terms"')
+    text = text.replace("loss =", made, 1).replace('{"terms"', '{"order": task._nets.teachers[0].order, "terms"')
     teacher = timm.create_model("cifar_resnet8", num_classes=10)
     save_file(teacher.state_dict(), tmp_path / "teacher.safetensors")
     config = {"architecture": "cifar_resnet8", "num_classes": 10, "label_names": names[::-1]}

@@ -229,6 +229,7 @@ def test_batch_statistics_of_a_moving_average_on_the_cpu_stay(few_digits, tiny, 
     flags = f"--model-ema --model-ema-force-cpu --epochs 1 --output {tmp_path}".split()
     session = train.Session(parse_args([*tiny, *flags]))
     session.processes = 2
+    session.model.require_forward_param_sync = True  # as DistributedDataParallel has it
     session.fit()
     assert told == [session.student]
 

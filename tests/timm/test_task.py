@@ -246,12 +246,19 @@ def test_a_teacher_that_names_its_classes_is_read_in_the_students_order(networks
     student.eval()
     images, labels = batches(1)[0]
     with torch.no_grad():
-        scores = task._nets[0].teachers[0](task._batch(images, labels), reads=Reads()).logits
-        theirs = teacher(task._nets[0].teachers[0].transform(images))
+        scores = task._nets.teachers[0](task._batch(images, labels), reads=Reads()).logits
+        theirs = teacher(task._nets.teachers[0].transform(images))
     assert torch.equal(scores, theirs.flip(1))
     teacher.pretrained_cfg["label_names"] = [*names[1:], "another"]
     with pytest.raises(DistillError, match="does not know the student's classes class 0"):
         DistillationTask(student, "kd", teacher, data_config=CONFIG, classes=names, verbose=False)
+
+
+def test_a_teacher_of_images_that_are_no_numbers_is_refused(networks):
+    student, teacher = networks
+    teacher.pretrained_cfg["std"] = (0.2, 0.0, 0.2)
+    with pytest.raises(DistillError, match="The teacher ResNet: expected a finite mean and a positive std"):
+        DistillationTask(student, "kd", teacher, data_config=CONFIG, verbose=False)
 
 
 def test_two_heads_are_refused():

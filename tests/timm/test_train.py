@@ -13,6 +13,7 @@ import signal
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -511,6 +512,20 @@ def test_sync_bn_converts_the_student_and_its_peers(tiny, monkeypatch):
         kinds = {type(m) for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
         assert kinds
         assert all(issubclass(kind, nn.SyncBatchNorm) for kind in kinds)
+
+
+def test_a_model_reads_its_own_files_of_numpy(tiny, tmp_path, monkeypatch):
+    def read(model: nn.Module, path: str) -> None:
+        with torch.no_grad():
+            model.head.bias.copy_(torch.from_numpy(np.load(path)["head/bias"]))
+
+    monkeypatch.setattr(timm.models.VisionTransformer, "load_pretrained", read)
+    path, bias = tmp_path / "w.npz", np.arange(10, dtype=np.float32)
+    np.savez(path, **{"head/bias": bias})
+    args = parse_args(["--model", "test_vit", "--num-classes", "10", "--initial-checkpoint", str(path)])
+    assert build.create_student(args)[0].head.bias.tolist() == bias.tolist()
+    with pytest.raises(DistillError, match="NotImplementedError: Model cannot load numpy checkpoint"):
+        build.create_student(parse_args([*tiny, "--initial-checkpoint", str(path)]))
 
 
 def test_a_file_with_more_than_the_model_is_told_of_with_a_number(tiny, tmp_path, caplog):
