@@ -25,7 +25,7 @@ from kd_plugins.errors import told as told_in_words
 from kd_plugins.nn.codebook import state_bytes
 from kd_transformers.absent import Absent
 from kd_transformers.asking import Asking, Views
-from kd_transformers.checks import kind_of, task_of
+from kd_transformers.checks import config_of, kind_of, stated, task_of
 from kd_transformers.columns import TEACHER_LOGITS, Told, is_told, with_padding
 from kd_transformers.compat import rows_id
 from kd_transformers.playing import listed
@@ -281,9 +281,8 @@ def _facts(dataset: Any, teachers: Sequence[nn.Module], collate: Any) -> dict[st
 
 
 def _dtype(teacher: nn.Module) -> str:
-    weight = next((p for p in teacher.parameters() if p.is_floating_point()), None)
-    given = getattr(teacher.config, "dtype", None) if weight is None and hasattr(teacher, "config") else None
-    return str(given if weight is None else weight.dtype)
+    dtypes = (p.dtype for p in teacher.parameters() if p.is_floating_point())
+    return str(next(dtypes, stated(teacher, "dtype")))
 
 
 def _tokenizer_id(tokenizer: Any) -> str:
@@ -296,7 +295,7 @@ def _weights_id(teacher: nn.Module) -> str:
     """Changes with a teacher's class, configuration and weights; of one that is not loaded, with its files."""
     if isinstance(teacher, Absent):
         return teacher.identity
-    config: Any = getattr(teacher, "config", None)
+    config = config_of(teacher)
     facts = config.to_dict() if hasattr(config, "to_dict") else {}
     # A forward with labels writes the type of problem into the configuration; where a model is from says nothing.
     found: list[Any] = [type(teacher).__qualname__, {k: v for k, v in facts.items() if k not in _ASIDE}]

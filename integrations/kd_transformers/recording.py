@@ -19,7 +19,7 @@ from kd_report.analysis import predicted_maps
 from kd_report.record import MOST_AT_ONCE, RunRecord, rows_to_analyse, rows_to_ask, sizes, some_rows
 from kd_report.uncertainty import Doubts
 from kd_transformers.absent import Absent
-from kd_transformers.checks import class_order, task_of
+from kd_transformers.checks import class_order, stated, task_of
 from kd_transformers.columns import with_padding
 from kd_transformers.compat import on_device, used_columns
 
@@ -97,7 +97,7 @@ class RecordCallback(UpdateTimer):
         evaluation = None if isinstance(trainer.eval_dataset, dict) else trainer.eval_dataset
         self._distiller = getattr(trainer, "distiller", None)
         self._task = getattr(trainer, "task", None) or task_of(trainer.model)
-        names = getattr(getattr(trainer.model, "config", None), "id2label", None) or {}
+        names = stated(trainer.model, "id2label") or {}
         self.record = RunRecord(
             args.output_dir,
             host=self.host,

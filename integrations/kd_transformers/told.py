@@ -18,7 +18,7 @@ from kd_plugins import Batch, Distiller, DistillError, Nets, Reads
 from kd_plugins import functional as KF
 from kd_plugins.reading.view import TopK, View
 from kd_transformers.absent import Absent, called
-from kd_transformers.checks import base, class_names, counted_as, kind_of
+from kd_transformers.checks import class_names, config_of, counted_as, kind_of, stated
 from kd_transformers.columns import TEACHER_CLASSES, TEACHER_LOGITS
 
 _NOTE = f"{TEACHER_LOGITS}: "
@@ -31,8 +31,8 @@ def noted(description: str | None, teachers: Sequence[nn.Module], row: Mapping[s
         {
             "stands_for": called(teacher),
             "kind": kind_of(teacher),
-            "classes": class_names(getattr(base(teacher), "config", None)),
-            "scores": whole or getattr(getattr(base(teacher), "config", None), counted_as(teacher), None),
+            "classes": class_names(config_of(teacher)),
+            "scores": whole or stated(teacher, counted_as(teacher)),
             "temperature": temperature,
         }
         for teacher in teachers
@@ -74,8 +74,7 @@ def _note_of(dataset: Any) -> list[dict[str, Any]]:
             " known: train on what cache_teacher returns (no stream or torch Subset of it), or give teacher_model where"
             " the column holds all logits."
         )
-    found: list[dict[str, Any]] = json.loads(noted[0].removeprefix(_NOTE))
-    return found
+    return json.loads(noted[0].removeprefix(_NOTE))
 
 
 def loaded_where_read(teachers: Sequence[nn.Module], distiller: Distiller) -> list[nn.Module]:

@@ -291,7 +291,7 @@ class DistillationTrainer(Resumable):
             labels,
             name=getattr(student, "main_input_name", None),
             task=task,
-            ignore_index=checks.ignored_label(getattr(student, "config", None)),
+            ignore_index=checks.ignored_label(student),
             mask=mask,
             teacher_kwargs=theirs,
             teacher_logits=told_by(self.train_dataset, logits, classes, tokens=task in ("token", "causal-lm")),
@@ -472,8 +472,7 @@ class DistillationTrainer(Resumable):
         loss = self.player.forward(batch)
         outputs, self._outputs = self._outputs, None
         if self._unchecked and outputs is not None:
-            config = getattr(base(self.model), "config", None)
-            checks.check_ignored(self._nets.student.network.logits(outputs), batch, config)
+            checks.check_ignored(self._nets.student.network.logits(outputs), batch, self.model)
             self._unchecked = False
         if self.compute_loss_func is not None and not ALWAYS_DIVIDES:
             loss = loss / self.current_gradient_accumulation_steps
