@@ -20,8 +20,6 @@ from accelerate import Accelerator, PartialState
 
 from kd_plugins.errors import DistillError, did_you_mean, told
 
-__all__ = ["Stopped", "explain", "flags", "given", "run_command", "signals", "with_file"]
-
 
 def run_command(name: str, command: Callable[[], Any]) -> int:
     """Runs a command, and turns what a user can mend into one line on stderr, said by the first process.

@@ -8,16 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import Dataset
 
 from kd_accelerate.randomness import seeded
 from kd_plugins import Distiller, DistillError
-from kd_plugins.averaging import distributed
 from kd_plugins.binding import needs_in
+from kd_plugins.host import world
 from kd_plugins.states import read_json, write_json
-
-__all__ = ["ReplayedDataset", "StagedDataset", "Streams", "split"]
 
 
 def split(rows: int, shares: Mapping[str, float], seed: int) -> dict[str, list[int]]:
@@ -153,9 +150,8 @@ class Streams:
 
     def draw(self, name: str) -> Any:
         """This process's next batch of a stream."""
-        world = dist.get_world_size() if distributed() else 1
-        rank = dist.get_rank() if distributed() else 0
-        first = (self.drawn[name] * world + rank) * self.batch_size
+        rank, processes = world()
+        first = (self.drawn[name] * processes + rank) * self.batch_size
         self.drawn[name] += 1
         rows = [self._row(name, first + i) for i in range(self.batch_size)]
         items = [self.dataset[row] for row in rows]

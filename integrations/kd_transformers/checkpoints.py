@@ -165,14 +165,14 @@ class Resumable(Hooks):
     _resumed: Path | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        asked = resume_from_checkpoint or False
-        if asked and (_sealed(checkpoints(self._output)) if asked is True else self.guarded):
-            resume_from_checkpoint = str(find_checkpoint(asked, self._output))
-        last = checkpoints(self._output) if resume_from_checkpoint is True else []
-        self._resumed = Path(str(resume_from_checkpoint)) if isinstance(resume_from_checkpoint, str) else None
-        self._resumed = last[0] if last else self._resumed
+        asked: Any = resume_from_checkpoint
+        folder = self.args.output_dir
+        if asked and (_sealed(checkpoints(folder)) if asked is True else self.guarded):
+            asked = str(find_checkpoint(asked, folder))
+        taken = next(iter(checkpoints(folder)), None) if asked is True else asked
+        self._resumed = Path(taken) if taken else None
         self.prepare_anew()
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        output = super().train(asked, *args, **kwargs)
         # The last steps are too few for the watch.
         self._check_weights()
         return output
@@ -183,10 +183,6 @@ class Resumable(Hooks):
                 "nothing was saved, and the checkpoints before are good; lower the learning rate, or clip gradients."
             )
             check_weights({"The student": self.model}, remedy)
-
-    @property
-    def _output(self) -> str:
-        return str(self.args.output_dir)
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(model, *args, **kwargs)

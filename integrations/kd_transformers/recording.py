@@ -23,8 +23,6 @@ from kd_transformers.checks import class_order, stated, task_of
 from kd_transformers.columns import with_padding
 from kd_transformers.compat import on_device, used_columns
 
-__all__ = ["RecordCallback", "UpdateTimer", "changed"]
-
 
 class UpdateTimer(TrainerCallback):
     """Measures the mean duration of an update, without evaluation and saving."""

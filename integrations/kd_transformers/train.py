@@ -42,7 +42,6 @@ from kd_transformers.metrics import agreement, build_metrics, check_best, defaul
 from kd_transformers.recording import RecordCallback, UpdateTimer, changed
 from kd_transformers.schedule import check_recipe
 from kd_transformers.told import cached_logits
-from kd_transformers.wordpiece import train_tokenizer
 
 logger = logging.get_logger(__name__)
 
@@ -256,7 +255,7 @@ class Session:
         first = model.tokenizer_name or next(iter(named.values()), None) or model.config_name
         if first is None or (first == model.config_name and Path(first).suffix == ".json"):
             size, length = model.vocab_size, self.arguments.data.max_seq_length
-            tokenizer = train_tokenizer(self.data.texts(), size, max(length, 512))
+            tokenizer = students.train_tokenizer(self.data.texts(), size, max(length, 512))
         else:
             if model.vocab_size != type(model).vocab_size:
                 logger.warning(

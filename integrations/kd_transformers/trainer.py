@@ -279,9 +279,7 @@ class DistillationTrainer(Resumable):
             yield self._batch(on_device(self, inputs))
 
     def _batch(self, inputs: Mapping[str, Any]) -> Batch:
-        own, only = self._own_inputs(inputs), self._teacher_only()
-        theirs = {name: value for name, value in inputs.items() if name in only}
-        theirs |= {k.removeprefix(TEACHER): v for k, v in inputs.items() if k.startswith(TEACHER)}
+        own, theirs = self._split(inputs)
         logits, classes, layers = pop_told(theirs, len(self.teachers))
         student = base(self.model)
         labels, mask = labels_of(student, own, self._label)
@@ -318,10 +316,12 @@ class DistillationTrainer(Resumable):
         scale = 255 * processor.rescale_factor if getattr(processor, "do_rescale", False) else 1
         return {name: (np.ravel(values) / scale).tolist() for name, values in (("mean", mean), ("std", std))}
 
-    def _own_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """What the student reads of a batch."""
+    def _split(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the student reads of a batch, and what the teachers read that the student does not."""
         only = self._teacher_only()
-        return {k: v for k, v in inputs.items() if k not in only and k != INDEX and not k.startswith(TEACHER)}
+        own = {k: v for k, v in inputs.items() if k not in only and k != INDEX and not k.startswith(TEACHER)}
+        theirs = {k.removeprefix(TEACHER): v for k, v in inputs.items() if k.startswith(TEACHER)}
+        return own, {k: v for k, v in inputs.items() if k in only} | theirs
 
     def _teacher_only(self) -> set[str]:
         """Inputs that a teacher takes and the student does not; labels are the student's, whatever reads them."""
@@ -493,7 +493,7 @@ class DistillationTrainer(Resumable):
         return loss, outputs
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        return super().prediction_step(model, self._own_inputs(inputs) if self.distiller else inputs, *args, **kwargs)
+        return super().prediction_step(model, self._split(inputs)[0] if self.distiller else inputs, *args, **kwargs)
 
     def clipped_beside(self) -> list[nn.Parameter]:
         return self.player.clip_parameters if self.player is not None else []
