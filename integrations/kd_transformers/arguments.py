@@ -207,11 +207,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
     if unknown:
         parser.error(explain(parser, unknown[0]))
     arguments = Arguments(*parsed[:4])
-    problem = _problem(arguments, named)
-    if problem:
-        parser.error(problem)
     if not (named & {"do_train", "do_eval", "do_predict"}):
         arguments.training.do_train = arguments.training.do_eval = True
+    if problem := _problem(arguments, named):
+        parser.error(problem)
     return arguments
 
 
@@ -232,9 +231,8 @@ def _problem(arguments: Arguments, named: set[str]) -> str | None:
         return "--train_teacher trains one teacher, got several --teacher"
     if distillation.train_teacher and distillation.teacher_checkpoint:
         return "--teacher-checkpoint gives trained weights, and --train_teacher trains them: leave one out"
-    trains = training.do_train or not named & {"do_train", "do_eval", "do_predict"}
     taught = distillation.teacher or distillation.train_teacher
-    if taught and not distillation.distill and model.model_name_or_path and trains:
+    if taught and not distillation.distill and model.model_name_or_path and training.do_train:
         return (
             "expected --distill with a teacher, got none: say which method (--distill kd), or leave the teacher out"
             " and compare the trained student with it by --do_eval alone"
@@ -244,11 +242,11 @@ def _problem(arguments: Arguments, named: set[str]) -> str | None:
             "expected --distill with a teacher, got none: say which method (--distill kd), or that the teacher is only"
             " where the student starts (--student_init teacher), or what it is compared with (--student_init scratch)"
         )
-    if data.ood_dataset and not training.do_eval and named & {"do_train", "do_eval", "do_predict"}:
+    if data.ood_dataset and not training.do_eval:
         return "--ood_dataset is compared with the evaluation split: add --do_eval"
     if distillation.cache_teacher and not (distillation.distill and taught):
         return "--cache_teacher expects --distill and a teacher"
-    if distillation.cache_teacher and not trains:
+    if distillation.cache_teacher and not training.do_train:
         return "--cache_teacher asks the teachers about the training rows: add --do_train"
     if "labels" not in (training.label_names or ["labels"]):
         return "--label_names: the rows have their labels in the column labels: leave it out"

@@ -35,6 +35,12 @@ _KINDS = {
     "ctc": ("ctc", ["CTC"]),
     "other": ("other", []),
 }
+# What transformers calls the problem of a classifier.
+PROBLEMS = {
+    "single_label_classification": "classification",
+    "multi_label_classification": "multilabel",
+    "regression": "regression",
+}
 _VOCABULARY = ("sequence to sequence", "masked language modelling", "causal-lm", "ctc")
 TASKS = ("classification", "multilabel", "regression", "token", "causal-lm", "segmentation", "depth", "detection")
 
@@ -84,7 +90,7 @@ def task_of(model: nn.Module, labels: Any = None, *, own_loss: bool = False) -> 
     problem = stated(model, "problem_type")
     if own_loss and isinstance(labels, Tensor) and config.num_labels == 1 and not problem:
         return "other"
-    return {"multi_label_classification": "multilabel", "regression": "regression"}.get(problem or guess, kind)
+    return PROBLEMS.get(problem or guess, kind)
 
 
 @lru_cache
