@@ -23,13 +23,12 @@ from kd_plugins import Distiller, DistillError, create_distiller
 from kd_plugins.catalog.values import AtLeastOne, Positive, convert
 from kd_plugins.errors import told as told_in_words
 from kd_plugins.nn.codebook import state_bytes
-from kd_transformers.absent import Absent
 from kd_transformers.asking import Asking, Views
 from kd_transformers.checks import config_of, kind_of, stated, task_of
 from kd_transformers.columns import TEACHER_LOGITS, Told, is_told, with_padding
 from kd_transformers.compat import rows_id
 from kd_transformers.playing import listed
-from kd_transformers.told import noted
+from kd_transformers.told import Absent, noted
 
 _BLOCK = 4096
 _NUMBERS = {

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from kd_plugins import Distiller, DistillError
-from kd_transformers.absent import called
 from kd_transformers.checks import stated
+from kd_transformers.told import called
 
 Gain = Mapping[str, Sequence[float]]
 

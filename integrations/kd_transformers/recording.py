@@ -18,10 +18,10 @@ from kd_plugins.reading.network import adapt
 from kd_report.analysis import predicted_maps
 from kd_report.record import MOST_AT_ONCE, RunRecord, rows_to_analyse, rows_to_ask, sizes, some_rows
 from kd_report.uncertainty import Doubts
-from kd_transformers.absent import Absent
 from kd_transformers.checks import class_order, stated, task_of
 from kd_transformers.columns import with_padding
 from kd_transformers.compat import on_device, used_columns
+from kd_transformers.told import Absent
 
 
 class UpdateTimer(TrainerCallback):

@@ -21,10 +21,10 @@ from kd_accelerate.cached import files_id
 from kd_plugins.errors import DistillError, told
 from kd_plugins.finite import check_weights
 from kd_plugins.methods.internal import uniform
-from kd_transformers.absent import Absent
 from kd_transformers.checks import class_names, class_order
 from kd_transformers.compat import commit_of
 from kd_transformers.data import Labels
+from kd_transformers.told import Absent
 
 logger = logging.get_logger(__name__)
 

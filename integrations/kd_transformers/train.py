@@ -32,7 +32,6 @@ from kd_report import page_hint
 from kd_report.measures import decisions
 from kd_report.uncertainty import Answers, Doubts, dirichlet_offset, uncertainty_metrics
 from kd_transformers import DistillationTrainer, students
-from kd_transformers.absent import Absent, called
 from kd_transformers.arguments import Arguments, parse_args
 from kd_transformers.cache import cache_teacher
 from kd_transformers.checkpoints import RECIPE, Resumable, asked_for, checkpoints, identity
@@ -41,7 +40,7 @@ from kd_transformers.data import Labels, fingerprint, load_other, load_text
 from kd_transformers.metrics import agreement, build_metrics, check_best, default_metrics, ensemble, logits_of
 from kd_transformers.recording import RecordCallback, UpdateTimer, changed
 from kd_transformers.schedule import check_recipe
-from kd_transformers.told import cached_logits
+from kd_transformers.told import Absent, cached_logits, called
 
 logger = logging.get_logger(__name__)
 

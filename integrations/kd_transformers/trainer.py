@@ -26,7 +26,6 @@ from kd_plugins.binding import connect, needs_in, needs_of_stages, needs_pass, p
 from kd_plugins.catalog.registry import to_json
 from kd_plugins.reading.network import adapt
 from kd_transformers import checks
-from kd_transformers.absent import Absent, AbsentNetwork
 from kd_transformers.card import Gain, add_to_card, check_gain, named_data, section
 from kd_transformers.checkpoints import Resumable
 from kd_transformers.checks import base, class_order, inputs_of, reads_scores, task_of
@@ -37,7 +36,7 @@ from kd_transformers.playing import Trained, Updates, divides, export, listed, s
 from kd_transformers.recording import RecordCallback
 from kd_transformers.schedule import staged_scheduler
 from kd_transformers.streams import Peeked, check_anew
-from kd_transformers.told import absent_teachers, check_told, loaded_where_read, told_by
+from kd_transformers.told import Absent, AbsentNetwork, absent_teachers, check_told, loaded_where_read, told_by
 
 logger = logging.get_logger(__name__)
 

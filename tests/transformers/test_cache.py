@@ -25,10 +25,9 @@ from transformers import BertTokenizer, DataCollatorWithPadding, default_data_co
 from kd_plugins import Batch, Distiller, DistillError, Needs, Reads, create_distiller
 from kd_plugins.methods.kd import KD
 from kd_transformers import DistillationTrainer, cache_teacher
-from kd_transformers.absent import Absent
 from kd_transformers.columns import TEACHER_LOGITS, Told, as_file
 from kd_transformers.recording import RecordCallback
-from kd_transformers.told import temperature_of
+from kd_transformers.told import Absent, temperature_of
 
 
 @pytest.fixture
