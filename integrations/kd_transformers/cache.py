@@ -23,6 +23,7 @@ from kd_plugins import Distiller, DistillError, create_distiller
 from kd_plugins.catalog.values import AtLeastOne, Positive, convert
 from kd_plugins.errors import told as told_in_words
 from kd_plugins.nn.codebook import state_bytes
+from kd_plugins.reading.tap import untraced
 from kd_transformers.asking import Asking, Views
 from kd_transformers.checks import config_of, kind_of, stated, task_of
 from kd_transformers.columns import TEACHER_LOGITS, Told, is_told, with_padding
@@ -169,12 +170,8 @@ def cache_teacher(
             # Of a function of a module the name alone would be known.
             source = [inspect.getsource(transform)] if inspect.isfunction(transform) else []
             facts["transform"] = _hash(transform, *source)
-    modes = [t.training for t in teachers]
-    try:
+    with untraced(*teachers):
         each = _Blocks(plain, asking, facts).answers()
-    finally:
-        for t, training in zip(teachers, modes, strict=True):
-            t.train(training)
     note = noted(plain.info.description, teachers, each[0][0], asking.temperature)
     if replayed is not None:
         replayed.answers, each[0].info.description = each, note

@@ -218,8 +218,10 @@ def test_a_method_is_asked_what_it_reads(rows):
 
 def test_it_is_what_the_teacher_says_and_leaves_the_teacher_as_it_was(rows):
     teacher = kit.teacher(dropout=True).train()
+    teacher.bert.encoder.layer[0].eval()
+    modes = [module.training for module in teacher.modules()]
     logits = torch.tensor(cache_teacher(rows, teacher)[TEACHER_LOGITS])
-    assert teacher.training
+    assert [module.training for module in teacher.modules()] == modes
     with torch.no_grad():
         torch.testing.assert_close(logits, teacher.eval()(**kit.Texts().batch()).logits, rtol=1e-5, atol=1e-5)
 
