@@ -83,9 +83,6 @@ class DistillationTrainer(Resumable):
             not fit, other classes or tokens in teacher and student, no teacher, DataParallel, FSDP1.
     """
 
-    lr_scheduler: Any
-    model_accepts_loss_kwargs: bool
-
     def __init__(
         self,
         *args: Any,
