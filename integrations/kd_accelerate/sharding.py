@@ -55,16 +55,14 @@ def check_sharded(distiller: Distiller, nets: Nets, *, zero: int = 0, scaled: bo
         scaled: Whether DeepSpeed scales the loss by itself (fp16), of which only its own optimizer knows.
     """
     stages = distiller.stages()
-    inside = any(needs.student.taps and not needs.student.logits for needs in needs_of_stages(distiller))
+    inside = zero == 3 and any(n.student.taps and not n.student.logits for n in needs_of_stages(distiller))
     own = any(p.requires_grad for p in distiller.parameters())
     reasons = {
         "moves weights of the student in a turn beside its own": any(distiller.shared(nets).values()),
         "has a stage that begins with the student's first weights anew": any(s.fresh_student for s in stages),
         "has a stage that leaves the student alone": any(s.ends_with != "student" for s in stages),
         "trains peers, which nobody shards": len(nets.peers) > 1,
-        "has a phase whose backward begins inside a layer, where ZeRO-3 has freed the weights (ZeRO-2 has not)": (
-            zero == 3 and inside
-        ),
+        "has a phase whose backward begins inside a layer, where ZeRO-3 has freed the weights (ZeRO-2 has not)": inside,
         "trains parts of its own, whose gradients DeepSpeed's fp16 leaves scaled (bf16 does not)": scaled and own,
     }
     reason = next((reason for reason, holds in reasons.items() if holds), "")

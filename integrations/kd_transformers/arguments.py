@@ -21,13 +21,12 @@ from kd_plugins.catalog.values import AtLeastOne, NonNegative, Positive, Range, 
 from kd_transformers.docstrings import DOCSTRINGS_DEFAULTS
 
 _COUNT = AtLeastOne, "a whole number, at least 1"
+_BETA = Annotated[float, Range(low=0, below=1)], "a number from 0, below 1"
 # What TrainingArguments take, and the training fails at or makes nonsense of.
 _RANGES: dict[str, tuple[Any, str]] = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), _COUNT),
     "gradient_accumulation_steps": _COUNT,
-    **dict.fromkeys(
-        ("adam_beta1", "adam_beta2"), (Annotated[float, Range(low=0, below=1)], "a number from 0, below 1")
-    ),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), _BETA),
     **dict.fromkeys(("learning_rate", "adam_epsilon", "weight_decay"), (NonNegative, "a number, at least 0")),
     "neftune_noise_alpha": (NonNegative | None, "a number, at least 0"),
     **dict.fromkeys(("save_steps", "eval_steps", "logging_steps"), (Positive | None, "a number above 0")),
@@ -39,6 +38,7 @@ _TEACHER_SHAPE = ("teacher_layers", "teacher_hidden_size", "teacher_heads")
 # Flags that say something of another one.
 _BELONGS = {
     "dataset_config_name": "dataset_name",
+    "validation_file": "train_file",
     "ood_split": "ood_dataset",
     "model_revision": "model_name_or_path",
     **dict.fromkeys(("distill_args", "peer"), "distill"),
@@ -219,12 +219,10 @@ def _problem(arguments: Arguments, named: set[str]) -> str | None:
     data, model, distillation, training = arguments
     if sum(bool(x) for x in (data.task_name, data.dataset_name, data.train_file or data.validation_file)) > 1:
         return "expected one source of data, got several: give --task_name, --dataset_name or --train_file"
-    if data.validation_file and not data.train_file:
-        return "--validation_file: expected the training data too, whose labels it has: add --train_file"
     values = {**vars(data), **vars(model), **vars(distillation)}
     for name, other in _BELONGS.items():
         if name in named and values[name] and not values[other]:
-            return f"--{name} belongs to --{other}, which is not given"
+            return f"--{name} belongs to --{other}, which is not given: add --{other}"
     if len(distillation.teacher_checkpoint) > len(distillation.teacher):
         return "--teacher-checkpoint: the i-th belongs to the i-th --teacher, and there are more of them"
     if distillation.train_teacher and len(distillation.teacher) > 1:
@@ -263,9 +261,7 @@ def _problem(arguments: Arguments, named: set[str]) -> str | None:
         return "--config_name describes a student from scratch: leave out --student_layers and --student_init teacher"
     shaped = model.student_hidden_size or model.student_heads
     if shaped and (model.model_name_or_path or model.config_name or model.student_init == "teacher"):
-        return (
-            "--student_hidden_size and --student_heads shape a student from scratch: add --student_init scratch alone"
-        )
+        return "--student_hidden_size and --student_heads shape one from scratch: add --student_init scratch alone"
     if model.student_init == "teacher" and not (distillation.teacher or distillation.train_teacher):
         return "--student_init teacher: expected a teacher, got none: add --teacher or --train_teacher"
     for name, value in vars(training).items():

@@ -120,9 +120,7 @@ def cache_teacher(
             " many views of each are kept, views=N, apply it once with map, or train without a cache."
         )
     if transform is None and views is not None:
-        raise DistillError(
-            "views are those of a data set with a transform (set_transform), got one without: leave it out."
-        )
+        raise DistillError("views are of a data set with a transform (set_transform), got one without: leave it out.")
     teachers = listed("teacher", teacher)
     _check_teachers(teachers)
     for t in teachers:

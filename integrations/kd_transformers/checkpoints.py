@@ -41,9 +41,8 @@ _FREE = {
 
 def checkpoints(folder: str | Path) -> list[Path]:
     """The checkpoints in an output folder, the newest first; whole or not."""
-    found = {
-        p: p.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for p in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    }
+    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
+    found = {path: path.name.removeprefix(prefix) for path in Path(folder).glob(f"{prefix}*")}
     return sorted((p for p in found if found[p].isdecimal()), key=lambda p: int(found[p]), reverse=True)
 
 
@@ -67,9 +66,7 @@ def find_checkpoint(asked: bool | str, output: str | Path, needs: Sequence[str] 
         candidates = checkpoints(output)
         found = states.newest(candidates, logger.warning, needs)
         if found is None and _sealed(candidates):
-            raise DistillError(
-                f"No checkpoint in {output} is whole: start anew, in another folder or without resuming."
-            )
+            raise DistillError(f"No checkpoint in {output} is whole: start anew in another folder or without resuming.")
         return found
     folder = Path(str(asked))
     if not folder.is_dir():
@@ -179,9 +176,7 @@ class Resumable(Hooks):
 
     def _check_weights(self) -> None:
         if self.guarded and not self.allow_nonfinite and not self.is_fsdp_enabled:
-            remedy = (
-                "nothing was saved, and the checkpoints before are good; lower the learning rate, or clip gradients."
-            )
+            remedy = "nothing was saved, the checkpoints before are good; lower the learning rate, or clip gradients."
             check_weights({"The student": self.model}, remedy)
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:

@@ -150,10 +150,8 @@ class Hooks(Trainer):
         return super().train(*args, **kwargs)
 
     def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
-        build = super()._get_dataloader
-        return self.loader(
-            dataset, lambda rows: build(rows, *args, is_training=is_training, **kwargs), training=is_training
-        )
+        build, options = super()._get_dataloader, {**kwargs, "is_training": is_training}
+        return self.loader(dataset, lambda rows: build(rows, *args, **options), training=is_training)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -348,10 +346,8 @@ def chosen_mask(config: Any) -> Callable[..., Any]:
 
 def is_reentrant(module: nn.Module) -> bool:
     """Whether a module recomputes its activations by reentrant checkpointing."""
-    function = getattr(module, "_gradient_checkpointing_func", None)
-    return bool(
-        getattr(module, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant")
-    )
+    options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+    return bool(getattr(module, "gradient_checkpointing", False) and options.get("use_reentrant"))
 
 
 # Labels of a decoder

@@ -250,9 +250,7 @@ class Session:
             tokenizer = students.train_tokenizer(self.data.texts(), size, max(length, 512))
         else:
             if model.vocab_size != type(model).vocab_size:
-                logger.warning(
-                    f"--vocab_size is of a tokenizer trained on the data, and {first} has one: it is left out."
-                )
+                logger.warning(f"--vocab_size is of a tokenizer trained on the data; {first} has one: it is left out.")
             revision = {"revision": model.model_revision} if first == model.model_name_or_path else {}
             tokenizer = students.load_tokenizer(first, **self.hub, **revision)
         others = {name: students.load_tokenizer(path, **self.hub) for name, path in named.items() if path != first}
@@ -316,9 +314,8 @@ class Session:
         if method:
             options |= {"distiller": method, "distiller_args": self.options, "record": False}
             options |= {"teacher_model": self.teachers or None, "peer_models": self.peers}
-        return self._made(
-            DistillationTrainer if method else Resumable, self.student, self.arguments.training, **options
-        )
+        cls = DistillationTrainer if method else Resumable
+        return self._made(cls, self.student, self.arguments.training, **options)
 
     def _made(self, cls: type[Resumable], model: Any, args: Any, **options: Any) -> Resumable:
         """A trainer on the training set, whose loss is the mean over a batch.

@@ -133,9 +133,7 @@ class DistillationTrainer(Resumable):
         self._unused = copy.deepcopy(self.distiller)
         self._named = (distiller, dict(distiller_args or {})) if isinstance(distiller, str) else None
         self.teachers = loaded_where_read(self.teachers, self.distiller)
-        self._teacher_networks: list[Any] = [
-            AbsentNetwork(t) if isinstance(t, Absent) else adapt(t) for t in self.teachers
-        ]
+        self._adapters: list[Any] = [AbsentNetwork(t) if isinstance(t, Absent) else adapt(t) for t in self.teachers]
         self._nets = self._connect(self.distiller)
         self._tokens = checks.special_tokens(self.model)
         # model_init makes a new student in every run; its peers begin anew with it.
@@ -170,7 +168,7 @@ class DistillationTrainer(Resumable):
         nets = connect(
             distiller,
             adapt(self.model),
-            self._teacher_networks,
+            self._adapters,
             [adapt(p) for p in self.peer_models],
             orders=self._orders(distiller),
         )
