@@ -32,12 +32,8 @@ from kd_transformers.playing import listed
 from kd_transformers.told import Absent, noted
 
 _BLOCK = 4096
-_NUMBERS = {
-    "top_k": AtLeastOne | None,
-    "temperature": Positive | None,
-    "batch_size": AtLeastOne,
-    "views": AtLeastOne | None,
-}
+# Numbers of something, or None, but for these.
+_NUMBERS = {"temperature": Positive | None, "batch_size": AtLeastOne}
 _ASIDE = ("problem_type", "_name_or_path", "transformers_version")
 
 
@@ -186,7 +182,7 @@ def _check_numbers(**given: float | None) -> None:
         expected = "a number above 0" if what == "temperature" else "a whole number, at least 1"
         try:
             # What convert would read of a text is used as it is.
-            convert(value if not isinstance(value, str) else "", _NUMBERS[what])
+            convert(value if not isinstance(value, str) else "", _NUMBERS.get(what, AtLeastOne | None))
         except ValueError:
             raise DistillError(f"{what}: expected {expected}, got {value!r}.") from None
 

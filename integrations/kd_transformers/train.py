@@ -306,16 +306,12 @@ class Session:
 
     def _trainer(self) -> Resumable:
         method = self.arguments.distillation.distill
-        options: dict[str, Any] = {
-            "eval_dataset": self.evaluation_set,
-            "compute_metrics": self.compute_metrics,
-            "callbacks": [_Stop(self)],
-        }
+        options: dict[str, Any] = {"eval_dataset": self.evaluation_set, "compute_metrics": self.compute_metrics}
         if method:
             options |= {"distiller": method, "distiller_args": self.options, "record": False}
             options |= {"teacher_model": self.teachers or None, "peer_models": self.peers}
         cls = DistillationTrainer if method else Resumable
-        return self._made(cls, self.student, self.arguments.training, **options)
+        return self._made(cls, self.student, self.arguments.training, callbacks=[_Stop(self)], **options)
 
     def _made(self, cls: type[Resumable], model: Any, args: Any, **options: Any) -> Resumable:
         """A trainer on the training set, whose loss is the mean over a batch.

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from kd_accelerate import TurnPlayer
 from kd_accelerate.randomness import undisturbed
 from kd_accelerate.sharding import is_sharded, make_whole
-from kd_accelerate.streams import StagedDataset, Streams
+from kd_accelerate.streams import Peeked, StagedDataset, Streams, check_anew
 from kd_plugins import Batch, Distiller, DistillError, Nets, create_distiller
 from kd_plugins.binding import connect, needs_in, needs_of_stages, needs_pass, prepare, schedule, set_up
 from kd_plugins.catalog.registry import to_json
@@ -35,7 +35,6 @@ from kd_transformers.network import decoder_inputs, labels_of
 from kd_transformers.playing import Trained, Updates, divides, export, listed, save_weights
 from kd_transformers.recording import RecordCallback
 from kd_transformers.schedule import staged_scheduler
-from kd_transformers.streams import Peeked, check_anew
 from kd_transformers.told import Absent, AbsentNetwork, absent_teachers, check_told, loaded_where_read, told_by
 
 logger = logging.get_logger(__name__)
@@ -165,13 +164,8 @@ class DistillationTrainer(Resumable):
             raise DistillError(f"Expected a task among {', '.join(checks.TASKS)}, got {self.task!r}.")
         for network in (self.model, *self.teachers):
             make_whole(network)
-        nets = connect(
-            distiller,
-            adapt(self.model),
-            self._adapters,
-            [adapt(p) for p in self.peer_models],
-            orders=self._orders(distiller),
-        )
+        peers = [*map(adapt, self.peer_models)]
+        nets = connect(distiller, adapt(self.model), self._adapters, peers, orders=self._orders(distiller))
         checks.check_fit(distiller, self.task or task_of(self.model), self.model)
         for peer in self.peer_models:
             checks.check_labels(peer, self._label, own_loss=self.compute_loss_func is not None)
@@ -179,8 +173,8 @@ class DistillationTrainer(Resumable):
         columns = getattr(self.train_dataset, "column_names", None)
         if columns is not None:
             check_ids(self.model, self.teachers, self.peer_models, columns)
-        student, *peers = (Trained(self, net, student=net is nets.student) for net in nets.peers)
-        return Nets(student, nets.teachers, peers)
+        student, *others = (Trained(self, net, student=net is nets.student) for net in nets.peers)
+        return Nets(student, nets.teachers, others)
 
     def _orders(self, distiller: Distiller) -> list[Sequence[int] | None]:
         """The class order of each teacher whose scores are read."""
