@@ -10,8 +10,7 @@ from typing import Any
 from torch import nn
 
 from kd_plugins import Distiller, DistillError
-from kd_transformers.checks import stated
-from kd_transformers.told import called
+from kd_transformers.checks import called, stated
 
 Gain = Mapping[str, Sequence[float]]
 

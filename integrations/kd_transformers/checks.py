@@ -50,6 +50,11 @@ def base(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
+def called(model: nn.Module) -> str:
+    """The name of a model's class, also of a teacher that is not loaded."""
+    return str(getattr(base(model), "stands_for", type(base(model)).__name__))
+
+
 def config_of(model: nn.Module) -> Any:
     """A model's configuration; None where it has none."""
     return getattr(base(model), "config", None)
@@ -163,7 +168,7 @@ def check_fit(distiller: Distiller, task: str, model: nn.Module) -> None:
         return
     kind = kind_of(model)
     meant = kind if _KINDS[kind][0] == task else task
-    name = type(base(model)).__name__
+    name = called(model)
     reason = f"{name} is a model for {meant}: choose a method that fits (kd-plugins list)."
     if task == "other":
         reason = f"the class {name} does not tell what its scores are: say it with task=..., one of {', '.join(TASKS)}."
@@ -197,7 +202,7 @@ def check_vocabulary(student: nn.Module, teacher: nn.Module) -> None:
         if isinstance(a, int) and isinstance(b, int) and a != b:
             raise DistillError(
                 f"Expected networks that share a tokenizer, got a student with {name.format(a)} and a"
-                f" {type(base(teacher)).__name__} with {b}:"
+                f" {called(teacher)} with {b}:"
                 f" {_resize(a, b) if what == 'vocab_size' else ''}use one with the student's tokenizer, or give a"
                 " teacher columns of its own (teacher_input_ids, teacher_attention_mask)."
             )
@@ -215,7 +220,7 @@ def class_order(student: nn.Module, teacher: nn.Module) -> Sequence[int] | None:
     Raises:
         DistillError: Other classes, or another number of classes.
     """
-    kind, other, name = kind_of(student), kind_of(teacher), type(base(teacher)).__name__
+    kind, other, name = kind_of(student), kind_of(teacher), called(teacher)
     if kind in ("question answering", "multiple choice"):
         if other != kind:
             raise DistillError(f"Expected a teacher for {kind}, as the student is, got {name}, for {other}.")
@@ -249,7 +254,7 @@ def check_problem(teacher: nn.Module, task: str) -> None:
     theirs = task_of(teacher) if problem and kind_of(teacher) == "classification" else task
     if theirs != task:
         raise DistillError(
-            f"Expected a teacher for {task}, as the student and the labels are, got {type(base(teacher)).__name__} with"
+            f"Expected a teacher for {task}, as the student and the labels are, got {called(teacher)} with"
             f" problem_type={problem!r}: use one that was trained on such labels, or set problem_type of the"
             " configuration that is wrong."
         )
@@ -316,7 +321,7 @@ def check_aligned(distiller: Distiller, nets: Nets, batch: Batch) -> None:
         apart = [_sees_apart(net, batch) for net in nets]
     for net, alone in zip(nets, apart, strict=True):
         if alone is not None and alone != apart[0]:
-            ours, theirs = (type(base(n.module)).__name__ for n in (nets.student, net))
+            ours, theirs = (called(n.module) for n in (nets.student, net))
             one, other = (ours, theirs) if apart[0] else (theirs, ours)
             raise DistillError(
                 f"The batch has packed texts (position_ids begin anew), which {one} sees apart and {other} as one: pad"
@@ -332,7 +337,7 @@ def _check_images(distiller: Distiller, nets: Nets, batch: Batch) -> None:
     # With a criterion, a network without scores is read, too.
     batch = dataclasses.replace(batch, criterion=lambda view, labels: view.logits)
     for net in (n for i, n in enumerate(nets.teachers) if reads_scores(distiller, i)):
-        what = f"The teacher {type(base(net.module)).__name__} does not take the images"
+        what = f"The teacher {called(net.module)} does not take the images"
         remedy = "give the data a column teacher_pixel_values, of its size and its normalisation."
         with told(what, ValueError, AssertionError, remedy=remedy), untouched(nets):
             net(batch, reads=Reads())

@@ -20,7 +20,7 @@ from kd_plugins import Batch, Distiller, DistillError, Nets, Reads
 from kd_plugins import functional as KF
 from kd_plugins.reading.network import Network, adapt
 from kd_plugins.reading.view import TopK, View
-from kd_transformers.checks import base, class_names, config_of, counted_as, kind_of, stated
+from kd_transformers.checks import called, class_names, config_of, counted_as, kind_of, stated
 from kd_transformers.columns import TEACHER_CLASSES, TEACHER_LOGITS
 
 _NOTE = f"{TEACHER_LOGITS}: "
@@ -95,12 +95,6 @@ class AbsentNetwork:
             self._loaded.install(reads)
 
     check_map: Any = Network.check_map
-
-
-def called(teacher: nn.Module) -> str:
-    """The name of a teacher's class, whether it is loaded or not."""
-    module = base(teacher)
-    return str(getattr(module, "stands_for", type(module).__name__))
 
 
 # The columns, read with a batch, and compared with the teachers once

@@ -35,12 +35,12 @@ from kd_transformers import DistillationTrainer, students
 from kd_transformers.arguments import Arguments, parse_args
 from kd_transformers.cache import cache_teacher
 from kd_transformers.checkpoints import RECIPE, Resumable, asked_for, checkpoints, identity
-from kd_transformers.checks import PROBLEMS, class_order
+from kd_transformers.checks import PROBLEMS, called, class_order
 from kd_transformers.data import Labels, fingerprint, load_other, load_text
 from kd_transformers.metrics import agreement, build_metrics, check_best, default_metrics, ensemble, logits_of
 from kd_transformers.recording import RecordCallback, UpdateTimer, changed
 from kd_transformers.schedule import check_recipe
-from kd_transformers.told import Absent, cached_logits, called
+from kd_transformers.told import Absent, cached_logits
 
 logger = logging.get_logger(__name__)
 

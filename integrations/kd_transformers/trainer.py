@@ -28,7 +28,7 @@ from kd_plugins.reading.network import adapt
 from kd_transformers import checks
 from kd_transformers.card import Gain, add_to_card, check_gain, named_data, section
 from kd_transformers.checkpoints import Resumable
-from kd_transformers.checks import base, class_order, inputs_of, reads_scores, task_of
+from kd_transformers.checks import base, called, class_order, inputs_of, reads_scores, task_of
 from kd_transformers.columns import INDEX, TEACHER, check_ids, pop_told, told_columns, with_index, with_padding
 from kd_transformers.compat import ALWAYS_DIVIDES, on_device, used_columns
 from kd_transformers.network import decoder_inputs, labels_of
@@ -475,7 +475,7 @@ class DistillationTrainer(Resumable):
                 raise
             # torch says so of a kernel, too.
             raise DistillError(
-                f"{type(base(self.model)).__name__} gives no task loss (its forward says: {error}): where it has none,"
+                f"{called(self.model)} gives no task loss (its forward says: {error}): where it has none,"
                 " give one, compute_loss_func=."
             ) from error
         return loss, outputs

@@ -269,6 +269,9 @@ def test_the_teacher_need_not_be_loaded(rows, tmp_path):
         trained(again, distiller="kd")
     with pytest.raises(DistillError, match="kd needs at least one teacher, got 0"):
         trained(rows, distiller="kd")
+    fewer = cache_teacher(rows, kit.teacher(num_labels=2))
+    with pytest.raises(DistillError, match="got 3 in the student and 2 in BertForSequenceClassification:"):
+        train(tmp_path, fewer, ())
 
 
 def test_a_teacher_is_loaded_where_it_has_to_be_asked(rows, caplog):
