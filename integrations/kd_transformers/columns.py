@@ -79,19 +79,6 @@ def check_ids(
         )
 
 
-def pop_told(
-    inputs: dict[str, Any], teachers: int
-) -> tuple[Tensor | None, Tensor | None, tuple[dict[str | int, Tensor], ...]]:
-    """Takes what teachers have said out of a batch's inputs for them: logits, their classes, the layers of each."""
-    logits, classes = (inputs.pop(name.removeprefix(TEACHER), None) for name in TOLD)
-    layers: list[dict[str | int, Tensor]] = [{} for _ in range(teachers)]
-    for column, (number, layer) in told_layers(TEACHER + name for name in list(inputs)).items():
-        value = inputs.pop(column.removeprefix(TEACHER))
-        if number < teachers:
-            layers[number][layer] = value
-    return logits, classes, tuple(layers)
-
-
 def as_file(array: Tensor) -> bytes:
     """A tensor as a file of NumPy's."""
     file = io.BytesIO()

@@ -21,7 +21,7 @@ from kd_plugins import functional as KF
 from kd_plugins.reading.network import Network, adapt
 from kd_plugins.reading.view import TopK, View
 from kd_transformers.checks import called, class_names, config_of, counted_as, kind_of, stated
-from kd_transformers.columns import TEACHER_CLASSES, TEACHER_LOGITS
+from kd_transformers.columns import TEACHER, TEACHER_CLASSES, TEACHER_LOGITS, TOLD, told_layers
 
 _NOTE = f"{TEACHER_LOGITS}: "
 
@@ -199,10 +199,30 @@ def _alike(told: Tensor, asked: Tensor, mask: Tensor | None) -> bool:
     return torch.allclose(told.float(), asked.float(), rtol=2e-2, atol=2e-2)
 
 
-def told_by(dataset: Any, logits: Tensor | None, classes: Tensor | None, *, tokens: bool) -> Any:
-    """What the columns of a batch of a data set say, of several teachers each."""
-    if logits is None:
-        return None
+def pop_told(inputs: dict[str, Any], dataset: Any, teachers: int, *, tokens: bool) -> dict[str, Any]:
+    """Takes what teachers have said out of a batch's inputs for them.
+
+    Args:
+        inputs: The inputs.
+        dataset: Where the batch is from.
+        teachers: How many there are.
+        tokens: Whether the scores are of tokens.
+
+    Returns:
+        Their logits, and the layers of each, as `Batch.of` takes them.
+    """
+    logits, classes = (inputs.pop(name.removeprefix(TEACHER), None) for name in TOLD)
+    layers: list[dict[str | int, Tensor]] = [{} for _ in range(teachers)]
+    for column, (number, layer) in told_layers(TEACHER + name for name in list(inputs)).items():
+        value = inputs.pop(column.removeprefix(TEACHER))
+        if number < teachers:
+            layers[number][layer] = value
+    said = None if logits is None else _said(dataset, logits, classes, tokens=tokens)
+    return {"teacher_logits": said, "teacher_features": tuple(layers)}
+
+
+def _said(dataset: Any, logits: Tensor, classes: Tensor | None, *, tokens: bool) -> Any:
+    """The logits in the columns of a batch, of several teachers each; with their classes where they are the highest."""
     several, classes = logits.dim() == (4 if tokens else 3), None if classes is None else classes.long()
     temperature = 1.0 if classes is None else temperature_of(dataset)
 

@@ -29,13 +29,13 @@ from kd_transformers import checks
 from kd_transformers.card import Gain, add_to_card, check_gain, named_data, section
 from kd_transformers.checkpoints import Resumable
 from kd_transformers.checks import base, called, class_order, inputs_of, reads_scores, task_of
-from kd_transformers.columns import INDEX, TEACHER, check_ids, pop_told, told_columns, with_index, with_padding
+from kd_transformers.columns import INDEX, TEACHER, check_ids, told_columns, with_index, with_padding
 from kd_transformers.compat import ALWAYS_DIVIDES, on_device, used_columns
 from kd_transformers.network import decoder_inputs, labels_of
 from kd_transformers.playing import Trained, Updates, divides, export, listed, save_weights
 from kd_transformers.recording import RecordCallback
 from kd_transformers.schedule import staged_scheduler
-from kd_transformers.told import Absent, AbsentNetwork, absent_teachers, check_told, loaded_where_read, told_by
+from kd_transformers.told import Absent, AbsentNetwork, absent_teachers, check_told, loaded_where_read, pop_told
 
 logger = logging.get_logger(__name__)
 
@@ -268,10 +268,10 @@ class DistillationTrainer(Resumable):
 
     def _batch(self, inputs: Mapping[str, Any]) -> Batch:
         own, theirs = self._split(inputs)
-        logits, classes, layers = pop_told(theirs, len(self.teachers))
         student = base(self.model)
         labels, mask = labels_of(student, own, self._label)
         task = self.task or task_of(student, labels, own_loss=self.compute_loss_func is not None)
+        told = pop_told(theirs, self.train_dataset, len(self.teachers), tokens=task in ("token", "causal-lm"))
         return Batch.of(
             own | decoder_inputs(student, own, labels),
             labels,
@@ -280,10 +280,9 @@ class DistillationTrainer(Resumable):
             ignore_index=checks.ignored_label(student),
             mask=mask,
             teacher_kwargs=theirs,
-            teacher_logits=told_by(self.train_dataset, logits, classes, tokens=task in ("token", "causal-lm")),
-            teacher_features=layers,
             index=inputs.get(INDEX),
             rows=len(self.train_dataset) if has_length(self.train_dataset) else 0,
+            **told,
             **self._normalisation(),
         )
 
