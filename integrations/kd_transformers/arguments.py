@@ -251,7 +251,7 @@ def _problem(arguments: Arguments, named: set[str]) -> str | None:
     if training.do_predict:
         return "--do_predict is not supported: evaluate with --do_eval"
     for name in ("batch_eval_metrics", "prediction_loss_only", "eval_do_concat_batches"):
-        if getattr(training, name) is not (name == "eval_do_concat_batches"):
+        if getattr(training, name) != getattr(TrainingArguments, name):
             return f"--{name}: the metrics are of all predictions at once: leave it out"
     if distillation.teacher and named.intersection(_TEACHER_SHAPE):
         return "--teacher_layers, --teacher_hidden_size and --teacher_heads shape one from scratch: leave out --teacher"
