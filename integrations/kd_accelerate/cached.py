@@ -18,17 +18,6 @@ from kd_plugins import Distiller, DistillError, Reads
 from kd_plugins.binding import needs_of_stages
 from kd_plugins.states import digest, read_json, write_json, write_text
 
-__all__ = [
-    "check_twice",
-    "files_id",
-    "layers_of",
-    "making",
-    "note_facts",
-    "reads_of",
-    "temperature_read",
-    "whole",
-]
-
 logger = logging.getLogger(__name__)
 
 

@@ -20,8 +20,6 @@ from accelerate import Accelerator, PartialState
 
 from kd_plugins.errors import DistillError, did_you_mean, told
 
-__all__ = ["Stopped", "explain", "flags", "given", "run_command", "signals", "with_file"]
-
 
 def run_command(name: str, command: Callable[[], Any]) -> int:
     """Runs a command, and turns what a user can mend into one line on stderr, said by the first process.
@@ -127,7 +125,7 @@ class _Signals:
 signals = _Signals()
 
 
-def with_file(parser: ArgumentParser, argv: Sequence[str] | None, refused: Mapping[str, tuple[Any, str]]) -> list[str]:
+def with_file(parser: ArgumentParser, words: Sequence[str], refused: Mapping[str, tuple[Any, str]]) -> list[str]:
     """The words of a command line behind those of the file of arguments that its `--config` names, if any.
 
     An entry of the file becomes what would be written on the command line, so that both are read and checked alike; a
@@ -135,10 +133,9 @@ def with_file(parser: ArgumentParser, argv: Sequence[str] | None, refused: Mappi
 
     Args:
         parser: The parser, which has `--config`.
-        argv: Arguments; None takes those of the process.
+        words: The command line.
         refused: Arguments that a file may name at a default alone: that, and the reason.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
     files = ArgumentParser(prog=parser.prog, add_help=False, allow_abbrev=False)
     files.add_argument(*flags(parser)["--config"].option_strings, dest="paths", action="append", default=[])
     paths = files.parse_known_args(words)[0].paths

@@ -18,8 +18,6 @@ from kd_plugins.authors import overrides
 from kd_plugins.averaging import distributed
 from kd_plugins.groups import Group
 
-__all__ = ["TurnPlayer"]
-
 
 def _reduces(module: nn.Module) -> bool:
     return isinstance(module, nn.parallel.DistributedDataParallel)

@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["load_random_state", "random_state", "seeded", "undisturbed"]
-
 
 def random_state(*, gpu: bool = False) -> dict[str, Any]:
     """The state of all random streams, as `torch.load` reads it without code; that of the GPU where asked for."""

@@ -13,8 +13,6 @@ from torch.distributed.fsdp import FSDPModule
 from kd_plugins import Distiller, DistillError, Nets
 from kd_plugins.binding import needs_of_stages
 
-__all__ = ["check_reached", "check_sharded", "gather_for_taps", "is_sharded", "make_whole"]
-
 
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether the student is sharded, by FSDP2 or DeepSpeed.
@@ -56,20 +54,18 @@ def check_sharded(distiller: Distiller, nets: Nets, *, zero: int = 0, scaled: bo
         zero: DeepSpeed's stage; 3 frees the weights after the forward.
         scaled: Whether DeepSpeed scales the loss by itself (fp16), of which only its own optimizer knows.
     """
-    reason = ""
-    inside = any(needs.student.taps and not needs.student.logits for needs in needs_of_stages(distiller))
-    if any(distiller.shared(nets).values()):
-        reason = "moves weights of the student in a turn beside its own"
-    elif any(stage.fresh_student for stage in distiller.stages()):
-        reason = "has a stage that begins with the student's first weights anew"
-    elif any(stage.ends_with != "student" for stage in distiller.stages()):
-        reason = "has a stage that leaves the student alone"
-    elif len(nets.peers) > 1:
-        reason = "trains peers, which nobody shards"
-    elif zero == 3 and inside:
-        reason = "has a phase whose backward begins inside a layer, where ZeRO-3 has freed the weights (ZeRO-2 has not)"
-    elif scaled and any(p.requires_grad for p in distiller.parameters()):
-        reason = "trains parts of its own, whose gradients DeepSpeed's fp16 leaves scaled (bf16 does not)"
+    stages = distiller.stages()
+    inside = zero == 3 and any(n.student.taps and not n.student.logits for n in needs_of_stages(distiller))
+    own = any(p.requires_grad for p in distiller.parameters())
+    reasons = {
+        "moves weights of the student in a turn beside its own": any(distiller.shared(nets).values()),
+        "has a stage that begins with the student's first weights anew": any(s.fresh_student for s in stages),
+        "has a stage that leaves the student alone": any(s.ends_with != "student" for s in stages),
+        "trains peers, which nobody shards": len(nets.peers) > 1,
+        "has a phase whose backward begins inside a layer, where ZeRO-3 has freed the weights (ZeRO-2 has not)": inside,
+        "trains parts of its own, whose gradients DeepSpeed's fp16 leaves scaled (bf16 does not)": scaled and own,
+    }
+    reason = next((reason for reason, holds in reasons.items() if holds), "")
     if reason:
         raise DistillError(
             f"Expected a method that a sharded student fits (FSDP, DeepSpeed), got {distiller.name}, which {reason}:"

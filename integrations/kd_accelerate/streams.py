@@ -1,23 +1,20 @@
-"""Further streams of training batches, drawn from rows that are held out of the training stream."""
+"""Streams: further ones of training batches, drawn from held-out rows, and those that are looked at beforehand."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
-from kd_accelerate.randomness import seeded
+from kd_accelerate.randomness import load_random_state, random_state, seeded, undisturbed
 from kd_plugins import Distiller, DistillError
-from kd_plugins.averaging import distributed
 from kd_plugins.binding import needs_in
+from kd_plugins.host import world
 from kd_plugins.states import read_json, write_json
-
-__all__ = ["ReplayedDataset", "StagedDataset", "Streams", "split"]
 
 
 def split(rows: int, shares: Mapping[str, float], seed: int) -> dict[str, list[int]]:
@@ -153,9 +150,8 @@ class Streams:
 
     def draw(self, name: str) -> Any:
         """This process's next batch of a stream."""
-        world = dist.get_world_size() if distributed() else 1
-        rank = dist.get_rank() if distributed() else 0
-        first = (self.drawn[name] * world + rank) * self.batch_size
+        rank, processes = world()
+        first = (self.drawn[name] * processes + rank) * self.batch_size
         self.drawn[name] += 1
         rows = [self._row(name, first + i) for i in range(self.batch_size)]
         items = [self.dataset[row] for row in rows]
@@ -176,3 +172,63 @@ class Streams:
     def load(self, folder: str | Path) -> None:
         """Takes up what `save` wrote."""
         self.drawn = read_json(Path(folder) / "streams.json")
+
+
+# Streams that are looked at before the training
+
+
+def check_anew(stream: Any) -> None:
+    """Refuses what can be read only once, where it is read before the training as well."""
+    if isinstance(stream, Iterator):
+        raise DistillError(
+            f"Expected training data that may be read before the training too, got {type(stream).__name__}, which can"
+            " be read only once: give a data set whose every iter() begins anew, as train_dataset."
+        )
+
+
+class Peeked(IterableDataset):
+    """A stream whose first rows may be read before the training; its first pass then begins with them.
+
+    Nothing is lost of a stream that can be read once only. Read without workers, rows and collator get the random
+    numbers that they would have got without the look.
+
+    Args:
+        rows: The stream. With workers, each of which reads it anew, it is read twice at its beginning, unless it is its
+            own iterator.
+        workers: Of the loader.
+    """
+
+    def __init__(self, rows: Any, workers: int) -> None:
+        self.rows, self.workers = rows, workers
+        self._first: list[Any] = []
+        self._rest: Iterator[Any] | None = None
+        self._drawn: dict[str, Any] = {}
+
+    def peek(self, number: int) -> list[Any]:
+        """The first rows."""
+        with undisturbed():
+            torch.empty((), dtype=torch.int64).random_()  # A loader that begins draws a seed.
+            rest = iter(self.rows)
+            first = list(islice(rest, number))
+            if not self.workers or rest is self.rows:
+                self._first, self._rest, self._drawn = first, rest, random_state()
+        return first
+
+    def __iter__(self) -> Iterator[Any]:
+        first, rest, self._first, self._rest = self._first, self._rest, [], None
+        if rest is None:
+            yield from self.rows
+            return
+        for left, row in zip(range(len(first) - 1, -1, -1), first, strict=True):
+            if left == 0:
+                load_random_state(self._drawn)
+            yield row
+        yield from rest
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "rows":
+            raise AttributeError(name)
+        return getattr(self.rows, name)

@@ -21,13 +21,12 @@ from kd_plugins.catalog.values import AtLeastOne, NonNegative, Positive, Range, 
 from kd_transformers.docstrings import DOCSTRINGS_DEFAULTS
 
 _COUNT = AtLeastOne, "a whole number, at least 1"
+_BETA = Annotated[float, Range(low=0, below=1)], "a number from 0, below 1"
 # What TrainingArguments take, and the training fails at or makes nonsense of.
 _RANGES: dict[str, tuple[Any, str]] = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), _COUNT),
     "gradient_accumulation_steps": _COUNT,
-    **dict.fromkeys(
-        ("adam_beta1", "adam_beta2"), (Annotated[float, Range(low=0, below=1)], "a number from 0, below 1")
-    ),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), _BETA),
     **dict.fromkeys(("learning_rate", "adam_epsilon", "weight_decay"), (NonNegative, "a number, at least 0")),
     "neftune_noise_alpha": (NonNegative | None, "a number, at least 0"),
     **dict.fromkeys(("save_steps", "eval_steps", "logging_steps"), (Positive | None, "a number above 0")),
@@ -39,6 +38,7 @@ _TEACHER_SHAPE = ("teacher_layers", "teacher_hidden_size", "teacher_heads")
 # Flags that say something of another one.
 _BELONGS = {
     "dataset_config_name": "dataset_name",
+    "validation_file": "train_file",
     "ood_split": "ood_dataset",
     "model_revision": "model_name_or_path",
     **dict.fromkeys(("distill_args", "peer"), "distill"),
@@ -207,11 +207,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
     if unknown:
         parser.error(explain(parser, unknown[0]))
     arguments = Arguments(*parsed[:4])
-    problem = _problem(arguments, named)
-    if problem:
-        parser.error(problem)
     if not (named & {"do_train", "do_eval", "do_predict"}):
         arguments.training.do_train = arguments.training.do_eval = True
+    if problem := _problem(arguments, named):
+        parser.error(problem)
     return arguments
 
 
@@ -220,21 +219,18 @@ def _problem(arguments: Arguments, named: set[str]) -> str | None:
     data, model, distillation, training = arguments
     if sum(bool(x) for x in (data.task_name, data.dataset_name, data.train_file or data.validation_file)) > 1:
         return "expected one source of data, got several: give --task_name, --dataset_name or --train_file"
-    if data.validation_file and not data.train_file:
-        return "--validation_file: expected the training data too, whose labels it has: add --train_file"
     values = {**vars(data), **vars(model), **vars(distillation)}
     for name, other in _BELONGS.items():
         if name in named and values[name] and not values[other]:
-            return f"--{name} belongs to --{other}, which is not given"
+            return f"--{name} belongs to --{other}, which is not given: add --{other}"
     if len(distillation.teacher_checkpoint) > len(distillation.teacher):
         return "--teacher-checkpoint: the i-th belongs to the i-th --teacher, and there are more of them"
     if distillation.train_teacher and len(distillation.teacher) > 1:
         return "--train_teacher trains one teacher, got several --teacher"
     if distillation.train_teacher and distillation.teacher_checkpoint:
         return "--teacher-checkpoint gives trained weights, and --train_teacher trains them: leave one out"
-    trains = training.do_train or not named & {"do_train", "do_eval", "do_predict"}
     taught = distillation.teacher or distillation.train_teacher
-    if taught and not distillation.distill and model.model_name_or_path and trains:
+    if taught and not distillation.distill and model.model_name_or_path and training.do_train:
         return (
             "expected --distill with a teacher, got none: say which method (--distill kd), or leave the teacher out"
             " and compare the trained student with it by --do_eval alone"
@@ -244,18 +240,18 @@ def _problem(arguments: Arguments, named: set[str]) -> str | None:
             "expected --distill with a teacher, got none: say which method (--distill kd), or that the teacher is only"
             " where the student starts (--student_init teacher), or what it is compared with (--student_init scratch)"
         )
-    if data.ood_dataset and not training.do_eval and named & {"do_train", "do_eval", "do_predict"}:
+    if data.ood_dataset and not training.do_eval:
         return "--ood_dataset is compared with the evaluation split: add --do_eval"
     if distillation.cache_teacher and not (distillation.distill and taught):
         return "--cache_teacher expects --distill and a teacher"
-    if distillation.cache_teacher and not trains:
+    if distillation.cache_teacher and not training.do_train:
         return "--cache_teacher asks the teachers about the training rows: add --do_train"
     if "labels" not in (training.label_names or ["labels"]):
         return "--label_names: the rows have their labels in the column labels: leave it out"
     if training.do_predict:
         return "--do_predict is not supported: evaluate with --do_eval"
     for name in ("batch_eval_metrics", "prediction_loss_only", "eval_do_concat_batches"):
-        if getattr(training, name) is not (name == "eval_do_concat_batches"):
+        if getattr(training, name) != getattr(TrainingArguments, name):
             return f"--{name}: the metrics are of all predictions at once: leave it out"
     if distillation.teacher and named.intersection(_TEACHER_SHAPE):
         return "--teacher_layers, --teacher_hidden_size and --teacher_heads shape one from scratch: leave out --teacher"
@@ -265,9 +261,7 @@ def _problem(arguments: Arguments, named: set[str]) -> str | None:
         return "--config_name describes a student from scratch: leave out --student_layers and --student_init teacher"
     shaped = model.student_hidden_size or model.student_heads
     if shaped and (model.model_name_or_path or model.config_name or model.student_init == "teacher"):
-        return (
-            "--student_hidden_size and --student_heads shape a student from scratch: add --student_init scratch alone"
-        )
+        return "--student_hidden_size and --student_heads shape one from scratch: add --student_init scratch alone"
     if model.student_init == "teacher" and not (distillation.teacher or distillation.train_teacher):
         return "--student_init teacher: expected a teacher, got none: add --teacher or --train_teacher"
     for name, value in vars(training).items():

@@ -20,9 +20,9 @@ from kd_plugins import Batch, DistillError, Net, Reads
 from kd_plugins import functional as KF
 from kd_plugins.reading.network import adapt
 from kd_plugins.reading.view import View
-from kd_transformers.absent import Absent, called
-from kd_transformers.checks import base, differ, inputs_of, scores_tokens
+from kd_transformers.checks import base, called, differ, inputs_of, scores_tokens
 from kd_transformers.columns import TEACHER, TEACHER_CLASSES, TEACHER_LOGITS, as_file, is_told, layer_column
+from kd_transformers.told import Absent
 
 _LOOKED_AT = 16
 

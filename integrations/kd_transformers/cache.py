@@ -23,21 +23,17 @@ from kd_plugins import Distiller, DistillError, create_distiller
 from kd_plugins.catalog.values import AtLeastOne, Positive, convert
 from kd_plugins.errors import told as told_in_words
 from kd_plugins.nn.codebook import state_bytes
-from kd_transformers.absent import Absent
+from kd_plugins.reading.tap import untraced
 from kd_transformers.asking import Asking, Views
-from kd_transformers.checks import kind_of, task_of
+from kd_transformers.checks import config_of, kind_of, stated, task_of
 from kd_transformers.columns import TEACHER_LOGITS, Told, is_told, with_padding
 from kd_transformers.compat import rows_id
 from kd_transformers.playing import listed
-from kd_transformers.told import noted
+from kd_transformers.told import Absent, noted
 
 _BLOCK = 4096
-_NUMBERS = {
-    "top_k": AtLeastOne | None,
-    "temperature": Positive | None,
-    "batch_size": AtLeastOne,
-    "views": AtLeastOne | None,
-}
+# Numbers of something, or None, but for these.
+_NUMBERS = {"temperature": Positive | None, "batch_size": AtLeastOne}
 _ASIDE = ("problem_type", "_name_or_path", "transformers_version")
 
 
@@ -120,9 +116,7 @@ def cache_teacher(
             " many views of each are kept, views=N, apply it once with map, or train without a cache."
         )
     if transform is None and views is not None:
-        raise DistillError(
-            "views are those of a data set with a transform (set_transform), got one without: leave it out."
-        )
+        raise DistillError("views are of a data set with a transform (set_transform), got one without: leave it out.")
     teachers = listed("teacher", teacher)
     _check_teachers(teachers)
     for t in teachers:
@@ -170,12 +164,8 @@ def cache_teacher(
             # Of a function of a module the name alone would be known.
             source = [inspect.getsource(transform)] if inspect.isfunction(transform) else []
             facts["transform"] = _hash(transform, *source)
-    modes = [t.training for t in teachers]
-    try:
+    with untraced(*teachers):
         each = _Blocks(plain, asking, facts).answers()
-    finally:
-        for t, training in zip(teachers, modes, strict=True):
-            t.train(training)
     note = noted(plain.info.description, teachers, each[0][0], asking.temperature)
     if replayed is not None:
         replayed.answers, each[0].info.description = each, note
@@ -192,7 +182,7 @@ def _check_numbers(**given: float | None) -> None:
         expected = "a number above 0" if what == "temperature" else "a whole number, at least 1"
         try:
             # What convert would read of a text is used as it is.
-            convert(value if not isinstance(value, str) else "", _NUMBERS[what])
+            convert(value if not isinstance(value, str) else "", _NUMBERS.get(what, AtLeastOne | None))
         except ValueError:
             raise DistillError(f"{what}: expected {expected}, got {value!r}.") from None
 
@@ -281,9 +271,8 @@ def _facts(dataset: Any, teachers: Sequence[nn.Module], collate: Any) -> dict[st
 
 
 def _dtype(teacher: nn.Module) -> str:
-    weight = next((p for p in teacher.parameters() if p.is_floating_point()), None)
-    given = getattr(teacher.config, "dtype", None) if weight is None and hasattr(teacher, "config") else None
-    return str(given if weight is None else weight.dtype)
+    dtypes = (p.dtype for p in teacher.parameters() if p.is_floating_point())
+    return str(next(dtypes, stated(teacher, "dtype")))
 
 
 def _tokenizer_id(tokenizer: Any) -> str:
@@ -296,7 +285,7 @@ def _weights_id(teacher: nn.Module) -> str:
     """Changes with a teacher's class, configuration and weights; of one that is not loaded, with its files."""
     if isinstance(teacher, Absent):
         return teacher.identity
-    config: Any = getattr(teacher, "config", None)
+    config = config_of(teacher)
     facts = config.to_dict() if hasattr(config, "to_dict") else {}
     # A forward with labels writes the type of problem into the configuration; where a model is from says nothing.
     found: list[Any] = [type(teacher).__qualname__, {k: v for k, v in facts.items() if k not in _ASIDE}]

@@ -10,8 +10,7 @@ from typing import Any
 from torch import nn
 
 from kd_plugins import Distiller, DistillError
-from kd_transformers.absent import called
-from kd_transformers.checks import base
+from kd_transformers.checks import called, stated
 
 Gain = Mapping[str, Sequence[float]]
 
@@ -62,7 +61,7 @@ def _told(metric: str, mean: float, low: float, high: float) -> str:
 
 
 def _name(network: nn.Module) -> str:
-    path, kind = str(getattr(getattr(base(network), "config", None), "_name_or_path", "") or ""), called(network)
+    path, kind = str(stated(network, "_name_or_path") or ""), called(network)
     # A folder of this machine means nothing to others.
     hub = path and not Path(path).exists() and not Path(path).is_absolute()
     return f"`{path}`, {kind}" if hub else kind

@@ -41,9 +41,8 @@ _FREE = {
 
 def checkpoints(folder: str | Path) -> list[Path]:
     """The checkpoints in an output folder, the newest first; whole or not."""
-    found = {
-        p: p.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for p in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    }
+    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
+    found = {path: path.name.removeprefix(prefix) for path in Path(folder).glob(f"{prefix}*")}
     return sorted((p for p in found if found[p].isdecimal()), key=lambda p: int(found[p]), reverse=True)
 
 
@@ -67,9 +66,7 @@ def find_checkpoint(asked: bool | str, output: str | Path, needs: Sequence[str] 
         candidates = checkpoints(output)
         found = states.newest(candidates, logger.warning, needs)
         if found is None and _sealed(candidates):
-            raise DistillError(
-                f"No checkpoint in {output} is whole: start anew, in another folder or without resuming."
-            )
+            raise DistillError(f"No checkpoint in {output} is whole: start anew in another folder or without resuming.")
         return found
     folder = Path(str(asked))
     if not folder.is_dir():
@@ -165,28 +162,22 @@ class Resumable(Hooks):
     _resumed: Path | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        asked = resume_from_checkpoint or False
-        if asked and (_sealed(checkpoints(self._output)) if asked is True else self.guarded):
-            resume_from_checkpoint = str(find_checkpoint(asked, self._output))
-        last = checkpoints(self._output) if resume_from_checkpoint is True else []
-        self._resumed = Path(str(resume_from_checkpoint)) if isinstance(resume_from_checkpoint, str) else None
-        self._resumed = last[0] if last else self._resumed
+        asked: Any = resume_from_checkpoint
+        folder = self.args.output_dir
+        if asked and (_sealed(checkpoints(folder)) if asked is True else self.guarded):
+            asked = str(find_checkpoint(asked, folder))
+        taken = next(iter(checkpoints(folder)), None) if asked is True else asked
+        self._resumed = Path(taken) if taken else None
         self.prepare_anew()
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        output = super().train(asked, *args, **kwargs)
         # The last steps are too few for the watch.
         self._check_weights()
         return output
 
     def _check_weights(self) -> None:
         if self.guarded and not self.allow_nonfinite and not self.is_fsdp_enabled:
-            remedy = (
-                "nothing was saved, and the checkpoints before are good; lower the learning rate, or clip gradients."
-            )
+            remedy = "nothing was saved, the checkpoints before are good; lower the learning rate, or clip gradients."
             check_weights({"The student": self.model}, remedy)
-
-    @property
-    def _output(self) -> str:
-        return str(self.args.output_dir)
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(model, *args, **kwargs)

@@ -35,14 +35,34 @@ _KINDS = {
     "ctc": ("ctc", ["CTC"]),
     "other": ("other", []),
 }
+# What transformers calls the problem of a classifier.
+PROBLEMS = {
+    "single_label_classification": "classification",
+    "multi_label_classification": "multilabel",
+    "regression": "regression",
+}
 _VOCABULARY = ("sequence to sequence", "masked language modelling", "causal-lm", "ctc")
 TASKS = ("classification", "multilabel", "regression", "token", "causal-lm", "segmentation", "depth", "detection")
 
 
 def base(model: nn.Module) -> nn.Module:
     """The transformers model in one with adapters (PEFT)."""
-    inner: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    return inner
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def called(model: nn.Module) -> str:
+    """The name of a model's class, also of a teacher that is not loaded."""
+    return str(getattr(base(model), "stands_for", type(base(model)).__name__))
+
+
+def config_of(model: nn.Module) -> Any:
+    """A model's configuration; None where it has none."""
+    return getattr(base(model), "config", None)
+
+
+def stated(model: nn.Module, what: str) -> Any:
+    """What a model's configuration says of something; None where it says nothing."""
+    return getattr(config_of(model), what, None)
 
 
 def kind_of(model: nn.Module) -> str:
@@ -50,8 +70,7 @@ def kind_of(model: nn.Module) -> str:
 
     A model that is no transformers model counts as a classifier, one of a kind that is not known here as `"other"`.
     """
-    model = base(model)
-    config: Any = getattr(model, "config", None)
+    model, config = base(model), config_of(model)
     if not hasattr(config, "to_dict"):
         return str(getattr(model, "absent_kind", None) or "classification")
     cls: Any = getattr(model, "absent_class", None) or type(model)
@@ -68,15 +87,15 @@ def task_of(model: nn.Module, labels: Any = None, *, own_loss: bool = False) -> 
     may the one score of a loss that is not the model's own, a number or the logit of a sigmoid.
     """
     kind = kind_of(model)
-    config: Any = getattr(base(model), "config", None)
+    config = config_of(model)
     floats = isinstance(labels, Tensor) and labels.is_floating_point()
     if kind != "classification" or not hasattr(config, "to_dict"):
         return "other" if floats and kind == "classification" else _KINDS[kind][0]
     guess = "regression" if config.num_labels == 1 else "multi_label_classification" if floats else ""
-    stated = getattr(config, "problem_type", None)
-    if own_loss and isinstance(labels, Tensor) and config.num_labels == 1 and not stated:
+    problem = stated(model, "problem_type")
+    if own_loss and isinstance(labels, Tensor) and config.num_labels == 1 and not problem:
         return "other"
-    return {"multi_label_classification": "multilabel", "regression": "regression"}.get(stated or guess, kind)
+    return PROBLEMS.get(problem or guess, kind)
 
 
 @lru_cache
@@ -149,7 +168,7 @@ def check_fit(distiller: Distiller, task: str, model: nn.Module) -> None:
         return
     kind = kind_of(model)
     meant = kind if _KINDS[kind][0] == task else task
-    name = type(base(model)).__name__
+    name = called(model)
     reason = f"{name} is a model for {meant}: choose a method that fits (kd-plugins list)."
     if task == "other":
         reason = f"the class {name} does not tell what its scores are: say it with task=..., one of {', '.join(TASKS)}."
@@ -161,31 +180,29 @@ _SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 def special_tokens(model: nn.Module) -> dict[str, Any]:
     """The special tokens that a model's configuration names."""
-    config = getattr(base(model), "config", None)
-    return {name: getattr(config, name, None) for name in _SPECIAL}
+    return {name: stated(model, name) for name in _SPECIAL}
 
 
 def follow_tokens(models: Sequence[nn.Module], student: nn.Module, before: Mapping[str, Any]) -> None:
     """Gives models the special tokens that the student has come to have, where they had those it had before."""
     for name, token in special_tokens(student).items():
         for model in models:
-            if token != before[name] == special_tokens(model)[name] and hasattr(base(model), "config"):
-                setattr(base(model).config, name, token)
+            if token != before[name] == stated(model, name) and hasattr(base(model), "config"):
+                setattr(config_of(model), name, token)
 
 
 def check_vocabulary(student: nn.Module, teacher: nn.Module) -> None:
     """Refuses networks that read the same token ids but do not share a vocabulary."""
-    ours, theirs = (getattr(base(m), "config", None) for m in (student, teacher))
     for what, name in (
         ("vocab_size", "a vocabulary of {} tokens"),
         ("pad_token_id", "token {} as padding"),
         ("decoder_start_token_id", "token {} as the decoder's first"),
     ):
-        a, b = getattr(ours, what, None), getattr(theirs, what, None)
+        a, b = stated(student, what), stated(teacher, what)
         if isinstance(a, int) and isinstance(b, int) and a != b:
             raise DistillError(
                 f"Expected networks that share a tokenizer, got a student with {name.format(a)} and a"
-                f" {type(base(teacher)).__name__} with {b}:"
+                f" {called(teacher)} with {b}:"
                 f" {_resize(a, b) if what == 'vocab_size' else ''}use one with the student's tokenizer, or give a"
                 " teacher columns of its own (teacher_input_ids, teacher_attention_mask)."
             )
@@ -203,14 +220,13 @@ def class_order(student: nn.Module, teacher: nn.Module) -> Sequence[int] | None:
     Raises:
         DistillError: Other classes, or another number of classes.
     """
-    kind, other, name = kind_of(student), kind_of(teacher), type(base(teacher)).__name__
+    kind, other, name = kind_of(student), kind_of(teacher), called(teacher)
     if kind in ("question answering", "multiple choice"):
         if other != kind:
             raise DistillError(f"Expected a teacher for {kind}, as the student is, got {name}, for {other}.")
         return None
     tokens = kind in _VOCABULARY and other in _VOCABULARY
-    configs = [getattr(base(m), "config", None) for m in (student, teacher)]
-    ours, theirs = (getattr(config, "vocab_size" if tokens else "num_labels", None) for config in configs)
+    ours, theirs = (stated(m, "vocab_size" if tokens else "num_labels") for m in (student, teacher))
     if ours is not None and theirs is not None and ours != theirs:
         what, remedy = "classes", "use a teacher that was trained on the student's"
         if tokens:
@@ -221,7 +237,7 @@ def class_order(student: nn.Module, teacher: nn.Module) -> Sequence[int] | None:
             f"Expected a teacher that scores the same {what}, got {ours} in the student and {theirs} in {name}:"
             f" {remedy}."
         )
-    names, other_names = map(class_names, configs)
+    names, other_names = (class_names(config_of(m)) for m in (student, teacher))
     if tokens or names is None or other_names is None or names == other_names:
         return None
     if sorted(names) != sorted(other_names):
@@ -234,11 +250,11 @@ def class_order(student: nn.Module, teacher: nn.Module) -> Sequence[int] | None:
 
 def check_problem(teacher: nn.Module, task: str) -> None:
     """Refuses a teacher whose configuration says that its scores are others than they would be read as."""
-    problem = getattr(getattr(base(teacher), "config", None), "problem_type", None)
+    problem = stated(teacher, "problem_type")
     theirs = task_of(teacher) if problem and kind_of(teacher) == "classification" else task
     if theirs != task:
         raise DistillError(
-            f"Expected a teacher for {task}, as the student and the labels are, got {type(base(teacher)).__name__} with"
+            f"Expected a teacher for {task}, as the student and the labels are, got {called(teacher)} with"
             f" problem_type={problem!r}: use one that was trained on such labels, or set problem_type of the"
             " configuration that is wrong."
         )
@@ -268,18 +284,19 @@ def reads_scores(distiller: Distiller, teacher: int = 0) -> bool:
 _IGNORED = ("semantic_loss_ignore_index", "loss_ignore_index")
 
 
-def ignored_label(config: Any) -> int:
+def ignored_label(model: nn.Module) -> int:
     """The label that a model's loss leaves out; UperNet has another name for it."""
-    return next((int(getattr(config, name)) for name in _IGNORED if hasattr(config, name)), -100)
+    return next((int(stated(model, name)) for name in _IGNORED if hasattr(config_of(model), name)), -100)
 
 
-def check_ignored(scores: Tensor, batch: Batch, config: Any) -> None:
+def check_ignored(scores: Tensor, batch: Batch, model: nn.Module) -> None:
     """Refuses labels that are neither a class nor the ignored label, which the task loss has left out nevertheless."""
     labels, axis = batch.labels, {"segmentation": 1, "token": -1, "causal-lm": -1}.get(batch.task)
     if axis is None or not isinstance(labels, Tensor) or labels.is_floating_point() or scores.shape[axis] < 2:
         return
     other = labels[(labels != batch.ignore_index) & ((labels < 0) | (labels >= scores.shape[axis]))]
     if other.numel():
+        config = config_of(model)
         name = next((name for name in _IGNORED if hasattr(config, name)), _IGNORED[-1])
         told = f".{name} = {int(other[0])}" if config else f" = types.SimpleNamespace({name}={int(other[0])})"
         raise DistillError(
@@ -304,7 +321,7 @@ def check_aligned(distiller: Distiller, nets: Nets, batch: Batch) -> None:
         apart = [_sees_apart(net, batch) for net in nets]
     for net, alone in zip(nets, apart, strict=True):
         if alone is not None and alone != apart[0]:
-            ours, theirs = (type(base(n.module)).__name__ for n in (nets.student, net))
+            ours, theirs = (called(n.module) for n in (nets.student, net))
             one, other = (ours, theirs) if apart[0] else (theirs, ours)
             raise DistillError(
                 f"The batch has packed texts (position_ids begin anew), which {one} sees apart and {other} as one: pad"
@@ -320,7 +337,7 @@ def _check_images(distiller: Distiller, nets: Nets, batch: Batch) -> None:
     # With a criterion, a network without scores is read, too.
     batch = dataclasses.replace(batch, criterion=lambda view, labels: view.logits)
     for net in (n for i, n in enumerate(nets.teachers) if reads_scores(distiller, i)):
-        what = f"The teacher {type(base(net.module)).__name__} does not take the images"
+        what = f"The teacher {called(net.module)} does not take the images"
         remedy = "give the data a column teacher_pixel_values, of its size and its normalisation."
         with told(what, ValueError, AssertionError, remedy=remedy), untouched(nets):
             net(batch, reads=Reads())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_plugins import DistillError
-from kd_transformers.checks import base, check_vocabulary, scores_tokens
+from kd_transformers.checks import base, check_vocabulary, scores_tokens, stated
 
 INDEX = "kd_index"
 TEACHER = "teacher_"
@@ -70,26 +70,13 @@ def check_ids(
     own = [t for t in teachers if TEACHER + getattr(base(t), "main_input_name", "input_ids") in columns]
     for network in [*(t for t in teachers if t not in own), *peers]:
         check_vocabulary(student, network)
-    sizes: set[Any] = {getattr(getattr(base(t), "config", None), "vocab_size", None) for t in own} - {None}
+    sizes: set[Any] = {stated(t, "vocab_size") for t in own} - {None}
     if len(sizes) > 1:
         raise DistillError(
             f"The columns {TEACHER}... go to every teacher, got teachers with vocabularies of"
             f" {' and '.join(map(str, sorted(sizes)))} tokens: use teachers that share a tokenizer, and"
             " resize_token_embeddings where one has rows of padding alone."
         )
-
-
-def pop_told(
-    inputs: dict[str, Any], teachers: int
-) -> tuple[Tensor | None, Tensor | None, tuple[dict[str | int, Tensor], ...]]:
-    """Takes what teachers have said out of a batch's inputs for them: logits, their classes, the layers of each."""
-    logits, classes = (inputs.pop(name.removeprefix(TEACHER), None) for name in TOLD)
-    layers: list[dict[str | int, Tensor]] = [{} for _ in range(teachers)]
-    for column, (number, layer) in told_layers(TEACHER + name for name in list(inputs)).items():
-        value = inputs.pop(column.removeprefix(TEACHER))
-        if number < teachers:
-            layers[number][layer] = value
-    return logits, classes, tuple(layers)
 
 
 def as_file(array: Tensor) -> bytes:
@@ -111,8 +98,7 @@ def with_padding(collate: Any, teachers: Sequence[nn.Module]) -> Any:
 
     The last go to a collator of the user's, who may know them, and past one of transformers'.
     """
-    pads = [getattr(getattr(base(t), "config", None), "pad_token_id", None) for t in teachers]
-    pad = next((p for p in pads if p is not None), None)
+    pad = next((p for p in (stated(t, "pad_token_id") for t in teachers) if p is not None), None)
     inputs = bool(teachers) and getattr(collate, "__module__", "").startswith("transformers.")
     return Told(collate, tokens=scores_tokens(teachers), inputs=inputs, pad=pad)
 

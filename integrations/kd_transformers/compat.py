@@ -120,8 +120,7 @@ class Hooks(Trainer):
 
     def count_items(self, inputs: Mapping[str, Any]) -> Tensor | int | None:
         """What Trainer counts as the items of one batch, over all processes where it averages over them."""
-        items: Tensor | int | None = self._get_num_items_in_batch([inputs], self.args.device)
-        return items
+        return self._get_num_items_in_batch([inputs], self.args.device)
 
     def save_shards_whole(self, folder: str) -> None:
         """Writes a student in one piece where Trainer leaves that out (SHARDED_STATE_DICT); called on all processes."""
@@ -151,10 +150,8 @@ class Hooks(Trainer):
         return super().train(*args, **kwargs)
 
     def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
-        build = super()._get_dataloader
-        return self.loader(
-            dataset, lambda rows: build(rows, *args, is_training=is_training, **kwargs), training=is_training
-        )
+        build, options = super()._get_dataloader, {**kwargs, "is_training": is_training}
+        return self.loader(dataset, lambda rows: build(rows, *args, **options), training=is_training)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -306,8 +303,7 @@ def load_renamed(model: nn.Module, folder: str, missing: Sequence[str]) -> bool:
 
 def on_device(trainer: Trainer, inputs: Any) -> Mapping[str, Any]:
     """A batch where Trainer wants it."""
-    prepared: Mapping[str, Any] = trainer._prepare_inputs(inputs)
-    return prepared
+    return trainer._prepare_inputs(inputs)
 
 
 def used_columns(trainer: Trainer, dataset: Any, collate: Any, description: str) -> tuple[Any, Any]:
@@ -329,8 +325,7 @@ def tapped(config: PretrainedConfig, name: str, tap: Any) -> PretrainedConfig:
 
 def attention_name(config: Any) -> str | None:
     """The attention that a config names."""
-    name: str | None = config._attn_implementation
-    return name
+    return config._attn_implementation
 
 
 def chosen_attention(module: nn.Module, config: Any) -> Callable[..., Any] | None:
@@ -340,23 +335,19 @@ def chosen_attention(module: nn.Module, config: Any) -> Callable[..., Any] | Non
         space = vars(sys.modules.get(cls.__module__, object))
         functions = space.get("ALL_ATTENTION_FUNCTIONS")
         if functions is not None:
-            found: Callable[..., Any] | None = functions.get_interface(name, space.get("eager_attention_forward"))
-            return found
+            return functions.get_interface(name, space.get("eager_attention_forward"))
     return ALL_ATTENTION_FUNCTIONS.get(name)
 
 
 def chosen_mask(config: Any) -> Callable[..., Any]:
     """The function that makes the mask of the attention that a config names."""
-    function: Callable[..., Any] = ALL_MASK_ATTENTION_FUNCTIONS[attention_name(config)]
-    return function
+    return ALL_MASK_ATTENTION_FUNCTIONS[attention_name(config)]
 
 
 def is_reentrant(module: nn.Module) -> bool:
     """Whether a module recomputes its activations by reentrant checkpointing."""
-    function = getattr(module, "_gradient_checkpointing_func", None)
-    return bool(
-        getattr(module, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant")
-    )
+    options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+    return bool(getattr(module, "gradient_checkpointing", False) and options.get("use_reentrant"))
 
 
 # Labels of a decoder
@@ -366,14 +357,12 @@ def shifted(model: nn.Module, labels: Tensor) -> Tensor | None:
     """What a model's decoder reads where it is given labels alone; None where the model does not tell."""
     own: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if own is not None:
-        ids: Tensor = own(labels=labels)
-        return ids
+        return own(labels=labels)
     config: Any = model.config
     for cls in type(model).__mro__:
         shift = vars(sys.modules.get(cls.__module__, object)).get("shift_tokens_right")
         if shift is not None:
-            ids = shift(labels, config.pad_token_id, config.decoder_start_token_id)
-            return ids
+            return shift(labels, config.pad_token_id, config.decoder_start_token_id)
     return None
 
 

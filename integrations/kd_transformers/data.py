@@ -115,10 +115,9 @@ def load_text(args: DataArguments, evaluate: bool = True, **hub: Any) -> TextDat
     if missing:
         raise DistillError(f"{source}: the split {held_out} has no column {missing[0]}, as {args.train_split} has.")
     labels = read_labels(train, label)
-    data = TextData(
-        _first(train, args.max_train_samples), _first(evaluation, args.max_eval_samples), columns, label, labels, source
-    )
-    for name, split in ((args.train_split, data.train), (held_out, data.evaluation)):
+    train, evaluation = _first(train, args.max_train_samples), _first(evaluation, args.max_eval_samples)
+    data = TextData(train, evaluation, columns, label, labels, source)
+    for name, split in ((args.train_split, train), (held_out, evaluation)):
         if split is not None:
             _check_rows(data, name, split)
     return data

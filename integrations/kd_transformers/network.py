@@ -15,7 +15,7 @@ from kd_plugins.errors import DistillError
 from kd_plugins.reading.network import Network
 from kd_plugins.reading.view import Batch
 from kd_transformers.attention import AttentionTaps
-from kd_transformers.checks import base, inputs_of, kind_of
+from kd_transformers.checks import base, called, inputs_of, kind_of
 from kd_transformers.compat import frames_of, hears, shifted
 
 _POSITIONS = ("start_positions", "end_positions")
@@ -51,7 +51,7 @@ class TransformersNetwork(Network):
         if only and not isinstance(base(self.module).get_submodule(only[0]), nn.ModuleList):
             return only
         raise DistillError(
-            f"{type(base(self.module)).__name__} has no numbered stages: give module paths, or use a method that reads"
+            f"{called(self.module)} has no numbered stages: give module paths, or use a method that reads"
             " layers of a transformer."
         )
 
@@ -67,7 +67,7 @@ class TransformersNetwork(Network):
             name = str(getattr(base(self.module), "main_input_name", ""))
             if name not in batch.kwargs:
                 raise DistillError(
-                    f"{type(base(self.module)).__name__} takes {name or ', '.join(sorted(taken))}, and the batch has"
+                    f"{called(self.module)} takes {name or ', '.join(sorted(taken))}, and the batch has"
                     f" {batch.name}: give the data columns of its own (teacher_{name})."
                 )
             args, kwargs = (), {k: v for k, v in batch.kwargs.items() if k in taken}
@@ -114,7 +114,7 @@ def decoder_inputs(model: nn.Module, inputs: Mapping[str, Any], labels: Any) -> 
     ids = None if labels is None else shifted(base(model), labels)
     if ids is None:
         raise DistillError(
-            f"The decoders of student and teacher need the same tokens, and {type(base(model)).__name__} does not tell"
+            f"The decoders of student and teacher need the same tokens, and {called(model)} does not tell"
             " how to make them of labels, or there are none: give the data a column decoder_input_ids."
         )
     return {"decoder_input_ids": ids}

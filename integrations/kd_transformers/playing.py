@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from kd_accelerate.streams import ReplayedDataset, StagedDataset
 from kd_plugins import Batch, DistillError, Net, View, binding
+from kd_plugins.reading.tap import untraced
 from kd_transformers.network import with_labels
 from kd_transformers.schedule import refresh
 
@@ -59,8 +60,7 @@ class Trained(Net):
         _, inputs = self.network.arguments(batch)
         if batch.labels is None and not any(name in inputs for name in self.trainer.label_names):
             return None
-        self.module.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with untraced(self.module):
             labelled = with_labels(self.module, inputs, batch.labels, self.trainer._label)
             return self.trainer.host_loss(self.module, labelled, items)[0]
 

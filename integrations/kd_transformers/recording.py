@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any
 
 from torch import nn
@@ -18,19 +18,16 @@ from kd_plugins.reading.network import adapt
 from kd_report.analysis import predicted_maps
 from kd_report.record import MOST_AT_ONCE, RunRecord, rows_to_analyse, rows_to_ask, sizes, some_rows
 from kd_report.uncertainty import Doubts
-from kd_transformers.absent import Absent
-from kd_transformers.checks import class_order, task_of
+from kd_transformers.checks import class_order, stated, task_of
 from kd_transformers.columns import with_padding
 from kd_transformers.compat import on_device, used_columns
-
-__all__ = ["RecordCallback", "UpdateTimer", "changed"]
+from kd_transformers.told import Absent
 
 
 class UpdateTimer(TrainerCallback):
     """Measures the mean duration of an update, without evaluation and saving."""
 
-    def __init__(self) -> None:
-        self._seconds, self._steps, self._start = 0.0, 0, 0.0
+    _seconds, _steps, _start = 0.0, 0, 0.0
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -45,6 +42,7 @@ class UpdateTimer(TrainerCallback):
         self._steps += 1
 
 
+@dataclass(eq=False)
 class RecordCallback(UpdateTimer):
     """Records a training in its output folder: what was run, every log, the networks before and after, cost by part.
 
@@ -67,37 +65,32 @@ class RecordCallback(UpdateTimer):
         cached: Whether a cache stands for the teachers whose logits alone are read.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        *,
-        host: str = "transformers Trainer",
-        names: Mapping[str, Any] | None = None,
-        data: str = "",
-        teachers: Sequence[nn.Module] = (),
-        settings: Mapping[str, Any] | None = None,
-        predicts: bool = True,
-        cached: bool = False,
-    ) -> None:
-        super().__init__()
+    trainer: Trainer
+    _: KW_ONLY
+    host: str = "transformers Trainer"
+    names: Mapping[str, Any] | None = None
+    data: str = ""
+    teachers: Sequence[nn.Module] = ()
+    settings: Mapping[str, Any] | None = None
+    predicts: bool = True
+    cached: bool = False
+
+    def __post_init__(self) -> None:
         # One of the user's own takes the place of that which a DistillationTrainer has by itself.
-        trainer.remove_callback(RecordCallback)
-        self.trainer, self.teachers, self.predicts, self.cached = trainer, tuple(teachers), predicts, cached
-        self.host, self.names, self.data, self.settings = host, names, data, settings
+        self.trainer.remove_callback(RecordCallback)
+        self.teachers = tuple(self.teachers)
         self.record: RunRecord | None = None
         self.results: dict[str, Any] = {}
-        # A model_init gives a new method for each training.
-        self._distiller: Any = None
-        self._task, self._rows, self._asked = "", 0, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
         trainer, best = self.trainer, args.metric_for_best_model
         evaluation = None if isinstance(trainer.eval_dataset, dict) else trainer.eval_dataset
-        self._distiller = getattr(trainer, "distiller", None)
+        # A model_init gives a new method for each training.
+        self._distiller: Any = getattr(trainer, "distiller", None)
         self._task = getattr(trainer, "task", None) or task_of(trainer.model)
-        names = getattr(getattr(trainer.model, "config", None), "id2label", None) or {}
+        names = stated(trainer.model, "id2label") or {}
         self.record = RunRecord(
             args.output_dir,
             host=self.host,
@@ -121,9 +114,7 @@ class RecordCallback(UpdateTimer):
         if player is not None:
             self.record.time_steps(player)
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         # What Trainer says of the whole training at its end is no point of a curve.
         if self.record is not None and logs and "train_runtime" not in logs:
             self.record.log({"step": state.global_step, **logs})

@@ -31,13 +31,7 @@ def staged_scheduler(args: TrainingArguments, optimizer: Any, table: StageTable)
 
     @lru_cache
     def curve(steps: int) -> Any:
-        scheduler = get_scheduler(
-            args.lr_scheduler_type,
-            optimizer=torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate),
-            num_warmup_steps=min(args.get_warmup_steps(steps), steps),
-            num_training_steps=steps,
-            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
-        )
+        scheduler = _curve(args, torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate), steps)
         if not isinstance(scheduler, LambdaLR):
             raise DistillError(
                 f"The learning-rate schedule {args.lr_scheduler_type} cannot start anew with every stage: choose"
@@ -70,10 +64,15 @@ def check_recipe(training: TrainingArguments) -> None:
         if training.optim in _PLAIN_OPTIMIZERS:
             cls, options = Trainer.get_optimizer_cls_and_kwargs(training)
             made = cls([torch.nn.Parameter(torch.zeros(1))], **options)
-        get_scheduler(
-            training.lr_scheduler_type,
-            made,
-            num_warmup_steps=training.get_warmup_steps(10),
-            num_training_steps=10,
-            scheduler_specific_kwargs=training.lr_scheduler_kwargs,
-        )
+        _curve(training, made, 10)
+
+
+def _curve(args: TrainingArguments, optimizer: Any, steps: int) -> Any:
+    """The curve that `args` ask for, over so many steps."""
+    return get_scheduler(
+        args.lr_scheduler_type,
+        optimizer=optimizer,
+        num_warmup_steps=min(args.get_warmup_steps(steps), steps),
+        num_training_steps=steps,
+        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+    )

@@ -1,15 +1,17 @@
-"""The networks of the training script: teachers from checkpoints, students from checkpoints, layers or nothing."""
+"""The networks and the tokenizer of the training script: from checkpoints, from a teacher's layers, or from nothing."""
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import BertWordPieceTokenizer
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertTokenizer
 from transformers.modeling_utils import load_state_dict
@@ -19,10 +21,10 @@ from kd_accelerate.cached import files_id
 from kd_plugins.errors import DistillError, told
 from kd_plugins.finite import check_weights
 from kd_plugins.methods.internal import uniform
-from kd_transformers.absent import Absent
 from kd_transformers.checks import class_names, class_order
 from kd_transformers.compat import commit_of
 from kd_transformers.data import Labels
+from kd_transformers.told import Absent
 
 logger = logging.get_logger(__name__)
 
@@ -31,6 +33,9 @@ _FEED_FORWARD = (
     *("intermediate_size", "hidden_dim", "d_inner", "n_inner", "d_ff"),
     *("ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim"),
 )
+_SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+# Of a vocabulary that is trained: scripts of many thousand characters would leave no room for words.
+_LETTERS = 1000
 
 
 def from_checkpoint(name: str, labels: Labels, *, fresh_head: bool, **hub: Any) -> Any:
@@ -290,6 +295,34 @@ def _head(model: nn.Module, classes: int) -> list[str]:
 
 
 # Tokenizers
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096, max_length: int = 512) -> BertTokenizer:
+    """Trains a lower-casing WordPiece tokenizer with BERT's special tokens and template.
+
+    Schuster and Nakajima, "Japanese and Korean Voice Search", ICASSP 2012; the texts alone decide the vocabulary, so
+    the same texts give the same tokenizer.
+
+    Args:
+        texts: The training split; nothing else, or the vocabulary knows what it should not.
+        vocab_size: Size of the vocabulary, at most.
+        max_length: What the tokenizer says its model reads.
+    """
+    tokenizer, texts = BertWordPieceTokenizer(), list(texts)
+    counts = Counter(char for text in texts for char in tokenizer.normalize(text) if not char.isspace())
+    letters = sorted(sorted(counts, key=lambda char: (-counts[char], char))[:_LETTERS])
+    tokenizer.train_from_iterator(
+        texts,
+        vocab_size=vocab_size,
+        min_frequency=2,
+        # Ties between merges go by token number, and letters within words get theirs in the order of a hash map, which
+        # changes from run to run, unless they are there from the start.
+        special_tokens=[*_SPECIAL_TOKENS, *letters, *(f"##{char}" for char in letters)],
+        initial_alphabet=letters,
+        limit_alphabet=len(letters),
+        show_progress=False,
+    )
+    return BertTokenizer(vocab=tokenizer.get_vocab(), model_max_length=max_length)
 
 
 def load_tokenizer(name: str, **hub: Any) -> Any:

@@ -1,10 +1,11 @@
-"""What the columns of teachers say, and of whom: read with a batch, and compared with the teachers once."""
+"""Teachers that are not loaded, since what they say is in the data; what its columns say, and of whom."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,14 +15,89 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from kd_accelerate.cached import layers_of
+from kd_accelerate.randomness import undisturbed
 from kd_plugins import Batch, Distiller, DistillError, Nets, Reads
 from kd_plugins import functional as KF
+from kd_plugins.reading.network import Network, adapt
 from kd_plugins.reading.view import TopK, View
-from kd_transformers.absent import Absent, called
-from kd_transformers.checks import base, class_names, counted_as, kind_of
-from kd_transformers.columns import TEACHER_CLASSES, TEACHER_LOGITS
+from kd_transformers.checks import called, class_names, config_of, counted_as, kind_of, stated
+from kd_transformers.columns import TEACHER, TEACHER_CLASSES, TEACHER_LOGITS, TOLD, told_layers
 
 _NOTE = f"{TEACHER_LOGITS}: "
+
+
+class Absent(nn.Module):
+    """A teacher that is not loaded, since what it says is in the data.
+
+    Args:
+        stands_for: The class of the teacher, or its name.
+        config: Its configuration.
+        identity: Changes with its weights.
+        load: Loads it; None where it is not to be had.
+        kind: What it is for, where neither its class nor its configuration is known (`checks.kind_of`).
+    """
+
+    def __init__(
+        self,
+        stands_for: type | str,
+        config: Any,
+        identity: str = "",
+        load: Callable[[], nn.Module] | None = None,
+        kind: str = "",
+    ) -> None:
+        super().__init__()
+        self.absent_class = stands_for if isinstance(stands_for, type) else None
+        self.stands_for = stands_for.__name__ if isinstance(stands_for, type) else stands_for
+        self.config, self.identity, self._load, self.absent_kind = config, identity, load, kind
+
+    def load(self) -> nn.Module:
+        """The teacher itself, another one at each call; no random stream has moved."""
+        if self._load is None:
+            raise DistillError(
+                f"The method reads more of the teacher than the columns of cache_teacher hold, and the"
+                f" {self.stands_for} that wrote them is not loaded: give teacher_model."
+            )
+        with undisturbed():
+            return self._load().requires_grad_(False).eval()
+
+
+class AbsentNetwork:
+    """The adapter of a teacher that is not loaded before it is read, or asked how it is built."""
+
+    def __init__(self, module: Absent) -> None:
+        self._absent = module
+
+    @property
+    def module(self) -> nn.Module:
+        """The teacher, or what stands for it."""
+        return self._loaded.module if "_loaded" in vars(self) else self._absent
+
+    @cached_property
+    def _loaded(self) -> Network:
+        # A part of what stands for it from then on, so that it follows its modes and devices.
+        self._absent.loaded = self._absent.load()
+        return adapt(self._absent.loaded)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._loaded, name)
+
+    def read(self, batch: Batch, reads: Reads, **options: Any) -> Any:
+        """As `Network.read`."""
+        if isinstance(batch.inputs, Tensor):
+            self._loaded.module.to(batch.inputs.device)
+        return self._loaded.read(batch, reads, **options)
+
+    def install(self, reads: Reads) -> None:
+        """As `Network.install`; what the cache may hold needs no hooks."""
+        if reads.hidden or reads.attentions:
+            self._loaded.install(reads)
+
+    check_map: Any = Network.check_map
+
+
+# The columns, read with a batch, and compared with the teachers once
 
 
 def noted(description: str | None, teachers: Sequence[nn.Module], row: Mapping[str, Any], temperature: float) -> str:
@@ -31,8 +107,8 @@ def noted(description: str | None, teachers: Sequence[nn.Module], row: Mapping[s
         {
             "stands_for": called(teacher),
             "kind": kind_of(teacher),
-            "classes": class_names(getattr(base(teacher), "config", None)),
-            "scores": whole or getattr(getattr(base(teacher), "config", None), counted_as(teacher), None),
+            "classes": class_names(config_of(teacher)),
+            "scores": whole or stated(teacher, counted_as(teacher)),
             "temperature": temperature,
         }
         for teacher in teachers
@@ -74,8 +150,7 @@ def _note_of(dataset: Any) -> list[dict[str, Any]]:
             " known: train on what cache_teacher returns (no stream or torch Subset of it), or give teacher_model where"
             " the column holds all logits."
         )
-    found: list[dict[str, Any]] = json.loads(noted[0].removeprefix(_NOTE))
-    return found
+    return json.loads(noted[0].removeprefix(_NOTE))
 
 
 def loaded_where_read(teachers: Sequence[nn.Module], distiller: Distiller) -> list[nn.Module]:
@@ -124,10 +199,30 @@ def _alike(told: Tensor, asked: Tensor, mask: Tensor | None) -> bool:
     return torch.allclose(told.float(), asked.float(), rtol=2e-2, atol=2e-2)
 
 
-def told_by(dataset: Any, logits: Tensor | None, classes: Tensor | None, *, tokens: bool) -> Any:
-    """What the columns of a batch of a data set say, of several teachers each."""
-    if logits is None:
-        return None
+def pop_told(inputs: dict[str, Any], dataset: Any, teachers: int, *, tokens: bool) -> dict[str, Any]:
+    """Takes what teachers have said out of a batch's inputs for them.
+
+    Args:
+        inputs: The inputs.
+        dataset: Where the batch is from.
+        teachers: How many there are.
+        tokens: Whether the scores are of tokens.
+
+    Returns:
+        Their logits, and the layers of each, as `Batch.of` takes them.
+    """
+    logits, classes = (inputs.pop(name.removeprefix(TEACHER), None) for name in TOLD)
+    layers: list[dict[str | int, Tensor]] = [{} for _ in range(teachers)]
+    for column, (number, layer) in told_layers(TEACHER + name for name in list(inputs)).items():
+        value = inputs.pop(column.removeprefix(TEACHER))
+        if number < teachers:
+            layers[number][layer] = value
+    said = None if logits is None else _said(dataset, logits, classes, tokens=tokens)
+    return {"teacher_logits": said, "teacher_features": tuple(layers)}
+
+
+def _said(dataset: Any, logits: Tensor, classes: Tensor | None, *, tokens: bool) -> Any:
+    """The logits in the columns of a batch, of several teachers each; with their classes where they are the highest."""
     several, classes = logits.dim() == (4 if tokens else 3), None if classes is None else classes.long()
     temperature = 1.0 if classes is None else temperature_of(dataset)
 

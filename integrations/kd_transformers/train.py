@@ -23,7 +23,7 @@ from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
 
 from kd_accelerate.command import Stopped, run_command, signals
-from kd_plugins import Batch, View
+from kd_plugins import Batch, Distiller, View
 from kd_plugins.catalog.registry import distiller_classes, from_json, options_from_strings
 from kd_plugins.errors import DistillError, told
 from kd_plugins.finite import check_loss
@@ -32,28 +32,21 @@ from kd_report import page_hint
 from kd_report.measures import decisions
 from kd_report.uncertainty import Answers, Doubts, dirichlet_offset, uncertainty_metrics
 from kd_transformers import DistillationTrainer, students
-from kd_transformers.absent import Absent, called
 from kd_transformers.arguments import Arguments, parse_args
 from kd_transformers.cache import cache_teacher
 from kd_transformers.checkpoints import RECIPE, Resumable, asked_for, checkpoints, identity
-from kd_transformers.checks import class_order
+from kd_transformers.checks import PROBLEMS, called, class_order
 from kd_transformers.data import Labels, fingerprint, load_other, load_text
 from kd_transformers.metrics import agreement, build_metrics, check_best, default_metrics, ensemble, logits_of
 from kd_transformers.recording import RecordCallback, UpdateTimer, changed
 from kd_transformers.schedule import check_recipe
-from kd_transformers.told import cached_logits
-from kd_transformers.wordpiece import train_tokenizer
+from kd_transformers.told import Absent, cached_logits
 
 logger = logging.get_logger(__name__)
 
 _RECORD, _RESULTS = "teacher.json", "all_results.json"
 # Of a `Trainer` for teachers, which has no evaluation set and refuses a schedule of evaluations.
 _ALONE = dict(eval_strategy="no", save_strategy="no", load_best_model_at_end=False, push_to_hub=False)
-_TASKS = {
-    "single_label_classification": "classification",
-    "multi_label_classification": "multilabel",
-    "regression": "regression",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,9 +87,8 @@ class Session:
         data, model, distillation, training = self.arguments = arguments
         self.output = Path(str(training.output_dir))
         self.hub = {"cache_dir": model.cache_dir, "trust_remote_code": model.trust_remote_code}
-        self.options = (
-            options_from_strings(distillation.distill, distillation.distill_args) if distillation.distill else {}
-        )
+        method = distillation.distill
+        self.options = options_from_strings(method, distillation.distill_args) if method else {}
         if training.disable_tqdm:
             disable_progress_bars()
             logging.disable_progress_bar()
@@ -138,7 +130,6 @@ class Session:
         with told("The training cannot be set up with these arguments", ImportError, OSError, RuntimeError, ValueError):
             self.trainer = self._trainer()
         self.trainer.facts = {"arguments": self._fingerprint} if training.do_train else {}
-        self.trainer.allow_nonfinite = self.arguments.model.allow_nonfinite
         shown = {"student": _name(self.student), "teachers": [*map(_name, self.teachers)], "peers": distillation.peer}
         self.recorder = RecordCallback(
             self.trainer,
@@ -146,7 +137,7 @@ class Session:
             names=shown,
             data=self.data.source,
             settings=changed(data) | changed(model),
-            teachers=[] if distillation.distill else self.teachers,
+            teachers=[] if method else self.teachers,
             predicts=not training.do_eval,
             cached=distillation.cache_teacher,
         )
@@ -228,7 +219,7 @@ class Session:
     # Before the training
 
     def _check_task(self) -> None:
-        name, task = self.arguments.distillation.distill, _TASKS[self.labels.problem]
+        name, task = self.arguments.distillation.distill, PROBLEMS[self.labels.problem]
         if self.arguments.data.ood_dataset and task != "classification":
             raise DistillError(
                 f"--ood_dataset reads the uncertainty of a classifier, and the labels of {self.data.source} make a"
@@ -256,12 +247,10 @@ class Session:
         first = model.tokenizer_name or next(iter(named.values()), None) or model.config_name
         if first is None or (first == model.config_name and Path(first).suffix == ".json"):
             size, length = model.vocab_size, self.arguments.data.max_seq_length
-            tokenizer = train_tokenizer(self.data.texts(), size, max(length, 512))
+            tokenizer = students.train_tokenizer(self.data.texts(), size, max(length, 512))
         else:
             if model.vocab_size != type(model).vocab_size:
-                logger.warning(
-                    f"--vocab_size is of a tokenizer trained on the data, and {first} has one: it is left out."
-                )
+                logger.warning(f"--vocab_size is of a tokenizer trained on the data; {first} has one: it is left out.")
             revision = {"revision": model.model_revision} if first == model.model_name_or_path else {}
             tokenizer = students.load_tokenizer(first, **self.hub, **revision)
         others = {name: students.load_tokenizer(path, **self.hub) for name, path in named.items() if path != first}
@@ -316,27 +305,27 @@ class Session:
         return [given.teacher_layers, given.teacher_hidden_size, given.teacher_heads]
 
     def _trainer(self) -> Resumable:
-        distillation, training = self.arguments.distillation, self.arguments.training
-        common: dict[str, Any] = {
-            "model": self.student,
-            "args": training,
-            "train_dataset": self.train_set,
-            "eval_dataset": self.evaluation_set,
-            "data_collator": self.collate,
-            "processing_class": self.tokenizer,
-            "compute_metrics": self.compute_metrics,
-            "callbacks": [_Stop(self)],
-        }
-        if not distillation.distill:
-            return _trainer(**common)
-        return DistillationTrainer(
-            **common,
-            teacher_model=self.teachers or None,
-            peer_models=self.peers,
-            distiller=distillation.distill,
-            distiller_args=self.options,
-            record=False,
-        )
+        method = self.arguments.distillation.distill
+        options: dict[str, Any] = {"eval_dataset": self.evaluation_set, "compute_metrics": self.compute_metrics}
+        if method:
+            options |= {"distiller": method, "distiller_args": self.options, "record": False}
+            options |= {"teacher_model": self.teachers or None, "peer_models": self.peers}
+        cls = DistillationTrainer if method else Resumable
+        return self._made(cls, self.student, self.arguments.training, callbacks=[_Stop(self)], **options)
+
+    def _made(self, cls: type[Resumable], model: Any, args: Any, **options: Any) -> Resumable:
+        """A trainer on the training set, whose loss is the mean over a batch.
+
+        As it comes, `Trainer` multiplies the loss by accumulation steps and processes where a model takes
+        `num_items_in_batch` but ignores it, as BERT does; then teachers and plain students would train otherwise than
+        distilled ones.
+        """
+        common = {"train_dataset": self.train_set, "data_collator": self.collate, "processing_class": self.tokenizer}
+        trainer = cls(model=model, args=args, **common, **options)
+        trainer.allow_nonfinite = self.arguments.model.allow_nonfinite
+        if cls is Resumable:
+            trainer.model_accepts_loss_kwargs = trainer.loss_is_scaled_for_ga = False
+        return trainer
 
     # The teacher
 
@@ -394,14 +383,7 @@ class Session:
         set_seed(training.seed)
         # As a teacher it was frozen when the student's trainer was built, which is before, for its checks.
         teacher.requires_grad_(True)
-        trainer = _trainer(
-            model=teacher,
-            args=args,
-            train_dataset=self.train_set,
-            data_collator=self.collate,
-            processing_class=self.tokenizer,
-        )
-        trainer.allow_nonfinite = self.arguments.model.allow_nonfinite
+        trainer = self._made(Resumable, teacher, args)
         result = trainer.train()
         trainer.save_model()
         trainer.save_metrics("train", result.metrics)
@@ -470,14 +452,12 @@ class Session:
 
     def _answers(self, logits: np.ndarray, told: list[np.ndarray], labels: np.ndarray | None) -> Answers:
         """What student and teachers decide, by their logits of some rows; with labels or without."""
-        distiller, saved = getattr(self.trainer, "distiller", None), self._saved_distiller()
-        offset = dirichlet_offset(distiller or (from_json(saved) if saved else None), self.labels.count)
-        answers = Answers(offset)
+        answers = Answers(dirichlet_offset(self._distiller, self.labels.count))
         for rows in np.array_split(np.arange(len(logits)), -(-len(logits) // 512)):
             truth = None if labels is None else torch.as_tensor(labels[rows])
             if truth is not None and self.labels.problem == "single_label_classification":
                 truth = truth.flatten()
-            batch = Batch(labels=truth, size=len(rows), task=_TASKS[self.labels.problem])
+            batch = Batch(labels=truth, size=len(rows), task=PROBLEMS[self.labels.problem])
             ours, *theirs = (decisions(View(torch.as_tensor(x[rows])), batch) for x in (logits, *told))
             if ours is None:
                 break
@@ -498,10 +478,12 @@ class Session:
             for name, value in uncertainty_metrics(doubts, other.get(who)).items()
         }
 
-    def _saved_distiller(self) -> Path | None:
-        """What a student that is only evaluated was distilled with, where its folder tells."""
+    @property
+    def _distiller(self) -> Distiller | None:
+        """What the student is distilled with; of one that is only evaluated, what its folder tells."""
         path = Path(self.arguments.model.model_name_or_path or "") / "distiller.json"
-        return path if not self.arguments.training.do_train and path.is_file() else None
+        saved = not self.arguments.training.do_train and path.is_file()
+        return getattr(self.trainer, "distiller", None) or (from_json(path) if saved else None)
 
     def _told(self, rows: Any) -> list[np.ndarray]:
         """Each teacher's logits of some rows, classes in the student's order."""
@@ -524,17 +506,6 @@ def _predict(trainer: Trainer, rows: Any) -> PredictionOutput:
         return trainer.predict(rows, metric_key_prefix="eval")
     finally:
         vars(trainer.args).update(before)
-
-
-def _trainer(**options: Any) -> Resumable:
-    """A `Trainer` whose loss is the mean over a batch.
-
-    As it comes, it multiplies the loss by accumulation steps and processes where a model takes `num_items_in_batch` but
-    ignores it, as BERT does; then teachers and plain students would train otherwise than distilled ones.
-    """
-    trainer = Resumable(**options)
-    trainer.model_accepts_loss_kwargs = trainer.loss_is_scaled_for_ga = False
-    return trainer
 
 
 class _Stop(TrainerCallback):

@@ -20,24 +20,22 @@ from transformers.utils import logging
 from kd_accelerate import TurnPlayer
 from kd_accelerate.randomness import undisturbed
 from kd_accelerate.sharding import is_sharded, make_whole
-from kd_accelerate.streams import StagedDataset, Streams
+from kd_accelerate.streams import Peeked, StagedDataset, Streams, check_anew
 from kd_plugins import Batch, Distiller, DistillError, Nets, create_distiller
 from kd_plugins.binding import connect, needs_in, needs_of_stages, needs_pass, prepare, schedule, set_up
 from kd_plugins.catalog.registry import to_json
 from kd_plugins.reading.network import adapt
 from kd_transformers import checks
-from kd_transformers.absent import Absent, AbsentNetwork
 from kd_transformers.card import Gain, add_to_card, check_gain, named_data, section
 from kd_transformers.checkpoints import Resumable
-from kd_transformers.checks import base, class_order, inputs_of, reads_scores, task_of
-from kd_transformers.columns import INDEX, TEACHER, check_ids, pop_told, told_columns, with_index, with_padding
+from kd_transformers.checks import base, called, class_order, inputs_of, reads_scores, task_of
+from kd_transformers.columns import INDEX, TEACHER, check_ids, told_columns, with_index, with_padding
 from kd_transformers.compat import ALWAYS_DIVIDES, on_device, used_columns
 from kd_transformers.network import decoder_inputs, labels_of
 from kd_transformers.playing import Trained, Updates, divides, export, listed, save_weights
 from kd_transformers.recording import RecordCallback
 from kd_transformers.schedule import staged_scheduler
-from kd_transformers.streams import Peeked, check_anew
-from kd_transformers.told import absent_teachers, check_told, loaded_where_read, told_by
+from kd_transformers.told import Absent, AbsentNetwork, absent_teachers, check_told, loaded_where_read, pop_told
 
 logger = logging.get_logger(__name__)
 
@@ -83,9 +81,6 @@ class DistillationTrainer(Resumable):
         DistillError: A combination that cannot work, in one sentence, before any training: a task that the method does
             not fit, other classes or tokens in teacher and student, no teacher, DataParallel, FSDP1.
     """
-
-    lr_scheduler: Any
-    model_accepts_loss_kwargs: bool
 
     def __init__(
         self,
@@ -137,9 +132,7 @@ class DistillationTrainer(Resumable):
         self._unused = copy.deepcopy(self.distiller)
         self._named = (distiller, dict(distiller_args or {})) if isinstance(distiller, str) else None
         self.teachers = loaded_where_read(self.teachers, self.distiller)
-        self._teacher_networks: list[Any] = [
-            AbsentNetwork(t) if isinstance(t, Absent) else adapt(t) for t in self.teachers
-        ]
+        self._adapters: list[Any] = [AbsentNetwork(t) if isinstance(t, Absent) else adapt(t) for t in self.teachers]
         self._nets = self._connect(self.distiller)
         self._tokens = checks.special_tokens(self.model)
         # model_init makes a new student in every run; its peers begin anew with it.
@@ -171,13 +164,8 @@ class DistillationTrainer(Resumable):
             raise DistillError(f"Expected a task among {', '.join(checks.TASKS)}, got {self.task!r}.")
         for network in (self.model, *self.teachers):
             make_whole(network)
-        nets = connect(
-            distiller,
-            adapt(self.model),
-            self._teacher_networks,
-            [adapt(p) for p in self.peer_models],
-            orders=self._orders(distiller),
-        )
+        peers = [*map(adapt, self.peer_models)]
+        nets = connect(distiller, adapt(self.model), self._adapters, peers, orders=self._orders(distiller))
         checks.check_fit(distiller, self.task or task_of(self.model), self.model)
         for peer in self.peer_models:
             checks.check_labels(peer, self._label, own_loss=self.compute_loss_func is not None)
@@ -185,8 +173,8 @@ class DistillationTrainer(Resumable):
         columns = getattr(self.train_dataset, "column_names", None)
         if columns is not None:
             check_ids(self.model, self.teachers, self.peer_models, columns)
-        student, *peers = (Trained(self, net, student=net is nets.student) for net in nets.peers)
-        return Nets(student, nets.teachers, peers)
+        student, *others = (Trained(self, net, student=net is nets.student) for net in nets.peers)
+        return Nets(student, nets.teachers, others)
 
     def _orders(self, distiller: Distiller) -> list[Sequence[int] | None]:
         """The class order of each teacher whose scores are read."""
@@ -279,25 +267,22 @@ class DistillationTrainer(Resumable):
             yield self._batch(on_device(self, inputs))
 
     def _batch(self, inputs: Mapping[str, Any]) -> Batch:
-        own, only = self._own_inputs(inputs), self._teacher_only()
-        theirs = {name: value for name, value in inputs.items() if name in only}
-        theirs |= {k.removeprefix(TEACHER): v for k, v in inputs.items() if k.startswith(TEACHER)}
-        logits, classes, layers = pop_told(theirs, len(self.teachers))
+        own, theirs = self._split(inputs)
         student = base(self.model)
         labels, mask = labels_of(student, own, self._label)
         task = self.task or task_of(student, labels, own_loss=self.compute_loss_func is not None)
+        told = pop_told(theirs, self.train_dataset, len(self.teachers), tokens=task in ("token", "causal-lm"))
         return Batch.of(
             own | decoder_inputs(student, own, labels),
             labels,
             name=getattr(student, "main_input_name", None),
             task=task,
-            ignore_index=checks.ignored_label(getattr(student, "config", None)),
+            ignore_index=checks.ignored_label(student),
             mask=mask,
             teacher_kwargs=theirs,
-            teacher_logits=told_by(self.train_dataset, logits, classes, tokens=task in ("token", "causal-lm")),
-            teacher_features=layers,
             index=inputs.get(INDEX),
             rows=len(self.train_dataset) if has_length(self.train_dataset) else 0,
+            **told,
             **self._normalisation(),
         )
 
@@ -318,10 +303,12 @@ class DistillationTrainer(Resumable):
         scale = 255 * processor.rescale_factor if getattr(processor, "do_rescale", False) else 1
         return {name: (np.ravel(values) / scale).tolist() for name, values in (("mean", mean), ("std", std))}
 
-    def _own_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """What the student reads of a batch."""
+    def _split(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the student reads of a batch, and what the teachers read that the student does not."""
         only = self._teacher_only()
-        return {k: v for k, v in inputs.items() if k not in only and k != INDEX and not k.startswith(TEACHER)}
+        own = {k: v for k, v in inputs.items() if k not in only and k != INDEX and not k.startswith(TEACHER)}
+        theirs = {k.removeprefix(TEACHER): v for k, v in inputs.items() if k.startswith(TEACHER)}
+        return own, {k: v for k, v in inputs.items() if k in only} | theirs
 
     def _teacher_only(self) -> set[str]:
         """Inputs that a teacher takes and the student does not; labels are the student's, whatever reads them."""
@@ -472,8 +459,7 @@ class DistillationTrainer(Resumable):
         loss = self.player.forward(batch)
         outputs, self._outputs = self._outputs, None
         if self._unchecked and outputs is not None:
-            config = getattr(base(self.model), "config", None)
-            checks.check_ignored(self._nets.student.network.logits(outputs), batch, config)
+            checks.check_ignored(self._nets.student.network.logits(outputs), batch, self.model)
             self._unchecked = False
         if self.compute_loss_func is not None and not ALWAYS_DIVIDES:
             loss = loss / self.current_gradient_accumulation_steps
@@ -488,13 +474,13 @@ class DistillationTrainer(Resumable):
                 raise
             # torch says so of a kernel, too.
             raise DistillError(
-                f"{type(base(self.model)).__name__} gives no task loss (its forward says: {error}): where it has none,"
+                f"{called(self.model)} gives no task loss (its forward says: {error}): where it has none,"
                 " give one, compute_loss_func=."
             ) from error
         return loss, outputs
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        return super().prediction_step(model, self._own_inputs(inputs) if self.distiller else inputs, *args, **kwargs)
+        return super().prediction_step(model, self._split(inputs)[0] if self.distiller else inputs, *args, **kwargs)
 
     def clipped_beside(self) -> list[nn.Parameter]:
         return self.player.clip_parameters if self.player is not None else []

@@ -25,10 +25,9 @@ from transformers import BertTokenizer, DataCollatorWithPadding, default_data_co
 from kd_plugins import Batch, Distiller, DistillError, Needs, Reads, create_distiller
 from kd_plugins.methods.kd import KD
 from kd_transformers import DistillationTrainer, cache_teacher
-from kd_transformers.absent import Absent
 from kd_transformers.columns import TEACHER_LOGITS, Told, as_file
 from kd_transformers.recording import RecordCallback
-from kd_transformers.told import temperature_of
+from kd_transformers.told import Absent, temperature_of
 
 
 @pytest.fixture
@@ -219,8 +218,10 @@ def test_a_method_is_asked_what_it_reads(rows):
 
 def test_it_is_what_the_teacher_says_and_leaves_the_teacher_as_it_was(rows):
     teacher = kit.teacher(dropout=True).train()
+    teacher.bert.encoder.layer[0].eval()
+    modes = [module.training for module in teacher.modules()]
     logits = torch.tensor(cache_teacher(rows, teacher)[TEACHER_LOGITS])
-    assert teacher.training
+    assert [module.training for module in teacher.modules()] == modes
     with torch.no_grad():
         torch.testing.assert_close(logits, teacher.eval()(**kit.Texts().batch()).logits, rtol=1e-5, atol=1e-5)
 
@@ -268,6 +269,9 @@ def test_the_teacher_need_not_be_loaded(rows, tmp_path):
         trained(again, distiller="kd")
     with pytest.raises(DistillError, match="kd needs at least one teacher, got 0"):
         trained(rows, distiller="kd")
+    fewer = cache_teacher(rows, kit.teacher(num_labels=2))
+    with pytest.raises(DistillError, match="got 3 in the student and 2 in BertForSequenceClassification:"):
+        train(tmp_path, fewer, ())
 
 
 def test_a_teacher_is_loaded_where_it_has_to_be_asked(rows, caplog):

@@ -18,7 +18,7 @@ from kd_transformers.arguments import DataArguments
 from kd_transformers.data import fingerprint, load_text, read_labels
 from kd_transformers.docstrings import load_docstrings, read_docstrings, split_by_file
 from kd_transformers.metrics import agreement, build_metrics, decide, default_metrics, ensemble, local_metrics
-from kd_transformers.wordpiece import train_tokenizer
+from kd_transformers.students import train_tokenizer
 
 TEXTS = [f"the {a} loop {b} every {c}" for a in "abcdef" for b in ("reads", "writes") for c in ("socket", "buffer")]
 
