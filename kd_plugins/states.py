@@ -120,9 +120,9 @@ def replacing(path: str | Path, *, shared: bool = False) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str, *, shared: bool = False) -> None:
-    """Writes a text file in one step; `shared` as in `replacing`."""
+    """Writes a text file in one step, with "?" for half a surrogate; `shared` as in `replacing`."""
     with replacing(path, shared=shared) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="replace")
 
 
 def write_json(path: str | Path, content: Any, *, shared: bool = False) -> None:

@@ -952,6 +952,15 @@ def test_command(tmp_path, capsys):
         load_run(tmp_path / "empty")
 
 
+def test_half_a_surrogate_is_written_as_a_question_mark(tmp_path):
+    """As Python reads a command line, or the name of a folder, that is no UTF-8."""
+    RunRecord(tmp_path, host="loop", nets=nn.Linear(4, 2), command=["x"], data="a\udcffb").finish({})
+    assert load_run(tmp_path).info["data"] == "a?b"
+    rewrite(tmp_path, data="c\udcffd")
+    assert main([str(tmp_path)]) == 0
+    assert "c?d" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def test_a_run_without_an_end_has_a_page(tmp_path):
     record = RunRecord(tmp_path, host="bare loop", nets=nn.Linear(4, 2), command=["x"])
     record.log({"step": 1, "loss": float("nan")})

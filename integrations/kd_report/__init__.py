@@ -66,6 +66,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     with told(f"{output} cannot be written", OSError, remedy="name another file, --output FILE."):
         output.parent.mkdir(parents=True, exist_ok=True)
     # In place of a link, and not through it.
-    write_text(output, page.encode(errors="replace").decode())
+    write_text(output, page)
     print(output)
     return 0

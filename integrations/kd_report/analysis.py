@@ -6,12 +6,11 @@ Reads evaluation batches and leaves no trace: evaluation mode, no gradient, no r
 from __future__ import annotations
 
 import colorsys
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os.path import commonprefix
 from typing import Any
 
@@ -85,18 +84,19 @@ def analyse(
             other; by default a few over the depth.
     """
     nets, began, found, count, alike = as_nets(nets), time.monotonic(), Analysis(), 0, None
-    peers = [f"peer{i}" for i in range(1, len(nets.peers))]
-    compared = "teacher" if nets.teachers else peers[0] if peers else "student"
-    named = dict(zip(["student", *peers, "teacher"], [*nets.peers, *nets.teachers], strict=False))
+    trained = list(nets.trained)
+    compared = "teacher" if nets.teachers else trained[:2][-1]
+    pair = dict.fromkeys(("student", compared))
     with _without_trace(nets):
         for batch in _read(nets, batches, _SECONDS):
             if not count:
                 first, pick = batch, _pick(batch)
-                readers = {name: _Reader(net, batch) for name, net in named.items()}
+                named = zip([*trained, "teacher"], nets, strict=False)
+                readers = {name: _Reader(net, batch) for name, net in named}
                 found.summary |= {name: {"layers": list(reader.places)} for name, reader in readers.items()}
             seen = {name: reader.activations(batch, reader.places) for name, reader in readers.items()}
             if not count and _is_image(batch):
-                for name in dict.fromkeys(("student", compared)):
+                for name in pair:
                     _keep_maps(found, name, readers[name], {layer: x[pick].float() for layer, x in seen[name].items()})
                 if "teacher" in seen:
                     _keep_channels(found, seen["student"], seen["teacher"], pick)
@@ -105,19 +105,18 @@ def analyse(
                 alike = hsic(vectors) + (0 if alike is None else alike)
             count += batch.size
         shown = _part(first, pick)
-        for name in dict.fromkeys(("student", compared)):
+        for name in pair:
             _keep_attention(found, name, readers[name], shown, (attentions or {}).get(name))
         _keep_examples(found, shown, decode)
     if alike is not None:
         sizes = [len(reader.places) for reader in readers.values()]
         between = [dict(zip(readers, rows.split(sizes, 1), strict=True)) for rows in cka(alike).split(sizes)]
         found.arrays["cka"] = between[0][compared].contiguous()
-        trained = ["student", *peers]
-        if peers and all(readers[name].places for name in trained):
+        if len(trained) > 1 and all(readers[name].places for name in trained):
             rows = [[row[name][-1, -1] for name in trained] for row in between[: len(trained)]]
             found.arrays["peers/similarity"] = torch.tensor(rows)
     seconds = round(time.monotonic() - began, 3)
-    found.summary |= {"peers": peers, "examples": count, "compared": compared, "seconds": seconds}
+    found.summary |= {"peers": trained[1:], "examples": count, "compared": compared, "seconds": seconds}
     return found
 
 
@@ -127,20 +126,20 @@ def predict(nets: Nets | nn.Module, batches: Iterable[Batch], *, distiller: Dist
     What the student's scores are, the distiller says.
     """
     nets, answers = as_nets(nets), Answers()
-    peers, teachers = ([_fresh(net) for net in given] for given in (nets.peers, nets.teachers))
+    fresh, peers = [_fresh(net) for net in nets], list(nets.trained)[1:]
     with _without_trace(nets):
         for batch in _read(nets, batches):
-            ours, *others = (decisions(net(batch, reads=Reads()), batch) for net in (*peers, *teachers))
+            ours, *others = (decisions(net(batch, reads=Reads()), batch) for net in fresh)
             if ours is None:
                 break
             answers.offset = dirichlet_offset(distiller, ours.logits.shape[-1])
             answers.add("student", *ours)
+            named = zip([*peers, *nets.frozen], others, strict=True)
             # Networks of other classes cannot be compared.
-            known = [x.logits if x is not None and x.logits.shape == ours.logits.shape else None for x in others]
-            for i, logits in enumerate(known[: len(peers) - 1], 1):
-                if logits is not None:
-                    answers.add(f"peer{i}", logits, ours.labels, student=ours.logits)
-            told = [logits for logits in known[len(peers) - 1 :] if logits is not None]
+            known = {n: x.logits for n, x in named if x is not None and x.logits.shape == ours.logits.shape}
+            told = [known.pop(name) for name in nets.frozen if name in known]
+            for name, logits in known.items():
+                answers.add(name, logits, ours.labels, student=ours.logits)
             answers.ensemble(told, ours.labels, ours.logits)
     return answers
 
@@ -188,7 +187,7 @@ def _part(batch: Batch, rows: Tensor) -> Batch:
         return value[rows.to(value.device)] if sized else value
 
     names = ("inputs", "labels", "kwargs", "teacher_kwargs", "mask", "index")
-    return dataclasses.replace(batch, size=len(rows), **{name: cut(getattr(batch, name)) for name in names})
+    return replace(batch, size=len(rows), **{name: cut(getattr(batch, name)) for name in names})
 
 
 class _Reader:
@@ -226,11 +225,10 @@ class _Reader:
     def _layers(self, batch: Batch) -> dict[str, str | int]:
         """Numbers of a transformer's layers; else blocks and stem of the trunk, stages, or all modules with weights."""
         network, root = self.net.network, self.net.module
-        if self.attention and network.attention is not None:
-            layers = enumerate(network.attention.layers, 1)
-            numbers: dict[str, str | int] = {f"layer {i}": i for i, layer in layers if layer.layer is not None}
-            if numbers:
-                return numbers
+        known = network.attention.layers if self.attention and network.attention is not None else ()
+        numbers: dict[str, str | int] = {f"layer {i}": i for i, x in enumerate(known, 1) if x.layer is not None}
+        if numbers:
+            return numbers
         paths: list[str] = []
         with suppress(DistillError, AttributeError):
             paths = network.stages()
@@ -264,9 +262,9 @@ def _vectors(x: Tensor, batch: Batch) -> Tensor:
     x, mask = x.float(), batch.mask
     if x.dim() == 4:
         return F.adaptive_avg_pool2d(x, (min(4, x.shape[2]), min(4, x.shape[3]))).flatten(1)
-    if x.dim() == 3 and mask is not None and mask.shape == x.shape[:2]:
-        return (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
-    return x.mean(1) if x.dim() == 3 else x.flatten(1)
+    if x.dim() == 3:
+        return KF.embedding(x, mask if mask is not None and mask.shape == x.shape[:2] else None)
+    return x.flatten(1)
 
 
 # What is shown
@@ -328,17 +326,15 @@ def _keep_attention(found: Analysis, name: str, reader: _Reader, shown: Batch, a
     layers, kept = _spread(asked or range(1, reader.attention + 1), _SHOWN_LAYERS), []
     class_token = any(name.endswith(_CLASS_TOKENS) for name, _ in reader.net.module.named_parameters())
     try:
-        attentions = reader.net(shown, reads=Reads(logits=False, attentions=tuple(layers))).attentions
+        seen = reader.net(shown, reads=Reads(logits=False, attentions=tuple(layers))).attentions
+        if any(len(seen[layer].scores) != shown.size for layer in layers):
+            raise DistillError("Attention within windows is not drawn.")
     except DistillError as error:
         found.summary[name]["attention_note"] = str(error)
         return
     for layer in layers:
-        attention = attentions[layer]
-        probs = attention.scores.softmax(-1) if attention.probs is None else attention.probs
-        if len(probs) != shown.size:
-            found.summary[name]["attention_note"] = "Attention within windows is not drawn."
-            return
-        probs = probs.float().mean(1)
+        scores, given = seen[layer]
+        probs = (scores.softmax(-1) if given is None else given).float().mean(1)
         if _is_image(shown):
             # A class token, where there is one, tells what it attends to; else the patches do, and no register token.
             patches = reader.patches(probs[:, 0])

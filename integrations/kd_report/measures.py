@@ -37,20 +37,18 @@ def decisions(view: View, batch: Batch) -> Decisions | None:
         return None
     rows = class_scores(view, view, batch)
     logits, labels = rows.student.detach().flatten(0, 1), rows.labels
-    counts = None if rows.mask is None else rows.mask.flatten()
+    counts = torch.ones_like(logits[:, 0], dtype=torch.bool) if rows.mask is None else rows.mask.flatten()
     if rows.binary:
-        counts = None if counts is None else counts.repeat_interleave(logits.shape[1])
+        counts = counts.repeat_interleave(logits.shape[1])
         logits = torch.stack([torch.zeros_like(logits), logits], -1).flatten(0, 1)
         given = batch.labels
         if isinstance(given, Tensor) and given.shape == view.logits.shape:
             given = class_scores(View(given), View(given), batch).student  # in the order of the rows
         labels = given > 0.5 if isinstance(given, Tensor) and given.numel() == len(logits) else None
-    index = torch.arange(len(logits), device=logits.device)
     if labels is not None:
         labels = labels.detach().flatten().long()
-        known = (labels >= 0) & (labels < logits.shape[1])
-        counts = known if counts is None else known & counts
-    index = index if counts is None else index[counts]
+        counts = counts & (labels >= 0) & (labels < logits.shape[1])
+    index = counts.nonzero().flatten()
     most = max(_ROWS, batch.size or 0)
     if len(index) > most:
         index = index[torch.linspace(0, len(index) - 1, most, device=index.device).round().long()]

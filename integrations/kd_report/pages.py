@@ -71,9 +71,9 @@ class Subject:
     """
 
     def __init__(self, runs: Sequence[Run]) -> None:
-        self.all, self.one = runs, runs[0] if len(runs) == 1 else None
+        self.all, self.one = list(runs), runs[0] if len(runs) == 1 else None
         self.axis = "step" if all("step" in row for run in runs for row in run.history) else "epoch"
-        found = {"student": list(runs)} if self.one else _experiments(runs)
+        found = {"student": self.all} if self.one else _experiments(runs)
         teachers: dict[Any, Run] = {}
         for run in runs:
             if run.info["teachers"]:
@@ -86,12 +86,11 @@ class Subject:
                 above[name] = own
         order = sorted(found, key=lambda name: (name in above, found[name][0].method != "alone"))
         self.groups = {f"{n} (teacher)" if n in above and n != "teacher" else n: found[n] for n in order}
-        self.networks = [(name, group, "student") for name, group in self.groups.items()]
-        shown: set[Any] = set().union(*above.values())
-        others = [run for who, run in teachers.items() if who not in shown]
-        self.networks += [(f"teacher: {run.teacher}", [run], "teacher") for run in others]
+        others = [run for who, run in teachers.items() if not any(who in own for own in above.values())]
         peers = enumerate(self.one.info["peers"] if self.one else (), 1)
-        self.networks += [(f"peer{i}: {peer['name']}", list(runs), f"peer{i}") for i, peer in peers]
+        self.networks = [(name, group, "student") for name, group in self.groups.items()]
+        self.networks += [(f"teacher: {run.teacher}", [run], "teacher") for run in others]
+        self.networks += [(f"peer{i}: {peer['name']}", self.all, f"peer{i}") for i, peer in peers]
 
     def baseline(self, name: str) -> tuple[str | None, list[str]]:
         """The first experiment that trained the same student alone, on the same data, with the same settings.
@@ -353,13 +352,12 @@ def _cost(about: Subject) -> Parts:
 
 
 def _runs(about: Subject) -> Parts:
-    def row(run: Run) -> list[str]:
+    rows = []
+    for run in () if about.one else about.all:
         metric, seed = run.result, run.part("settings", "seed")
         words = [run.name, run.method, run.student, run.teacher or "–", "–" if seed is None else str(seed)]
-        return [*words, number(metric[1], 4) if metric else "–", run.status or "–"]
-
-    columns = ["folder", "method", "student", "teacher or peers", "seed", "result", "status"]
-    return [] if about.one else [_table(columns, [row(run) for run in about.all])]
+        rows.append([*words, number(metric[1], 4) if metric else "–", run.status or "–"])
+    return [_table(["folder", "method", "student", "teacher or peers", "seed", "result", "status"], rows)]
 
 
 # Of one run
@@ -462,9 +460,8 @@ def _attention(run: Run) -> Parts:
         parts.append(("heading", _label(run, i)))
         for name, maps in cut.items():
             # The tokens stand beside the first layer.
-            sides = [tokens, *[()] * (len(maps) - 1)]
-            titled = [(x, side, f"{name}, {layer}") for side, (layer, x) in zip(sides, maps, strict=True)]
-            parts.append(("charts", [charts.heatmap(x, side, title=title, **words) for x, side, title in titled]))
+            sided = [(x, () if j else tokens, f"{name}, {layer}") for j, (layer, x) in enumerate(maps)]
+            parts.append(("charts", [charts.heatmap(x, side, title=title, **words) for x, side, title in sided]))
     return parts
 
 
@@ -484,20 +481,19 @@ def _channels(run: Run) -> Parts:
 
 def _confusion(run: Run) -> Parts:
     """The confusion matrix, or how it differs from the other network's, and the mistakes that changed most."""
-    student, other = (run.array("after", f"{who}/confusion") for who in ("student", run.other))
-    if student is None:
+    found = [run.array("after", f"{who}/confusion") for who in dict.fromkeys(("student", run.other))]
+    cells = [x for x in found if x is not None]
+    if found[0] is None:
         return []
     given = run.info["classes"]
-    names = [str(given[i]) if i < len(given) else str(i) for i in range(len(student))]
+    names = [str(given[i]) if i < len(given) else str(i) for i in range(len(cells[0]))]
     words: dict[str, Any] = {"row_label": "true class", "column_label": "answer", "digits": 0, "space": 460}
-
-    def rates(cells: Tensor) -> Tensor:
-        return 100 * cells.float() / cells.sum(1, keepdim=True).clamp_min(1)
-
-    if other is None or run.other == "student":
-        return [("charts", [charts.heatmap(rates(student), names, names, title="Share of each class, %", **words)])]
+    shares = [100 * x.float() / x.sum(1, keepdim=True).clamp_min(1) for x in cells]
+    if len(cells) == 1:
+        return [("charts", [charts.heatmap(shares[0], names, names, title="Share of each class, %", **words)])]
     words |= {"title": f"Student − {run.other}, percentage points", "signed": True}
-    chart = charts.heatmap(rates(student) - rates(other), names, names, **words)
+    chart = charts.heatmap(shares[0] - shares[1], names, names, **words)
+    student, other = cells
     change = (student - other).fill_diagonal_(0)
     rows = []
     for place in change.abs().flatten().argsort(descending=True, stable=True)[:_CHANGES].tolist():

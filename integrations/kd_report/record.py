@@ -16,7 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
@@ -236,9 +236,8 @@ class RunRecord:
         The seconds of a step are their mean over the training, evaluation left out; the status is `"finished"` or
         `"interrupted"`.
         """
-        parts = self.timer.stop() if self.timer is not None else {}
-        step = {} if seconds_per_step is None else {"seconds_per_step": seconds_per_step}
-        self.run["cost"] |= step | ({"parts": parts} if parts else {}) | _peak_memory(self.device)
+        cost = {"seconds_per_step": seconds_per_step, "parts": self.timer.stop() if self.timer is not None else {}}
+        self.run["cost"] |= {k: x for k, x in cost.items() if x not in (None, {})} | _peak_memory(self.device)
         self.run |= {"results": dict(results), "status": status}
         with self._trying("The method's pictures could not be made", "No pictures of the method"):
             own = self.distiller.pictures() if self.distiller is not None else []
@@ -250,8 +249,7 @@ class RunRecord:
         self.run["seconds"] = time.monotonic() - self._began
         if self.distiller is not None and self.distiller.progress.table is not None:
             self.run["stages"] = self.distiller.progress.table.to_json()
-        text = _json(self.run, indent=2, ensure_ascii=False) + "\n"
-        write_text(self.folder / "run.json", text.encode(errors="replace").decode())
+        write_text(self.folder / "run.json", _json(self.run, indent=2, ensure_ascii=False) + "\n")
 
     @contextmanager
     def _trying(self, note: str, warning: str) -> Iterator[None]:
@@ -273,7 +271,7 @@ class StepTimer:
 
     def __init__(self, player: TurnPlayer) -> None:
         self.rows: list[dict[str, float]] = [{}]
-        self._wrapped: list[tuple[Any, str]] = []
+        self._wrapped = ExitStack()
         self._mark = time.perf_counter()
         self._cuda = player.accelerator.device.type == "cuda"
         for net in player.nets:
@@ -285,10 +283,9 @@ class StepTimer:
 
     def stop(self) -> dict[str, float]:
         """Gives the methods back; the median seconds of each part of a step, empty where none was measured."""
-        while self._wrapped:
-            delattr(*self._wrapped.pop())
+        self._wrapped.close()
         rows = self.rows[_SKIP:-1]
-        found = dict.fromkeys(name for row in rows for name in row)
+        found = dict.fromkeys(chain.from_iterable(rows))
         names = sorted(found, key=lambda name: _LAST.index(name) if name in _LAST else -1)
         return {name: statistics.median(row.get(name, 0.0) for row in rows) for name in names}
 
@@ -314,7 +311,7 @@ class StepTimer:
             return result
 
         setattr(owner, method, timed)
-        self._wrapped.append((owner, method))
+        self._wrapped.callback(delattr, owner, method)
 
 
 def rows_to_analyse(trained: int) -> int:

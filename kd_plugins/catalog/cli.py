@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -98,12 +99,12 @@ def _list(files: Sequence[Path] | None) -> None:
     # In a narrow window columns break words, so it has fewer of them; what a pipe gets does not depend on any window.
     narrow = console.is_terminal and console.width < _WIDE
     shown = {"name": None, "year": None, "kind": None, "tasks": 14, "hosts": 12, "distribution": None, "paper": None}
-    kept = [i for i, column in enumerate(shown) if not narrow or column not in ("hosts", "distribution")]
-    for i in kept:
-        table.add_column(list(shown)[i], overflow="fold", min_width=list(shown.values())[i])
+    kept = [not narrow or column not in ("hosts", "distribution") for column in shown]
+    for column, width in compress(shown.items(), kept):
+        table.add_column(column, overflow="fold", min_width=width)
 
     def add(*cells: str) -> None:
-        table.add_row(*(cells[i] for i in kept))
+        table.add_row(*compress(cells, kept))
 
     for name in sorted(found):
         entries = found[name]
@@ -188,8 +189,9 @@ def _console() -> Console:
     from rich.console import Console
 
     console = Console(markup=False, highlight=False, emoji=False)
-    # A pipe or a file has no width: nothing is wrapped or cut for it.
-    return console if console.is_terminal else Console(markup=False, highlight=False, emoji=False, width=10_000)
+    if not console.is_terminal:
+        console.width = 10_000  # A pipe or a file has none: nothing is wrapped or cut for it.
+    return console
 
 
 def _print(console: Console, what: object) -> None:

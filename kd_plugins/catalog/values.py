@@ -7,6 +7,7 @@ import math
 import re
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -144,14 +145,11 @@ def _json(value: str) -> Any:
         raise ValueError(f"not JSON: {error}") from error
 
 
+_SPELLED = {**dict.fromkeys(("true", "yes", "on", "1"), True), **dict.fromkeys(("false", "no", "off", "0"), False)}
+
+
 def _bool(value: Any) -> bool:
-    if isinstance(value, str):
-        if value.lower() in ("true", "yes", "on", "1"):
-            return True
-        if value.lower() in ("false", "no", "off", "0"):
-            return False
-        raise ValueError
-    return _exactly(bool, value)
+    return _SPELLED[value.lower()] if isinstance(value, str) and value.lower() in _SPELLED else _exactly(bool, value)
 
 
 def _int(value: Any) -> int:
@@ -159,13 +157,9 @@ def _int(value: Any) -> int:
 
 
 def _float(value: Any) -> float:
-    if isinstance(value, str):
-        try:
+    if isinstance(value, (str, int)) and not isinstance(value, bool):
+        with suppress(ValueError):
             value = float(value)
-        except ValueError:
-            raise ValueError from None
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
     if not math.isfinite(_exactly(float, value)):
         raise ValueError("a finite number")
     return value  # type: ignore[no-any-return]

@@ -327,7 +327,7 @@ def _own_accelerate_state() -> Iterator[None]:
             state.update(before)
 
 
-def under_accelerate(setting: Setting, seed: int = 0) -> dict[str, Tensor]:
+def under_accelerate(setting: Setting) -> dict[str, Tensor]:
     """The same training played by `kd_accelerate.TurnPlayer`; the weights that it ends with."""
     from accelerate import Accelerator
 
@@ -335,10 +335,9 @@ def under_accelerate(setting: Setting, seed: int = 0) -> dict[str, Tensor]:
 
     with _own_accelerate_state():
         accelerator = Accelerator(cpu=setting.device.type == "cpu", mixed_precision="no")
-        training = Training(setting, seed=seed, wrap=lambda model, optimizer: accelerator.prepare(model, optimizer))
-        player = TurnPlayer(
-            accelerator, training.distiller, training.nets, training.run.optimizer, model=training.model
-        )
+        training = Training(setting, wrap=accelerator.prepare)
+        run = training.run
+        player = TurnPlayer(accelerator, training.distiller, training.nets, run.optimizer, model=training.model)
         for step, batch in training.batches():
             with accelerator.accumulate(training.model):
                 player.step(batch)
