@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd_plugins.functional._common import exact, no_autocast
+from kd_plugins.functional._common import exactly
 
 __all__ = ["lsgan_classes", "lsgan_discriminator", "lsgan_generator", "wgan_gp"]
 
@@ -32,8 +32,7 @@ def lsgan_discriminator(real: Tensor, fake: Tensor) -> Tensor:
     >>> lsgan_discriminator(torch.tensor([0.5, 1.0]), torch.tensor([0.5, 0.0]))
     tensor(0.2500)
     """
-    with no_autocast(real):
-        real, fake = exact(real, fake)
+    with exactly(real, fake) as (real, fake):
         return (1 - real).square().mean() + fake.square().mean()
 
 
@@ -53,8 +52,7 @@ def lsgan_generator(fake: Tensor) -> Tensor:
     >>> lsgan_generator(torch.tensor([0.5, 1.0]))
     tensor(0.1250)
     """
-    with no_autocast(fake):
-        (fake,) = exact(fake)
+    with exactly(fake) as (fake,):
         return (1 - fake).square().mean()
 
 
@@ -79,8 +77,7 @@ def lsgan_classes(scores: Tensor, source: int) -> Tensor:
     """
     if scores.dim() != 2 or not 0 <= source < scores.shape[1]:
         raise ValueError(f"Expected scores [B, K] and a network 0 to K - 1, got {list(scores.shape)} and {source}.")
-    with no_autocast(scores):
-        (scores,) = exact(scores)
+    with exactly(scores) as (scores,):
         target = torch.zeros_like(scores)
         target[:, source] = 1
         return (target - scores.softmax(1)).square().sum(1).mean() / 2
@@ -129,8 +126,7 @@ def wgan_gp(
             f"Expected fake and real of one shape [B, ...], got {list(fake.shape)} and {list(real.shape)}: the penalty"
             " is taken on the lines between them."
         )
-    with no_autocast(fake):
-        fake, real = exact(fake.detach(), real.detach())
+    with exactly(fake.detach(), real.detach()) as (fake, real):
         if isinstance(given, Tensor) and given.is_floating_point():
             given = given.detach().to(fake.dtype)
         condition = () if given is None else (given,)

@@ -7,7 +7,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_plugins.functional._common import Reduction, check_reduction, exact, no_autocast, reduce
+from kd_plugins.functional._common import Reduction, check_temperature, exactly, reduce
 
 __all__ = ["crd", "crd_log_z"]
 
@@ -51,13 +51,11 @@ def crd(
     >>> crd(a, a, bank, torch.tensor([[1, 1]]), temperature=1.0)
     tensor(1.6996)
     """
-    check_reduction(reduction)
     if positive.shape != anchor.shape:
         raise ValueError(
             f"Expected one positive for each anchor [B, D], got {list(anchor.shape)}, {list(positive.shape)}."
         )
-    with no_autocast(anchor):
-        anchor, positive, bank = exact(anchor, positive.detach(), bank.detach())
+    with exactly(anchor, positive.detach(), bank.detach()) as (anchor, positive, bank):
         odds = math.log(negatives.shape[1] / len(bank)) + log_z
         same = (anchor * positive).sum(1) / temperature - odds
         others = _scores(anchor, bank, negatives, temperature) - odds
@@ -85,8 +83,7 @@ def crd_log_z(anchor: Tensor, bank: Tensor, negatives: Tensor, *, temperature: f
     >>> crd_log_z(torch.zeros(2, 3), torch.zeros(10, 3), torch.zeros(2, 4, dtype=torch.long)).exp()
     tensor(10.)
     """
-    with no_autocast(anchor):
-        anchor, bank = exact(anchor.detach(), bank.detach())
+    with exactly(anchor.detach(), bank.detach()) as (anchor, bank):
         scores = _scores(anchor, bank, negatives, temperature)
         return scores.flatten().logsumexp(0) + math.log(len(bank) / scores.numel())
 
@@ -98,6 +95,5 @@ def _scores(anchor: Tensor, bank: Tensor, negatives: Tensor, temperature: float)
             "Expected anchors [B, D], a bank [M, D] and rows of it [B, N], got"
             f" {list(anchor.shape)}, {list(bank.shape)} and {list(negatives.shape)}."
         )
-    if not temperature > 0:
-        raise ValueError(f"Expected a temperature above 0, got {temperature}.")
+    check_temperature(temperature)
     return (anchor @ bank.mT).gather(1, negatives) / temperature

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_plugins.functional._common import exact, no_autocast
+from kd_plugins.functional._common import exactly
 
 __all__ = ["dafl_activation", "dafl_information", "dafl_one_hot"]
 
@@ -27,8 +27,7 @@ def dafl_one_hot(logits: Tensor) -> Tensor:
     tensor(0.6931)
     """
     _check(logits, "logits [B, K]")
-    with no_autocast(logits):
-        (z,) = exact(logits)
+    with exactly(logits) as (z,):
         return F.cross_entropy(z, z.argmax(1))
 
 
@@ -45,8 +44,8 @@ def dafl_activation(features: Tensor) -> Tensor:
     tensor(-2.)
     """
     _check(features, "features [B, D]")
-    with no_autocast(features):
-        return -exact(features)[0].abs().mean()
+    with exactly(features) as (f,):
+        return -f.abs().mean()
 
 
 def dafl_information(logits: Tensor, base: float = 10, *, mean: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -67,8 +66,8 @@ def dafl_information(logits: Tensor, base: float = 10, *, mean: Callable[[Tensor
     _check(logits, "logits [B, K]")
     if not base > 1:
         raise ValueError(f"Expected the base of a logarithm, above 1, got {base}.")
-    with no_autocast(logits):
-        p = exact(logits)[0].softmax(1).mean(0)
+    with exactly(logits) as (z,):
+        p = z.softmax(1).mean(0)
         p = p if mean is None else mean(p)
         return (p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum() / math.log(base)
 

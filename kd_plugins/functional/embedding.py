@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kd_plugins.functional._common import exact, no_autocast
+from kd_plugins.functional._common import exactly
 
 __all__ = ["embedding"]
 
@@ -31,8 +31,7 @@ def embedding(features: Tensor, mask: Tensor | None = None) -> Tensor:
         raise ValueError(f"Expected features [B, D], [B, D, H, W] or [B, L, D], got {list(features.shape)}.")
     if features.dim() == 3 and mask is not None and mask.shape != features.shape[:2]:
         raise ValueError(f"Expected a mask {list(features.shape[:2])} for these tokens, got {list(mask.shape)}.")
-    with no_autocast(features):
-        (x,) = exact(features)
+    with exactly(features) as (x,):
         if x.dim() == 3 and mask is not None:
             valid = mask.bool().unsqueeze(-1)
             return torch.where(valid, x, 0).sum(1) / valid.sum(1).clamp_min(1)

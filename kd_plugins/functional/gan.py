@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_plugins.functional._common import exact, no_autocast
+from kd_plugins.functional._common import exactly
 
 __all__ = ["gan_discriminator", "gan_generator"]
 
@@ -27,8 +27,7 @@ def gan_discriminator(real: Tensor, fake: Tensor) -> Tensor:
     >>> gan_discriminator(torch.tensor([0.0]), torch.tensor([0.0, -200.0]))
     tensor(1.0397)
     """
-    with no_autocast(real):
-        real, fake = exact(real, fake)
+    with exactly(real, fake) as (real, fake):
         return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 
@@ -48,6 +47,5 @@ def gan_generator(fake: Tensor) -> Tensor:
     >>> gan_generator(torch.tensor([0.0, -200.0]))
     tensor(100.3466)
     """
-    with no_autocast(fake):
-        (fake,) = exact(fake)
+    with exactly(fake) as (fake,):
         return F.softplus(-fake).mean()

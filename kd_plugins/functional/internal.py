@@ -4,16 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kd_plugins.functional._common import (
-    Reduction,
-    check_reduction,
-    exact,
-    no_autocast,
-    per_example,
-    reduce,
-    softmax_kl,
-    unit,
-)
+from kd_plugins.functional._common import Reduction, exactly, per_example, reduce, softmax_kl, unit
 
 __all__ = ["attention_kl", "cls_cosine"]
 
@@ -55,7 +46,6 @@ def attention_kl(
     >>> attention_kl(student, teacher, mask=torch.tensor([[1, 1, 0]]))
     tensor(0.1109)
     """
-    check_reduction(reduction)
     if student_scores.dim() != 4 or student_scores.shape != teacher_scores.shape:
         raise ValueError(
             "Expected student and teacher scores of one shape [B, heads, Lq, Lk], got"
@@ -67,8 +57,7 @@ def attention_kl(
             raise ValueError(
                 f"Expected probabilities of the scores' shape {list(student_scores.shape)}, got {list(probs.shape)}."
             )
-    with no_autocast(student_scores):
-        student, teacher = exact(student_scores, teacher_scores)
+    with exactly(student_scores, teacher_scores) as (student, teacher):
         p_s, p_t = (None if p is None else p.detach().to(student.dtype) for p in (student_probs, teacher_probs))
         rows = softmax_kl(student, teacher, p_s, p_t).mean(1)
         return reduce(per_example(rows, mask), reduction)
@@ -95,13 +84,11 @@ def cls_cosine(
     >>> cls_cosine(torch.tensor([[[0.0, 2.0]]]), torch.tensor([[[3.0, 4.0]]]))
     tensor(0.2000)
     """
-    check_reduction(reduction)
     shapes = student_hidden.shape, teacher_hidden.shape
     if len(shapes[0]) != 3 or len(shapes[1]) != 3 or shapes[0][0] != shapes[1][0] or shapes[0][2] != shapes[1][2]:
         raise ValueError(
             "Expected student and teacher hidden states [B, L, H] of one batch and one hidden size, got"
             f" {list(shapes[0])} and {list(shapes[1])}: project the student's to the teacher's hidden size."
         )
-    with no_autocast(student_hidden):
-        student, teacher = exact(student_hidden[:, index], teacher_hidden[:, index].detach())
+    with exactly(student_hidden[:, index], teacher_hidden[:, index].detach()) as (student, teacher):
         return reduce(1 - (unit(student) * unit(teacher)).sum(-1), reduction)

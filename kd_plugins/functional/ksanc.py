@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kd_plugins.functional._common import exact, no_autocast
+from kd_plugins.functional._common import exactly
 
 __all__ = ["squeeze"]
 
@@ -33,8 +33,7 @@ def squeeze(features: Tensor, scores: Tensor, *, mask: Tensor | None = None) -> 
             "Expected features [B, N, D], scores [B, N] and a mask of that shape, got"
             f" {[list(x.shape) for x in (features, scores, mask) if x is not None]}."
         )
-    with no_autocast(features):
-        features, scores = exact(features, scores)
+    with exactly(features, scores) as (features, scores):
         if mask is not None:
             left_out = ~mask.bool()
             features = features.masked_fill(left_out.unsqueeze(-1), 0)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kd_plugins.functional._common import Reduction, check_reduction, exact, no_autocast, reduce, unit
+from kd_plugins.functional._common import Reduction, exact, exactly, reduce, unit
 
 __all__ = ["match_spatial", "nst"]
 
@@ -71,9 +71,8 @@ def nst(
     >>> nst(student, 5 * student.flip(1))
     tensor(0.)
     """
-    _check(student_map, teacher_map, kernel, d, sigma2, reduction)
-    with no_autocast(student_map):
-        student, teacher = exact(student_map.flatten(2), teacher_map.detach().flatten(2))
+    _check(student_map, teacher_map, kernel, d, sigma2)
+    with exactly(student_map.flatten(2), teacher_map.detach().flatten(2)) as (student, teacher):
         (c_s, n), c_t = student.shape[1:], teacher.shape[1]
         channel_entries, spatial_entries = c_s**2 + c_t**2 + c_s * c_t, n**2
         if kernel == "poly" and not (d == 2 and c == 0 and spatial_entries < channel_entries):
@@ -232,8 +231,7 @@ def _mmd(mean: Callable[[Tensor, Tensor], Tensor], student: Tensor, teacher: Ten
     return value + mean(teacher, teacher) if teacher_term else value
 
 
-def _check(student: Tensor, teacher: Tensor, kernel: str, d: int, sigma2: float | None, reduction: str) -> None:
-    check_reduction(reduction)
+def _check(student: Tensor, teacher: Tensor, kernel: str, d: int, sigma2: float | None) -> None:
     if kernel not in get_args(Kernel):
         raise ValueError(f"Expected kernel 'linear', 'poly' or 'gaussian', got {kernel!r}.")
     if d < 1 or d != int(d):
