@@ -23,20 +23,6 @@ from kd_plugins.reading.tap import untraced
 from kd_plugins.reading.view import Batch, Needs, Reads, check_batch
 from kd_plugins.stages import Progress, StageTable
 
-__all__ = [
-    "agree",
-    "bind",
-    "bound",
-    "connect",
-    "listed",
-    "needs_in",
-    "needs_pass",
-    "prepare",
-    "schedule",
-    "set_up",
-    "untouched",
-]
-
 _BOUND: weakref.WeakKeyDictionary[Distiller, weakref.ref[Nets]] = weakref.WeakKeyDictionary()
 
 

@@ -19,8 +19,6 @@ from kd_plugins.reading.nets import Net, Nets
 from kd_plugins.reading.view import Batch, Needs, View
 from kd_plugins.stages import Stage
 
-__all__ = ["Composite"]
-
 
 class Composite(Distiller):
     """The sum of several methods' terms over one task loss.

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError
 
-__all__ = ["Watch", "check_loss", "check_weights"]
-
 # Updates in a row that may be lost: a gradient scaler skips single ones. And updates between two looks.
 _PATIENCE, _EVERY = 3, 10
 

@@ -22,8 +22,6 @@ from kd_plugins.distiller import Distiller
 from kd_plugins.errors import DistillError, did_you_mean, told
 from kd_plugins.reading.nets import Nets
 
-__all__ = ["Group", "make_groups"]
-
 
 @dataclass(eq=False)
 class Group:

@@ -9,8 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Host", "world"]
-
 
 def world() -> tuple[int, int]:
     """This process's rank, and the number of processes."""

@@ -14,8 +14,6 @@ from kd_plugins.nn.connectors import as_weights
 from kd_plugins.reading.view import tokens_first
 from kd_plugins.terms import check_terms
 
-__all__ = ["DENSE_TASKS", "FEATURE_TASKS", "LayerDistiller", "Pair"]
-
 FEATURE_TASKS: tuple[str, ...] = (
     "classification",
     "multilabel",

@@ -23,8 +23,6 @@ from kd_plugins.saving import Saving
 from kd_plugins.stages import Stage
 from kd_plugins.terms import check_terms
 
-__all__ = ["Run", "make_optimizers", "play"]
-
 
 class Run(Saving):
     """Plays a method's turns: takes every gradient before any optimizer moves a weight, the student's last.

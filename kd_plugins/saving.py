@@ -21,8 +21,6 @@ from kd_plugins.host import world
 from kd_plugins.reading.attention import BaseAttentionTaps
 from kd_plugins.reading.nets import Nets
 
-__all__ = ["Saving", "parts"]
-
 _logger = logging.getLogger(__name__)
 
 

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from kd_plugins.errors import DistillError
 
-__all__ = ["Terms", "Turn", "check_taught", "check_terms"]
-
 Terms = dict[str, Tensor]
 """Loss terms by name; they are summed, and logged under their names."""
 Turn = Mapping[str, Mapping[str, Tensor]]

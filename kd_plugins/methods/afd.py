@@ -18,8 +18,6 @@ from kd_plugins.nn.connectors import as_weights
 from kd_plugins.nn.discriminators import Discriminator, probability, transfer_layer
 from kd_plugins.reading.nets import check_unlike
 
-__all__ = ["AFD", "sources"]
-
 
 def sources(network: int, networks: int, topology: str) -> list[int]:
     """The networks that a network learns from.

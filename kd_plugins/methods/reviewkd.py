@@ -15,8 +15,6 @@ from kd_plugins.layers import LayerDistiller
 from kd_plugins.nn.connectors import as_weights
 from kd_plugins.nn.fusion import AttentionFusion
 
-__all__ = ["ReviewKD"]
-
 
 class ReviewKD(LayerDistiller):
     """Each teacher layer teaches the student's layer together with all deeper ones, fused from deep to shallow.

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from kd_plugins.functional._common import no_autocast
 
-__all__ = ["GaussianRegressor", "UnitHead", "as_weights", "hint_regressor"]
-
 
 def as_weights(part: nn.Module | None, x: Tensor) -> Tensor:
     """A tensor in the precision of a part's weights, which networks in bfloat16 do not share with parts of ours.

@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["AttentionFusion"]
-
 
 class AttentionFusion(nn.Module):
     """Mixes one layer's map with what comes from the deeper layers, each weighted at every position.
