@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 
 from kd_plugins.authors import check_made, needs_of, overrides
 from kd_plugins.averaging import broadcast, distributed
-from kd_plugins.distiller import Distiller
+from kd_plugins.distiller import Distiller, parts
 from kd_plugins.errors import DistillError
 from kd_plugins.finite import check_weights
 from kd_plugins.reading.nets import Net, Nets, Transform
@@ -156,9 +157,8 @@ def connect(
         orders: Each teacher's class numbers in the student's order, where they differ.
     """
     check_made(distiller)
-    parts = distiller.methods.values()
-    for part in parts:
-        _check_numbers(part, len(teachers), len(peers), alone=len(parts) == 1)
+    for part in distiller.methods.values():
+        _check_numbers(part, len(teachers), len(peers), alone=len(distiller.methods) == 1)
     if peers and not distiller.peers:
         raise DistillError(f"{distiller.name} trains one student, got {len(peers)} peers beside it: leave them out.")
     _check_apart([student, *peers], teachers)
@@ -174,15 +174,11 @@ def connect(
     def taught_by(number: int) -> Reads:
         return needs_of(distiller).of_teacher(number)
 
-    def beside(networks: Sequence[Network], *given: Sequence[Any]) -> Iterator[tuple[int, tuple[Any, ...]]]:
-        """Networks with their numbers and what was given for each, None where the rest was left out."""
-        rest = ([*each, *[None] * (len(networks) - len(each))] for each in given)
-        return enumerate(zip(networks, *rest, strict=True))
-
-    made = [Net(n, partial(trained, i), forward=f) for i, (n, f) in beside([student, *peers], forwards)]
+    # Of what was left out each network has None.
+    made = [Net(n, partial(trained, i), forward=f) for i, (n, f) in enumerate(zip_longest([student, *peers], forwards))]
     frozen = [
         Net(network, partial(taught_by, i), frozen=True, transform=transform, order=order, number=i)
-        for i, (network, transform, order) in beside(teachers, transforms, orders)
+        for i, (network, transform, order) in enumerate(zip_longest(teachers, transforms, orders))
     ]
     return Nets(made[0], frozen, made[1:])
 
@@ -289,8 +285,8 @@ def needs_pass(distiller: Distiller) -> bool:
 @contextmanager
 def untouched(nets: Nets, distiller: Distiller | None = None) -> Iterator[None]:
     """No gradient, evaluation mode, and no trace in any random stream: what a pass before the training may leave."""
-    parts = distiller.modules() if distiller is not None else ()
-    hosts = [(part.host, part.host.state()) for part in parts if isinstance(part, Distiller)]
+    methods = parts(distiller).values() if distiller is not None else ()
+    hosts = [(part.host, part.host.state()) for part in methods]
     try:
         with untraced(*(net.module for net in nets)):
             yield
@@ -325,9 +321,8 @@ def agree(distiller: Distiller, nets: Nets) -> None:
             broadcast(peer.module.state_dict().values())
         seed = [torch.initial_seed()]
         dist.broadcast_object_list(seed)
-        for part in distiller.modules():
-            if isinstance(part, Distiller):
-                part.host.seed(seed[0])
+        for part in parts(distiller).values():
+            part.host.seed(seed[0])
 
 
 def _checked(batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -7,21 +7,18 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kd_plugins.authors import check_made
 from kd_plugins.averaging import average_buffers, average_gradients
-from kd_plugins.distiller import Distiller, Turn
+from kd_plugins.distiller import Distiller, Turn, check_terms
 from kd_plugins.errors import DistillError
 from kd_plugins.groups import Group
-from kd_plugins.host import world
 from kd_plugins.reading.nets import Nets
 from kd_plugins.reading.view import Batch
 from kd_plugins.saving import Saving
 from kd_plugins.stages import Stage
-from kd_plugins.terms import check_terms
 
 
 class Run(Saving):
@@ -316,8 +313,7 @@ class Run(Saving):
         means = torch.stack([self._sums[key][0] / self._sums[key][1] for key in keys])
         self._sums = {}
         if self.joined:
-            dist.all_reduce(means)
-            means /= world()[1]
+            means = self.distiller.host.mean(means)
         return dict(zip(keys, means.tolist(), strict=True))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kd_plugins import states
 from kd_plugins.catalog.registry import config_of
-from kd_plugins.distiller import Distiller
+from kd_plugins.distiller import Distiller, parts
 from kd_plugins.errors import DistillError
 from kd_plugins.finite import Watch, check_weights
 from kd_plugins.groups import Grouped
@@ -235,11 +235,6 @@ class Saving(Grouped):
                 *(name, words),
             )
         return state
-
-
-def parts(distiller: Distiller) -> dict[str, Distiller]:
-    """A method and the methods that it is composed of, by module path."""
-    return {name or ".": part for name, part in distiller.named_modules() if isinstance(part, Distiller)}
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
