@@ -6,7 +6,6 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -174,11 +173,15 @@ def connect(
     def taught_by(number: int) -> Reads:
         return needs_of(distiller).of_teacher(number)
 
-    # Of what was left out each network has None.
-    made = [Net(n, partial(trained, i), forward=f) for i, (n, f) in enumerate(zip_longest([student, *peers], forwards))]
+    def beside(networks: Sequence[Network], *given: Sequence[Any]) -> Iterator[tuple[int, tuple[Any, ...]]]:
+        """Networks with their numbers and what was given for each, None where the rest was left out."""
+        rest = ([*each, *[None] * (len(networks) - len(each))] for each in given)
+        return enumerate(zip(networks, *rest, strict=True))
+
+    made = [Net(n, partial(trained, i), forward=f) for i, (n, f) in beside([student, *peers], forwards)]
     frozen = [
         Net(network, partial(taught_by, i), frozen=True, transform=transform, order=order, number=i)
-        for i, (network, transform, order) in enumerate(zip_longest(teachers, transforms, orders))
+        for i, (network, transform, order) in beside(teachers, transforms, orders)
     ]
     return Nets(made[0], frozen, made[1:])
 
