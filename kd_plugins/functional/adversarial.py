@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kd_plugins.functional._common import exactly
 
-__all__ = ["lsgan_classes", "lsgan_discriminator", "lsgan_generator", "wgan_gp"]
+__all__ = ["gan_discriminator", "gan_generator", "lsgan_classes", "lsgan_discriminator", "lsgan_generator", "wgan_gp"]
 
 
 def lsgan_discriminator(real: Tensor, fake: Tensor) -> Tensor:
@@ -81,6 +82,45 @@ def lsgan_classes(scores: Tensor, source: int) -> Tensor:
         target = torch.zeros_like(scores)
         target[:, source] = 1
         return (target - scores.softmax(1)).square().sum(1).mean() / 2
+
+
+def gan_discriminator(real: Tensor, fake: Tensor) -> Tensor:
+    """Cross entropy of a discriminator that tells real from fake.
+
+    Goodfellow et al., "Generative Adversarial Nets", NIPS 2014, arXiv 1406.2661, eq. 1 as a loss: `-E log D(real) - E
+    log(1 - D(fake))` with `D = sigmoid(score)`, of the scores themselves, so that it is finite for every score.
+
+    Args:
+        real: Scores of any shape.
+        fake: Scores of any shape.
+
+    Returns:
+        A scalar.
+
+    >>> gan_discriminator(torch.tensor([0.0]), torch.tensor([0.0, -200.0]))
+    tensor(1.0397)
+    """
+    with exactly(real, fake) as (real, fake):
+        return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+
+def gan_generator(fake: Tensor) -> Tensor:
+    """Cross entropy of what wants to be taken for real.
+
+    Goodfellow et al., 2014, arXiv 1406.2661, section 3: `-E log D(fake)`, whose gradient does not vanish where the
+    discriminator is sure, as that of `E log(1 - D(fake))` does.
+
+    Args:
+        fake: Scores of any shape, before the sigmoid.
+
+    Returns:
+        A scalar.
+
+    >>> gan_generator(torch.tensor([0.0, -200.0]))
+    tensor(100.3466)
+    """
+    with exactly(fake) as (fake,):
+        return F.softplus(-fake).mean()
 
 
 def wgan_gp(
