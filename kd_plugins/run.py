@@ -235,10 +235,8 @@ class Run(Saving):
                 f"The terms {list(terms)} of the group {name!r} reach none of its {len(group.parameters)} parameters:"
                 " compute them from the group's own modules, outside no_grad."
             )
-        held = self._held.get((self._turn, name))
-        self._held[self._turn, name] = (
-            list(gradients) if held is None else [_add(a, b) for a, b in zip(held, gradients, strict=True)]
-        )
+        held = self._held.get((self._turn, name), [None] * len(gradients))
+        self._held[self._turn, name] = [_add(a, b) for a, b in zip(held, gradients, strict=True)]
 
     def _step_held(self, names: Any) -> None:
         """Updates the extra groups of a turn by what is held for them, at the accumulation boundary."""

@@ -41,6 +41,13 @@ def check_reduction(reduction: str) -> None:
         raise ValueError(f"Expected reduction 'mean', 'sum' or 'none', got {reduction!r}.")
 
 
+def expect(fits: bool, what: str, *given: Tensor, remedy: str = "") -> None:
+    """Refuses tensors that do not fit: says what was expected, their shapes, and what to do."""
+    if not fits:
+        got = " and ".join(str(list(x.shape)) for x in given)
+        raise ValueError(f"Expected {what}, got {got}{f': {remedy}' if remedy else ''}.")
+
+
 def check_temperature(temperature: float) -> None:
     """Refuses a temperature that softens nothing."""
     if not temperature > 0:
@@ -49,19 +56,18 @@ def check_temperature(temperature: float) -> None:
 
 def check_logits(student: Tensor, teacher: Tensor, temperature: float = 1.0, *, classes: int = 1) -> None:
     """Refuses logits of different shapes, or without an axis for examples and that many classes at least."""
-    if student.shape != teacher.shape or student.dim() < 2 or student.shape[-1] < classes:
-        raise ValueError(
-            "Expected student and teacher logits of one shape, [B, K] or [B, N, K]"
-            f"{' with two classes or more' if classes > 1 else ''}, got {list(student.shape)} and"
-            f" {list(teacher.shape)}: both networks need the same classes, in the same order, and the same tokens."
-        )
+    fits = student.shape == teacher.shape and student.dim() >= 2 and student.shape[-1] >= classes
+    several = " with two classes or more" if classes > 1 else ""
+    what = f"student and teacher logits of one shape, [B, K] or [B, N, K]{several}"
+    remedy = "both networks need the same classes, in the same order, and the same tokens"
+    expect(fits, what, student, teacher, remedy=remedy)
     check_temperature(temperature)
 
 
 def rows_of_batch(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """The examples of one batch as rows `[B, everything else]`, the teacher's without a gradient."""
-    if student.dim() < 2 or teacher.dim() < 2 or len(student) != len(teacher):
-        raise ValueError(f"Expected features [B, D] of one batch, got {list(student.shape)} and {list(teacher.shape)}.")
+    fits = min(student.dim(), teacher.dim()) >= 2 and len(student) == len(teacher)
+    expect(fits, "features [B, D] of one batch", student, teacher)
     return student.flatten(1), teacher.detach().flatten(1)
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_plugins.functional._common import exactly
+from kd_plugins.functional._common import exactly, expect
 
 __all__ = ["gan_discriminator", "gan_generator", "lsgan_classes", "lsgan_discriminator", "lsgan_generator", "wgan_gp"]
 
@@ -161,11 +161,8 @@ def wgan_gp(
     >>> wgan_gp(critic, fake=torch.ones(2, 4), real=torch.zeros(2, 4))
     tensor(14., grad_fn=<AddBackward0>)
     """
-    if fake.shape != real.shape:
-        raise ValueError(
-            f"Expected fake and real of one shape [B, ...], got {list(fake.shape)} and {list(real.shape)}: the penalty"
-            " is taken on the lines between them."
-        )
+    remedy = "the penalty is taken on the lines between them"
+    expect(fake.shape == real.shape, "fake and real of one shape [B, ...]", fake, real, remedy=remedy)
     with exactly(fake.detach(), real.detach()) as (fake, real):
         if isinstance(given, Tensor) and given.is_floating_point():
             given = given.detach().to(fake.dtype)

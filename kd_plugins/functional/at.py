@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kd_plugins.functional._common import Reduction, exactly, reduce, unit
+from kd_plugins.functional._common import Reduction, exactly, expect, reduce, unit
 from kd_plugins.functional.nst import match_spatial
 
 __all__ = ["at"]
@@ -36,10 +36,8 @@ def at(student_map: Tensor, teacher_map: Tensor, p: int = 2, *, reduction: Reduc
     >>> at(student, torch.tensor([[0.0, 3.0], [0.0, 4.0]]).reshape(1, 2, 1, 2))
     tensor(1.)
     """
-    if student_map.dim() != 4 or teacher_map.dim() != 4 or len(student_map) != len(teacher_map):
-        raise ValueError(
-            f"Expected maps [B, C, H, W] of one batch, got {list(student_map.shape)} and {list(teacher_map.shape)}."
-        )
+    fits = student_map.dim() == teacher_map.dim() == 4 and len(student_map) == len(teacher_map)
+    expect(fits, "maps [B, C, H, W] of one batch", student_map, teacher_map)
     if p < 1:
         raise ValueError(f"Expected an exponent p from 1, got {p}.")
     with exactly(student_map, teacher_map.detach()) as maps:

@@ -7,7 +7,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_plugins.functional._common import Reduction, check_temperature, exactly, reduce
+from kd_plugins.functional._common import Reduction, check_temperature, exactly, expect, reduce
 
 __all__ = ["crd", "crd_log_z"]
 
@@ -51,10 +51,7 @@ def crd(
     >>> crd(a, a, bank, torch.tensor([[1, 1]]), temperature=1.0)
     tensor(1.6996)
     """
-    if positive.shape != anchor.shape:
-        raise ValueError(
-            f"Expected one positive for each anchor [B, D], got {list(anchor.shape)}, {list(positive.shape)}."
-        )
+    expect(positive.shape == anchor.shape, "one positive for each anchor [B, D]", anchor, positive)
     with exactly(anchor, positive.detach(), bank.detach()) as (anchor, positive, bank):
         odds = math.log(negatives.shape[1] / len(bank)) + log_z
         same = (anchor * positive).sum(1) / temperature - odds
@@ -90,10 +87,7 @@ def crd_log_z(anchor: Tensor, bank: Tensor, negatives: Tensor, *, temperature: f
 
 def _scores(anchor: Tensor, bank: Tensor, negatives: Tensor, temperature: float) -> Tensor:
     """The anchors' products with their negatives `[B, N]`, over the temperature."""
-    if anchor.dim() != 2 or bank.dim() != 2 or anchor.shape[1] != bank.shape[1] or len(negatives) != len(anchor):
-        raise ValueError(
-            "Expected anchors [B, D], a bank [M, D] and rows of it [B, N], got"
-            f" {list(anchor.shape)}, {list(bank.shape)} and {list(negatives.shape)}."
-        )
+    fits = anchor.dim() == bank.dim() == 2 and anchor.shape[1] == bank.shape[1] and len(negatives) == len(anchor)
+    expect(fits, "anchors [B, D], a bank [M, D] and rows of it [B, N]", anchor, bank, negatives)
     check_temperature(temperature)
     return (anchor @ bank.mT).gather(1, negatives) / temperature

@@ -12,6 +12,7 @@ from kd_plugins.functional._common import (
     check_temperature,
     counted,
     exact,
+    expect,
     no_autocast,
     per_example,
     reduce,
@@ -185,11 +186,9 @@ def _reduced(rows: Tensor, student: Tensor, temperature: float, mask: Tensor | N
 
 def _check(student: Tensor, members: Tensor, temperature: float, smoothing: float) -> None:
     fits = members.dim() == student.dim() + 1 and student.dim() >= 2 and members.shape[1] > 0
-    if not fits or members[:, 0].shape != student.shape or student.shape[-1] < 2:
-        raise ValueError(
-            "Expected student logits [B, K] with two classes or more and the members' [B, M, K] (positions between M"
-            f" and K), got {list(student.shape)} and {list(members.shape)}."
-        )
+    fits = fits and members[:, 0].shape == student.shape and student.shape[-1] >= 2
+    what = "student logits [B, K] with two classes or more and the members' [B, M, K] (positions between M and K)"
+    expect(fits, what, student, members)
     check_temperature(temperature)
     if not 0 <= smoothing <= 1:
         raise ValueError(f"Expected smoothing from 0 to 1, got {smoothing}.")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kd_plugins.functional._common import Reduction, check_reduction, exact, no_autocast, unit
+from kd_plugins.functional._common import Reduction, check_reduction, exact, expect, no_autocast, unit
 
 __all__ = ["match_sharpness", "quest", "soft_assignment"]
 
@@ -181,14 +181,9 @@ class _WordKL(torch.autograd.Function):
 
 
 def _check(student: Tensor, teacher: Tensor, weight: Tensor, codebook: Tensor) -> None:
-    if student.dim() not in (3, 4) or student.shape[0] != teacher.shape[0] or student.shape[2:] != teacher.shape[2:]:
-        raise ValueError(
-            "Expected maps [B, C, H, W] or [B, C, N] of one batch and the same positions, got"
-            f" {list(student.shape)} and {list(teacher.shape)}: bring them together with match_spatial."
-        )
+    fits = student.dim() in (3, 4) and len(student) == len(teacher) and student.shape[2:] == teacher.shape[2:]
+    what = "maps [B, C, H, W] or [B, C, N] of one batch and the same positions"
+    expect(fits, what, student, teacher, remedy="bring them together with match_spatial")
     expected = [len(codebook), student.shape[1]], [len(codebook), teacher.shape[1]]
-    if list(weight.shape) != expected[0] or list(codebook.shape) != expected[1]:
-        raise ValueError(
-            f"Expected a predictor {expected[0]} and a codebook {expected[1]} for these maps, got"
-            f" {list(weight.shape)} and {list(codebook.shape)}."
-        )
+    fits = [list(weight.shape), list(codebook.shape)] == [*expected]
+    expect(fits, f"a predictor {expected[0]} and a codebook {expected[1]} for these maps", weight, codebook)

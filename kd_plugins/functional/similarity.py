@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_plugins.functional._common import Reduction, exactly, per_example, reduce
+from kd_plugins.functional._common import Reduction, exactly, expect, per_example, reduce
 
 __all__ = ["feature_l1", "feature_l2"]
 
@@ -62,10 +62,8 @@ def feature_l1(student: Tensor, teacher: Tensor, *, reduction: Reduction = "mean
 
 
 def _apart(loss: Callable[..., Tensor], student: Tensor, teacher: Tensor, reduction: Reduction) -> Tensor:
-    if student.shape != teacher.shape or student.dim() < 1:
-        raise ValueError(
-            f"Expected features of one shape [B, ...], got {list(student.shape)} and {list(teacher.shape)}: connect"
-            " them by a layer that maps the student's to the teacher's."
-        )
+    fits = student.shape == teacher.shape and student.dim() >= 1
+    remedy = "connect them by a layer that maps the student's to the teacher's"
+    expect(fits, "features of one shape [B, ...]", student, teacher, remedy=remedy)
     with exactly(student, teacher) as both:
         return reduce(per_example(loss(*both, reduction="none")), reduction)
