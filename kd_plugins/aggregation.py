@@ -21,8 +21,6 @@ from kd_plugins.picture import Bars, Heatmap, Picture
 from kd_plugins.reading.trunk import LayerGroup
 from kd_plugins.states import write_json
 
-__all__ = ["Aggregate", "Aggregating", "first_alpha", "inverse_rms", "read_search"]
-
 _logger = logging.getLogger("kd_plugins.dfa")
 
 # Points of a search at which the weights are kept for the report.

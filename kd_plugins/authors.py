@@ -8,8 +8,6 @@ from kd_plugins.distiller import Distiller
 from kd_plugins.errors import DistillError
 from kd_plugins.reading.view import Needs
 
-__all__ = ["check_made", "needs_of", "overrides"]
-
 
 def overrides(distiller: Distiller, name: str) -> bool:
     """Whether a method, or any part of a composition, has its own implementation of a function of `Distiller`."""

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from kd_plugins.host import world
 
-__all__ = ["average_buffers", "average_gradients", "broadcast", "distributed"]
-
 
 def distributed() -> bool:
     """Whether there is more than one process."""

@@ -14,7 +14,7 @@ from torch import nn
 
 from kd_plugins.authors import check_made, needs_of, overrides
 from kd_plugins.averaging import broadcast, distributed
-from kd_plugins.distiller import Distiller
+from kd_plugins.distiller import Distiller, parts
 from kd_plugins.errors import DistillError
 from kd_plugins.finite import check_weights
 from kd_plugins.reading.nets import Net, Nets, Transform
@@ -22,20 +22,6 @@ from kd_plugins.reading.network import Forward, Network, adapt
 from kd_plugins.reading.tap import untraced
 from kd_plugins.reading.view import Batch, Needs, Reads, check_batch
 from kd_plugins.stages import Progress, StageTable
-
-__all__ = [
-    "agree",
-    "bind",
-    "bound",
-    "connect",
-    "listed",
-    "needs_in",
-    "needs_pass",
-    "prepare",
-    "schedule",
-    "set_up",
-    "untouched",
-]
 
 _BOUND: weakref.WeakKeyDictionary[Distiller, weakref.ref[Nets]] = weakref.WeakKeyDictionary()
 
@@ -170,9 +156,8 @@ def connect(
         orders: Each teacher's class numbers in the student's order, where they differ.
     """
     check_made(distiller)
-    parts = distiller.methods.values()
-    for part in parts:
-        _check_numbers(part, len(teachers), len(peers), alone=len(parts) == 1)
+    for part in distiller.methods.values():
+        _check_numbers(part, len(teachers), len(peers), alone=len(distiller.methods) == 1)
     if peers and not distiller.peers:
         raise DistillError(f"{distiller.name} trains one student, got {len(peers)} peers beside it: leave them out.")
     _check_apart([student, *peers], teachers)
@@ -303,8 +288,8 @@ def needs_pass(distiller: Distiller) -> bool:
 @contextmanager
 def untouched(nets: Nets, distiller: Distiller | None = None) -> Iterator[None]:
     """No gradient, evaluation mode, and no trace in any random stream: what a pass before the training may leave."""
-    parts = distiller.modules() if distiller is not None else ()
-    hosts = [(part.host, part.host.state()) for part in parts if isinstance(part, Distiller)]
+    methods = parts(distiller).values() if distiller is not None else ()
+    hosts = [(part.host, part.host.state()) for part in methods]
     try:
         with untraced(*(net.module for net in nets)):
             yield
@@ -339,9 +324,8 @@ def agree(distiller: Distiller, nets: Nets) -> None:
             broadcast(peer.module.state_dict().values())
         seed = [torch.initial_seed()]
         dist.broadcast_object_list(seed)
-        for part in distiller.modules():
-            if isinstance(part, Distiller):
-                part.host.seed(seed[0])
+        for part in parts(distiller).values():
+            part.host.seed(seed[0])
 
 
 def _checked(batches: Iterable[Batch]) -> Iterator[Batch]:

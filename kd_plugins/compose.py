@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kd_plugins.authors import needs_of, overrides
 from kd_plugins.catalog.options import OptimSpec
@@ -18,8 +17,6 @@ from kd_plugins.picture import Picture
 from kd_plugins.reading.nets import Net, Nets
 from kd_plugins.reading.view import Batch, Needs, View
 from kd_plugins.stages import Stage
-
-__all__ = ["Composite"]
 
 
 class Composite(Distiller):
@@ -125,19 +122,13 @@ class Composite(Distiller):
 
     def prepare(self, nets: Nets, batches: Iterable[Batch]) -> None:
         for part in self.methods.values():
-            if overrides(part, "prepare"):
-                part.prepare(nets, batches)
+            part.prepare(nets, batches)
 
     def taught(self, student: View, teachers: Sequence[View], batch: Batch) -> Terms:
-        return self._terms(self.methods, student, teachers, batch)
+        return self._joined({}, self.methods, student, teachers, batch)
 
-    def _terms(
-        self,
-        parts: Mapping[str, Distiller],
-        student: View,
-        teachers: Sequence[View],
-        batch: Batch,
-        terms: Mapping[str, Tensor] = MappingProxyType({}),
+    def _joined(
+        self, terms: Terms, parts: Mapping[str, Distiller], student: View, teachers: Sequence[View], batch: Batch
     ) -> Terms:
         """The parts' terms after `terms`; of two of one name the later has its part's name before it."""
         joined = dict(terms)
@@ -166,7 +157,7 @@ class Composite(Distiller):
             seen = student.last or _Asked(student(batch), batch, turn_number[0])
             views = [teacher.beside(seen) for teacher in teachers]
             own = {k: weight * v if k == "task" else v for k, v in turn["student"].items() if k != "task" or weight}
-            yield {**turn, "student": self._terms(others, seen.view, views, seen.batch, own)}
+            yield {**turn, "student": self._joined(own, others, seen.view, views, seen.batch)}
 
     def after_update(self) -> None:
         for part in self.methods.values():

@@ -8,8 +8,6 @@ from difflib import get_close_matches
 from textwrap import shorten
 from typing import Any
 
-__all__ = ["DistillError", "check_any", "check_built", "did_you_mean", "told"]
-
 
 class DistillError(ValueError):
     """Something a user can mend: the message says what was expected, what came, and what to do."""

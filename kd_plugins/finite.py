@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError
 
-__all__ = ["Watch", "check_loss", "check_weights"]
-
 # Updates in a row that may be lost: a gradient scaler skips single ones. And updates between two looks.
 _PATIENCE, _EVERY = 3, 10
 
@@ -29,7 +27,7 @@ class Watch:
         self.stops = True
         self._last: dict[tuple[str, ...], Tensor] = {}
         self._now: Tensor | None = None
-        self._run: Tensor | None = None
+        self._run: Tensor | int = 0
         self._step, self._epoch = 0, 0.0
 
     def see(self, terms: Mapping[str, Tensor]) -> None:
@@ -44,8 +42,7 @@ class Watch:
         """Says that the update number `step` has been made."""
         if self._now is None:
             return
-        run = torch.zeros((), dtype=torch.long, device=self._now.device) if self._run is None else self._run
-        self._run, self._now = (run + 1) * ~self._now, None
+        self._run, self._now = (self._run + 1) * ~self._now, None
         self._step, self._epoch = step, epoch
         if step % _EVERY == 0:
             self.look()
@@ -56,7 +53,7 @@ class Watch:
         Raises:
             DistillError: No loss of the last steps was finite.
         """
-        lost = 0 if self._run is None else int(self._run)
+        lost = int(self._run)
         if self.stops and lost >= _PATIENCE:
             seen = [pair for names, finite in self._last.items() for pair in zip(names, finite.tolist(), strict=True)]
             bad = ", ".join(name for name, finite in seen if not finite)

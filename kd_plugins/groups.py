@@ -22,8 +22,6 @@ from kd_plugins.distiller import Distiller
 from kd_plugins.errors import DistillError, did_you_mean, told
 from kd_plugins.reading.nets import Nets
 
-__all__ = ["Group", "make_groups"]
-
 
 @dataclass(eq=False)
 class Group:
@@ -266,13 +264,12 @@ def like(optimizer: Optimizer, split: Mapping[int, Sequence[nn.Parameter]]) -> O
 
 def make(spec: OptimSpec, parameters: Sequence[nn.Parameter]) -> Optimizer:
     """The optimizer that a spec describes."""
-    cls = getattr(torch.optim, spec.optimizer, None)
-    if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
-        known = [n for n, c in vars(torch.optim).items() if isinstance(c, type) and issubclass(c, Optimizer)]
+    known = {n: c for n, c in vars(torch.optim).items() if isinstance(c, type) and issubclass(c, Optimizer)}
+    if spec.optimizer not in known:
         hint = did_you_mean(spec.optimizer, known)
         raise DistillError(f"Expected the name of an optimizer in torch.optim, got {spec.optimizer!r}.{hint}")
     with told(f"The optimizer {spec} cannot be made", TypeError, ValueError, AttributeError):
-        return cls(list(parameters), lr=spec.lr, weight_decay=spec.weight_decay, **spec.options)
+        return known[spec.optimizer](list(parameters), lr=spec.lr, weight_decay=spec.weight_decay, **spec.options)
 
 
 def override(spec: OptimSpec, changes: dict[str, Any], group: str) -> OptimSpec:

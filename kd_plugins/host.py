@@ -9,8 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Host", "world"]
-
 
 def world() -> tuple[int, int]:
     """This process's rank, and the number of processes."""
@@ -35,14 +33,7 @@ class Host:
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean of a tensor over all processes, through which gradients flow."""
-        _, processes = world()
-        if processes == 1:
-            return x
-        if not x.requires_grad:
-            x = x.clone()
-            dist.all_reduce(x)
-            return x / processes
-        return _MeanOverProcesses.apply(x)
+        return x if world()[1] == 1 else _MeanOverProcesses.apply(x)
 
     def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
         """This process's own random stream."""
@@ -90,12 +81,14 @@ class _MeanOverProcesses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = x.detach().clone()
-        dist.all_reduce(y)
-        return y / dist.get_world_size()
+        return _mean(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        grad = grads[0].clone()
-        dist.all_reduce(grad)
-        return grad / dist.get_world_size()
+        return _mean(grads[0])
+
+
+def _mean(x: Tensor) -> Tensor:
+    total = x.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()

@@ -12,8 +12,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-__all__ = ["Bars", "Heatmap", "Images", "Picture", "Points", "png"]
-
 
 @dataclass(frozen=True)
 class Picture:

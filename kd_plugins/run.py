@@ -7,23 +7,18 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kd_plugins.authors import check_made
 from kd_plugins.averaging import average_buffers, average_gradients
-from kd_plugins.distiller import Distiller, Turn
+from kd_plugins.distiller import Distiller, Turn, check_terms
 from kd_plugins.errors import DistillError
 from kd_plugins.groups import Group
-from kd_plugins.host import world
 from kd_plugins.reading.nets import Nets
 from kd_plugins.reading.view import Batch
 from kd_plugins.saving import Saving
 from kd_plugins.stages import Stage
-from kd_plugins.terms import check_terms
-
-__all__ = ["Run", "make_optimizers", "play"]
 
 
 class Run(Saving):
@@ -240,10 +235,8 @@ class Run(Saving):
                 f"The terms {list(terms)} of the group {name!r} reach none of its {len(group.parameters)} parameters:"
                 " compute them from the group's own modules, outside no_grad."
             )
-        held = self._held.get((self._turn, name))
-        self._held[self._turn, name] = (
-            list(gradients) if held is None else [_add(a, b) for a, b in zip(held, gradients, strict=True)]
-        )
+        held = self._held.get((self._turn, name), [None] * len(gradients))
+        self._held[self._turn, name] = [_add(a, b) for a, b in zip(held, gradients, strict=True)]
 
     def _step_held(self, names: Any) -> None:
         """Updates the extra groups of a turn by what is held for them, at the accumulation boundary."""
@@ -318,8 +311,7 @@ class Run(Saving):
         means = torch.stack([self._sums[key][0] / self._sums[key][1] for key in keys])
         self._sums = {}
         if self.joined:
-            dist.all_reduce(means)
-            means /= world()[1]
+            means = self.distiller.host.mean(means)
         return dict(zip(keys, means.tolist(), strict=True))
 
 

@@ -13,15 +13,13 @@ from torch import Tensor, nn
 
 from kd_plugins import states
 from kd_plugins.catalog.registry import config_of
-from kd_plugins.distiller import Distiller
+from kd_plugins.distiller import Distiller, parts
 from kd_plugins.errors import DistillError
 from kd_plugins.finite import Watch, check_weights
 from kd_plugins.groups import Grouped
 from kd_plugins.host import world
 from kd_plugins.reading.attention import BaseAttentionTaps
 from kd_plugins.reading.nets import Nets
-
-__all__ = ["Saving", "parts"]
 
 _logger = logging.getLogger(__name__)
 
@@ -169,7 +167,34 @@ class Saving(Grouped):
         """Takes up the weights of a state alone, those of the method's parts and of the networks; returns its JSON."""
         from safetensors.torch import load_file
 
-        state = self._checked_state(folder)
+        if not (folder / "distiller.json").is_file():
+            raise DistillError(
+                f"Expected distiller.json in the checkpoint {folder}, which was written by a run without a distiller or"
+                " with save_only_model: resume from another one, or start anew."
+            )
+        state: dict[str, Any] = states.read_json(folder / "distiller.json")
+        config = config_of(self.distiller)
+        name = config["distiller"]
+        if state["distiller"] != name:
+            raise DistillError(
+                f"The checkpoint {folder} was written with the distiller {state['distiller']!r}, this run has"
+                f" {name!r}: resume with the distiller that the run was started with."
+            )
+        before, now = state["options"], config["options"]
+        options = {k: (before.get(k), now.get(k)) for k in sorted({*before, *now}) if before.get(k) != now.get(k)}
+        words = ", ".join(f"{option}={now} in place of {before}" for option, (before, now) in options.items())
+        try:
+            self.distiller.load_state_dict(load_file(folder / "distiller.safetensors"))
+        except RuntimeError as error:
+            raise DistillError(
+                f"The checkpoint {folder} does not fit the distiller of this run, which has"
+                f" {words or 'the same options'}: resume with what the run was started with. ({error})"
+            ) from error
+        if options:
+            _logger.warning(
+                "Resumed %s with other options, %s: what it had made before (a codebook, searched weights) stays.",
+                *(name, words),
+            )
         for name, module in self._networks().items():
             module.load_state_dict(load_file(folder / f"{name}.safetensors"))
         return state
@@ -203,45 +228,6 @@ class Saving(Grouped):
         """How the attention of the networks that train is read."""
         found = [net.network.attention for net in self.nets.peers] if self.nets is not None else []
         return [taps for taps in found if taps is not None]
-
-    def _checked_state(self, folder: Path) -> dict[str, Any]:
-        """The state of a checkpoint whose weights this run's method has taken up."""
-        from safetensors.torch import load_file
-
-        if not (folder / "distiller.json").is_file():
-            raise DistillError(
-                f"Expected distiller.json in the checkpoint {folder}, which was written by a run without a distiller or"
-                " with save_only_model: resume from another one, or start anew."
-            )
-        state: dict[str, Any] = states.read_json(folder / "distiller.json")
-        config = config_of(self.distiller)
-        name = config["distiller"]
-        if state["distiller"] != name:
-            raise DistillError(
-                f"The checkpoint {folder} was written with the distiller {state['distiller']!r}, this run has"
-                f" {name!r}: resume with the distiller that the run was started with."
-            )
-        before, now = state["options"], config["options"]
-        options = {k: (before.get(k), now.get(k)) for k in sorted({*before, *now}) if before.get(k) != now.get(k)}
-        words = ", ".join(f"{option}={now} in place of {before}" for option, (before, now) in options.items())
-        try:
-            self.distiller.load_state_dict(load_file(folder / "distiller.safetensors"))
-        except RuntimeError as error:
-            raise DistillError(
-                f"The checkpoint {folder} does not fit the distiller of this run, which has"
-                f" {words or 'the same options'}: resume with what the run was started with. ({error})"
-            ) from error
-        if options:
-            _logger.warning(
-                "Resumed %s with other options, %s: what it had made before (a codebook, searched weights) stays.",
-                *(name, words),
-            )
-        return state
-
-
-def parts(distiller: Distiller) -> dict[str, Distiller]:
-    """A method and the methods that it is composed of, by module path."""
-    return {name or ".": part for name, part in distiller.named_modules() if isinstance(part, Distiller)}
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

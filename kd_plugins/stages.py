@@ -9,8 +9,6 @@ from typing import Any
 
 from kd_plugins.errors import DistillError
 
-__all__ = ["Progress", "Stage", "StageTable"]
-
 
 @dataclass(frozen=True)
 class Stage:

@@ -20,26 +20,6 @@ from typing import Any
 
 from kd_plugins.errors import DistillError, told
 
-__all__ = [
-    "MANIFEST",
-    "check",
-    "close_state",
-    "damage",
-    "digest",
-    "facts",
-    "newest",
-    "open_state",
-    "read_json",
-    "replacing",
-    "seal",
-    "settle",
-    "slots",
-    "taking_up",
-    "write_json",
-    "write_text",
-    "writing",
-]
-
 MANIFEST = "manifest.json"
 _PARTIAL = ".partial"
 

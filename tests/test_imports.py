@@ -177,7 +177,6 @@ LAYERS = (
         "host",
         "averaging",
         "stages",
-        "terms",
         "functional",
         "nn",
         "reading",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
@@ -26,10 +28,47 @@ def no_autocast(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
+@contextmanager
+def exactly(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """A context in which operations keep the precision of their inputs, and the tensors as `exact` gives them."""
+    with no_autocast(tensors[0]):
+        yield exact(*tensors)
+
+
 def check_reduction(reduction: str) -> None:
     """Refuses a reduction that does not exist."""
     if reduction not in get_args(Reduction):
         raise ValueError(f"Expected reduction 'mean', 'sum' or 'none', got {reduction!r}.")
+
+
+def expect(fits: bool, what: str, *given: Tensor, remedy: str = "") -> None:
+    """Refuses tensors that do not fit: says what was expected, their shapes, and what to do."""
+    if not fits:
+        got = " and ".join(str(list(x.shape)) for x in given)
+        raise ValueError(f"Expected {what}, got {got}{f': {remedy}' if remedy else ''}.")
+
+
+def check_temperature(temperature: float) -> None:
+    """Refuses a temperature that softens nothing."""
+    if not temperature > 0:
+        raise ValueError(f"Expected a temperature above 0, got {temperature}.")
+
+
+def check_logits(student: Tensor, teacher: Tensor, temperature: float = 1.0, *, classes: int = 1) -> None:
+    """Refuses logits of different shapes, or without an axis for examples and that many classes at least."""
+    fits = student.shape == teacher.shape and student.dim() >= 2 and student.shape[-1] >= classes
+    several = " with two classes or more" if classes > 1 else ""
+    what = f"student and teacher logits of one shape, [B, K] or [B, N, K]{several}"
+    remedy = "both networks need the same classes, in the same order, and the same tokens"
+    expect(fits, what, student, teacher, remedy=remedy)
+    check_temperature(temperature)
+
+
+def rows_of_batch(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """The examples of one batch as rows `[B, everything else]`, the teacher's without a gradient."""
+    fits = min(student.dim(), teacher.dim()) >= 2 and len(student) == len(teacher)
+    expect(fits, "features [B, D] of one batch", student, teacher)
+    return student.flatten(1), teacher.detach().flatten(1)
 
 
 def unit(x: Tensor, dim: int = -1, eps: float = 1e-12) -> Tensor:
@@ -95,6 +134,7 @@ def _valid(mask: Tensor, shape: torch.Size) -> Tensor:
 
 def reduce(values: Tensor, reduction: Reduction) -> Tensor:
     """The values of the examples `[B]` as the caller wants them."""
+    check_reduction(reduction)
     return values.mean() if reduction == "mean" else values.sum() if reduction == "sum" else values
 
 

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kd_plugins.functional._common import exact, no_autocast
+from kd_plugins.functional._common import exactly, expect
 
-__all__ = ["lsgan_classes", "lsgan_discriminator", "lsgan_generator", "wgan_gp"]
+__all__ = ["gan_discriminator", "gan_generator", "lsgan_classes", "lsgan_discriminator", "lsgan_generator", "wgan_gp"]
 
 
 def lsgan_discriminator(real: Tensor, fake: Tensor) -> Tensor:
@@ -32,8 +33,7 @@ def lsgan_discriminator(real: Tensor, fake: Tensor) -> Tensor:
     >>> lsgan_discriminator(torch.tensor([0.5, 1.0]), torch.tensor([0.5, 0.0]))
     tensor(0.2500)
     """
-    with no_autocast(real):
-        real, fake = exact(real, fake)
+    with exactly(real, fake) as (real, fake):
         return (1 - real).square().mean() + fake.square().mean()
 
 
@@ -53,8 +53,7 @@ def lsgan_generator(fake: Tensor) -> Tensor:
     >>> lsgan_generator(torch.tensor([0.5, 1.0]))
     tensor(0.1250)
     """
-    with no_autocast(fake):
-        (fake,) = exact(fake)
+    with exactly(fake) as (fake,):
         return (1 - fake).square().mean()
 
 
@@ -79,11 +78,49 @@ def lsgan_classes(scores: Tensor, source: int) -> Tensor:
     """
     if scores.dim() != 2 or not 0 <= source < scores.shape[1]:
         raise ValueError(f"Expected scores [B, K] and a network 0 to K - 1, got {list(scores.shape)} and {source}.")
-    with no_autocast(scores):
-        (scores,) = exact(scores)
+    with exactly(scores) as (scores,):
         target = torch.zeros_like(scores)
         target[:, source] = 1
         return (target - scores.softmax(1)).square().sum(1).mean() / 2
+
+
+def gan_discriminator(real: Tensor, fake: Tensor) -> Tensor:
+    """Cross entropy of a discriminator that tells real from fake.
+
+    Goodfellow et al., "Generative Adversarial Nets", NIPS 2014, arXiv 1406.2661, eq. 1 as a loss: `-E log D(real) - E
+    log(1 - D(fake))` with `D = sigmoid(score)`, of the scores themselves, so that it is finite for every score.
+
+    Args:
+        real: Scores of any shape.
+        fake: Scores of any shape.
+
+    Returns:
+        A scalar.
+
+    >>> gan_discriminator(torch.tensor([0.0]), torch.tensor([0.0, -200.0]))
+    tensor(1.0397)
+    """
+    with exactly(real, fake) as (real, fake):
+        return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+
+def gan_generator(fake: Tensor) -> Tensor:
+    """Cross entropy of what wants to be taken for real.
+
+    Goodfellow et al., 2014, arXiv 1406.2661, section 3: `-E log D(fake)`, whose gradient does not vanish where the
+    discriminator is sure, as that of `E log(1 - D(fake))` does.
+
+    Args:
+        fake: Scores of any shape, before the sigmoid.
+
+    Returns:
+        A scalar.
+
+    >>> gan_generator(torch.tensor([0.0, -200.0]))
+    tensor(100.3466)
+    """
+    with exactly(fake) as (fake,):
+        return F.softplus(-fake).mean()
 
 
 def wgan_gp(
@@ -124,13 +161,9 @@ def wgan_gp(
     >>> wgan_gp(critic, fake=torch.ones(2, 4), real=torch.zeros(2, 4))
     tensor(14., grad_fn=<AddBackward0>)
     """
-    if fake.shape != real.shape:
-        raise ValueError(
-            f"Expected fake and real of one shape [B, ...], got {list(fake.shape)} and {list(real.shape)}: the penalty"
-            " is taken on the lines between them."
-        )
-    with no_autocast(fake):
-        fake, real = exact(fake.detach(), real.detach())
+    remedy = "the penalty is taken on the lines between them"
+    expect(fake.shape == real.shape, "fake and real of one shape [B, ...]", fake, real, remedy=remedy)
+    with exactly(fake.detach(), real.detach()) as (fake, real):
         if isinstance(given, Tensor) and given.is_floating_point():
             given = given.detach().to(fake.dtype)
         condition = () if given is None else (given,)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kd_plugins.functional._common import Reduction, check_reduction, exact, no_autocast, reduce, unit
+from kd_plugins.functional._common import Reduction, exactly, expect, reduce, unit
 from kd_plugins.functional.nst import match_spatial
 
 __all__ = ["at"]
@@ -36,15 +36,12 @@ def at(student_map: Tensor, teacher_map: Tensor, p: int = 2, *, reduction: Reduc
     >>> at(student, torch.tensor([[0.0, 3.0], [0.0, 4.0]]).reshape(1, 2, 1, 2))
     tensor(1.)
     """
-    check_reduction(reduction)
-    if student_map.dim() != 4 or teacher_map.dim() != 4 or len(student_map) != len(teacher_map):
-        raise ValueError(
-            f"Expected maps [B, C, H, W] of one batch, got {list(student_map.shape)} and {list(teacher_map.shape)}."
-        )
+    fits = student_map.dim() == teacher_map.dim() == 4 and len(student_map) == len(teacher_map)
+    expect(fits, "maps [B, C, H, W] of one batch", student_map, teacher_map)
     if p < 1:
         raise ValueError(f"Expected an exponent p from 1, got {p}.")
-    with no_autocast(student_map):
-        q_s, q_t = (_bounded(x).abs().pow(p).mean(1, keepdim=True) for x in exact(student_map, teacher_map.detach()))
+    with exactly(student_map, teacher_map.detach()) as maps:
+        q_s, q_t = (_bounded(x).abs().pow(p).mean(1, keepdim=True) for x in maps)
         u_s, u_t = (unit(q.flatten(1)) for q in match_spatial(q_s, q_t, "pool"))
         return reduce((u_s - u_t).square().mean(1), reduction)
 

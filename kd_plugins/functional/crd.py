@@ -7,7 +7,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_plugins.functional._common import Reduction, check_reduction, exact, no_autocast, reduce
+from kd_plugins.functional._common import Reduction, check_temperature, exactly, expect, reduce
 
 __all__ = ["crd", "crd_log_z"]
 
@@ -51,13 +51,8 @@ def crd(
     >>> crd(a, a, bank, torch.tensor([[1, 1]]), temperature=1.0)
     tensor(1.6996)
     """
-    check_reduction(reduction)
-    if positive.shape != anchor.shape:
-        raise ValueError(
-            f"Expected one positive for each anchor [B, D], got {list(anchor.shape)}, {list(positive.shape)}."
-        )
-    with no_autocast(anchor):
-        anchor, positive, bank = exact(anchor, positive.detach(), bank.detach())
+    expect(positive.shape == anchor.shape, "one positive for each anchor [B, D]", anchor, positive)
+    with exactly(anchor, positive.detach(), bank.detach()) as (anchor, positive, bank):
         odds = math.log(negatives.shape[1] / len(bank)) + log_z
         same = (anchor * positive).sum(1) / temperature - odds
         others = _scores(anchor, bank, negatives, temperature) - odds
@@ -85,19 +80,14 @@ def crd_log_z(anchor: Tensor, bank: Tensor, negatives: Tensor, *, temperature: f
     >>> crd_log_z(torch.zeros(2, 3), torch.zeros(10, 3), torch.zeros(2, 4, dtype=torch.long)).exp()
     tensor(10.)
     """
-    with no_autocast(anchor):
-        anchor, bank = exact(anchor.detach(), bank.detach())
+    with exactly(anchor.detach(), bank.detach()) as (anchor, bank):
         scores = _scores(anchor, bank, negatives, temperature)
         return scores.flatten().logsumexp(0) + math.log(len(bank) / scores.numel())
 
 
 def _scores(anchor: Tensor, bank: Tensor, negatives: Tensor, temperature: float) -> Tensor:
     """The anchors' products with their negatives `[B, N]`, over the temperature."""
-    if anchor.dim() != 2 or bank.dim() != 2 or anchor.shape[1] != bank.shape[1] or len(negatives) != len(anchor):
-        raise ValueError(
-            "Expected anchors [B, D], a bank [M, D] and rows of it [B, N], got"
-            f" {list(anchor.shape)}, {list(bank.shape)} and {list(negatives.shape)}."
-        )
-    if not temperature > 0:
-        raise ValueError(f"Expected a temperature above 0, got {temperature}.")
+    fits = anchor.dim() == bank.dim() == 2 and anchor.shape[1] == bank.shape[1] and len(negatives) == len(anchor)
+    expect(fits, "anchors [B, D], a bank [M, D] and rows of it [B, N]", anchor, bank, negatives)
+    check_temperature(temperature)
     return (anchor @ bank.mT).gather(1, negatives) / temperature

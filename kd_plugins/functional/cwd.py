@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kd_plugins.functional._common import Reduction
+from kd_plugins.functional._common import Reduction, expect
 from kd_plugins.functional.kd import kd
 
 __all__ = ["cwd"]
@@ -32,10 +32,7 @@ def cwd(student_map: Tensor, teacher_map: Tensor, temperature: float = 4.0, *, r
     >>> cwd(student, teacher, temperature=2.0)
     tensor(0.4438)
     """
-    if student_map.shape != teacher_map.shape or student_map.dim() < 3:
-        raise ValueError(
-            "Expected maps [B, C, H, W] of one shape, got"
-            f" {list(student_map.shape)} and {list(teacher_map.shape)}: bring the channels together with a convolution,"
-            " and the sizes with match_spatial."
-        )
+    fits = student_map.shape == teacher_map.shape and student_map.dim() >= 3
+    remedy = "bring the channels together with a convolution, and the sizes with match_spatial"
+    expect(fits, "maps [B, C, H, W] of one shape", student_map, teacher_map, remedy=remedy)
     return kd(student_map.flatten(2), teacher_map.flatten(2), temperature, reduction=reduction)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_plugins.functional._common import exact, no_autocast
+from kd_plugins.functional._common import exactly, expect
 
 __all__ = ["dafl_activation", "dafl_information", "dafl_one_hot"]
 
@@ -26,9 +26,8 @@ def dafl_one_hot(logits: Tensor) -> Tensor:
     >>> dafl_one_hot(torch.tensor([[0.0, 0.0]]))
     tensor(0.6931)
     """
-    _check(logits, "logits [B, K]")
-    with no_autocast(logits):
-        (z,) = exact(logits)
+    expect(logits.dim() == 2 and logits.numel() > 0, "logits [B, K] of at least one image", logits)
+    with exactly(logits) as (z,):
         return F.cross_entropy(z, z.argmax(1))
 
 
@@ -44,9 +43,9 @@ def dafl_activation(features: Tensor) -> Tensor:
     >>> dafl_activation(torch.tensor([[1.0, -3.0]]))
     tensor(-2.)
     """
-    _check(features, "features [B, D]")
-    with no_autocast(features):
-        return -exact(features)[0].abs().mean()
+    expect(features.dim() >= 2 and features.numel() > 0, "features [B, D] of at least one image", features)
+    with exactly(features) as (f,):
+        return -f.abs().mean()
 
 
 def dafl_information(logits: Tensor, base: float = 10, *, mean: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -64,15 +63,10 @@ def dafl_information(logits: Tensor, base: float = 10, *, mean: Callable[[Tensor
     >>> dafl_information(torch.eye(2) * 1000)
     tensor(-0.3010)
     """
-    _check(logits, "logits [B, K]")
+    expect(logits.dim() == 2 and logits.numel() > 0, "logits [B, K] of at least one image", logits)
     if not base > 1:
         raise ValueError(f"Expected the base of a logarithm, above 1, got {base}.")
-    with no_autocast(logits):
-        p = exact(logits)[0].softmax(1).mean(0)
+    with exactly(logits) as (z,):
+        p = z.softmax(1).mean(0)
         p = p if mean is None else mean(p)
         return (p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum() / math.log(base)
-
-
-def _check(x: Tensor, what: str) -> None:
-    if x.dim() < 2 or (what.startswith("logits") and x.dim() != 2) or not x.numel():
-        raise ValueError(f"Expected {what} of at least one image, got {list(x.shape)}.")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from kd_plugins.functional._common import exact, no_autocast
+from kd_plugins.functional._common import exactly
 
 __all__ = ["aggregate"]
 
@@ -33,8 +33,7 @@ def aggregate(maps: Sequence[Tensor], weights: Tensor) -> Tensor:
         raise ValueError(f"Expected one or more maps of one shape [B, ...], got {shapes}: resize or leave some out.")
     if list(weights.shape) != [len(maps)]:
         raise ValueError(f"Expected {len(maps)} weights, one for each map, got the shape {list(weights.shape)}.")
-    weights, *maps = exact(weights, *maps)
-    with no_autocast(weights):
+    with exactly(weights, *maps) as (weights, *maps):
         total = weights[0] * maps[0]
         for weight, m in zip(weights[1:], maps[1:], strict=True):
             total = total + weight * m

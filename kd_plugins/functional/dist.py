@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kd_plugins.functional._common import centred, counted, exact, no_autocast, per_example, unit
+from kd_plugins.functional._common import centred, check_logits, counted, exactly, per_example, unit
 
 __all__ = ["dist"]
 
@@ -48,15 +48,8 @@ def dist(
     >>> dist(-teacher, teacher)
     tensor(4.)
     """
-    if student_logits.shape != teacher_logits.shape or student_logits.dim() < 2:
-        raise ValueError(
-            "Expected student and teacher logits of one shape, [B, K] or [B, N, K], got"
-            f" {list(student_logits.shape)} and {list(teacher_logits.shape)}."
-        )
-    if not temperature > 0:
-        raise ValueError(f"Expected a temperature above 0, got {temperature}.")
-    with no_autocast(student_logits):
-        logits = exact(counted(student_logits, mask), teacher_logits.detach())
+    check_logits(student_logits, teacher_logits, temperature)
+    with exactly(counted(student_logits, mask), teacher_logits.detach()) as (logits):
         y_s, y_t = ((z / temperature).softmax(-1) for z in logits)
         between_classes = per_example(1 - _pearson(y_s, y_t, -1), mask).mean()
         s, t = (y.flatten(0, -2) if mask is None else y[mask.bool()] for y in (y_s, y_t))

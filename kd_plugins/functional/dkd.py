@@ -5,15 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kd_plugins.functional._common import (
-    Reduction,
-    check_reduction,
-    exact,
-    no_autocast,
-    per_example,
-    reduce,
-    softmax_kl,
-)
+from kd_plugins.functional._common import Reduction, check_logits, exactly, per_example, reduce, softmax_kl
 
 __all__ = ["dkd"]
 
@@ -55,23 +47,16 @@ def dkd(
     >>> dkd(student, teacher, torch.tensor([2]), alpha=0.0, beta=1.0, temperature=2.0)  # kd of the first two classes
     tensor(0.4438)
     """
-    check_reduction(reduction)
-    if student_logits.shape != teacher_logits.shape or student_logits.dim() < 2 or student_logits.shape[-1] < 2:
-        raise ValueError(
-            "Expected student and teacher logits of one shape [B, K] or [B, N, K] with two classes or more, got"
-            f" {list(student_logits.shape)} and {list(teacher_logits.shape)}."
-        )
+    check_logits(student_logits, teacher_logits, temperature, classes=2)
     rows = student_logits.shape[:-1]
     if labels.shape != rows or labels.is_floating_point() or (mask is not None and mask.shape != rows):
         raise ValueError(
             f"Expected class numbers {list(rows)}, one for each row of logits, and a mask like them or none, got"
             f" {labels.dtype} {list(labels.shape)} and {None if mask is None else list(mask.shape)}."
         )
-    if not temperature > 0:
-        raise ValueError(f"Expected a temperature above 0, got {temperature}.")
     target = (labels if mask is None else labels.where(mask.bool(), 0)).long().unsqueeze(-1)
-    with no_autocast(student_logits):
-        logits = [z / temperature for z in exact(student_logits, teacher_logits.detach())]
+    with exactly(student_logits, teacher_logits.detach()) as both:
+        logits = [z / temperature for z in both]
         others = [z.scatter(-1, target, -torch.inf) for z in logits]
         # A sum of nothing but -inf has no gradient.
         rest = [o.clamp_min(torch.finfo(o.dtype).min).logsumexp(-1, keepdim=True) for o in others]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kd_plugins.functional._common import exact, no_autocast
+from kd_plugins.functional._common import exactly, expect
 
 __all__ = ["embedding"]
 
@@ -27,12 +27,11 @@ def embedding(features: Tensor, mask: Tensor | None = None) -> Tensor:
     >>> embedding(tokens), embedding(tokens, torch.tensor([[1, 1, 0]]))
     (tensor([[4.3333]]), tensor([[2.]]))
     """
-    if features.dim() not in (2, 3, 4):
-        raise ValueError(f"Expected features [B, D], [B, D, H, W] or [B, L, D], got {list(features.shape)}.")
-    if features.dim() == 3 and mask is not None and mask.shape != features.shape[:2]:
-        raise ValueError(f"Expected a mask {list(features.shape[:2])} for these tokens, got {list(mask.shape)}.")
-    with no_autocast(features):
-        (x,) = exact(features)
+    expect(features.dim() in (2, 3, 4), "features [B, D], [B, D, H, W] or [B, L, D]", features)
+    if features.dim() == 3 and mask is not None:
+        fits = mask.shape == features.shape[:2]
+        expect(fits, f"a mask {list(features.shape[:2])} for these tokens", mask)
+    with exactly(features) as (x,):
         if x.dim() == 3 and mask is not None:
             valid = mask.bool().unsqueeze(-1)
             return torch.where(valid, x, 0).sum(1) / valid.sum(1).clamp_min(1)

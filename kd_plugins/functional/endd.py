@@ -9,9 +9,10 @@ from torch import Tensor
 
 from kd_plugins.functional._common import (
     Reduction,
-    check_reduction,
+    check_temperature,
     counted,
     exact,
+    expect,
     no_autocast,
     per_example,
     reduce,
@@ -60,7 +61,7 @@ def endd(
     >>> endd(torch.zeros(1, 3), torch.zeros(1, 5, 3), smoothing=0.0)  # the density of a uniform Dirichlet is 2
     tensor(-0.6931)
     """
-    _check(student_logits, member_logits, temperature, smoothing, reduction)
+    _check(student_logits, member_logits, temperature, smoothing)
     with no_autocast(student_logits):
         probs = _probs(member_logits, temperature, smoothing)
         alpha, alpha0 = concentrations(counted(student_logits, mask), temperature)
@@ -111,7 +112,7 @@ def endd_proxy(
     >>> endd_proxy(student, members, direction="forward") > 0
     tensor(True)
     """
-    _check(student_logits, member_logits, temperature, smoothing, reduction)
+    _check(student_logits, member_logits, temperature, smoothing)
     if direction not in ("reverse", "forward"):
         raise ValueError(f"Expected direction 'reverse' or 'forward', got {direction!r}.")
     if not max_precision > 0:
@@ -166,7 +167,7 @@ def end(
     >>> end(torch.zeros(1, 2), torch.tensor([[[1.0, 0.0], [1.0, 0.0]]]), temperature=0.5)
     tensor(0.0820)
     """
-    _check(student_logits, member_logits, temperature, smoothing, reduction)
+    _check(student_logits, member_logits, temperature, smoothing)
     with no_autocast(student_logits):
         mean = _probs(member_logits, temperature, smoothing).mean(1)
         rows = softmax_kl(student_logits.double() / temperature, mean.log())
@@ -183,15 +184,11 @@ def _reduced(rows: Tensor, student: Tensor, temperature: float, mask: Tensor | N
     return (temperature**2 * reduce(per_example(rows, mask), reduction)).to(exact(student)[0].dtype)
 
 
-def _check(student: Tensor, members: Tensor, temperature: float, smoothing: float, reduction: str) -> None:
-    check_reduction(reduction)
+def _check(student: Tensor, members: Tensor, temperature: float, smoothing: float) -> None:
     fits = members.dim() == student.dim() + 1 and student.dim() >= 2 and members.shape[1] > 0
-    if not fits or members[:, 0].shape != student.shape or student.shape[-1] < 2:
-        raise ValueError(
-            "Expected student logits [B, K] with two classes or more and the members' [B, M, K] (positions between M"
-            f" and K), got {list(student.shape)} and {list(members.shape)}."
-        )
-    if not temperature > 0:
-        raise ValueError(f"Expected a temperature above 0, got {temperature}.")
+    fits = fits and members[:, 0].shape == student.shape and student.shape[-1] >= 2
+    what = "student logits [B, K] with two classes or more and the members' [B, M, K] (positions between M and K)"
+    expect(fits, what, student, members)
+    check_temperature(temperature)
     if not 0 <= smoothing <= 1:
         raise ValueError(f"Expected smoothing from 0 to 1, got {smoothing}.")

@@ -4,16 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kd_plugins.functional._common import (
-    Reduction,
-    check_reduction,
-    exact,
-    no_autocast,
-    per_example,
-    reduce,
-    softmax_kl,
-    unit,
-)
+from kd_plugins.functional._common import Reduction, exactly, expect, per_example, reduce, softmax_kl, unit
 
 __all__ = ["attention_kl", "cls_cosine"]
 
@@ -55,20 +46,14 @@ def attention_kl(
     >>> attention_kl(student, teacher, mask=torch.tensor([[1, 1, 0]]))
     tensor(0.1109)
     """
-    check_reduction(reduction)
-    if student_scores.dim() != 4 or student_scores.shape != teacher_scores.shape:
-        raise ValueError(
-            "Expected student and teacher scores of one shape [B, heads, Lq, Lk], got"
-            f" {list(student_scores.shape)} and {list(teacher_scores.shape)}: the layers need as many heads and the"
-            " same tokens."
-        )
+    fits = student_scores.dim() == 4 and student_scores.shape == teacher_scores.shape
+    what = "student and teacher scores of one shape [B, heads, Lq, Lk]"
+    expect(fits, what, student_scores, teacher_scores, remedy="the layers need as many heads and the same tokens")
     for probs in (student_probs, teacher_probs):
-        if probs is not None and probs.shape != student_scores.shape:
-            raise ValueError(
-                f"Expected probabilities of the scores' shape {list(student_scores.shape)}, got {list(probs.shape)}."
-            )
-    with no_autocast(student_scores):
-        student, teacher = exact(student_scores, teacher_scores)
+        if probs is not None:
+            fits = probs.shape == student_scores.shape
+            expect(fits, f"probabilities of the scores' shape {list(student_scores.shape)}", probs)
+    with exactly(student_scores, teacher_scores) as (student, teacher):
         p_s, p_t = (None if p is None else p.detach().to(student.dtype) for p in (student_probs, teacher_probs))
         rows = softmax_kl(student, teacher, p_s, p_t).mean(1)
         return reduce(per_example(rows, mask), reduction)
@@ -95,13 +80,8 @@ def cls_cosine(
     >>> cls_cosine(torch.tensor([[[0.0, 2.0]]]), torch.tensor([[[3.0, 4.0]]]))
     tensor(0.2000)
     """
-    check_reduction(reduction)
-    shapes = student_hidden.shape, teacher_hidden.shape
-    if len(shapes[0]) != 3 or len(shapes[1]) != 3 or shapes[0][0] != shapes[1][0] or shapes[0][2] != shapes[1][2]:
-        raise ValueError(
-            "Expected student and teacher hidden states [B, L, H] of one batch and one hidden size, got"
-            f" {list(shapes[0])} and {list(shapes[1])}: project the student's to the teacher's hidden size."
-        )
-    with no_autocast(student_hidden):
-        student, teacher = exact(student_hidden[:, index], teacher_hidden[:, index].detach())
+    fits = student_hidden.dim() == teacher_hidden.dim() == 3 and student_hidden.shape[::2] == teacher_hidden.shape[::2]
+    what = "student and teacher hidden states [B, L, H] of one batch and one hidden size"
+    expect(fits, what, student_hidden, teacher_hidden, remedy="project the student's to the teacher's hidden size")
+    with exactly(student_hidden[:, index], teacher_hidden[:, index].detach()) as (student, teacher):
         return reduce(1 - (unit(student) * unit(teacher)).sum(-1), reduction)

@@ -13,9 +13,10 @@ from torch.autograd.function import once_differentiable
 from kd_plugins.functional._common import (
     Reduction,
     centred,
-    check_reduction,
+    check_logits,
     counted,
     exact,
+    exactly,
     no_autocast,
     per_example,
     reduce,
@@ -64,7 +65,7 @@ def kd(
     >>> kd(tokens, teacher.expand(1, 2, 2), temperature=2.0, mask=torch.tensor([[0, 1]]))
     tensor(0.)
     """
-    _check(student_logits, teacher_logits, temperature, reduction)
+    check_logits(student_logits, teacher_logits, temperature)
     with no_autocast(student_logits):
         if student_logits.numel() > _CHUNK:
             rows = _ChunkedKL.apply(student_logits, teacher_logits.detach(), temperature)
@@ -143,9 +144,8 @@ def kd_multilabel(
     >>> kd_multilabel(torch.tensor([[0.0, 1.0]]), torch.tensor([[2.0, 1.0]]), temperature=2.0)
     tensor(0.4438)
     """
-    _check(student_logits, teacher_logits, temperature, reduction)
-    with no_autocast(student_logits):
-        student, teacher = exact(counted(student_logits, mask), teacher_logits.detach())
+    check_logits(student_logits, teacher_logits, temperature)
+    with exactly(counted(student_logits, mask), teacher_logits.detach()) as (student, teacher):
         student, teacher = student / temperature, teacher / temperature
         log_not = torch.nn.functional.logsigmoid
         probs = teacher.sigmoid()
@@ -175,9 +175,8 @@ def kd_regression(
     >>> kd_regression(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [4.0]]))
     tensor(2.)
     """
-    _check(student_scores, teacher_scores, 1.0, reduction)
-    with no_autocast(student_scores):
-        student, teacher = exact(counted(student_scores, mask), teacher_scores.detach())
+    check_logits(student_scores, teacher_scores)
+    with exactly(counted(student_scores, mask), teacher_scores.detach()) as (student, teacher):
         return reduce(per_example((student - teacher).square().mean(-1), mask), reduction)
 
 
@@ -202,22 +201,9 @@ def standardize(logits: Tensor) -> Tensor:
     tensor([[-1.2247,  0.0000,  1.2247],
             [ 0.0000,  0.0000,  0.0000]])
     """
-    with no_autocast(logits):
-        (scores,) = exact(logits)
+    with exactly(logits) as (scores,):
         left_out = scores == -torch.inf
         classes = (~left_out).sum(-1, keepdim=True, dtype=scores.dtype)
         mean = scores.masked_fill(left_out, 0).sum(-1, keepdim=True) / classes
         rest = unit(centred(scores.where(~left_out, mean)))
         return (classes.sqrt() * rest).masked_fill(left_out, -torch.inf)
-
-
-def _check(student: Tensor, teacher: Tensor, temperature: float, reduction: str) -> None:
-    check_reduction(reduction)
-    if student.shape != teacher.shape or student.dim() < 2:
-        raise ValueError(
-            "Expected student and teacher logits of one shape, [B, K] or [B, L, K], got"
-            f" {list(student.shape)} and {list(teacher.shape)}: both networks need the same classes, in the same order,"
-            " and the same tokens."
-        )
-    if not temperature > 0:
-        raise ValueError(f"Expected a temperature above 0, got {temperature}.")

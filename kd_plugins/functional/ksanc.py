@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kd_plugins.functional._common import exact, no_autocast
+from kd_plugins.functional._common import exactly, expect
 
 __all__ = ["squeeze"]
 
@@ -28,13 +28,10 @@ def squeeze(features: Tensor, scores: Tensor, *, mask: Tensor | None = None) -> 
     >>> squeeze(features, torch.zeros(1, 3), mask=torch.tensor([[1, 1, 0]]))
     tensor([[0.5000, 0.5000]])
     """
-    if features.dim() != 3 or scores.shape != features.shape[:2] or (mask is not None and mask.shape != scores.shape):
-        raise ValueError(
-            "Expected features [B, N, D], scores [B, N] and a mask of that shape, got"
-            f" {[list(x.shape) for x in (features, scores, mask) if x is not None]}."
-        )
-    with no_autocast(features):
-        features, scores = exact(features, scores)
+    masks = () if mask is None else (mask,)
+    fits = features.dim() == 3 and all(x.shape == features.shape[:2] for x in (scores, *masks))
+    expect(fits, "features [B, N, D], scores [B, N] and a mask of that shape", features, scores, *masks)
+    with exactly(features, scores) as (features, scores):
         if mask is not None:
             left_out = ~mask.bool()
             features = features.masked_fill(left_out.unsqueeze(-1), 0)

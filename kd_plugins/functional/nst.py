@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kd_plugins.functional._common import Reduction, check_reduction, exact, no_autocast, reduce, unit
+from kd_plugins.functional._common import Reduction, exact, exactly, expect, reduce, unit
 
 __all__ = ["match_spatial", "nst"]
 
@@ -71,9 +71,8 @@ def nst(
     >>> nst(student, 5 * student.flip(1))
     tensor(0.)
     """
-    _check(student_map, teacher_map, kernel, d, sigma2, reduction)
-    with no_autocast(student_map):
-        student, teacher = exact(student_map.flatten(2), teacher_map.detach().flatten(2))
+    _check(student_map, teacher_map, kernel, d, sigma2)
+    with exactly(student_map.flatten(2), teacher_map.detach().flatten(2)) as (student, teacher):
         (c_s, n), c_t = student.shape[1:], teacher.shape[1]
         channel_entries, spatial_entries = c_s**2 + c_t**2 + c_s * c_t, n**2
         if kernel == "poly" and not (d == 2 and c == 0 and spatial_entries < channel_entries):
@@ -119,11 +118,9 @@ def match_spatial(
         raise ValueError(f"Expected mode 'interpolate' or 'pool', got {mode!r}.")
     if student_map.shape[2:] == teacher_map.shape[2:]:
         return student_map, teacher_map
-    if student_map.dim() != 4 or teacher_map.dim() != 4:
-        raise ValueError(
-            f"Expected maps [B, C, H, W], got {list(student_map.shape)} and {list(teacher_map.shape)}: only maps with"
-            " height and width can be resized."
-        )
+    maps = student_map.dim() == teacher_map.dim() == 4
+    remedy = "only maps with height and width can be resized"
+    expect(maps, "maps [B, C, H, W]", student_map, teacher_map, remedy=remedy)
     (h_s, w_s), (h_t, w_t) = student_map.shape[2:], teacher_map.shape[2:]
     if mode == "interpolate":
         # In float32, since the antialiasing resize knows no half precision on every device.
@@ -232,19 +229,15 @@ def _mmd(mean: Callable[[Tensor, Tensor], Tensor], student: Tensor, teacher: Ten
     return value + mean(teacher, teacher) if teacher_term else value
 
 
-def _check(student: Tensor, teacher: Tensor, kernel: str, d: int, sigma2: float | None, reduction: str) -> None:
-    check_reduction(reduction)
+def _check(student: Tensor, teacher: Tensor, kernel: str, d: int, sigma2: float | None) -> None:
     if kernel not in get_args(Kernel):
         raise ValueError(f"Expected kernel 'linear', 'poly' or 'gaussian', got {kernel!r}.")
     if d < 1 or d != int(d):
         raise ValueError(f"Expected a whole degree d from 1, got {d}.")
     if sigma2 is not None and not sigma2 > 0:
         raise ValueError(f"Expected sigma2 above 0, got {sigma2}.")
-    if student.dim() not in (3, 4) or student.dim() != teacher.dim() or len(student) != len(teacher):
-        raise ValueError(
-            f"Expected maps [B, C, H, W] or [B, C, N] of one batch, got {list(student.shape)} and"
-            f" {list(teacher.shape)}."
-        )
+    fits = student.dim() in (3, 4) and student.dim() == teacher.dim() and len(student) == len(teacher)
+    expect(fits, "maps [B, C, H, W] or [B, C, N] of one batch", student, teacher)
     if student.shape[2:] != teacher.shape[2:]:
         raise ValueError(
             f"Expected maps of one spatial size, got {list(student.shape[2:])} and {list(teacher.shape[2:])}: bring"

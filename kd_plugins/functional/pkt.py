@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kd_plugins.functional._common import exact, no_autocast, unit
+from kd_plugins.functional._common import exactly, rows_of_batch, unit
 
 __all__ = ["pkt"]
 
@@ -32,10 +32,8 @@ def pkt(student: Tensor, teacher: Tensor, eps: float = 1e-7) -> Tensor:
     >>> pkt(square.flip(1), 2 * square)
     tensor(0.)
     """
-    if student.dim() < 2 or teacher.dim() < 2 or len(student) != len(teacher):
-        raise ValueError(f"Expected features [B, D] of one batch, got {list(student.shape)} and {list(teacher.shape)}.")
-    with no_autocast(student):
-        q, p = (_neighbours(x) for x in exact(student.flatten(1), teacher.detach().flatten(1)))
+    with exactly(*rows_of_batch(student, teacher)) as rows:
+        q, p = (_neighbours(x) for x in rows)
         return (p * ((p + eps) / (q + eps)).log()).mean()
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kd_plugins.functional._common import Reduction, check_reduction, exact, no_autocast, unit
+from kd_plugins.functional._common import Reduction, check_reduction, exact, expect, no_autocast, unit
 
 __all__ = ["match_sharpness", "quest", "soft_assignment"]
 
@@ -62,9 +62,7 @@ def quest(
     with no_autocast(student_map):
         maps = student_map, teacher_map.detach(), weight, codebook.detach()
         f_s, f_t, w, words = exact(*(x.flatten(2).mT if x.dim() > 2 else x for x in maps))
-        # Distances do not change when everything moves, and near 0 they are rounded less.
-        centre = words.mean(0)
-        f_t, words = f_t - centre, words - centre
+        f_t, words = _centred(f_t, words)
         cosines, w = scale * unit(f_s), unit(w)
         examples = (
             zip(cosines, f_t, strict=True) if reduction == "none" else [(cosines.flatten(0, 1), f_t.flatten(0, 1))]
@@ -90,9 +88,7 @@ def soft_assignment(vectors: Tensor, codebook: Tensor, temperature: Tensor | flo
     tensor([[0.9820, 0.0180]])
     """
     with no_autocast(vectors):
-        x, words = exact(vectors.detach(), codebook.detach())
-        centre = words.mean(0)
-        return _target_scores(x - centre, words - centre, temperature).softmax(1)
+        return _target_scores(*_centred(vectors, codebook), temperature).softmax(1)
 
 
 def match_sharpness(vectors: Tensor, codebook: Tensor, sharpness: float) -> float:
@@ -111,9 +107,7 @@ def match_sharpness(vectors: Tensor, codebook: Tensor, sharpness: float) -> floa
     if not 1 / len(codebook) < sharpness < 1:
         raise ValueError(f"Expected a sharpness between 1 / K = {1 / len(codebook):.2g} and 1, got {sharpness}.")
     with no_autocast(vectors):
-        x, words = exact(vectors.detach(), codebook.detach())
-        centre = words.mean(0)
-        scores = _target_scores(x - centre, words - centre, 1.0)
+        scores = _target_scores(*_centred(vectors, codebook), 1.0)
         behind = scores.sub_(scores.amax(1, keepdim=True))
         typical = -behind.mean().item()
 
@@ -136,6 +130,13 @@ def match_sharpness(vectors: Tensor, codebook: Tensor, sharpness: float) -> floa
             middle = (low + high) / 2
             low, high = (middle, high) if sharp(middle) < sharpness else (low, middle)
         return (low + high) / 2
+
+
+def _centred(vectors: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """Both less the mean of the words: distances do not change when everything moves, and near 0 are rounded less."""
+    x, words = exact(vectors.detach(), codebook.detach())
+    centre = words.mean(0)
+    return x - centre, words - centre
 
 
 def _target_scores(x: Tensor, words: Tensor, temperature: Tensor | float) -> Tensor:
@@ -180,14 +181,9 @@ class _WordKL(torch.autograd.Function):
 
 
 def _check(student: Tensor, teacher: Tensor, weight: Tensor, codebook: Tensor) -> None:
-    if student.dim() not in (3, 4) or student.shape[0] != teacher.shape[0] or student.shape[2:] != teacher.shape[2:]:
-        raise ValueError(
-            "Expected maps [B, C, H, W] or [B, C, N] of one batch and the same positions, got"
-            f" {list(student.shape)} and {list(teacher.shape)}: bring them together with match_spatial."
-        )
+    fits = student.dim() in (3, 4) and len(student) == len(teacher) and student.shape[2:] == teacher.shape[2:]
+    what = "maps [B, C, H, W] or [B, C, N] of one batch and the same positions"
+    expect(fits, what, student, teacher, remedy="bring them together with match_spatial")
     expected = [len(codebook), student.shape[1]], [len(codebook), teacher.shape[1]]
-    if list(weight.shape) != expected[0] or list(codebook.shape) != expected[1]:
-        raise ValueError(
-            f"Expected a predictor {expected[0]} and a codebook {expected[1]} for these maps, got"
-            f" {list(weight.shape)} and {list(codebook.shape)}."
-        )
+    fits = [list(weight.shape), list(codebook.shape)] == [*expected]
+    expect(fits, f"a predictor {expected[0]} and a codebook {expected[1]} for these maps", weight, codebook)

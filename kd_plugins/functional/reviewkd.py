@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_plugins.functional._common import Reduction, check_reduction, exact, no_autocast, per_example, reduce
+from kd_plugins.functional._common import Reduction, exactly, expect, per_example, reduce
 
 __all__ = ["hcl"]
 
@@ -39,14 +39,10 @@ def hcl(
     >>> hcl(student, torch.zeros(1, 1, 2, 2))
     tensor(0.6667)
     """
-    check_reduction(reduction)
-    if student_map.dim() != 4 or student_map.shape != teacher_map.shape:
-        raise ValueError(
-            f"Expected maps of one shape [B, C, H, W], got {list(student_map.shape)} and {list(teacher_map.shape)}."
-        )
-    with no_autocast(student_map):
+    fits = student_map.dim() == 4 and student_map.shape == teacher_map.shape
+    expect(fits, "maps of one shape [B, C, H, W]", student_map, teacher_map)
+    with exactly(student_map, teacher_map.detach()) as (student, teacher):
         # Pooling is linear: the average of the difference is the difference of the averages.
-        student, teacher = exact(student_map, teacher_map.detach())
         difference = student - teacher
         grids = [side for side in levels if side < min(difference.shape[2:])]
         pooled = [difference, *(F.adaptive_avg_pool2d(difference, side) for side in grids)]

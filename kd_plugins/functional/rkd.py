@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_plugins.functional._common import exact, no_autocast, unit
+from kd_plugins.functional._common import exactly, rows_of_batch, unit
 
 __all__ = ["rkd_angle", "rkd_distance"]
 
@@ -31,8 +31,8 @@ def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:
     >>> rkd_distance(torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([[0.0], [1.0], [3.0]]))
     tensor(0.0139)
     """
-    with no_autocast(student):
-        psi_s, psi_t = (_distances(x) for x in _embeddings(student, teacher))
+    with exactly(*rows_of_batch(student, teacher)) as rows:
+        psi_s, psi_t = (_distances(x) for x in rows)
         return F.smooth_l1_loss(psi_s, psi_t)
 
 
@@ -58,17 +58,9 @@ def rkd_angle(student: Tensor, teacher: Tensor) -> Tensor:
     >>> rkd_angle(2 * triangle.flip(1) + 1, triangle)
     tensor(0.)
     """
-    with no_autocast(student):
-        psi_s, psi_t = (_angles(x) for x in _embeddings(student, teacher))
+    with exactly(*rows_of_batch(student, teacher)) as rows:
+        psi_s, psi_t = (_angles(x) for x in rows)
         return F.smooth_l1_loss(psi_s, psi_t)
-
-
-def _embeddings(student: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
-    if student.dim() < 2 or teacher.dim() < 2 or len(student) != len(teacher):
-        raise ValueError(
-            f"Expected embeddings [B, D] of one batch, got {list(student.shape)} and {list(teacher.shape)}."
-        )
-    return exact(student.flatten(1), teacher.detach().flatten(1))
 
 
 def _distances(x: Tensor) -> Tensor:

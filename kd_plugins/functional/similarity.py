@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_plugins.functional._common import Reduction, check_reduction, exact, no_autocast, per_example, reduce
+from kd_plugins.functional._common import Reduction, exactly, expect, per_example, reduce
 
 __all__ = ["feature_l1", "feature_l2"]
 
@@ -32,9 +34,7 @@ def feature_l2(student: Tensor, teacher: Tensor, *, reduction: Reduction = "mean
     >>> feature_l2(torch.zeros(1, 2, 1, 1), torch.tensor([1.0, 3.0]).reshape(1, 2, 1, 1))
     tensor(5.)
     """
-    ours, theirs = _checked(student, teacher, reduction)
-    with no_autocast(student):
-        return reduce(per_example(F.mse_loss(ours, theirs, reduction="none")), reduction)
+    return _apart(F.mse_loss, student, teacher, reduction)
 
 
 def feature_l1(student: Tensor, teacher: Tensor, *, reduction: Reduction = "mean") -> Tensor:
@@ -58,17 +58,12 @@ def feature_l1(student: Tensor, teacher: Tensor, *, reduction: Reduction = "mean
     >>> feature_l1(torch.zeros(1, 2, 1, 1), torch.tensor([1.0, -3.0]).reshape(1, 2, 1, 1))
     tensor(2.)
     """
-    ours, theirs = _checked(student, teacher, reduction)
-    with no_autocast(student):
-        return reduce(per_example((ours - theirs).abs()), reduction)
+    return _apart(F.l1_loss, student, teacher, reduction)
 
 
-def _checked(student: Tensor, teacher: Tensor, reduction: str) -> tuple[Tensor, ...]:
-    """Features of one shape, in float32."""
-    check_reduction(reduction)
-    if student.shape != teacher.shape or student.dim() < 1:
-        raise ValueError(
-            f"Expected features of one shape [B, ...], got {list(student.shape)} and {list(teacher.shape)}: connect"
-            " them by a layer that maps the student's to the teacher's."
-        )
-    return exact(student, teacher)
+def _apart(loss: Callable[..., Tensor], student: Tensor, teacher: Tensor, reduction: Reduction) -> Tensor:
+    fits = student.shape == teacher.shape and student.dim() >= 1
+    remedy = "connect them by a layer that maps the student's to the teacher's"
+    expect(fits, "features of one shape [B, ...]", student, teacher, remedy=remedy)
+    with exactly(student, teacher) as both:
+        return reduce(per_example(loss(*both, reduction="none")), reduction)

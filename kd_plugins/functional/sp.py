@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kd_plugins.functional._common import exact, no_autocast, unit
+from kd_plugins.functional._common import exactly, rows_of_batch, unit
 
 __all__ = ["sp"]
 
@@ -29,10 +29,5 @@ def sp(student: Tensor, teacher: Tensor) -> Tensor:
     >>> sp(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0], [4.0]]))
     tensor(0.3000)
     """
-    if student.dim() < 2 or teacher.dim() < 2 or len(student) != len(teacher):
-        raise ValueError(
-            f"Expected activations [B, ...] of one batch, got {list(student.shape)} and {list(teacher.shape)}."
-        )
-    with no_autocast(student):
-        a_s, a_t = exact(student.flatten(1), teacher.detach().flatten(1))
+    with exactly(*rows_of_batch(student, teacher)) as (a_s, a_t):
         return (unit(a_t @ a_t.mT) - unit(a_s @ a_s.mT)).square().mean()

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_plugins.functional._common import Reduction, check_reduction, exact, no_autocast, reduce, unit
+from kd_plugins.functional._common import Reduction, exactly, expect, reduce, unit
 from kd_plugins.functional.kd import kd
 
 __all__ = ["structured_pair", "structured_pixel"]
@@ -75,18 +75,15 @@ def structured_pair(
     >>> structured_pair(student, torch.ones(1, 3, 1, 2), granularity=(1, 1))
     tensor(0.5000)
     """
-    check_reduction(reduction)
-    if student_map.dim() != 4 or teacher_map.dim() != 4 or student_map[:, 0].shape != teacher_map[:, 0].shape:
-        raise ValueError(
-            "Expected maps [B, C, H, W] of one batch and size, got"
-            f" {list(student_map.shape)} and {list(teacher_map.shape)}: bring them together with match_spatial."
-        )
+    fits = student_map.dim() == teacher_map.dim() == 4 and student_map[:, 0].shape == teacher_map[:, 0].shape
+    remedy = "bring them together with match_spatial"
+    expect(fits, "maps [B, C, H, W] of one batch and size", student_map, teacher_map, remedy=remedy)
     if min(granularity) < 1 or (neighbours is not None and neighbours < 1):
         raise ValueError(
             f"Expected patches of at least 1 x 1 and at least 1 neighbour, got {granularity} and {neighbours}."
         )
-    with no_autocast(student_map):
-        nodes = [F.avg_pool2d(x, granularity, ceil_mode=True) for x in exact(student_map, teacher_map.detach())]
+    with exactly(student_map, teacher_map.detach()) as maps:
+        nodes = [F.avg_pool2d(x, granularity, ceil_mode=True) for x in maps]
         rows, columns = nodes[0].shape[2:]
         f_s, f_t = (unit(x.flatten(2), 1) for x in nodes)
         apart = (f_s.mT @ f_s - f_t.mT @ f_t).square()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kd_plugins.functional._common import exact, no_autocast
+from kd_plugins.functional._common import exactly
 
 __all__ = ["merge_rest", "top_k"]
 
@@ -50,8 +50,7 @@ def merge_rest(logits: Tensor, classes: Tensor, temperature: float = 1.0) -> Ten
     >>> merge_rest(torch.zeros(1, 4), torch.tensor([[2]])).softmax(-1)
     tensor([[0.2500, 0.7500]])
     """
-    with no_autocast(logits):
-        (scores,) = exact(logits)
+    with exactly(logits) as (scores,):
         kept = scores.gather(-1, classes)
         if classes.shape[-1] == scores.shape[-1]:
             return kept

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kd_plugins.functional._common import Reduction, check_reduction, exact, no_autocast, per_example, reduce
+from kd_plugins.functional._common import Reduction, exactly, expect, per_example, reduce
 
 __all__ = ["vid"]
 
@@ -33,13 +33,8 @@ def vid(mean: Tensor, teacher: Tensor, variance: Tensor, *, reduction: Reduction
     >>> vid(torch.zeros(1, 2, 1, 1), torch.tensor([1.0, 2.0]).reshape(1, 2, 1, 1), torch.tensor([1.0, 1.0]))
     tensor(1.2500)
     """
-    check_reduction(reduction)
-    if mean.shape != teacher.shape or mean.dim() < 2 or variance.shape != mean.shape[1:2]:
-        raise ValueError(
-            "Expected a mean and a teacher of one shape [B, C, ...] and a variance [C], got"
-            f" {list(mean.shape)}, {list(teacher.shape)} and {list(variance.shape)}."
-        )
-    with no_autocast(mean):
-        mean, teacher, variance = exact(mean, teacher.detach(), variance)
+    fits = mean.shape == teacher.shape and mean.dim() >= 2 and variance.shape == mean.shape[1:2]
+    expect(fits, "a mean and a teacher of one shape [B, C, ...] and a variance [C]", mean, teacher, variance)
+    with exactly(mean, teacher.detach(), variance) as (mean, teacher, variance):
         variance = variance.view(-1, *[1] * (mean.dim() - 2))
         return reduce(per_example(((teacher - mean).square() / variance + variance.log()) / 2), reduction)

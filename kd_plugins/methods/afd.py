@@ -16,9 +16,7 @@ from kd_plugins.distiller import Terms, Turn
 from kd_plugins.methods.kd import soft_labels
 from kd_plugins.nn.connectors import as_weights
 from kd_plugins.nn.discriminators import Discriminator, probability, transfer_layer
-from kd_plugins.reading.nets import check_unlike
-
-__all__ = ["AFD", "sources"]
+from kd_plugins.reading.nets import check_unlike, group_name
 
 
 def sources(network: int, networks: int, topology: str) -> list[int]:
@@ -121,7 +119,7 @@ class AFD(Distiller):
             raise DistillError(f"Expected one of peer_layers for each of {others} peers, got {list(self.peer_layers)}.")
         if self.teacher_layer is not None and self.online:
             raise DistillError("teacher_layer is for the offline form, which has a teacher and no peers: leave it out.")
-        check_unlike(nets.peers)
+        check_unlike(nets.trained)
         networks = self._networks(nets)
         views = [net(batch) for net in networks]
         shapes = [] if self.adversarial_only else [list(view.logits.shape) for view in views]
@@ -177,9 +175,9 @@ class AFD(Distiller):
             maps = self._maps(views)
             if self.feature_loss == "adversarial":
                 yield {"discriminator": self._judge([m.detach() for m in maps], learned)}
-            turn["features"] = {_name(k): self._feature_loss(maps, k, learned[k]) for k in trained}
+            turn["features"] = {group_name(k): self._feature_loss(maps, k, learned[k]) for k in trained}
         for k in reversed(trained):
-            terms = turn[_name(k)] = {"task": batch.task_loss(views[k])}
+            terms = turn[group_name(k)] = {"task": batch.task_loss(views[k])}
             if not self.adversarial_only:
                 pulls = [soft_labels(views[k], views[j], batch, self.temperature) for j in learned[k]]
                 terms["logits"] = self.logit_weight * torch.stack(pulls).mean()
@@ -201,7 +199,7 @@ class AFD(Distiller):
         terms: Terms = {}
         for k, discriminator in enumerate(self.discriminators):
             real = torch.cat([probability(discriminator(maps[j])) for j in learned[k]])
-            terms[_name(k)] = KF.lsgan_discriminator(real, probability(discriminator(maps[k])))
+            terms[group_name(k)] = KF.lsgan_discriminator(real, probability(discriminator(maps[k])))
         return terms
 
     def _feature_loss(self, maps: Sequence[Tensor], k: int, learned: Sequence[int]) -> Tensor:
@@ -211,8 +209,3 @@ class AFD(Distiller):
         if self.each:
             return KF.lsgan_generator(probability(self.discriminators[k](maps[k])))
         return KF.lsgan_generator(self.discriminators[0](maps[k]).float().softmax(1)[:, list(learned)])
-
-
-def _name(network: int) -> str:
-    """The group of a network."""
-    return f"peer{network}" if network else "student"

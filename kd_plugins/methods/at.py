@@ -11,8 +11,6 @@ from kd_plugins.catalog.values import AtLeastOne, NonNegative
 from kd_plugins.functional.at import at
 from kd_plugins.layers import LayerDistiller
 
-__all__ = ["AT"]
-
 
 class AT(LayerDistiller):
     """The student responds where in the image the teacher responds, whatever their numbers of channels.

@@ -13,7 +13,6 @@ from kd_plugins.catalog.values import AtLeastOne, NonNegative, Positive, Share
 from kd_plugins.layers import LayerDistiller
 from kd_plugins.nn.bank import PairMemory
 
-__all__ = ["CRD"]
 _AUTHORS = ("Yonglong Tian", "Dilip Krishnan", "Phillip Isola")
 _ROWS = "crd remembers the training set by row: give Batch.of(..., index=row numbers, rows=M)."
 

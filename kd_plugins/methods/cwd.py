@@ -13,8 +13,6 @@ from kd_plugins.distiller import Terms
 from kd_plugins.layers import DENSE_TASKS, LayerDistiller
 from kd_plugins.reading.scores import score_maps
 
-__all__ = ["CWD"]
-
 
 class CWD(LayerDistiller):
     """Matches, channel by channel, where in the image a map is active: of the scores, and of the layers that are named.

@@ -18,8 +18,6 @@ from kd_plugins.nn.generator import Generator
 from kd_plugins.nn.patches import pixels, thumbnails
 from kd_plugins.picture import Images, Picture
 
-__all__ = ["DAFL"]
-
 _AUTHORS = "Hanting Chen, Yunhe Wang, Chang Xu, Zhaohui Yang, Chuanjian Liu, Boxin Shi, Chunjing Xu, Chao Xu, Qi Tian"
 _SHOWN, _SIDE = 8, 64  # images of a grid, and their longest side in it
 _EPOCHS = 200  # grids at most: 20 MB of every state at that side

@@ -16,8 +16,6 @@ from kd_plugins.catalog.values import Fraction, NonNegative, Positive
 from kd_plugins.distiller import Terms, Turn
 from kd_plugins.reading.trunk import check_maps, find_groups
 
-__all__ = ["DFA"]
-
 _OF_A_SEARCH = ("st_weight", "ts_weight", "regularizer", "search_share", "search_epochs", "held_out")
 
 

@@ -9,8 +9,6 @@ from kd_plugins.distiller import Terms
 from kd_plugins.errors import check_any
 from kd_plugins.reading.scores import class_scores
 
-__all__ = ["DIST"]
-
 
 class DIST(Distiller):
     """Correlates the student's probabilities with the teacher's: along the classes of a row, along the rows of a class.

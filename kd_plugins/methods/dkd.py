@@ -9,8 +9,6 @@ from kd_plugins.distiller import Terms
 from kd_plugins.errors import check_any
 from kd_plugins.reading.scores import class_scores
 
-__all__ = ["DKD"]
-
 
 class DKD(Distiller):
     """Distils the probability of the true class and those of the other classes as two terms with weights of their own.

@@ -13,8 +13,6 @@ from kd_plugins.catalog.values import Positive, Share
 from kd_plugins.distiller import Terms
 from kd_plugins.reading.scores import class_scores
 
-__all__ = ["ENDD"]
-
 # Above this number of classes the likelihood of the members no longer trains well.
 _MANY = 100
 

@@ -13,7 +13,6 @@ from kd_plugins.distiller import Terms
 from kd_plugins.layers import LayerDistiller
 from kd_plugins.nn.connectors import hint_regressor
 
-__all__ = ["FitNet"]
 _AUTHORS = "Adriana Romero, Nicolas Ballas, Samira Ebrahimi Kahou, Antoine Chassang, Carlo Gatta, Yoshua Bengio"
 
 

@@ -15,8 +15,6 @@ from kd_plugins.methods.kd import soft_labels
 from kd_plugins.nn.connectors import as_weights
 from kd_plugins.reading.depth import pairs_of, uniform
 
-__all__ = ["Internal"]
-
 
 class Internal(Distiller):
     """Distils the teacher's attention distributions and [CLS] activations layer by layer, then its soft labels.

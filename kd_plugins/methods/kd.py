@@ -10,8 +10,6 @@ from kd_plugins.catalog.values import Positive, Share
 from kd_plugins.distiller import Terms
 from kd_plugins.reading.scores import class_scores
 
-__all__ = ["KD", "soft_labels"]
-
 
 def soft_labels(student: View, teacher: View, batch: Batch, temperature: float, standardize: bool = False) -> Tensor:
     """The soft-label term of a batch: per example, per label, or per token or pixel that counts; of numbers the MSE.

@@ -17,8 +17,6 @@ from kd_plugins.errors import check_any, check_built
 from kd_plugins.layers import LayerDistiller, Pair
 from kd_plugins.nn.descriptors import AttentionEstimator, LogitDiscriminator
 
-__all__ = ["KSANC"]
-
 
 class KSANC(LayerDistiller):
     """Squeezes layers of both networks to small descriptors by attention and compares those, beside the logits.

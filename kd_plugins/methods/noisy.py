@@ -17,8 +17,6 @@ from kd_plugins.errors import check_built
 from kd_plugins.methods.kd import KD
 from kd_plugins.reading.scores import class_scores
 
-__all__ = ["Noisy"]
-
 _logger = logging.getLogger(__name__)
 
 

@@ -11,8 +11,6 @@ from kd_plugins import functional as KF
 from kd_plugins.catalog.values import AtLeastOne, NonNegative, Positive
 from kd_plugins.layers import LayerDistiller, Pair
 
-__all__ = ["NST"]
-
 
 class NST(LayerDistiller):
     """Matches the distributions of the networks' neuron selectivities, one sample per channel, by squared MMD.

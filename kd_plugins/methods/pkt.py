@@ -11,8 +11,6 @@ from kd_plugins import functional as KF
 from kd_plugins.catalog.values import NonNegative
 from kd_plugins.layers import LayerDistiller
 
-__all__ = ["PKT"]
-
 
 class PKT(LayerDistiller):
     """Gives each example of a batch the neighbours that it has to the teacher: conditional probabilities of cosines.

@@ -21,8 +21,6 @@ from kd_plugins.nn.patches import ImageSample, NearestPatches, patch_side, pixel
 from kd_plugins.nn.vocabulary import Vocabulary
 from kd_plugins.picture import Picture
 
-__all__ = ["QUEST"]
-
 _logger = logging.getLogger("kd_plugins.quest")
 
 # The paper's words, and the different vectors that there are to be for each.

@@ -12,10 +12,7 @@ from kd_plugins import functional as KF
 from kd_plugins.catalog.values import NonNegative, Share
 from kd_plugins.distiller import Terms
 from kd_plugins.layers import LayerDistiller
-from kd_plugins.nn.connectors import as_weights
-from kd_plugins.nn.fusion import AttentionFusion
-
-__all__ = ["ReviewKD"]
+from kd_plugins.nn.connectors import AttentionFusion, as_weights
 
 
 class ReviewKD(LayerDistiller):

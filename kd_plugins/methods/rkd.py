@@ -12,8 +12,6 @@ from kd_plugins.catalog.values import NonNegative
 from kd_plugins.errors import check_any
 from kd_plugins.layers import LayerDistiller
 
-__all__ = ["RKD"]
-
 
 class RKD(LayerDistiller):
     """Keeps the distances of the examples of a batch, and the angles of their triangles, as the teacher has them.

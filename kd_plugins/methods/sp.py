@@ -11,8 +11,6 @@ from kd_plugins import functional as KF
 from kd_plugins.catalog.values import NonNegative
 from kd_plugins.layers import LayerDistiller
 
-__all__ = ["SP"]
-
 
 class SP(LayerDistiller):
     """Makes examples that are alike to the teacher alike to the student: inner products of maps within the batch.

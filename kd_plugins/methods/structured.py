@@ -18,8 +18,6 @@ from kd_plugins.layers import DENSE_TASKS, LayerDistiller, Pair
 from kd_plugins.nn.discriminators import Critic
 from kd_plugins.reading.scores import class_scores, score_maps
 
-__all__ = ["Structured"]
-
 
 class Structured(LayerDistiller):
     """Matches the teacher's map pixel by pixel, by similarities of patches, and by a critic that sees it as a whole.

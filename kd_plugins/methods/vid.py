@@ -13,8 +13,6 @@ from kd_plugins.functional.vid import vid
 from kd_plugins.layers import LayerDistiller
 from kd_plugins.nn.connectors import GaussianRegressor
 
-__all__ = ["VID"]
-
 
 class VID(LayerDistiller):
     """Keeps as much information about the teacher's layer as the student's can hold, by a bound on what they share.

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from kd_plugins.errors import DistillError
 from kd_plugins.nn.connectors import UnitHead
 
-__all__ = ["MemoryBank", "OtherRows", "PairMemory", "of_all_processes"]
-
 
 def of_all_processes(x: Tensor) -> Tensor:
     """The rows of all processes' tensors, in their order; without gradient, and of any number on each."""

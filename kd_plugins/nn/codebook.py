@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from kd_plugins.errors import DistillError
 from kd_plugins.states import damage, replacing, seal, writing
 
-__all__ = ["Sample", "cached_codebook", "fingerprint_of", "fit_codebook", "state_bytes"]
-
 _ITERATIONS = 20
 
 

@@ -11,8 +11,6 @@ from kd_plugins.errors import DistillError
 from kd_plugins.functional._common import counted, no_autocast, unit
 from kd_plugins.functional.ksanc import squeeze
 
-__all__ = ["AttentionEstimator", "LogitDiscriminator"]
-
 
 class AttentionEstimator(nn.Module):
     """Squeezes a layer, a map `[B, C, H, W]` or tokens `[B, L, C]`, to one vector `[B, D]`, with an eye on the logits.

@@ -9,8 +9,6 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from kd_plugins.functional._common import no_autocast
 
-__all__ = ["Critic", "Discriminator", "SelfAttention", "probability", "transfer_layer"]
-
 
 class Discriminator(nn.Sequential):
     """Judges feature maps: `[B, C, H, W]` to scores `[B, K]`, before sigmoid or softmax.

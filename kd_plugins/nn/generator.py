@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-__all__ = ["Generator"]
-
 
 class Generator(nn.Module):
     """Images of noise: `[B, Z]` to `[B, C, H, W]`, of mean 0 and variance 1 in each channel of the batch.

@@ -9,8 +9,6 @@ from torch import Tensor
 from kd_plugins.nn.codebook import Sample
 from kd_plugins.reading.view import Batch
 
-__all__ = ["ImageSample", "NearestPatches", "patch_side", "pixels", "thumbnails"]
-
 # A patch shows its position with the neighbours on both sides.
 _CELLS = 3
 # The grey of what is beyond the image.

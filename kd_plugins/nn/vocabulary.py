@@ -14,8 +14,6 @@ from kd_plugins.nn.codebook import Sample, cached_codebook, fit_codebook
 from kd_plugins.nn.patches import NearestPatches
 from kd_plugins.picture import Images
 
-__all__ = ["Vocabulary"]
-
 # Vectors that the temperature is chosen on.
 _CALIBRATION = 2048
 # The report's picture: words, and patches of each.

@@ -366,7 +366,12 @@ class BaseAttentionTaps:
             raise DistillError(f"Expected mode 'share' or 'record', got {mode!r}.")
         numbers = list(dict.fromkeys(layers))
         for number in numbers:
-            self._check(number)
+            if self.layer(number).mode == "other":
+                raise DistillError(
+                    f"The attention of layer {number} ({self.layer(number).attention}) of {type(self.model).__name__}"
+                    " is no plain softmax(scale * q k^T + mask) v, so its distribution cannot be read: distill hidden"
+                    " states instead."
+                )
         checkpointed = torch.is_grad_enabled() and any(map(_checkpoints, self.model.modules()))
         wanted: dict[AttentionTap, list[int]] = {}
         for number in numbers:
@@ -416,14 +421,6 @@ class BaseAttentionTaps:
         if not 1 <= number <= len(self.layers):
             raise DistillError(f"Expected layers 1 to {len(self.layers)} of {name}, got {number}.")
         return self.layers[number - 1]
-
-    def _check(self, number: int) -> None:
-        if self.layer(number).mode == "other":
-            raise DistillError(
-                f"The attention of layer {number} ({self.layer(number).attention}) of {type(self.model).__name__} is no"
-                " plain softmax(scale * q k^T + mask) v, so its distribution cannot be read: distill hidden states"
-                " instead."
-            )
 
     def _listen(self, trace: Trace) -> AbstractContextManager[None]:
         """Tells `trace` of every attention that runs while this context is open."""

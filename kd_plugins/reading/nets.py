@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -191,7 +192,7 @@ class Nets:
     @property
     def trained(self) -> dict[str, nn.Module]:
         """Student and peers by the names of their groups: `student`, `peer1`, ..."""
-        return {f"peer{i}" if i else "student": peer.module for i, peer in enumerate(self.peers)}
+        return {group_name(i): peer.module for i, peer in enumerate(self.peers)}
 
     @property
     def frozen(self) -> dict[str, nn.Module]:
@@ -205,6 +206,11 @@ class Nets:
 
     def __iter__(self) -> Iterator[Net]:
         return iter((*self.peers, *self.teachers))
+
+
+def group_name(number: int) -> str:
+    """The group of a network that trains, by its number among the peers, the student being the first."""
+    return f"peer{number}" if number else "student"
 
 
 def begun(turns: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
@@ -252,25 +258,24 @@ def _drops(module: nn.Module) -> bool:
 _RATE = re.compile("^(?!drop_prob|drop_path|layerdrop).*drop")
 
 
-def check_unlike(peers: Sequence[Net]) -> None:
+def check_unlike(trained: Mapping[str, nn.Module]) -> None:
     """Refuses networks that begin as copies and would stay the same; warns where they nearly do.
 
     Args:
-        peers: Networks that are trained together, the student first.
+        trained: Networks that are trained together, by name.
     """
-    names = [f"peer{k}" if k else "student" for k in range(len(peers))]
-    for k, j in ((n, m) for n in range(len(peers)) for m in range(n)):
-        share = _same(peers[k].module, peers[j].module)
+    for (first, ours), (second, theirs) in combinations(trained.items(), 2):
+        share = _same(ours, theirs)
         if share == 1:
             raise DistillError(
-                f"{names[j]} and {names[k]} have the same architecture and weights and would stay the same:"
+                f"{first} and {second} have the same architecture and weights and would stay the same:"
                 " initialise them differently."
             )
         if share > 0.5:
             _logger.warning(
                 "%s and %s start with the same weights but for %.1f %%: networks that are alike have little to teach"
                 " each other.",
-                *(names[j], names[k], 100 * (1 - share)),
+                *(first, second, 100 * (1 - share)),
             )
 
 

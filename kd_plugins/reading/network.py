@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import lru_cache
 from importlib.metadata import EntryPoint
 from typing import Any, ClassVar
@@ -81,11 +81,8 @@ class Network:
             replace=replace,
             cut=[self._single(number) for number in reads.cut],
         )
-        with record as seen, capture as attentions:
-            try:
-                output, maps = self.ask(forward, batch, reads)
-            except Reached:
-                pass
+        with record as seen, capture as attentions, suppress(Reached):
+            output, maps = self.ask(forward, batch, reads)
         logits, missing = None, ""
         if reads.logits:
             try:

@@ -89,19 +89,14 @@ def _uncompiled_stop() -> Callable[[], None]:
     return torch.compiler.disable(stop)
 
 
-def _ignore(*_: Any) -> None:
-    """What a hook becomes in a copy of the network: an EMA model must not write into the original's taps."""
-
-
-def _ignored() -> Any:
-    return _ignore
-
-
 class Hook:
     """A hook of one network; a copy of the network (an EMA model, a pickle) gets one that does nothing."""
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What a hook becomes in a copy, which must not write into the original's taps."""
+
     def __reduce__(self) -> Any:
-        return (_ignored, ())
+        return (Hook, ())
 
 
 class _TapHook(Hook):

@@ -255,7 +255,8 @@ def _outermost(module: nn.Module, path: str, seen: Mapping[str, Tensor]) -> Iter
 def _blocks(root: nn.Module, stage: str, seen: Mapping[str, Tensor]) -> list[str]:
     """The blocks of a stage; none where it is not made of blocks."""
     module = root.get_submodule(stage)
-    lists = [path for path, m in [("", module), *_below(module)] if isinstance(m, _LISTS)]
+    # The outer ones first.
+    lists = sorted((p for p, m in module.named_modules() if isinstance(m, _LISTS)), key=lambda path: path.count("."))
     for path in lists:
         at = ".".join(filter(None, (stage, path)))
         children = [f"{at}.{name}" for name, _ in root.get_submodule(at).named_children()]
@@ -274,8 +275,3 @@ def _taken_apart(root: nn.Module, path: str, seen: Mapping[str, Tensor]) -> list
     if not isinstance(root.get_submodule(path), _LISTS):
         return [path]
     return _blocks(root, path, seen) or [path]
-
-
-def _below(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """All modules within one, the outer ones first."""
-    return sorted(((p, m) for p, m in module.named_modules() if p), key=lambda item: item[0].count("."))

@@ -225,14 +225,12 @@ class Batch:
             given = dict(inputs)
             if labels is None:
                 labels = given.pop("labels", None)
-            name = next((n for n in (fields.pop("name", None), *_MAIN_INPUTS) if n in given), None) or next(
-                iter(given), None
-            )
+            # The first of all, where none has a name that is known.
+            name = next((n for n in (fields.pop("name", None), *_MAIN_INPUTS, *given) if n in given), None)
             if name is None:
                 raise DistillError("Expected a mapping with at least one input, got an empty one.")
             inputs = given.pop(name)
-            kwargs = {**given, **fields.pop("kwargs", {})}
-            fields.update(name=name, kwargs=kwargs)
+            fields.update(name=name, kwargs={**given, **fields.pop("kwargs", {})})
         if fields.get("mask") is None:
             own = fields.get("kwargs", {})
             mask, decoded = own.get("attention_mask"), own.get("decoder_input_ids")

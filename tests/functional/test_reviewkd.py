@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_plugins import functional as KF
-from kd_plugins.nn.fusion import AttentionFusion
+from kd_plugins.nn.connectors import AttentionFusion
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
