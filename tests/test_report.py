@@ -24,14 +24,14 @@ from kd_accelerate import TurnPlayer
 from kd_plugins import Batch, Distiller, DistillError, Net, Nets, Reads, bind, create_distiller
 from kd_plugins.catalog.cli import main as kd_plugins_main
 from kd_plugins.compose import Composite
+from kd_plugins.evaluation import Answers, calibration
 from kd_plugins.picture import Bars, Heatmap, Images, Points
 from kd_plugins.reading.view import View
 from kd_report import charts, load_run, main, page_hint, render
 from kd_report.analysis import analyse, as_nets, predict
-from kd_report.measures import calibration, cka, decisions, difference, hsic, predictions, project_channels
+from kd_report.measures import cka, decisions, difference, hsic, predictions, project_channels
 from kd_report.record import RunRecord, rows_to_analyse, rows_to_ask, sizes, some_rows
 from kd_report.runs import find_runs
-from kd_report.uncertainty import Answers
 from kd_timm.network import TimmNetwork
 
 STATS = (0.5, 0.5, 0.5)

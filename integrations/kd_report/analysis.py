@@ -22,13 +22,13 @@ from kd_accelerate.randomness import undisturbed
 from kd_plugins import Batch, Distiller, DistillError, Net, Nets, Reads
 from kd_plugins import functional as KF
 from kd_plugins.binding import untouched
+from kd_plugins.evaluation import Answers, dirichlet_offset
 from kd_plugins.nn.patches import pixels, thumbnails
 from kd_plugins.picture import Images
 from kd_plugins.reading.network import adapt
 from kd_plugins.reading.tap import Hook
 from kd_plugins.reading.trunk import find_trunk
 from kd_report.measures import cka, decisions, hsic, project_channels
-from kd_report.uncertainty import Answers, dirichlet_offset
 
 __all__ = ["Analysis", "analyse", "as_nets", "predict", "predicted_maps"]
 

@@ -1,4 +1,4 @@
-"""What is measured of networks on the same examples: decisions, calibration, likeness of layers, channels of maps."""
+"""What is measured of networks on the same examples: decisions, likeness of layers, channels of maps."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_plugins import Batch
+from kd_plugins.evaluation import calibration, rejection
 from kd_plugins.reading.scores import class_scores
 from kd_plugins.reading.view import View
 
-__all__ = ["calibration", "cka", "decisions", "difference", "hsic", "predictions", "project_channels", "rejection"]
+__all__ = ["cka", "decisions", "difference", "hsic", "predictions", "project_channels"]
 
 _ROWS, _CLASSES, _POINTS, _SHARES = 2048, 100, 256, 50
 
@@ -55,41 +56,8 @@ def decisions(view: View, batch: Batch) -> Decisions | None:
     return Decisions(logits[index].float(), None if labels is None else labels[index])
 
 
-def calibration(confidence: Tensor, correct: Tensor, bins: int = 15) -> tuple[float, Tensor]:
-    """The expected calibration error, and the reliability diagram behind it.
-
-    Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, arXiv 1706.04599: the mean over bins of equal
-    width of |accuracy - confidence|, weighted by the examples in a bin. The diagram `[bins, 3]` holds for each bin the
-    number of examples, their mean confidence and their accuracy.
-
-    Args:
-        confidence: Probability of the predicted class `[N]`.
-        correct: Whether the prediction was right `[N]`.
-        bins: Number of bins.
-
-    >>> error, diagram = calibration(torch.tensor([0.9, 0.9, 0.6, 0.6]), torch.tensor([True, True, True, False]))
-    >>> round(error, 3)
-    0.1
-    """
-    place = (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)
-    each = torch.stack([torch.ones_like(confidence), confidence, correct.to(confidence)], 1).double()
-    sums = torch.zeros(bins, 3, dtype=torch.float64).index_add_(0, place.cpu(), each.cpu())
-    means = sums[:, 1:] / sums[:, :1].clamp_min(1)
-    error = float((sums[:, 1] - sums[:, 2]).abs().sum() / sums[:, 0].sum().clamp_min(1))
-    return error, torch.cat([sums[:, :1], means], 1).float()
-
-
-def rejection(wrong: Tensor, uncertainty: Tensor) -> Tensor:
-    """The error among the n most certain predictions, for n from 1 to N.
-
-    >>> rejection(torch.tensor([True, False]), torch.tensor([0.9, 0.1])).tolist()
-    [0.0, 0.5]
-    """
-    return wrong[uncertainty.argsort(stable=True)].double().cumsum(0) / torch.arange(1, len(wrong) + 1)
-
-
 def predictions(found: Mapping[str, Mapping[str, Tensor]], classes: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `kd_report.uncertainty.Answers` has collected of networks that know so many classes, in numbers.
+    """What `kd_plugins.evaluation.Answers` has collected of networks that know so many classes, in numbers.
 
     Returns:
         Means by network for JSON (agreement and KL are with the student; the student's own are with the teacher, and

@@ -33,12 +33,12 @@ from kd_accelerate.player import TurnPlayer
 from kd_plugins import Batch, Distiller, Net, Nets
 from kd_plugins.binding import needs_of_stages
 from kd_plugins.catalog.registry import config_of
+from kd_plugins.evaluation import Doubts
 from kd_plugins.picture import Picture
 from kd_plugins.states import read_json, replacing, write_text
 from kd_report.analysis import Decode, analyse, as_nets, predict
 from kd_report.measures import predictions
 from kd_report.runs import FORMAT, read_rows
-from kd_report.uncertainty import Doubts
 
 _logger = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ class RunRecord:
 
     @_optional
     def predictions(self, found: Mapping[str, Doubts], classes: int) -> None:
-        """Tells what the trained networks predict, as `kd_report.uncertainty.Answers` has collected it."""
+        """Tells what the trained networks predict, as `kd_plugins.evaluation.Answers` has collected it."""
         if found:
             summary, arrays = predictions(found, classes)
             self._keep("after", {"predictions": summary}, arrays)

@@ -15,8 +15,8 @@ from timm.utils import AverageMeter
 from torch import Tensor, nn
 
 from kd_plugins import DistillError
+from kd_plugins.evaluation import Answers, Doubts, uncertainty_metrics
 from kd_plugins.finite import check_loss
-from kd_report.uncertainty import Answers, Doubts, uncertainty_metrics
 from kd_timm.batches import batches
 from kd_timm.engine import TrainingRun
 from kd_timm.network import one_head

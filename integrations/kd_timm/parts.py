@@ -25,8 +25,8 @@ from kd_accelerate import broadcast
 from kd_accelerate.randomness import undisturbed
 from kd_plugins import DistillError
 from kd_plugins.errors import did_you_mean, told
+from kd_plugins.evaluation import dirichlet_offset
 from kd_plugins.states import slots, write_text
-from kd_report.uncertainty import dirichlet_offset
 from kd_timm import build, data
 from kd_timm.arguments import as_flag
 from kd_timm.checkpoint import Checkpoints, Summary, find_state, output_folder

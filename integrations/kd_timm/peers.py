@@ -10,7 +10,7 @@ from accelerate.utils import broadcast_object_list
 from timm.models import safe_model_name
 from torch import Tensor, nn
 
-from kd_report.uncertainty import Answers, Doubts
+from kd_plugins.evaluation import Answers, Doubts
 from kd_timm.checkpoint import load_weights, rank, save_weights
 from kd_timm.engine import TrainingRun
 from kd_timm.evaluation import evaluate, gathered

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kd_plugins import Batch, Net, Nets, Reads
+from kd_plugins.evaluation import Doubts
 from kd_report import page_hint
 from kd_report.record import MOST_AT_ONCE, RunRecord, rows_to_analyse, sizes, some_rows
-from kd_report.uncertainty import Doubts
 from kd_timm.arguments import parse_args
 from kd_timm.data import plain_loader
 from kd_timm.network import TimmNetwork, image_batch

@@ -14,8 +14,8 @@ from timm.utils import distribute_bn, setup_default_logging
 
 from kd_accelerate.command import Stopped, run_command, signals
 from kd_plugins import DistillError
+from kd_plugins.evaluation import Doubts, dirichlet_offset
 from kd_plugins.states import slots, taking_up, write_json, writing
-from kd_report.uncertainty import Doubts, dirichlet_offset
 from kd_timm.arguments import parse_args
 from kd_timm.checkpoint import epoch_row, load_weights, rank
 from kd_timm.engine import train_one_epoch

@@ -13,11 +13,11 @@ from transformers import Trainer, TrainerCallback
 
 from kd_accelerate.cached import layers_of
 from kd_plugins import Batch, Net, Nets, Reads
+from kd_plugins.evaluation import Doubts
 from kd_plugins.picture import Picture
 from kd_plugins.reading.network import adapt
 from kd_report.analysis import predicted_maps
 from kd_report.record import MOST_AT_ONCE, RunRecord, rows_to_analyse, rows_to_ask, sizes, some_rows
-from kd_report.uncertainty import Doubts
 from kd_transformers.checks import class_order, stated, task_of
 from kd_transformers.columns import with_padding
 from kd_transformers.compat import on_device, used_columns
@@ -137,7 +137,7 @@ class RecordCallback(UpdateTimer):
     def finish(self, results: Mapping[str, Any], found: Mapping[str, Doubts] | None = None, classes: int = 0) -> None:
         """Writes other results than those of the last evaluation in the training.
 
-        With them goes what the networks say of the evaluation set, as `kd_report.uncertainty.Answers` has found it.
+        With them goes what the networks say of the evaluation set, as `kd_plugins.evaluation.Answers` has found it.
         """
         if self.record is not None:
             self.record.predictions(found or {}, classes)

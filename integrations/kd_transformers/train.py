@@ -26,11 +26,11 @@ from kd_accelerate.command import Stopped, run_command, signals
 from kd_plugins import Batch, Distiller, View
 from kd_plugins.catalog.registry import distiller_classes, from_json, options_from_strings
 from kd_plugins.errors import DistillError, told
+from kd_plugins.evaluation import Answers, Doubts, dirichlet_offset, uncertainty_metrics
 from kd_plugins.finite import check_loss
 from kd_plugins.states import MANIFEST, damage, read_json, seal, write_json
 from kd_report import page_hint
 from kd_report.measures import decisions
-from kd_report.uncertainty import Answers, Doubts, dirichlet_offset, uncertainty_metrics
 from kd_transformers import DistillationTrainer, students
 from kd_transformers.arguments import Arguments, parse_args
 from kd_transformers.cache import cache_teacher

@@ -9,8 +9,8 @@ import torch
 
 from kd_plugins import Batch, DistillError, View, create_distiller, uncertainty
 from kd_plugins import functional as KF
+from kd_plugins.evaluation import Answers, dirichlet_offset, doubts, uncertainty_metrics
 from kd_report.measures import predictions
-from kd_report.uncertainty import Answers, dirichlet_offset, doubts, uncertainty_metrics
 
 
 def scores(*shape: int, seed: int = 0) -> View:

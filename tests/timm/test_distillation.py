@@ -21,7 +21,7 @@ from timm.utils import ModelEmaV3, random_seed
 
 import kd_plugins
 from kd_plugins import Batch
-from kd_report.uncertainty import doubts, uncertainty_metrics
+from kd_plugins.evaluation import doubts, uncertainty_metrics
 from kd_timm import data, distillation, engine, teachers, train
 from kd_timm.arguments import parse_args
 from kd_timm.build import check_model_name

@@ -1,4 +1,4 @@
-"""What a network's uncertainty is worth: does it find the network's errors, and data of another kind?"""
+"""What networks answer on the same examples, and what their uncertainty is worth: does it find their errors?"""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_plugins import Distiller, uncertainty
-from kd_plugins.functional.dirichlet import log_expected
+from kd_plugins.distiller import Distiller
+from kd_plugins.functional.dirichlet import log_expected, uncertainty
 from kd_plugins.methods.endd import ENDD
-from kd_report.measures import calibration, rejection
-
-__all__ = ["Answers", "dirichlet_offset", "doubts", "uncertainty_metrics"]
 
 Doubts = dict[str, Tensor]
 
@@ -125,3 +122,36 @@ def uncertainty_metrics(known: Mapping[str, Tensor], other: Mapping[str, Tensor]
             kinds = [0] * len(values) + [1] * len(other[name])
             metrics[f"ood_auroc_{name}"] = float(roc_auc_score(kinds, torch.cat([values, other[name]])))
     return metrics
+
+
+def calibration(confidence: Tensor, correct: Tensor, bins: int = 15) -> tuple[float, Tensor]:
+    """The expected calibration error, and the reliability diagram behind it.
+
+    Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, arXiv 1706.04599: the mean over bins of equal
+    width of |accuracy - confidence|, weighted by the examples in a bin. The diagram `[bins, 3]` holds for each bin the
+    number of examples, their mean confidence and their accuracy.
+
+    Args:
+        confidence: Probability of the predicted class `[N]`.
+        correct: Whether the prediction was right `[N]`.
+        bins: Number of bins.
+
+    >>> error, diagram = calibration(torch.tensor([0.9, 0.9, 0.6, 0.6]), torch.tensor([True, True, True, False]))
+    >>> round(error, 3)
+    0.1
+    """
+    place = (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)
+    each = torch.stack([torch.ones_like(confidence), confidence, correct.to(confidence)], 1).double()
+    sums = torch.zeros(bins, 3, dtype=torch.float64).index_add_(0, place.cpu(), each.cpu())
+    means = sums[:, 1:] / sums[:, :1].clamp_min(1)
+    error = float((sums[:, 1] - sums[:, 2]).abs().sum() / sums[:, 0].sum().clamp_min(1))
+    return error, torch.cat([sums[:, :1], means], 1).float()
+
+
+def rejection(wrong: Tensor, uncertainty: Tensor) -> Tensor:
+    """The error among the n most certain predictions, for n from 1 to N.
+
+    >>> rejection(torch.tensor([True, False]), torch.tensor([0.9, 0.1])).tolist()
+    [0.0, 0.5]
+    """
+    return wrong[uncertainty.argsort(stable=True)].double().cumsum(0) / torch.arange(1, len(wrong) + 1)
