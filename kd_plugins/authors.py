@@ -1,4 +1,4 @@
-"""What the author of a method has written: whether it is whole, what it overrides, what it needs."""
+"""What the author of a method has written: its parts, whether it is whole, what it overrides, what it needs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from typing import Any
 from kd_plugins.distiller import Distiller
 from kd_plugins.errors import DistillError
 from kd_plugins.reading.view import Needs
+
+
+def parts(distiller: Distiller) -> dict[str, Distiller]:
+    """A method and the methods that it is composed of, by module path."""
+    return {name or ".": part for name, part in distiller.named_modules() if isinstance(part, Distiller)}
 
 
 def overrides(distiller: Distiller, name: str) -> bool:

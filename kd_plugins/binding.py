@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from kd_plugins.authors import check_made, needs_of, overrides
+from kd_plugins.authors import check_made, needs_of, overrides, parts
 from kd_plugins.averaging import broadcast, distributed
-from kd_plugins.distiller import Distiller, parts
+from kd_plugins.distiller import Distiller
 from kd_plugins.errors import DistillError
 from kd_plugins.finite import check_weights
 from kd_plugins.reading.nets import Net, Nets, Transform

@@ -18,11 +18,7 @@ from kd_plugins.picture import Picture
 from kd_plugins.reading.nets import Nets, begun
 from kd_plugins.reading.view import Batch, Needs, View
 from kd_plugins.stages import Progress, Stage
-
-Terms = dict[str, Tensor]
-"""Loss terms by name; they are summed, and logged under their names."""
-Turn = Mapping[str, Mapping[str, Tensor]]
-"""Loss terms of each group of parameters that one turn updates."""
+from kd_plugins.terms import Terms, Turn, check_taught
 
 _GIVEN = {"generator": "generator", "randn": "randn", "mean_over_processes": "mean"}  # what the host gives, in short
 
@@ -184,7 +180,7 @@ class Distiller(nn.Module):
             raise DistillError(f"{type(self).__name__} sets self.{name} before super().__init__(): call that first.")
         super().__setattr__(name, value)
         if name == "progress":
-            for part in parts(self).values():
+            for part in (module for module in self.modules() if isinstance(module, Distiller)):
                 part.__dict__["progress"] = value
 
     def __getattr__(self, name: str) -> Any:
@@ -198,31 +194,3 @@ class Distiller(nn.Module):
 
 _HOOKS = {name for name, value in vars(Distiller).items() if callable(value) or isinstance(value, property)}
 _DECLARED = {name for name in (*vars(Distiller), *Distiller.__annotations__) if not name.startswith("_")} - _HOOKS
-
-
-def parts(distiller: Distiller) -> dict[str, Distiller]:
-    """A method and the methods that it is composed of, by module path."""
-    return {name or ".": part for name, part in distiller.named_modules() if isinstance(part, Distiller)}
-
-
-def check_terms(terms: Any, where: str, *, scalars: bool = True) -> None:
-    """Refuses what is no mapping of names to tensors, each with one number where `scalars` says so."""
-    if not isinstance(terms, Mapping):
-        raise DistillError(
-            f'Expected the terms of {where} by name, {{"name": term}}, got {type(terms).__name__}: give each a name.'
-        )
-    for name, term in terms.items() if scalars else ():
-        if not isinstance(term, Tensor) or term.numel() != 1:
-            got = f"shape {list(term.shape)}" if isinstance(term, Tensor) else type(term).__name__
-            raise DistillError(f"Expected the term {name!r} of {where} as a tensor of one number, got {got}: mean()?")
-
-
-def check_taught(terms: Any, method: str) -> None:
-    """Refuses terms of a method's `loss` that have no names, or none with a gradient where there should be one."""
-    check_terms(terms, f"loss() of {method}", scalars=False)
-    known = [term for term in terms.values() if isinstance(term, Tensor)]
-    if known and torch.is_grad_enabled() and not any(term.requires_grad for term in known):
-        raise DistillError(
-            f"No term of loss() of {method} has a gradient ({', '.join(terms)}), so it would teach nothing:"
-            " compute them from the student's view, without detach() and no_grad(), of layers that train."
-        )

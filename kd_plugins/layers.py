@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from kd_plugins import Batch, Distiller, DistillError, Needs, Net, Nets, Reads, View
 from kd_plugins.catalog.values import NonNegative
-from kd_plugins.distiller import Terms, check_terms
 from kd_plugins.nn.connectors import as_weights
 from kd_plugins.reading.view import tokens_first
+from kd_plugins.terms import Terms, check_terms
 
 FEATURE_TASKS = ("classification", "multilabel", "segmentation", "depth", "detection", "regression", "other")
 """The tasks of a method that reads maps and no scores."""

@@ -12,13 +12,14 @@ from torch.optim import Optimizer
 
 from kd_plugins.authors import check_made
 from kd_plugins.averaging import average_buffers, average_gradients
-from kd_plugins.distiller import Distiller, Turn, check_terms
+from kd_plugins.distiller import Distiller, Turn
 from kd_plugins.errors import DistillError
 from kd_plugins.groups import Group
 from kd_plugins.reading.nets import Nets
 from kd_plugins.reading.view import Batch
 from kd_plugins.saving import Saving
 from kd_plugins.stages import Stage
+from kd_plugins.terms import check_terms
 
 
 class Run(Saving):

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kd_plugins import states
+from kd_plugins.authors import parts
 from kd_plugins.catalog.registry import config_of
-from kd_plugins.distiller import Distiller, parts
+from kd_plugins.distiller import Distiller
 from kd_plugins.errors import DistillError
 from kd_plugins.finite import Watch, check_weights
 from kd_plugins.groups import Grouped

@@ -177,6 +177,7 @@ LAYERS = (
         "host",
         "averaging",
         "stages",
+        "terms",
         "functional",
         "nn",
         "reading",
@@ -194,7 +195,7 @@ LAYERS = (
         "groups",
         "saving",
     ),
-    ("run",),
+    ("run", "evaluation"),
     ("catalog.cli", "testing", "demo"),
 )
 
