@@ -307,6 +307,12 @@ def test_a_number_that_the_constructor_refuses_is_refused_later(name, value, kin
     assert -1e-12 < distiller.share < 0  # a rounding
 
 
+@pytest.mark.parametrize("name", ["afd", "cwd", "dafl", "dist", "dkd", "endd", "internal", "kd", "noisy"])
+def test_a_temperature_whose_square_no_loss_can_hold_is_refused(name):
+    with pytest.raises(DistillError, match=r"temperature to be float above 0 to 10000.*got 1e\+200"):
+        create_distiller(name, temperature=1e200)
+
+
 # --- with the installed methods ---------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kd_plugins import Batch, Distiller, DistillError, Needs, Net, Nets, OptimSpec, Paper, Reads, View
 from kd_plugins import functional as KF
-from kd_plugins.catalog.values import AtLeastOne, Positive
+from kd_plugins.catalog.values import AtLeastOne, Positive, Temperature
 from kd_plugins.distiller import Terms, Turn
 from kd_plugins.methods.kd import soft_labels
 from kd_plugins.nn.connectors import as_weights
@@ -83,7 +83,7 @@ class AFD(Distiller):
         layer: str | int = -1,
         peer_layers: tuple[str | int, ...] | None = None,
         teacher_layer: str | int | None = None,
-        temperature: Positive = 3.0,
+        temperature: Temperature = 3.0,
         logit_weight: Positive = 1.0,
         logit_only: bool = False,
         adversarial_only: bool = False,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kd_plugins import Batch, DistillError, Needs, Nets, Paper, Reads, View
 from kd_plugins import functional as KF
-from kd_plugins.catalog.values import NonNegative, Positive
+from kd_plugins.catalog.values import NonNegative, Temperature
 from kd_plugins.distiller import Terms
 from kd_plugins.layers import DENSE_TASKS, LayerDistiller
 from kd_plugins.reading.scores import score_maps
@@ -51,7 +51,7 @@ class CWD(LayerDistiller):
         *,
         logit_weight: NonNegative = 3.0,
         weight: NonNegative = 50.0,
-        temperature: Positive = 4.0,
+        temperature: Temperature = 4.0,
         layers: tuple[str | int, ...] = (),
         **more: Any,
     ) -> None:

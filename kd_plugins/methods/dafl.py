@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kd_plugins import Batch, Distiller, DistillError, Needs, Nets, OptimSpec, Paper, Reads, View
 from kd_plugins import functional as KF
-from kd_plugins.catalog.values import AtLeastOne, NonNegative, Positive, Range
+from kd_plugins.catalog.values import AtLeastOne, NonNegative, Range, Temperature
 from kd_plugins.distiller import Terms, Turn
 from kd_plugins.errors import check_built
 from kd_plugins.nn.connectors import as_weights
@@ -85,7 +85,7 @@ class DAFL(Distiller):
         one_hot: NonNegative | None = None,
         activation: NonNegative | None = None,
         information: NonNegative | None = None,
-        temperature: Positive | None = None,
+        temperature: Temperature | None = None,
         latent: AtLeastOne | None = None,
         width: AtLeastOne = 128,
         layer: str | int | None = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kd_plugins import Batch, Distiller, Paper, View
 from kd_plugins import functional as KF
-from kd_plugins.catalog.values import NonNegative, Positive
+from kd_plugins.catalog.values import NonNegative, Temperature
 from kd_plugins.distiller import Terms
 from kd_plugins.errors import check_any
 from kd_plugins.reading.scores import class_scores
@@ -41,7 +41,7 @@ class DIST(Distiller):
     tasks = ("classification", "token", "causal-lm", "segmentation")
     teachers = "many"
 
-    def __init__(self, *, beta: NonNegative = 1.0, gamma: NonNegative = 1.0, temperature: Positive = 1.0) -> None:
+    def __init__(self, *, beta: NonNegative = 1.0, gamma: NonNegative = 1.0, temperature: Temperature = 1.0) -> None:
         super().__init__()
         check_any(self, "beta", "gamma")
 

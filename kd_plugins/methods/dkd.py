@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kd_plugins import Batch, Distiller, Paper, View
 from kd_plugins import functional as KF
-from kd_plugins.catalog.values import NonNegative, Positive, Share
+from kd_plugins.catalog.values import NonNegative, Share, Temperature
 from kd_plugins.distiller import Terms
 from kd_plugins.errors import check_any
 from kd_plugins.reading.scores import class_scores
@@ -42,7 +42,7 @@ class DKD(Distiller):
     teachers = "many"
 
     def __init__(
-        self, *, alpha: NonNegative = 1.0, beta: NonNegative = 8.0, temperature: Positive = 4.0, warmup: Share = 0.0
+        self, *, alpha: NonNegative = 1.0, beta: NonNegative = 8.0, temperature: Temperature = 4.0, warmup: Share = 0.0
     ) -> None:
         super().__init__()
         check_any(self, "alpha", "beta")

@@ -9,7 +9,7 @@ import torch
 
 from kd_plugins import Batch, Distiller, Paper, View
 from kd_plugins import functional as KF
-from kd_plugins.catalog.values import Positive, Share
+from kd_plugins.catalog.values import Share, Temperature
 from kd_plugins.distiller import Terms
 from kd_plugins.reading.scores import class_scores
 
@@ -61,7 +61,7 @@ class ENDD(Distiller):
         self,
         *,
         target: Literal["auto", "members", "reverse-proxy", "forward-proxy", "mean"] = "auto",
-        temperature: Positive | None = None,
+        temperature: Temperature | None = None,
         cycle: Share = 0.67,
         smoothing: Share | None = None,
     ) -> None:

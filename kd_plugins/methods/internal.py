@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kd_plugins import Batch, Distiller, DistillError, Needs, Nets, Paper, Reads, Stage, View
 from kd_plugins import functional as KF
-from kd_plugins.catalog.values import Fraction, NonNegative, Positive
+from kd_plugins.catalog.values import Fraction, NonNegative, Positive, Temperature
 from kd_plugins.distiller import Terms
 from kd_plugins.methods.kd import soft_labels
 from kd_plugins.nn.connectors import as_weights
@@ -72,7 +72,7 @@ class Internal(Distiller):
         threshold: float | None = None,
         fresh_optimizer: bool = True,
         freeze_lower: bool = False,
-        temperature: Positive = 1.0,
+        temperature: Temperature = 1.0,
         gold: NonNegative = 0.0,
         project: bool = False,
     ) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kd_plugins import Batch, Distiller, DistillError, Needs, Paper, Reads, View
 from kd_plugins import functional as KF
-from kd_plugins.catalog.values import Positive, Share
+from kd_plugins.catalog.values import Share, Temperature
 from kd_plugins.distiller import Terms
 from kd_plugins.reading.scores import class_scores
 
@@ -66,7 +66,9 @@ class KD(Distiller):
     tasks = ("classification", "multilabel", "regression", "token", "causal-lm", "ctc", "segmentation")
     teachers: int | str = "many"
 
-    def __init__(self, *, temperature: Positive | None = None, alpha: Share = 0.9, standardize: bool = False) -> None:
+    def __init__(
+        self, *, temperature: Temperature | None = None, alpha: Share = 0.9, standardize: bool = False
+    ) -> None:
         super().__init__()
 
     @property
