@@ -122,7 +122,7 @@ def create_student(
         if path and not os.path.exists(path):
             raise DistillError(f"{option} {path} does not exist: mend the path.")
         # The names in a file of NumPy's are another framework's, which the model translates by itself.
-        if path and not path.endswith((".npy", ".npz")):
+        if path and not (option == "--initial-checkpoint" and path.endswith((".npy", ".npz"))):
             with told(f"{option} {path} cannot be read", Exception, remedy="name a file of weights."), _silently():
                 names = set(timm.models.load_state_dict(path))
     overlay = dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else {}

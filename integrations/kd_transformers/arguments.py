@@ -261,7 +261,7 @@ def _problem(arguments: Arguments, named: set[str]) -> str | None:
         return "--config_name describes a student from scratch: leave out --student_layers and --student_init teacher"
     shaped = model.student_hidden_size or model.student_heads
     if shaped and (model.model_name_or_path or model.config_name or model.student_init == "teacher"):
-        return "--student_hidden_size and --student_heads shape one from scratch: add --student_init scratch alone"
+        return "--student_hidden_size and --student_heads shape a new student: add --student_init scratch alone"
     if model.student_init == "teacher" and not (distillation.teacher or distillation.train_teacher):
         return "--student_init teacher: expected a teacher, got none: add --teacher or --train_teacher"
     for name, value in vars(training).items():

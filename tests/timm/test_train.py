@@ -526,6 +526,8 @@ def test_a_model_reads_its_own_files_of_numpy(tiny, tmp_path, monkeypatch):
     assert build.create_student(args)[0].head.bias.tolist() == bias.tolist()
     with pytest.raises(DistillError, match="NotImplementedError: Model cannot load numpy checkpoint"):
         build.create_student(parse_args([*tiny, "--initial-checkpoint", str(path)]))
+    with pytest.raises(DistillError, match=r"--pretrained-path .*w.npz cannot be read .*: name a file of weights"):
+        build.create_student(parse_args([*tiny, "--pretrained-path", str(path)]))
 
 
 def test_a_file_with_more_than_the_model_is_told_of_with_a_number(tiny, tmp_path, caplog):

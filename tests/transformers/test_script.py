@@ -581,6 +581,7 @@ def test_a_wrong_file_of_arguments(tmp_path, capsys):
         ("--model_revision v1", "--model_revision belongs to --model_name_or_path"),
         ("--do_eval --distill kd --teacher a --cache_teacher", "add --do_train"),
         ("--model_name_or_path a --student_init scratch", "whole student"),
+        ("--model_name_or_path a --student_heads 2", "--student_heads shape a new student: add --student_init scratch"),
         ("--task_name cola --train_file a.csv", "one source of data"),
         ("--validation_file a.csv", "add --train_file"),
         ("--student_init teacher", "expected a teacher, got none"),
