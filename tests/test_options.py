@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Optional
 
@@ -308,9 +309,12 @@ def test_a_number_that_the_constructor_refuses_is_refused_later(name, value, kin
 
 
 @pytest.mark.parametrize("name", ["afd", "cwd", "dafl", "dist", "dkd", "endd", "internal", "kd", "noisy"])
-def test_a_temperature_whose_square_no_loss_can_hold_is_refused(name):
-    with pytest.raises(DistillError, match=r"temperature to be float above 0 to 10000.*got 1e\+200"):
-        create_distiller(name, temperature=1e200)
+@pytest.mark.parametrize("value", [0.0, 1e-300, 1e200])
+def test_a_temperature_whose_square_no_loss_can_hold_is_refused(name, value):
+    with pytest.raises(
+        DistillError, match=rf"temperature to be float from 0.0001 to 10000.*got {re.escape(str(value))}"
+    ):
+        create_distiller(name, temperature=value)
 
 
 # --- with the installed methods ---------------------------------------------------------------------------------------

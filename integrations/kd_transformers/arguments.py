@@ -41,6 +41,7 @@ _BELONGS = {
     "validation_file": "train_file",
     "ood_split": "ood_dataset",
     "model_revision": "model_name_or_path",
+    "dataloader_multiprocessing_context": "dataloader_num_workers",
     **dict.fromkeys(("distill_args", "peer"), "distill"),
     **dict.fromkeys(("teacher_epochs", "teacher_learning_rate", *_TEACHER_SHAPE), "train_teacher"),
 }
@@ -220,8 +221,9 @@ def _problem(arguments: Arguments, named: set[str]) -> str | None:
     if sum(bool(x) for x in (data.task_name, data.dataset_name, data.train_file or data.validation_file)) > 1:
         return "expected one source of data, got several: give --task_name, --dataset_name or --train_file"
     values = {**vars(data), **vars(model), **vars(distillation)}
+    everything = vars(training) | values
     for name, other in _BELONGS.items():
-        if name in named and values[name] and not values[other]:
+        if name in named and everything[name] and not everything[other]:
             return f"--{name} belongs to --{other}, which is not given: add --{other}"
     if len(distillation.teacher_checkpoint) > len(distillation.teacher):
         return "--teacher-checkpoint: the i-th belongs to the i-th --teacher, and there are more of them"

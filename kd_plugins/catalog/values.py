@@ -42,8 +42,8 @@ class Range:
 
 
 Positive = Annotated[float, Range(above=0)]
-# Losses are multiplied by its square.
-Temperature = Annotated[float, Range(above=0, high=1e4)]
+# Losses are multiplied by its square, and logits divided by it.
+Temperature = Annotated[float, Range(low=1e-4, high=1e4)]
 NonNegative = Annotated[float, Range(low=0)]
 Share = Annotated[float, Range(low=0, high=1)]
 Fraction = Annotated[float, Range(above=0, below=1)]

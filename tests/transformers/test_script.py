@@ -579,6 +579,7 @@ def test_a_wrong_file_of_arguments(tmp_path, capsys):
         ("--save_steps 0", "--save_steps: expected a number above 0"),
         ("--label_names nix", "--label_names: the rows have"),
         ("--model_revision v1", "--model_revision belongs to --model_name_or_path"),
+        ("--dataloader_multiprocessing_context fork", "belongs to --dataloader_num_workers"),
         ("--do_eval --distill kd --teacher a --cache_teacher", "add --do_train"),
         ("--model_name_or_path a --student_init scratch", "whole student"),
         ("--model_name_or_path a --student_heads 2", "--student_heads shape a new student: add --student_init scratch"),
