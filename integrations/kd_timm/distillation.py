@@ -103,13 +103,13 @@ class Distillation:
         """Asks the teachers what the cache lacks; from then on it stands for them."""
         assert self.cache is not None
         check_classes(self.distiller, self.teachers)
+        self.rows = len(dataset)
         with undisturbed(gpu=True):
             if not any(isinstance(t.network, AbsentNetwork) for t in self.teachers):
                 self._rehearse(self.cache, next(self._pass(dataset)))
             self.cache.fill(run, self.teachers, epochs)
             for net, teacher, network in zip(self.nets.teachers, self.teachers, self.cache.absent(), strict=True):
                 net.network = teacher.network = network
-        self.rows = len(dataset)
         # With the random numbers of a run that finds everything.
         with undisturbed(gpu=True):
             set_up(self.distiller, self.nets, self.batch(*self.cache.first_batch()))

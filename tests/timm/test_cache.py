@@ -52,6 +52,7 @@ def loads(monkeypatch) -> list[str]:
     "extra",
     [
         "--distill kd+fitnet --distill-args fitnet.layers=1,layer3 fitnet.weight=1 --channels-last",
+        "--distill crd --distill-args negatives=8 dim=4",
         pytest.param("--no-prefetcher --reprob 0.5 --workers 2", marks=pytest.mark.slow),
     ],
 )
