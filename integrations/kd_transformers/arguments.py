@@ -222,6 +222,10 @@ def _problem(arguments: Arguments, named: set[str]) -> str | None:
         return "expected one source of data, got several: give --task_name, --dataset_name or --train_file"
     values = {**vars(data), **vars(model), **vars(distillation)}
     everything = vars(training) | values
+    for name, value in everything.items():
+        # TrainingArguments read what begins with a brace.
+        if name.endswith("_kwargs") and isinstance(value, str):
+            return f'--{name}: expected JSON, {{"name": value, ...}}, got {value}'
     for name, other in _BELONGS.items():
         if name in named and everything[name] and not everything[other]:
             return f"--{name} belongs to --{other}, which is not given: add --{other}"

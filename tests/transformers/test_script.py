@@ -580,6 +580,7 @@ def test_a_wrong_file_of_arguments(tmp_path, capsys):
         ("--label_names nix", "--label_names: the rows have"),
         ("--model_revision v1", "--model_revision belongs to --model_name_or_path"),
         ("--dataloader_multiprocessing_context fork", "belongs to --dataloader_num_workers"),
+        ("--activation_checkpointing_kwargs=-1", "--activation_checkpointing_kwargs: expected JSON"),
         ("--do_eval --distill kd --teacher a --cache_teacher", "add --do_train"),
         ("--model_name_or_path a --student_init scratch", "whole student"),
         ("--model_name_or_path a --student_heads 2", "--student_heads shape a new student: add --student_init scratch"),
