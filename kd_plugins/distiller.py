@@ -20,6 +20,9 @@ from kd_plugins.reading.view import Batch, Needs, View
 from kd_plugins.stages import Progress, Stage
 from kd_plugins.terms import Terms, Turn, check_taught
 
+# What an author imports from here: typed code takes from a module what it defines or names in this list.
+__all__ = ["Distiller", "Terms", "Turn"]
+
 _GIVEN = {"generator": "generator", "randn": "randn", "mean_over_processes": "mean"}  # what the host gives, in short
 
 

@@ -13,9 +13,18 @@ from kd_plugins.nn.connectors import as_weights
 from kd_plugins.reading.view import tokens_first
 from kd_plugins.terms import Terms, check_terms
 
-FEATURE_TASKS = ("classification", "multilabel", "segmentation", "depth", "detection", "regression", "other")
+# Of any length to a type checker: a method that has these may be overridden with fewer.
+FEATURE_TASKS: tuple[str, ...] = (
+    "classification",
+    "multilabel",
+    "segmentation",
+    "depth",
+    "detection",
+    "regression",
+    "other",
+)
 """The tasks of a method that reads maps and no scores."""
-DENSE_TASKS = ("segmentation", "depth", "detection")
+DENSE_TASKS: tuple[str, ...] = ("segmentation", "depth", "detection")
 """The tasks of a method of dense prediction, whose scores are maps."""
 
 

@@ -85,7 +85,7 @@ def analyse(
     """
     nets, began, found, count, alike = as_nets(nets), time.monotonic(), Analysis(), 0, None
     trained = list(nets.trained)
-    compared = "teacher" if nets.teachers else trained[:2][-1]
+    compared = "teacher" if nets.teachers else "peer1" if len(trained) > 1 else "student"
     pair = dict.fromkeys(("student", compared))
     with _without_trace(nets):
         for batch in _read(nets, batches, _SECONDS):

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from kd_accelerate.cached import files_id
 from kd_plugins.errors import DistillError, told
 from kd_plugins.finite import check_weights
-from kd_plugins.methods.internal import uniform
+from kd_plugins.reading.depth import uniform
 from kd_transformers.checks import class_names, class_order
 from kd_transformers.compat import commit_of
 from kd_transformers.data import Labels

@@ -44,7 +44,8 @@ def check_reduction(reduction: str) -> None:
 def expect(fits: bool, what: str, *given: Tensor, remedy: str = "") -> None:
     """Refuses tensors that do not fit: says what was expected, their shapes, and what to do."""
     if not fits:
-        got = " and ".join(str(list(x.shape)) for x in given)
+        *first, last = (str(list(x.shape)) for x in given)
+        got = f"{', '.join(first)} and {last}" if first else last
         raise ValueError(f"Expected {what}, got {got}{f': {remedy}' if remedy else ''}.")
 
 
@@ -67,7 +68,7 @@ def check_logits(student: Tensor, teacher: Tensor, temperature: float = 1.0, *, 
 def rows_of_batch(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """The examples of one batch as rows `[B, everything else]`, the teacher's without a gradient."""
     fits = min(student.dim(), teacher.dim()) >= 2 and len(student) == len(teacher)
-    expect(fits, "features [B, D], or [B, ...] taken as such, of one batch", student, teacher)
+    expect(fits, "features [B, D] or maps [B, C, H, W] of one batch", student, teacher)
     return student.flatten(1), teacher.detach().flatten(1)
 
 

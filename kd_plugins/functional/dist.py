@@ -49,7 +49,7 @@ def dist(
     tensor(4.)
     """
     check_logits(student_logits, teacher_logits, temperature)
-    with exactly(counted(student_logits, mask), teacher_logits.detach()) as (logits):
+    with exactly(counted(student_logits, mask), teacher_logits.detach()) as logits:
         y_s, y_t = ((z / temperature).softmax(-1) for z in logits)
         between_classes = per_example(1 - _pearson(y_s, y_t, -1), mask).mean()
         s, t = (y.flatten(0, -2) if mask is None else y[mask.bool()] for y in (y_s, y_t))

@@ -77,3 +77,5 @@ def test_refusals() -> None:
     for mean, teacher, variance in ((x, x[:, :2], VARIANCE), (x, x, VARIANCE[:2]), (x[0, 0, 0], x[0, 0, 0], VARIANCE)):
         with pytest.raises(ValueError, match="Expected a mean"):
             KF.vid(mean, teacher, variance)
+    with pytest.raises(ValueError, match=r"variance \[C\], got \[2, 3, 4, 4\], \[2, 3, 4, 4\] and \[2\]\.$"):
+        KF.vid(x, x, VARIANCE[:2])
