@@ -96,7 +96,11 @@ def ddp_worker(folder: str) -> None:
     nets = bind(distiller, wrapped, teacher, batch=mine, batches=[mine])
     run = make_optimizers(distiller, sgd(wrapped))
     steps(distiller, nets, run, [mine] * 2)
-    keep({**student.state_dict(), **distiller.state_dict()}, folder)
+    x = torch.tensor([1.0 + rank, 3.0], requires_grad=True)
+    (slope,) = torch.autograd.grad(distiller.host.mean(x).pow(3).sum(), x, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.sum(), x)
+    means = {"slope": slope.detach(), "curvature": curvature}
+    keep({**student.state_dict(), **distiller.state_dict(), **means}, folder)
 
 
 def test_a_student_in_ddp_is_averaged_with_the_methods_parts(tmp_path):
@@ -104,6 +108,9 @@ def test_a_student_in_ddp_is_averaged_with_the_methods_parts(tmp_path):
     first, second = kept(tmp_path)
     assert first.keys() == second.keys()
     assert all(torch.equal(value, second[name]) for name, value in first.items())
+    # The mean over processes is m = (1.5, 3): of m^3 these are 3 m^2 and 6 m.
+    assert first["slope"].tolist() == [6.75, 27]
+    assert first["curvature"].tolist() == [9, 18]
 
 
 # Of each what one process alone could draw: nothing, the noise of all rows, the first weights of a part.
