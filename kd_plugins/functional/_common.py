@@ -68,7 +68,7 @@ def check_logits(student: Tensor, teacher: Tensor, temperature: float = 1.0, *, 
 def rows_of_batch(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """The examples of one batch as rows `[B, everything else]`, the teacher's without a gradient."""
     fits = min(student.dim(), teacher.dim()) >= 2 and len(student) == len(teacher)
-    expect(fits, "features [B, D] or maps [B, C, H, W] of one batch", student, teacher)
+    expect(fits, "features [B, D] or [B, ...] of one batch", student, teacher)
     return student.flatten(1), teacher.detach().flatten(1)
 
 

@@ -71,5 +71,5 @@ def test_one_example_has_no_pairs() -> None:
 def test_messages() -> None:
     with pytest.raises(ValueError, match=r"one batch, got \[4, 3\] and \[2, 3\]"):
         KF.sp(torch.zeros(4, 3), torch.zeros(2, 3))
-    with pytest.raises(ValueError, match=r"\[B, D\] or maps \[B, C, H, W\] of one batch"):
+    with pytest.raises(ValueError, match=r"features \[B, D\] or \[B, \.\.\.\] of one batch"):
         KF.sp(torch.zeros(4), torch.zeros(4))
