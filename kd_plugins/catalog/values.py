@@ -160,7 +160,7 @@ def _int(value: Any) -> int:
 
 def _float(value: Any) -> float:
     if isinstance(value, (str, int)) and not isinstance(value, bool):
-        with suppress(ValueError):
+        with suppress(ValueError, OverflowError):
             value = float(value)
     if not math.isfinite(_exactly(float, value)):
         raise ValueError("a finite number")
